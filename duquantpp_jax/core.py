@@ -1,0 +1,427 @@
+"""The five nouns and the one law that everything here is made of.
+
+    Format     how numbers are rounded          x ~ element * scale, one scale a block
+    MXArray    what quantizing gives            elements, scales
+    Transform  how a linear's input is moved    t.activations(x) @ t.weights(w).T == x @ w.T
+    Stats      what calibration keeps           a fold whose merge is associative
+    Recipe     a whole method                   fit, rounding, two formats
+
+A new method is a new value of one of them. This file holds the types, with what it takes to read
+them; how their values are made is in the rooms beside it, and arrows point from them to here.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+Weights = tuple[Float[Array, "_ k"], ...]
+"""The weights of the linears that share one input, each [out, in]."""
+
+
+class ScaleRule(enum.Enum):
+    """How the largest magnitude of a block becomes its power-of-two scale (formats/scales.py)."""
+
+    FLOOR = "floor"
+    CEIL = "ceil"
+    EVEN = "even"
+    RCEIL = "rceil"
+    MSE = "mse"
+
+
+@dataclasses.dataclass(frozen=True)
+class Element:
+    """A minifloat: sign, exponent and mantissa bits, read as in IEEE 754 with subnormals.
+
+    Attributes:
+      exponent_bits: Width of the exponent field.
+      mantissa_bits: Width of the mantissa field.
+      bias: Subtracted from the exponent field.
+      max_code: Code of the largest finite magnitude; codes above it are Inf or NaN, if any.
+      dtype: The JAX type that stores elements: of the same bits where JAX has one that works,
+        else uint8, which holds the code.
+
+    Source: OCP Microscaling Formats (MX) v1.0, section 5.3.
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    bias: int
+    max_code: int
+    dtype: Any
+
+    @property
+    def bits(self) -> int:
+        """Bits of one element."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def emin(self) -> int:
+        """Exponent of the smallest normal magnitude (and of the subnormals)."""
+        return 1 - self.bias
+
+    @property
+    def emax(self) -> int:
+        """floor(log2(max))."""
+        return (self.max_code >> self.mantissa_bits) - self.bias
+
+    @property
+    def max(self) -> float:
+        """Largest finite magnitude."""
+        return self.max_significand * 2.0 ** (self.emax - self.mantissa_bits)
+
+    @property
+    def max_significand(self) -> int:
+        """Significand of `max` as an integer of mantissa_bits + 1 bits."""
+        one = 1 << self.mantissa_bits
+        return one + self.max_code % one
+
+    def store(self, codes: UInt8[Array, "*shape"]) -> Array:
+        """Elements of the storage type that have these codes."""
+        if self.dtype == jnp.uint8:
+            return codes
+        raw = codes.astype(jnp.uint4) if self.bits == 4 else codes
+        return jax.lax.bitcast_convert_type(raw, self.dtype)
+
+    def codes(self, elements: Array) -> UInt8[Array, "*shape"]:
+        """The codes of stored elements."""
+        if self.dtype == jnp.uint8:
+            return elements
+        raw = jnp.uint4 if self.bits == 4 else jnp.uint8
+        return jax.lax.bitcast_convert_type(elements, raw).astype(jnp.uint8)
+
+    def values(self, elements: Array) -> Float[Array, "*shape"]:
+        """The float32 numbers that stored elements stand for (exact)."""
+        if self.dtype != jnp.uint8:
+            return elements.astype(jnp.float32)
+        code = elements.astype(jnp.int32)
+        field = (code >> self.mantissa_bits) & ((1 << self.exponent_bits) - 1)
+        mantissa = code & ((1 << self.mantissa_bits) - 1)
+        significand = jnp.where(field > 0, mantissa + (1 << self.mantissa_bits), mantissa)
+        magnitude = times_power_of_two(
+            significand.astype(jnp.float32),
+            jnp.maximum(field, 1) - self.bias - self.mantissa_bits,
+        )
+        return jnp.where(code >> (self.bits - 1) > 0, -magnitude, magnitude)
+
+
+def times_power_of_two(
+    x: Float[Array, "*shape"], exponent: Int[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """x * 2^exponent in integers: exact where CPUs and GPUs flush subnormals.
+
+    Args:
+      x: Normal float32 numbers, zeros, Inf or NaN.
+      exponent: Of any size that the result's exponent plus 2^30 can hold.
+
+    Returns:
+      Inf where the product is too large; subnormals with their lowest bits cut off (no product of
+      an MX element and its scale has bits that low).
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    field = (bits >> 23) & 0xFF
+    sign = bits & jnp.int32(-(2**31))
+    moved = field + exponent
+    normal = (bits & jnp.int32(-0x7F800001)) | (jnp.clip(moved, 1, 254) << 23)
+    significand = (bits & 0x7FFFFF) | 0x800000
+    subnormal = sign | (significand >> jnp.clip(1 - moved, 0, 31))
+    result = jnp.where(moved > 0, normal, subnormal)
+    result = jnp.where(moved > 254, sign | 0x7F800000, result)
+    result = jnp.where((field == 0) | (field == 255), bits, result)
+    return jax.lax.bitcast_convert_type(result, jnp.float32)
+
+
+@struct.dataclass
+class MXArray:
+    """A quantized array: x ~ element * scale (* tensor_scale), blocks along the last axis.
+
+    Attributes:
+      elements: In the element's storage type, of the shape of x.
+      scales: float8_e8m0fnu for the MX formats (float32 for those that are not MX).
+      tensor_scale: One float32 number for formats with two levels of scale, else None.
+      element: The element type.
+      block_size: Elements that share one scale.
+    """
+
+    elements: Array
+    scales: Array
+    tensor_scale: Float[Array, ""] | None = None
+    element: Element = struct.field(pytree_node=False, kw_only=True)
+    block_size: int = struct.field(pytree_node=False, kw_only=True)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the array that was quantized."""
+        return self.elements.shape
+
+
+    def codes(self) -> UInt8[Array, "*shape"]:
+        """One code a value: sign, exponent and mantissa bits, sign highest."""
+        return self.element.codes(self.elements)
+
+    def scale_bytes(self) -> UInt8[Array, "*blocks"]:
+        """Byte b of each block, for the scale 2^(b - 127); 255 marks NaN.
+
+        Raises:
+          ValueError: The scales are float32 numbers and have no byte.
+        """
+        if self.scales.dtype.itemsize != 1:
+            raise ValueError(
+                f"scales of type {self.scales.dtype} have no byte: read .scales, "
+                "or choose a format whose scale is one byte (MXFP4)"
+            )
+        return jax.lax.bitcast_convert_type(self.scales, jnp.uint8)
+
+    def dequantize(self) -> Float[Array, "*shape"]:
+        """element * scale (* tensor_scale) in float32; exact for E8M0, subnormals included."""
+        values = _blocks(self.element.values(self.elements), self.block_size)
+        if self.scales.dtype == jnp.float8_e8m0fnu:
+            byte = self.scale_bytes().astype(jnp.int32)[..., None]
+            x = times_power_of_two(values, byte - 127)
+            x = jnp.where(byte == 255, jnp.float32(jnp.nan), x)
+        else:
+            x = values * self.scales.astype(jnp.float32)[..., None]
+        if self.tensor_scale is not None:
+            x = x * self.tensor_scale
+        return x.reshape(self.shape)
+
+
+def _blocks(x: Array, block_size: int) -> Array:
+    return x.reshape(*x.shape[:-1], -1, block_size)
+
+
+class Format(abc.ABC):
+    """How numbers are rounded. Frozen, hashable, without arrays: a static choice under jit."""
+
+    block_size: int
+
+    @abc.abstractmethod
+    def quantize(
+        self,
+        x: Float[Array, "*batch k"],
+        *,
+        key: Key[Array, ""] | None = None,
+        tensor_scale: Float[Array, ""] | None = None,
+        scale_offset: Int[Array, "*blocks"] | None = None,
+        clip: Float[Array, "*blocks"] | None = None,
+    ) -> MXArray:
+        """Rounds x to elements and scales, a block of the last axis at a time.
+
+        Args:
+          x: float32, bfloat16 or float16; the last axis a multiple of `block_size`.
+          key: For stochastic rounding of elements.
+          tensor_scale: For formats with two levels of scale, in place of the computed one.
+          scale_offset: Added to the exponent of each block's scale.
+          clip: Factor on each block's largest magnitude before its scale is chosen; what lies
+            beyond saturates.
+
+        Raises:
+          ValueError: x has another type, no axis, or a last axis that blocks do not divide; or
+            an argument was given that this format has no use for.
+        """
+
+    def fake_quantize(self, x: Float[Array, "*batch k"], **options: Any) -> Float[Array, "*batch k"]:
+        """quantize, then dequantize: x as this format holds it, in float32."""
+        return self.quantize(x, **options).dequantize()
+
+
+class Transform(abc.ABC):
+    """How one linear's input is moved: a pytree of arrays under one law.
+
+    The law: t.activations(x) @ t.weights(w).T == x @ w.T for every x and w. With the matrix T of
+    the transform, activations(x) = x T and weights(w) = w T^-T.
+    """
+
+    @abc.abstractmethod
+    def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
+        """x T."""
+
+    @abc.abstractmethod
+    def weights(self, w: Float[Array, "*outputs k"]) -> Float[Array, "*outputs k"]:
+        """w T^-T."""
+
+    @abc.abstractmethod
+    def inverse(self) -> Transform:
+        """The transform of T^-1, so that t.then(t.inverse()) moves nothing."""
+
+    def maxima(
+        self, absmax: Float[Array, " k"], moved: Float[Array, "tokens k"]
+    ) -> Float[Array, " k"]:
+        """Channel maxima after the transform, from those before it and a moved token sample.
+
+        Maxima do not follow from maxima where channels mix, so this takes the sample's; the
+        transforms that keep channels apart override it and are exact.
+        """
+        del absmax
+        return jnp.max(jnp.abs(moved), axis=0)
+
+    def then(self, other: Transform) -> Transform:
+        """This transform followed by another: T_self T_other."""
+        return Chain((self, other))
+
+
+@struct.dataclass
+class Chain(Transform):
+    """T = T_1 T_2 ... T_n. The law holds for the chain because it holds for each link."""
+
+    links: tuple[Transform, ...]
+
+    def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
+        for link in self.links:
+            x = link.activations(x)
+        return x
+
+    def weights(self, w: Float[Array, "*outputs k"]) -> Float[Array, "*outputs k"]:
+        for link in self.links:
+            w = link.weights(w)
+        return w
+
+    def inverse(self) -> Transform:
+        return Chain(tuple(link.inverse() for link in reversed(self.links)))
+
+
+@struct.dataclass
+class Stats:
+    """What calibration keeps of one input site: a fold over batches of tokens.
+
+    `merge` is associative and commutative (up to the order of float additions in `gram` and
+    `position_sum`; exactly for the rest), so that batches may be split over devices.
+
+    Attributes:
+      count: Tokens seen.
+      absmax: Largest magnitude of each channel.
+      sample: Every `stride`-th token, by its index in the whole calibration set.
+      gram: X^T X over all tokens, where a fit asks for it.
+      position_sum: Sum over rows of the token at each position, where a fit asks for it.
+      stride: Tokens of the calibration set for one of the sample.
+    """
+
+    count: Int[Array, ""]
+    absmax: Float[Array, " k"]
+    sample: Float[Array, "samples k"]
+    gram: Float[Array, "k k"] | None
+    position_sum: Float[Array, "length k"] | None
+    stride: int = struct.field(pytree_node=False)
+
+    @classmethod
+    def init(
+        cls,
+        width: int,
+        rows: int,
+        length: int,
+        *,
+        sample_limit: int = 2048,
+        needs: frozenset[str] = frozenset(),
+    ) -> Stats:
+        """Stats of no token yet, for a calibration set of rows x length tokens.
+
+        Args:
+          width: Channels k of the site.
+          sample_limit: Most tokens kept as they are.
+          needs: Of "gram" and "positions", what is to be kept besides.
+        """
+        stride = -(-rows * length // sample_limit)
+        return cls(
+            count=jnp.zeros((), jnp.int32),
+            absmax=jnp.zeros(width, jnp.float32),
+            sample=jnp.zeros((-(-rows * length // stride), width), jnp.float32),
+            gram=jnp.zeros((width, width), jnp.float32) if "gram" in needs else None,
+            position_sum=(
+                jnp.zeros((length, width), jnp.float32) if "positions" in needs else None
+            ),
+            stride=stride,
+        )
+
+    def update(self, x: Float[Array, "rows length k"], first: Int[Array, ""]) -> Stats:
+        """Folds in whole rows of tokens.
+
+        Args:
+          x: Inputs of the site.
+          first: Index of x's first token in the whole calibration set.
+        """
+        tokens = x.reshape(-1, x.shape[-1])
+        index = first + jnp.arange(tokens.shape[0])
+        slot = jnp.where(index % self.stride == 0, index // self.stride, self.sample.shape[0])
+        gram, position_sum = self.gram, self.position_sum
+        if gram is not None:
+            gram = gram + jnp.matmul(tokens.T, tokens, precision=jax.lax.Precision.HIGHEST)
+        if position_sum is not None:
+            position_sum = position_sum + jnp.sum(x, axis=0)
+        return self.replace(
+            count=self.count + tokens.shape[0],
+            absmax=jnp.maximum(self.absmax, jnp.max(jnp.abs(tokens), axis=0)),
+            sample=self.sample.at[slot].add(tokens, mode="drop"),
+            gram=gram,
+            position_sum=position_sum,
+        )
+
+    def merge(self, other: Stats) -> Stats:
+        """Stats of both sets of tokens (disjoint parts of one calibration set)."""
+        total = jax.tree.map(jnp.add, self, other)
+        return total.replace(absmax=jnp.maximum(self.absmax, other.absmax))
+
+    def through(self, transform: Transform) -> Stats:
+        """Stats of the moved input: sample, Gram matrix and positions exactly, maxima as
+        `Transform.maxima` has them."""
+        move = transform.activations
+        sample = move(self.sample)
+        return self.replace(
+            sample=sample,
+            absmax=transform.maxima(self.absmax, sample),
+            gram=None if self.gram is None else move(move(self.gram).T).T,
+            position_sum=None if self.position_sum is None else move(self.position_sum),
+        )
+
+
+@struct.dataclass
+class Fitted:
+    """What a fit gives: the transform, and whatever else it moved.
+
+    Attributes:
+      transform: Moves the input and the weights of the site.
+      weights: In place of the given ones, before the transform moves them.
+      clip: As in `Format.quantize`, for the activations.
+      scale_offset: As in `Format.quantize`, for the activations.
+    """
+
+    transform: Transform
+    weights: Weights | None = None
+    clip: Float[Array, " blocks"] | None = None
+    scale_offset: Int[Array, " blocks"] | None = None
+
+
+Fit = Callable[[Weights, Stats, "Recipe", Key[Array, ""]], Fitted]
+"""(weights of the site, Stats of its input, the recipe for its formats, key) -> Fitted. A fit
+says in an attribute `needs` what of Stats it wants besides the sample and the maxima."""
+
+Rounding = Callable[[Float[Array, "n k"], Format, Stats], MXArray]
+"""(moved weight, its format, Stats of the moved input) -> the quantized weight."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A whole method: how the transform is fitted, how weights are rounded, and into what."""
+
+    fit: Fit
+    rounding: Rounding
+    weight_format: Format
+    activation_format: Format
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the fit wants of Stats besides the sample and the maxima."""
+        return getattr(self.fit, "needs", frozenset())
+
+
+def stack(weights: Sequence[Float[Array, "_ k"]]) -> Float[Array, "n k"]:
+    """Weights that share an input as one matrix, output rows one below the other."""
+    return jnp.concatenate(list(weights), axis=0)
