@@ -67,6 +67,9 @@ def swizzle_scales(
 ) -> UInt8[Array, "*batch row_tiles column_tiles 32 16"]:
     """Scale bytes in 128x4 tiles of 512 bytes; tiles that are not full are filled with zeros.
 
+    Args:
+      scale_bytes: Of shape [..., rows, columns].
+
     Raises:
       ValueError: Fewer than two axes.
     """
@@ -100,8 +103,6 @@ def unswizzle_scales(
             f"{row_tiles} x {column_tiles} tiles of 128 x 4 do not hold {rows} x {columns} scales"
         )
     rows_first = tiles.reshape(*batch, row_tiles, column_tiles, 32, 4, 4)
-    rows_first = jnp.moveaxis(
-        rows_first, (-4, -3, -2), (-2, -3, -4)
-    )  # row tile, 4, 32, column tile, 4
+    rows_first = jnp.moveaxis(rows_first, (-4, -3, -2), (-2, -3, -4))
     scales = rows_first.reshape(*batch, row_tiles * TILE_ROWS, column_tiles * TILE_COLUMNS)
     return scales[..., :rows, :columns]
