@@ -20,8 +20,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Float32, Int, Key, UInt8
 
 Weights = tuple[Float[Array, "_ k"], ...]
 """The weights of the linears that share one input, each [out, in]."""
@@ -34,7 +35,17 @@ class ScaleRule(enum.Enum):
     CEIL = "ceil"
     EVEN = "even"
     RCEIL = "rceil"
+    RCEIL_FLOAT = "rceil_float"
     MSE = "mse"
+
+
+class ElementRounding(enum.Enum):
+    """How x / scale becomes an element; all saturate and keep the sign (formats/elements.py)."""
+
+    NEAREST_EVEN = "nearest_even"
+    STOCHASTIC = "stochastic"
+    AWAY = "away"
+    TOWARD_ZERO = "toward_zero"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,29 +110,32 @@ class Element:
         raw = jnp.uint4 if self.bits == 4 else jnp.uint8
         return jax.lax.bitcast_convert_type(elements, raw).astype(jnp.uint8)
 
-    def values(self, elements: Array) -> Float[Array, "*shape"]:
-        """The float32 numbers that stored elements stand for (exact)."""
-        if self.dtype != jnp.uint8:
-            return elements.astype(jnp.float32)
-        code = elements.astype(jnp.int32)
+    def decode(
+        self, codes: UInt8[Array, "*shape"], exponent: Int[Array, "*#shape"] | int = 0
+    ) -> Float32[Array, "*shape"]:
+        """The numbers that codes stand for, times 2^exponent: exact where float32 holds them."""
+        code = codes.astype(jnp.int32)
+        one = 1 << self.mantissa_bits
         field = (code >> self.mantissa_bits) & ((1 << self.exponent_bits) - 1)
-        mantissa = code & ((1 << self.mantissa_bits) - 1)
-        significand = jnp.where(field > 0, mantissa + (1 << self.mantissa_bits), mantissa)
-        magnitude = times_power_of_two(
-            significand.astype(jnp.float32),
-            jnp.maximum(field, 1) - self.bias - self.mantissa_bits,
-        )
-        return jnp.where(code >> (self.bits - 1) > 0, -magnitude, magnitude)
+        significand = (code & (one - 1)) + jnp.where(field > 0, one, 0)
+        power = jnp.maximum(field, 1) - (self.bias + self.mantissa_bits)
+        magnitude = times_power_of_two(significand.astype(jnp.float32), power + exponent)
+        if self.max_code + 1 < 1 << (self.bits - 1):
+            beyond = (code & ((one << self.exponent_bits) - 1)) > self.max_code
+            magnitude = jnp.where(beyond, jnp.float32(jnp.nan), magnitude)
+        sign = (codes >> (self.bits - 1)).astype(jnp.uint32) << 31
+        bits = jax.lax.bitcast_convert_type(magnitude, jnp.uint32) | sign
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def times_power_of_two(
-    x: Float[Array, "*shape"], exponent: Int[Array, "*shape"]
-) -> Float[Array, "*shape"]:
+    x: Float32[Array, "*shape"], exponent: Int[Array, "*#shape"] | int
+) -> Float32[Array, "*shape"]:
     """x * 2^exponent in integers: exact where CPUs and GPUs flush subnormals.
 
     Args:
       x: Normal float32 numbers, zeros, Inf or NaN.
-      exponent: Of any size that the result's exponent plus 2^30 can hold.
+      exponent: Of magnitude below 2^30.
 
     Returns:
       Inf where the product is too large; subnormals with their lowest bits cut off (no product of
@@ -163,13 +177,12 @@ class MXArray:
         """Shape of the array that was quantized."""
         return self.elements.shape
 
-
     def codes(self) -> UInt8[Array, "*shape"]:
         """One code a value: sign, exponent and mantissa bits, sign highest."""
         return self.element.codes(self.elements)
 
     def scale_bytes(self) -> UInt8[Array, "*blocks"]:
-        """Byte b of each block, for the scale 2^(b - 127); 255 marks NaN.
+        """Byte of each block's scale; in E8M0 byte b stands for 2^(b - 127), and 255 for NaN.
 
         Raises:
           ValueError: The scales are float32 numbers and have no byte.
@@ -181,22 +194,31 @@ class MXArray:
             )
         return jax.lax.bitcast_convert_type(self.scales, jnp.uint8)
 
-    def dequantize(self) -> Float[Array, "*shape"]:
-        """element * scale (* tensor_scale) in float32; exact for E8M0, subnormals included."""
-        values = _blocks(self.element.values(self.elements), self.block_size)
+    def dequantize(self) -> Float32[Array, "*shape"]:
+        """element * scale in float32, exact for E8M0 (subnormals included, Inf beyond 2^128); for
+        other scales element * (scale * tensor_scale), where either product may round."""
+        return self._times_scale(self.codes())
+
+    def limit(self) -> Float32[Array, "*shape"]:
+        """The largest magnitude that each value's block can hold: what saturates lies beyond."""
+        return self._times_scale(jnp.full(self.shape, self.element.max_code, jnp.uint8))
+
+    def _times_scale(self, codes: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
+        blocks = codes.reshape(*self.scales.shape, self.block_size)
         if self.scales.dtype == jnp.float8_e8m0fnu:
             byte = self.scale_bytes().astype(jnp.int32)[..., None]
-            x = times_power_of_two(values, byte - 127)
-            x = jnp.where(byte == 255, jnp.float32(jnp.nan), x)
-        else:
-            x = values * self.scales.astype(jnp.float32)[..., None]
+            x = self.element.decode(blocks, byte - 127)
+            return jnp.where(byte == 255, jnp.float32(jnp.nan), x).reshape(self.shape)
+        scale = self.scales.astype(jnp.float32)
         if self.tensor_scale is not None:
-            x = x * self.tensor_scale
-        return x.reshape(self.shape)
-
-
-def _blocks(x: Array, block_size: int) -> Array:
-    return x.reshape(*x.shape[:-1], -1, block_size)
+            scale = scale * self.tensor_scale
+        # scale = significand * 2^exponent, so that no product but the last may be subnormal
+        bits = jax.lax.bitcast_convert_type(scale, jnp.int32)[..., None]
+        significand = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
+        x = times_power_of_two(self.element.decode(blocks) * significand, (bits >> 23) - 127)
+        return jnp.where(jnp.isfinite(scale)[..., None], x, jnp.float32(jnp.nan)).reshape(
+            self.shape
+        )
 
 
 class Format(abc.ABC):
@@ -207,7 +229,7 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def quantize(
         self,
-        x: Float[Array, "*batch k"],
+        x: Array | np.ndarray,
         *,
         key: Key[Array, ""] | None = None,
         tensor_scale: Float[Array, ""] | None = None,
@@ -229,9 +251,38 @@ class Format(abc.ABC):
             an argument was given that this format has no use for.
         """
 
-    def fake_quantize(self, x: Float[Array, "*batch k"], **options: Any) -> Float[Array, "*batch k"]:
-        """quantize, then dequantize: x as this format holds it, in float32."""
-        return self.quantize(x, **options).dequantize()
+    def fake_quantize(
+        self, x: Array | np.ndarray, *, saturated_gradient: bool = True, **options: Any
+    ) -> Float32[Array, "*batch k"]:
+        """quantize, then dequantize: x as this format holds it, in float32.
+
+        The gradient goes straight through, to x alone: df/dx = 1, as if nothing were rounded.
+
+        Args:
+          x: As in `quantize`.
+          saturated_gradient: Whether df/dx = 1 also where |x| lies beyond the largest number that
+            its block holds; if not, it is 0 there.
+          options: As in `quantize`.
+        """
+        q = self.quantize(jax.lax.stop_gradient(x), **options)
+        held = jax.lax.stop_gradient(q.dequantize())
+        passes = jnp.ones((), bool)
+        if not saturated_gradient:
+            passes = jnp.abs(jnp.asarray(x).astype(jnp.float32)) <= q.limit()
+        return _straight_through(x, held, jax.lax.stop_gradient(passes))
+
+
+@jax.custom_jvp
+def _straight_through(x: Array, held: Array, passes: Array) -> Array:
+    del x, passes
+    return held
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+    _, held, passes = primals
+    moved = tangents[0].astype(jnp.float32)
+    return held, jnp.where(passes, moved, jnp.zeros_like(moved))
 
 
 class Transform(abc.ABC):

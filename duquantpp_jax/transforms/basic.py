@@ -1,0 +1,133 @@
+"""Transforms that keep channels apart, and the fit that composes fits.
+
+    Identity   T = I
+    Smooth     T = diag(1 / s)     x / s,  w * s
+
+Source: SmoothQuant, Xiao et al., arXiv 2211.10438 (its equations 3 and 4).
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Key
+
+from duquantpp_jax.core import Chain, Fit, Fitted, Recipe, Stats, Transform, Weights, stack
+
+
+@struct.dataclass
+class Identity(Transform):
+    """T = I: nothing moves."""
+
+    def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
+        return x
+
+    def weights(self, w: Float[Array, "*outputs k"]) -> Float[Array, "*outputs k"]:
+        return w
+
+    def inverse(self) -> Transform:
+        return self
+
+    def maxima(
+        self, absmax: Float[Array, " k"], moved: Float[Array, "tokens k"]
+    ) -> Float[Array, " k"]:
+        return absmax
+
+
+@struct.dataclass
+class Smooth(Transform):
+    """T = diag(1 / s): channel j of the input is divided by s_j, column j of w multiplied."""
+
+    scale: Float[Array, " k"]
+
+    def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
+        return x / self.scale
+
+    def weights(self, w: Float[Array, "*outputs k"]) -> Float[Array, "*outputs k"]:
+        return w * self.scale
+
+    def inverse(self) -> Transform:
+        return Smooth(1 / self.scale)
+
+    def maxima(
+        self, absmax: Float[Array, " k"], moved: Float[Array, "tokens k"]
+    ) -> Float[Array, " k"]:
+        return absmax / jnp.abs(self.scale)
+
+
+def links(transform: Transform) -> tuple[Transform, ...]:
+    """The transform as a flat tuple of those it chains."""
+    if not isinstance(transform, Chain):
+        return (transform,)
+    return tuple(inner for link in transform.links for inner in links(link))
+
+
+@dataclasses.dataclass(frozen=True)
+class FitIdentity:
+    """Fits nothing."""
+
+    needs = frozenset[str]()
+
+    def __call__(
+        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
+    ) -> Fitted:
+        return Fitted(Identity())
+
+
+@dataclasses.dataclass(frozen=True)
+class FitSmooth:
+    """s_j = max |x_j|^alpha / max_i |w_ij|^(1 - alpha), each factor and s floored at 1e-5.
+
+    Attributes:
+      alpha: Strength: 0 balances by the weights alone, 1 by the activations alone.
+      weight_max: Whose rows i the maximum is over: "all" linears that share the input, or the
+        "first" of them (q_proj, up_proj), as the released DuQuant++ code has it.
+      floor: Least |s_j|.
+
+    Source: arXiv 2211.10438, equation 4; floors of the code released with arXiv 2604.17789.
+    """
+
+    alpha: float = 0.6
+    weight_max: Literal["all", "first"] = "all"
+    floor: float = 1e-5
+    needs = frozenset[str]()
+
+    def __call__(
+        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
+    ) -> Fitted:
+        w = stack(weights) if self.weight_max == "all" else weights[0]
+        return Fitted(Smooth(_smooth_scale(w, stats.absmax, self.alpha, self.floor)))
+
+
+@jax.jit
+def _smooth_scale(
+    w: Float[Array, "n k"], absmax: Float[Array, " k"], alpha: float, floor: float
+) -> Float[Array, " k"]:
+    x_max = jnp.maximum(absmax, 1e-5)
+    w_max = jnp.maximum(jnp.max(jnp.abs(w), axis=0), 1e-5)
+    return jnp.maximum(x_max**alpha / w_max ** (1 - alpha), floor)
+
+
+@dataclasses.dataclass(frozen=True)
+class FitInTurn:
+    """Fits one after the other, each on what the earlier ones moved; their transforms chain."""
+
+    fits: tuple[Fit, ...]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """All that any of the fits needs."""
+        return frozenset().union(*(getattr(fit, "needs", frozenset()) for fit in self.fits))
+
+    def __call__(
+        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
+    ) -> Fitted:
+        transforms = []
+        for fit, fit_key in zip(self.fits, jax.random.split(key, len(self.fits)), strict=True):
+            transform = fit(weights, stats, recipe, fit_key).transform
+            weights = tuple(transform.weights(w) for w in weights)
+            stats = stats.through(transform)
+            transforms.append(transform)
+        return Fitted(Chain(tuple(transforms)))

@@ -1,0 +1,131 @@
+"""Transforms that move each block of channels by a matrix of its own, or all by one.
+
+    BlockRotation   x'_b = x_b R_b        w'_b = w_b R_b            R_b orthogonal
+    BlockAffine     x'_b = x_b A_b        w'_b = w_b A_b^-T
+
+where x_b are the channels of block b. The side of the matrices is the rotation size; DuQuant++'s
+claim is that it should equal the block size of the format.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from duquantpp_jax.core import Chain, Transform
+from duquantpp_jax.transforms.basic import Identity, Smooth, links
+
+
+def multiply_blocks(
+    x: Float[Array, "*tokens k"], matrices: Float[Array, "blocks r r"]
+) -> Float[Array, "*tokens k"]:
+    """x_b @ matrices_b for each block of r channels; a single matrix serves all blocks.
+
+    Raises:
+      ValueError: The width is not that of the blocks.
+    """
+    count, size, _ = matrices.shape
+    width = x.shape[-1]
+    if width % size or count not in (1, width // size):
+        raise ValueError(
+            f"{count} matrices of side {size} move a width of {count * size} "
+            f"(or, if one, any multiple of {size}): got {width}"
+        )
+    blocks = x.reshape(*x.shape[:-1], width // size, size)
+    if count == 1:
+        moved = jnp.matmul(blocks, matrices[0], precision=jax.lax.Precision.HIGHEST)
+    else:
+        moved = jnp.einsum(
+            "...bi,bij->...bj", blocks, matrices, precision=jax.lax.Precision.HIGHEST
+        )
+    return moved.reshape(x.shape)
+
+
+def transposed(matrices: Float[Array, "blocks r r"]) -> Float[Array, "blocks r r"]:
+    """Each matrix transposed."""
+    return jnp.swapaxes(matrices, -1, -2)
+
+
+@struct.dataclass
+class BlockRotation(Transform):
+    """T = blockdiag(R_1, ..., R_B), each R_b orthogonal, so that T^-T = T.
+
+    Attributes:
+      matrices: One for each block, or a single one for all.
+    """
+
+    matrices: Float[Array, "blocks r r"]
+
+    def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
+        return multiply_blocks(x, self.matrices)
+
+    def weights(self, w: Float[Array, "*outputs k"]) -> Float[Array, "*outputs k"]:
+        return multiply_blocks(w, self.matrices)
+
+    def inverse(self) -> Transform:
+        return BlockRotation(transposed(self.matrices))
+
+
+@struct.dataclass
+class BlockAffine(Transform):
+    """T = blockdiag(A_1, ..., A_B), invertible; the inverses are kept beside the matrices."""
+
+    matrices: Float[Array, "blocks r r"]
+    inverses: Float[Array, "blocks r r"]
+
+    def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
+        return multiply_blocks(x, self.matrices)
+
+    def weights(self, w: Float[Array, "*outputs k"]) -> Float[Array, "*outputs k"]:
+        return multiply_blocks(w, transposed(self.inverses))
+
+    def inverse(self) -> Transform:
+        return BlockAffine(self.inverses, self.matrices)
+
+
+def lower(transform: Transform, width: int, size: int) -> Transform:
+    """The same map as Chain((Smooth, BlockAffine of side `size`)), where it has that form.
+
+    Transforms that lower share one pytree structure: they stack over layers, and a grid of them
+    compiles once. Others (permutations, larger rotations) come back as they are.
+
+    Args:
+      width: Channels k.
+      size: Side of the matrices; those of the transform must divide it.
+    """
+    scale = jnp.ones(width, jnp.float32)
+    eye = jnp.broadcast_to(jnp.eye(size, dtype=jnp.float32), (width // size, size, size))
+    matrices = inverses = eye
+    rotated = False
+    for link in links(transform):
+        match link:
+            case Identity():
+                pass
+            case Smooth() if not rotated:
+                scale = scale * link.scale
+            case BlockRotation() | BlockAffine() if size % link.matrices.shape[-1] == 0:
+                forward = _repeat(link.matrices, width, size)
+                back = _repeat(link.inverse().matrices, width, size)  # type: ignore[attr-defined]
+                matrices = _product(matrices, forward) if rotated else forward
+                inverses = _product(back, inverses) if rotated else back
+                rotated = True
+            case _:
+                return transform
+    return Chain((Smooth(scale), BlockAffine(matrices, inverses)))
+
+
+def _repeat(
+    matrices: Float[Array, "blocks r r"], width: int, size: int
+) -> Float[Array, "more s s"]:
+    """Block-diagonal matrices of side `size` that move the width as the given ones do."""
+    count, side, _ = matrices.shape
+    each = jnp.broadcast_to(matrices, (width // side if count == 1 else count, side, side))
+    grouped = each.reshape(width // size, size // side, side, side)
+    eye = jnp.eye(size // side, dtype=matrices.dtype)
+    return jnp.einsum("gmij,mn->gminj", grouped, eye).reshape(width // size, size, size)
+
+
+def _product(
+    a: Float[Array, "blocks r r"], b: Float[Array, "blocks r r"]
+) -> Float[Array, "blocks r r"]:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,171 @@
+"""The greedy rotation search of DuQuant and DuQuant++.
+
+The base rotation B spreads one channel evenly: with Givens rotations G_i acting on channels
+(i, i + 1), cos = 1 / sqrt(i + 2), sin = sqrt((i + 1) / (i + 2)),
+
+    B = G_(n-2) ... G_1 G_0, then rows and columns 0 and n - 1 swapped,
+
+every entry of its row 0 is 1 / sqrt(n). It is mixed with a random orthogonal Q of side n - 1,
+
+    T = B diag(1, Q)    as released, or    T = diag(1, Q) B    which keeps the even row 0,
+
+and applied where the largest magnitude is, again and again. With X_0 the tokens of a block:
+
+    d_k = channel of max |X_k|,   S_k = T with rows and columns 0 and d_k swapped,
+    X_(k+1) = X_k S_k,            A_(k+1) = A_k S_k,
+
+and of A_0 = I, A_1, ..., A_steps the one whose X_k has the least criterion is kept.
+
+Source: DuQuant, Lin et al., arXiv 2406.01721; DuQuant++, arXiv 2604.17789 and its released code,
+which takes as d_k not the channel but the row of the maximum, mod n.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from duquantpp_jax.core import Fitted, Format, Recipe, Stats, Weights
+from duquantpp_jax.transforms.block import BlockRotation
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def base_rotation(size: int) -> Float[np.ndarray, "size size"]:
+    """B, in float64: orthogonal, its row 0 even."""
+    product = np.eye(size)
+    for i in range(size - 1):
+        cos, sin = 1 / np.sqrt(i + 2), np.sqrt((i + 1) / (i + 2))
+        givens = np.eye(size)
+        givens[i : i + 2, i : i + 2] = [[cos, -sin], [sin, cos]]
+        product = givens @ product
+    swap = np.r_[size - 1, 1 : size - 1, 0] if size > 1 else np.array([0])
+    return product[np.ix_(swap, swap)]
+
+
+def mixed_rotations(
+    key: Key[Array, ""], count: int, size: int, side: Literal["left", "right"]
+) -> Float[Array, "count size size"]:
+    """`count` draws of T: diag(1, Q) B for "left", B diag(1, Q) for "right"."""
+    base = jnp.asarray(base_rotation(size), jnp.float32)
+    q = jax.random.orthogonal(key, size - 1, (count,))
+    mix = jnp.zeros((count, size, size)).at[:, 0, 0].set(1.0).at[:, 1:, 1:].set(q)
+    a, b = (mix, base) if side == "left" else (base, mix)
+    return jnp.matmul(a, b, precision=HIGHEST)
+
+
+def greedy_search(
+    x: Float[Array, "rows n"],
+    rotations: Float[Array, "draws n n"],
+    *,
+    steps: int,
+    index: Literal["channel", "released"] = "channel",
+    criterion: Literal["absmax", "range", "mse"] = "absmax",
+    format: Format | None = None,
+) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+    """The rotation A_k of least criterion over steps 0..steps, and that criterion.
+
+    Args:
+      x: X_0, the tokens of one block.
+      rotations: T of each step, or a single one for all.
+      steps: How often T is applied.
+      index: Where: the channel of the largest magnitude, or, as released, its row mod n.
+      criterion: Of X_k: max |X|, max X - min X, or the squared error of `format`.
+      format: For "mse".
+    """
+    size = x.shape[1]
+    channels = jnp.arange(size)
+
+    def score(x: Float[Array, "rows n"]) -> Float[Array, ""]:
+        match criterion:
+            case "absmax":
+                return jnp.max(jnp.abs(x))
+            case "range":
+                return jnp.max(x) - jnp.min(x)
+            case "mse":
+                assert format is not None
+                return jnp.mean(jnp.square(x - format.fake_quantize(x)))
+
+    def step(carry: tuple, k: Int[Array, ""]) -> tuple[tuple, None]:
+        x, product, best, least = carry
+        where = jnp.argmax(jnp.abs(x))
+        d = where % size if index == "channel" else where // size % size
+        swap = jnp.where(channels == 0, d, jnp.where(channels == d, 0, channels))
+        rotation = rotations[jnp.minimum(k, rotations.shape[0] - 1)][swap][:, swap]
+        x = jnp.matmul(x, rotation, precision=HIGHEST)
+        product = jnp.matmul(product, rotation, precision=HIGHEST)
+        current = score(x)
+        best = jnp.where(current < least, product, best)
+        return (x, product, best, jnp.minimum(current, least)), None
+
+    eye = jnp.eye(size, dtype=x.dtype)
+    start = (x, eye, eye, score(x))
+    (_, _, best, least), _ = jax.lax.scan(step, start, jnp.arange(steps))
+    return best, least
+
+
+@dataclasses.dataclass(frozen=True)
+class FitDuquantpp:
+    """DuQuant++: the greedy search, for each block or for all blocks pooled.
+
+    Attributes:
+      index, criterion, steps: As in `greedy_search`.
+      sharing: "per_block" fits a rotation for each block, "shared" one for all of them.
+      fresh_q: Draw Q anew at each step, or once for the search. (The draws serve all blocks.)
+      q_side: Side of B on which diag(1, Q) stands.
+      averaged: Search on the mean over calibration rows at each position, as released, rather
+        than on a sample of tokens.
+      size: Rotation size.
+    """
+
+    index: Literal["channel", "released"] = "channel"
+    criterion: Literal["absmax", "range", "mse"] = "absmax"
+    sharing: Literal["per_block", "shared"] = "per_block"
+    fresh_q: bool = True
+    q_side: Literal["left", "right"] = "left"
+    averaged: bool = False
+    steps: int = 128
+    size: int = 32
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Means by position if averaged; the formats if it measures their error."""
+        wanted = {"positions": self.averaged, "formats": self.criterion == "mse"}
+        return frozenset(name for name, want in wanted.items() if want)
+
+    def __call__(
+        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
+    ) -> Fitted:
+        tokens = stats.sample
+        if self.averaged:
+            assert stats.position_sum is not None
+            rows = stats.count / stats.position_sum.shape[0]
+            tokens = stats.position_sum / rows
+        format = recipe.activation_format if self.criterion == "mse" else None
+        return Fitted(BlockRotation(_fit_blocks(tokens, key, fit=self, format=format)))
+
+
+@functools.partial(jax.jit, static_argnames=("fit", "format"))
+def _fit_blocks(
+    tokens: Float[Array, "tokens k"], key: Key[Array, ""], *, fit: FitDuquantpp, format: Format
+) -> Float[Array, "blocks n n"]:
+    draws = fit.steps if fit.fresh_q else 1
+    rotations = mixed_rotations(key, draws, fit.size, fit.q_side)
+    search = functools.partial(
+        greedy_search,
+        rotations=rotations,
+        steps=fit.steps,
+        index=fit.index,
+        criterion=fit.criterion,
+        format=format,
+    )
+    if fit.sharing == "shared":
+        best, _ = search(tokens.reshape(-1, fit.size))
+        return best[None]
+    blocks = tokens.reshape(tokens.shape[0], -1, fit.size).swapaxes(0, 1)
+    best, _ = jax.lax.map(search, blocks)
+    return best
