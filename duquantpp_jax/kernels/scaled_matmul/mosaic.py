@@ -1,0 +1,283 @@
+"""Block-scaled matmul on Blackwell's tensor cores, written in Pallas Mosaic GPU (sm_100a).
+
+    out[i, j] = sum_k  a[i, k] * A[i, k // block]  *  b[j, k] * B[j, k // block]
+
+A and B are the scales. The tensor core applies them itself (`tcgen05.mma ... block_scale`), so
+that no dequantized value ever exists; products and sums are float32.
+
+Three roles share a CTA and meet only at barriers:
+
+    load      warp 0 of warpgroup 0: TMA of elements and scales into a ring of `stages` slots
+    multiply  warp 1 of warpgroup 0: scales to tensor memory, then one tcgen05.mma a slot
+    write     warpgroup 1: accumulator -> registers -> shared memory -> TMA store
+
+    full[slot]     load     -> multiply   the slot holds data
+    empty[slot]    multiply -> load       the tensor core has read the slot
+    ready[buffer]  multiply -> write      the accumulator of a tile is complete
+    drained[buffer] write   -> multiply   its columns may be overwritten
+
+The kernel is persistent: a cluster walks over its output tiles in one flat loop over all K steps
+of all its tiles, so that loading runs ahead across tile borders, and the two accumulators let the
+next tile begin while the last one is written. Two accumulators of 256 columns and the scales do
+not fit in the 512 columns of tensor memory: they then overlap, and the overlapping columns are
+written first.
+
+With `collective`, two CTAs of a cluster compute one tile of 256 rows: each holds half the rows of
+`a` and half the rows of `b`, and the leader issues for both.
+
+Edges cost nothing: TMA fills what lies outside with zeros and clips what is stored outside.
+
+Source: PTX ISA 9.0, sections "TensorCore 5th Generation Family Instructions" (block scaling,
+scale-factor layouts, which instruction orders which); Pallas Mosaic GPU's documentation.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from duquantpp_jax.kernels.scaled_matmul.tiling import ROWS, Tiling, bits_of, depth_of
+
+__all__ = ["scaled_matmul"]
+
+
+def scaled_matmul(
+    a: Float[Array, "m k"],
+    b: Float[Array, "n k"],
+    a_scales: Float[Array, "mt kt 32 16"],
+    b_scales: Float[Array, "nt kt 32 16"],
+    *,
+    block: int,
+    out_dtype: Any = jnp.bfloat16,
+    tiling: Tiling,
+    interpret: Any = None,
+) -> Float[Array, "splits m n"]:
+    """The kernel itself. `api.scaled_matmul` checks and prepares; this one only computes.
+
+    Args:
+      a, b: Elements with K last: float4_e2m1fn, or float8_e4m3fn / float8_e5m2. TMA wants rows
+        in multiples of 8, and K of 128 bytes (or less than that).
+      a_scales, b_scales: Scales in the 128x4 layout; float8_e8m0fnu, or float8_e4m3fn (NVFP4).
+      block: Elements that share a scale: 32, or 16 for NVFP4.
+      out_dtype: bfloat16 or float32; `n` a multiple of `tiling.store_columns`, or less.
+      tiling: How the work is cut.
+      interpret: Parameters of Mosaic's interpret mode; None compiles.
+
+    Returns:
+      a @ b.T with both scales applied, accumulated in float32: one array for each part of K.
+    """
+    (m, k), (n, _) = a.shape, b.shape
+    t, sdt = tiling, a_scales.dtype
+    depth, stages, store = depth_of(a.dtype), t.stages, t.store_columns
+    k_steps, rest = divmod(pl.cdiv(k, depth), t.splits)
+    if rest:
+        raise ValueError(f"{k_steps * t.splits + rest} steps of K do not split into {t.splits}")
+    m_tiles, n_tiles = pl.cdiv(m, t.rows), pl.cdiv(n, t.columns)
+    all_tiles = m_tiles * n_tiles * t.splits
+    clusters = min(all_tiles, t.cores // t.ctas)
+    scale_tiles = depth // (4 * block)  # 128x4 scale tiles along K of one step
+    stride = t.stride(depth, block)
+    overlap = t.columns - stride
+    lag = 1 if overlap else 2  # tiles between a drain and the multiply that needs it
+    chunks = t.columns // store
+    axis = "cta" if t.collective else None
+
+    def split(dimension):
+        """Each CTA of the pair loads its half; the leader's barrier counts both."""
+        if not t.collective:
+            return {}
+        return {"collective_axes": "cta", "leader_tracked": dimension}
+
+    halves = split(plgpu.CopyPartition.PARTITIONED(0))
+    both = split(plgpu.CopyPartition.REPLICATED)
+
+    def kernel(a_gmem, b_gmem, sa_gmem, sb_gmem, out_gmem, scratch):
+        s = scratch
+        cta, cluster, role = lax.axis_index("cta"), lax.axis_index("sm"), lax.axis_index("wg")
+        tiles = lax.div(all_tiles - cluster + clusters - 1, jnp.int32(clusters))
+        steps = tiles * k_steps
+
+        def where(tile):
+            """Part of K, row and column of this cluster's tile-th tile, in units of tiles."""
+            index, part_size = cluster + tile * clusters, jnp.int32(m_tiles * n_tiles)
+            row, column = _grouped(lax.rem(index, part_size), m_tiles, n_tiles, t.group)
+            return lax.div(index, part_size), row, column
+
+        def load(step):
+            slot = lax.rem(step, jnp.int32(stages))
+            tile, ki = lax.div(step, jnp.int32(k_steps)), lax.rem(step, jnp.int32(k_steps))
+            part, mi, ni = where(tile)
+            ki = part * k_steps + ki
+
+            @pl.when(step >= stages)
+            def _():
+                plgpu.barrier_wait(s["empty"].at[slot])
+
+            ks = pl.ds(ki * depth, depth)
+            kt = pl.ds(ki * scale_tiles, scale_tiles)
+            rows, columns = pl.ds(mi * t.rows, t.rows), pl.ds(ni * t.columns, t.columns)
+            row_tiles = pl.ds(mi * t.ctas, t.ctas)
+            column_tiles = pl.ds(ni * (t.columns // ROWS), t.columns // ROWS)
+            full = s["full"].at[slot]
+            plgpu.copy_gmem_to_smem(a_gmem.at[rows, ks], s["a"].at[slot], full, **halves)
+            plgpu.copy_gmem_to_smem(b_gmem.at[columns, ks], s["b"].at[slot], full, **halves)
+            plgpu.copy_gmem_to_smem(sa_gmem.at[row_tiles, kt], s["sa"].at[slot], full, **halves)
+            plgpu.copy_gmem_to_smem(sb_gmem.at[column_tiles, kt], s["sb"].at[slot], full, **both)
+
+        def multiply(step, slot):
+            tile, ki = lax.div(step, jnp.int32(k_steps)), lax.rem(step, jnp.int32(k_steps))
+            buffer = lax.rem(tile, jnp.int32(2))
+
+            @pl.when(jnp.logical_and(ki == 0, tile >= lag))
+            def _():
+                plgpu.barrier_wait(s["drained"].at[lax.rem(tile - lag, jnp.int32(2))])
+
+            @pl.when(cta == 0)
+            def _():
+                plgpu.barrier_wait(s["full"].at[slot])
+                sa, sb = s["sa_tmem"][slot], s["sb_tmem"][slot]
+                plgpu.async_copy_scales_to_tmem(s["sa"].at[slot], sa, collective_axis=axis)
+                plgpu.async_copy_scales_to_tmem(s["sb"].at[slot], sb, collective_axis=axis)
+                plgpu.tcgen05_mma(
+                    s["acc"].at[:, pl.ds(buffer * stride, t.columns)],
+                    s["a"].at[slot],
+                    s["b"].at[slot].transpose((1, 0)),
+                    s["empty"].at[slot],
+                    a_scale=sa,
+                    b_scale=sb,
+                    accumulate=ki > 0,
+                    collective_axis=axis,
+                )
+
+                @pl.when(ki == k_steps - 1)
+                def _():
+                    plgpu.tcgen05_commit_arrive(s["ready"].at[buffer], collective_axis=axis)
+
+        def write(tile):
+            buffer = lax.rem(tile, jnp.int32(2))
+            part, mi, ni = where(tile)
+            rows = pl.ds((mi * t.ctas + cta) * ROWS, ROWS)
+            plgpu.barrier_wait(s["ready"].at[buffer])
+            for c in range(chunks):
+                # Overlapping columns first: the last ones of accumulator 0, the first of 1.
+                first, second = (chunks - 1 - c) * store if overlap else c * store, c * store
+                column = first + buffer * (second - first)
+                in_tmem = first + buffer * (stride + second - first)
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                acc = plgpu.async_load_tmem(s["acc"].at[:, pl.ds(in_tmem, store)])
+                s["out"][c % 2] = acc.astype(out_dtype)
+                if c == (pl.cdiv(overlap, store) or chunks) - 1:
+                    plgpu.wait_load_tmem()
+                    plgpu.barrier_arrive(s["drained"].at[buffer])
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(
+                    s["out"].at[c % 2],
+                    out_gmem.at[part, rows, pl.ds(ni * t.columns + column, store)],
+                )
+
+        @pl.when(role == 0)
+        def _():
+            @plgpu.warp_map
+            def _(warp):
+                @pl.when(warp == 0)
+                def _():
+                    _loop(0, steps, load)
+                    _loop(  # nobody leaves while the tensor core may still arrive on a barrier
+                        lax.max(steps - stages, 0),
+                        steps,
+                        lambda step: plgpu.barrier_wait(
+                            s["empty"].at[lax.rem(step, jnp.int32(stages))]
+                        ),
+                    )
+
+                @pl.when(warp == 1)
+                def _():
+                    # Unrolled over the ring, as tensor-memory scale buffers have static names.
+                    # One buffer a slot: the hardware orders copy -> mma, but not mma -> copy.
+                    def round_(r):
+                        for slot in range(stages):
+                            step = r * stages + slot
+                            pl.when(step < steps)(functools.partial(multiply, step, slot))
+
+                    _loop(0, lax.div(steps + stages - 1, jnp.int32(stages)), round_)
+                    _loop(
+                        lax.max(tiles - lag, 0),
+                        tiles,
+                        lambda tile: plgpu.barrier_wait(
+                            s["drained"].at[lax.rem(tile, jnp.int32(2))]
+                        ),
+                    )
+
+        @pl.when(role == 1)
+        def _():
+            _loop(0, tiles, write)
+            plgpu.wait_smem_to_gmem(0)
+
+    to_drained = plgpu.Barrier(num_barriers=2, orders_tensor_core=True)
+    if t.collective:
+        to_drained = plgpu.ClusterBarrier(
+            collective_axes=("cta",), num_barriers=2, orders_tensor_core=True
+        )
+    scratch = {
+        "a": _tiled((stages, ROWS, depth), a.dtype),
+        "b": _tiled((stages, t.columns // t.ctas, depth), b.dtype),
+        "sa": plgpu.SMEM((stages, 1, scale_tiles, 32, 16), sdt),
+        "sb": plgpu.SMEM((stages, t.columns // ROWS, scale_tiles, 32, 16), sdt),
+        "out": _tiled((2, ROWS, store), out_dtype),
+        "acc": plgpu.TMEM((ROWS, stride + t.columns), jnp.float32, collective=t.collective),
+        "sa_tmem": [_scales(ROWS, depth // block, sdt, t) for _ in range(stages)],
+        "sb_tmem": [_scales(t.columns, depth // block, sdt, t) for _ in range(stages)],
+        "full": plgpu.Barrier(num_arrivals=4, num_barriers=stages),
+        "empty": plgpu.Barrier(num_barriers=stages, orders_tensor_core=True),
+        "ready": plgpu.Barrier(num_barriers=2, orders_tensor_core=True),
+        "drained": to_drained,
+    }
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((t.splits, m, n), out_dtype),
+        grid=(clusters,),
+        grid_names=("sm",),
+        cluster=(t.ctas,),
+        cluster_names=("cta",),
+        num_threads=2,
+        thread_name="wg",
+        scratch_types={"scratch": scratch},
+        kernel_name="scaled_matmul",
+        **({} if interpret is None else {"interpret": interpret}),
+    )(a, b, a_scales, b_scales)
+
+
+def _grouped(index, m_tiles: int, n_tiles: int, group: int):
+    """Walks `group` rows of tiles column by column, so that a wave shares rows and columns."""
+    width = jnp.int32(group * n_tiles)
+    top = lax.div(index, width) * group
+    height = lax.min(jnp.int32(group), m_tiles - top)
+    inside = lax.rem(index, width)
+    return top + lax.rem(inside, height), lax.div(inside, height)
+
+
+def _loop(start, stop, body) -> None:
+    """A loop with int32 counters that carries nothing."""
+    lax.fori_loop(jnp.int32(start), jnp.int32(stop), lambda i, _: body(i), None)
+
+
+def _tiled(shape: tuple[int, ...], dtype: Any):
+    """Shared memory in the tiles of 8 swizzled rows that TMA writes and the tensor core reads."""
+    bits = bits_of(dtype)
+    swizzle = plgpu.find_swizzle(shape[-1] * bits)
+    tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+
+def _scales(rows: int, columns: int, dtype: Any, tiling: Tiling):
+    return plgpu.TMEM(
+        (rows, columns),
+        dtype,
+        layout=plgpu.TMEMLayout.SCALES_LAYOUT,
+        collective=tiling.collective,
+    )

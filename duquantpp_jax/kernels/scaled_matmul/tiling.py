@@ -1,0 +1,126 @@
+"""How `mosaic.scaled_matmul` cuts its work to fit an SM of Blackwell.
+
+A tile of R rows and C columns computes R C K products from (R + C) K elements, so large tiles move
+few bytes. What bounds them is the SM: an accumulator takes C columns of tensor memory, scales
+take more of its 512, and the ring of slots has to fit in shared memory.
+
+Source: PTX ISA 9.0, "Tensor Memory"; CUDA C++ Programming Guide, compute capability 10.0.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+ROWS = 128  # lanes of tensor memory: the rows of an output tile that one CTA holds
+COLUMNS = 512  # 32-bit columns of tensor memory
+SWIZZLE = 128  # bytes of K in one row of a shared-memory tile: the widest TMA swizzle
+SHARED_BYTES = 227 * 1024  # shared memory a CTA may own (CUDA programming guide, 10.x)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How the work is cut. Choices only: every value gives the same sums in another order.
+
+    Attributes:
+      columns: Output columns of a tile: 128 or 256.
+      stages: Slots of the ring between load and multiply.
+      collective: Two CTAs share a tile of 256 rows (else one CTA has 128).
+      store_columns: Output columns of one TMA store.
+      splits: Parts of K that are summed apart, for problems with fewer tiles than cores.
+      group: Rows of tiles walked together, for reuse in L2.
+      cores: Streaming multiprocessors to fill.
+    """
+
+    columns: int = 256
+    stages: int = 4
+    collective: bool = True
+    store_columns: int = 32
+    splits: int = 1
+    group: int = 8
+    cores: int = 148
+
+    @property
+    def ctas(self) -> int:
+        """CTAs of a cluster."""
+        return 2 if self.collective else 1
+
+    @property
+    def rows(self) -> int:
+        """Output rows of a tile."""
+        return ROWS * self.ctas
+
+    def scale_columns(self, depth: int, block: int) -> int:
+        """Columns of tensor memory for one slot's scales: 4 rows' bytes a lane, by eights."""
+        return sum(-(-tiles * depth // block // 8) * 8 for tiles in (1, self.columns // ROWS))
+
+    def stride(self, depth: int, block: int) -> int:
+        """Columns from the first accumulator to the second; under `columns`, they overlap."""
+        free = COLUMNS - self.stages * self.scale_columns(depth, block)
+        return min(self.columns, free - self.columns)
+
+    def shared_bytes(self, depth: int, block: int, out_dtype: Any) -> int:
+        """Shared memory of a CTA, each array rounded up to 1 KiB, and 1 KiB for barriers."""
+        elements = ROWS + self.columns // self.ctas
+        scale_bytes = 128 * depth // block * self.stages
+        scales = sum(-(-tiles * scale_bytes // 1024) for tiles in (1, self.columns // ROWS)) * 1024
+        out = 2 * ROWS * self.store_columns * jnp.dtype(out_dtype).itemsize
+        return self.stages * elements * SWIZZLE + scales + out + 1024
+
+
+def depth_of(dtype: Any) -> int:
+    """Elements of K in one step: one swizzled row of shared memory, 4 instructions deep."""
+    return SWIZZLE * 8 // bits_of(dtype)
+
+
+def choose_tiling(
+    m: int,
+    n: int,
+    k: int,
+    dtype: Any,
+    block: int,
+    *,
+    out_dtype: Any = jnp.bfloat16,
+    cores: int = 148,
+    collective: bool | None = None,
+) -> Tiling:
+    """The widest tiles that keep the cores busy, and as many slots as the memories hold.
+
+    Two CTAs share a tile once there are rows for both. Of 128 and 256 columns the one with fewer
+    columns to compute in sequence wins, 256 on a draw (it moves fewer bytes). Where tiles are
+    fewer than half the cores, K is split, in equal parts of at least four steps.
+
+    Args:
+      cores: Streaming multiprocessors of the device (B200: 148).
+      collective: Overrides the choice of one or two CTAs.
+    """
+    depth = depth_of(dtype)
+    if collective is None:
+        collective = m > ROWS
+    rows, clusters = (2 * ROWS, cores // 2) if collective else (ROWS, cores)
+
+    def in_sequence(columns: int) -> int:
+        return _cdiv(_cdiv(m, rows) * _cdiv(n, columns), clusters) * columns
+
+    columns = 256 if in_sequence(256) <= in_sequence(128) else 128
+    tiles, steps = _cdiv(m, rows) * _cdiv(n, columns), _cdiv(k, depth)
+    most = max(1, min(clusters // tiles, steps // 4))
+    splits = max(parts for parts in range(1, most + 1) if steps % parts == 0)
+
+    def fits(t: Tiling) -> bool:
+        little_overlap = columns - t.stride(depth, block) <= columns * 3 // 8 or t.stages == 3
+        return little_overlap and t.shared_bytes(depth, block, out_dtype) <= SHARED_BYTES
+
+    candidates = (
+        Tiling(columns, stages, collective, splits=splits, cores=cores) for stages in (6, 5, 4, 3)
+    )
+    return next(t for t in candidates if fits(t))
+
+
+def bits_of(dtype: Any) -> int:
+    """Bits of one element in memory."""
+    return 4 if jnp.dtype(dtype) == jnp.float4_e2m1fn else 8 * jnp.dtype(dtype).itemsize
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
