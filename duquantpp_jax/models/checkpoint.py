@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 from tokenizers import Tokenizer
 
 from duquantpp_jax.models.config import DecoderConfig
@@ -179,7 +179,7 @@ def save(model: Decoder, tokenizer_json: str, directory: str | os.PathLike[str])
         config = json.dumps(model.config.to_dict(), indent=1)
         (partial / "config.json").write_text(config + "\n", encoding="utf-8")
         (partial / _TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
-        save_file(tensors, partial / _SINGLE, metadata={"format": "pt"})
+        (partial / _SINGLE).write_bytes(serialize(tensors, metadata={"format": "pt"}))
         partial.replace(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
