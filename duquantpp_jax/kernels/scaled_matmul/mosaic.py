@@ -248,6 +248,7 @@ def scaled_matmul(
         thread_name="wg",
         scratch_types={"scratch": scratch},
         kernel_name="scaled_matmul",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         **({} if interpret is None else {"interpret": interpret}),
     )(a, b, a_scales, b_scales)
 

@@ -1,0 +1,242 @@
+"""Rotate and quantize in one pass over memory, in Pallas Mosaic GPU (sm_100a).
+
+    y_b = x_b R_b,   E_b = rule(max |y_b|),   code_i = e2m1(y_i 2^-E_b)
+
+for blocks b of 32 columns. Codes leave packed, scale bytes leave in the 128x4 tiles that
+`scaled_matmul` reads; the rotated values exist only in tensor memory.
+
+The rotation runs on the tensor cores: 32 multiplications an element would take the other cores
+several times as long as the memory takes. x is bfloat16; R is given as two bfloat16 parts, R = hi
++ lo to 2^-17, which are two products into one float32 accumulator.
+
+The exponent comes from the bits of the largest magnitude, without a logarithm. With one mantissa
+bit and a largest element of 1.5 * 2^2, every rule is one addition that carries, or not, into the
+exponent:
+
+    byte = ((bits(amax) + carry) >> 23) - 2
+    FLOOR  carry = 0                    CEIL   carry = 2^23 - 1   (above 1.0)
+    EVEN   carry = 2^21  (from 1.75)    RCEIL  carry = 2^22 - 1   (above 1.5)
+
+Roles in a CTA, as in scaled_matmul: a warp loads, a warp multiplies, two warpgroups quantize
+alternate tiles. A tile is 128 rows by 128 columns: four blocks a row, one scale tile.
+
+Source: OCP MX v1.0, section 6.3; PTX ISA 9.0, tcgen05 and cvt.rn.satfinite.e2m1x2.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, BFloat16, Float, UInt8
+
+from duquantpp_jax.core import ScaleRule
+from duquantpp_jax.kernels.compat import load as load_shared
+from duquantpp_jax.kernels.compat import store
+
+__all__ = ["CARRY", "rotate_quantize"]
+
+ROWS, WIDTH, BLOCK = 128, 128, 32
+BLOCKS = WIDTH // BLOCK
+BUFFERS = 4  # accumulators of WIDTH columns: all of tensor memory
+EMAX = 2  # of E2M1
+LINE = plgpu.Layout.TILED(  # 32 numbers, one a lane, the same in every warp
+    plgpu.Tiling(((32,), (1,))), (plgpu.Replicated(4),), (-2,), -1
+)
+CARRY = {
+    ScaleRule.FLOOR: 0,
+    ScaleRule.CEIL: (1 << 23) - 1,
+    ScaleRule.EVEN: 1 << 21,
+    ScaleRule.RCEIL: (1 << 22) - 1,
+}
+
+
+def rotate_quantize(
+    x: BFloat16[Array, "m k"],
+    rotation: BFloat16[Array, "2 blocks 32 32"],
+    *,
+    scale_rule: ScaleRule,
+    width: int,
+    stages: int = 3,
+    cores: int = 148,
+    interpret: Any = None,
+) -> tuple[Float[Array, "m {width}"], UInt8[Array, "mt kt 32 16"]]:
+    """The kernel itself. `api.rotate_quantize` checks and prepares; this one only computes.
+
+    Args:
+      x: Rows in multiples of 8 (or fewer than 8), columns in multiples of 32.
+      rotation: High and low part of each block's matrix; a single block serves all.
+      scale_rule: FLOOR, CEIL, EVEN or RCEIL.
+      width: Columns to write, a multiple of 32; those beyond k are zeros.
+      stages: Slots of the ring between load and multiply.
+      cores: Streaming multiprocessors to fill.
+      interpret: Parameters of Mosaic's interpret mode; None compiles.
+
+    Returns:
+      Elements as float4_e2m1fn, and scale bytes in 128x4 tiles.
+    """
+    m = x.shape[0]
+    one_for_all = rotation.shape[1] == 1
+    r_blocks = 1 if one_for_all else BLOCKS
+    r_slots = 1 if one_for_all else stages
+    m_tiles, k_tiles = pl.cdiv(m, ROWS), pl.cdiv(width, WIDTH)
+    ctas = min(m_tiles * k_tiles, cores)
+    carry = CARRY[scale_rule]
+
+    def kernel(x_gmem, r_gmem, q_gmem, s_gmem, scratch):
+        s = scratch
+        cta, role = lax.axis_index("sm"), lax.axis_index("wg")
+        tiles = lax.div(m_tiles * k_tiles - cta + ctas - 1, jnp.int32(ctas))
+
+        def where(tile):
+            index = cta + tile * ctas
+            return lax.div(index, jnp.int32(k_tiles)), lax.rem(index, jnp.int32(k_tiles))
+
+        def load(tile):
+            slot = lax.rem(tile, jnp.int32(stages))
+            mi, ki = where(tile)
+
+            @pl.when(tile >= stages)
+            def _():
+                plgpu.barrier_wait(s["empty"].at[slot])
+
+            rows, columns = pl.ds(mi * ROWS, ROWS), pl.ds(ki * WIDTH, WIDTH)
+            full = s["full"].at[slot]
+            plgpu.copy_gmem_to_smem(x_gmem.at[rows, columns], s["x"].at[slot], full)
+            if not one_for_all:
+                blocks = pl.ds(ki * BLOCKS, BLOCKS)
+                plgpu.copy_gmem_to_smem(r_gmem.at[:, blocks], s["r"].at[slot], full)
+
+        def multiply(tile):
+            slot, buffer = lax.rem(tile, jnp.int32(stages)), lax.rem(tile, jnp.int32(BUFFERS))
+
+            @pl.when(tile >= BUFFERS)
+            def _():
+                plgpu.barrier_wait(s["drained"].at[buffer])
+
+            plgpu.barrier_wait(s["full"].at[slot])
+            for b in range(BLOCKS):
+                block = pl.ds(b * BLOCK, BLOCK)
+                acc = s["acc"].at[:, pl.ds(buffer * WIDTH + b * BLOCK, BLOCK)]
+                for part in range(2):
+                    r = s["r"].at[0 if one_for_all else slot, part, 0 if one_for_all else b]
+                    plgpu.tcgen05_mma(acc, s["x"].at[slot, :, block], r, accumulate=part > 0)
+            plgpu.tcgen05_commit_arrive(s["empty"].at[slot])
+            plgpu.tcgen05_commit_arrive(s["ready"].at[buffer])
+
+        def quantize(tile):
+            buffer = out = lax.rem(tile, jnp.int32(BUFFERS))
+            mi, ki = where(tile)
+            plgpu.barrier_wait(s["ready"].at[buffer])
+            plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # the tile before last is out
+            word = None
+            for b in range(BLOCKS):
+                acc = s["acc"].at[:, pl.ds(buffer * WIDTH + b * BLOCK, BLOCK)]
+                y = plgpu.async_load_tmem(acc, layout=plgpu.Layout.TCGEN05_TMEM_NATIVE)
+                byte, elements = _quantize_block(y, carry)
+                store(s["q"].at[out, :, pl.ds(b * BLOCK, BLOCK)], elements)
+                word = byte if word is None else word | (byte << (8 * b))
+            plgpu.wait_load_tmem()
+            plgpu.barrier_arrive(s["drained"].at[buffer])
+            store(s["word"].at[out], word)
+            plgpu.commit_smem()
+            # A row's four bytes are one word; row 32 j + i is word j of line i in its tile.
+            for j in range(4):
+                words = load_shared(s["word"].at[out, pl.ds(32 * j, 32)], LINE)
+                store(s["s"].at[out, :, j], words)
+            plgpu.commit_smem()
+            rows, columns = pl.ds(mi * ROWS, ROWS), pl.ds(ki * WIDTH, WIDTH)
+            plgpu.copy_smem_to_gmem(s["q"].at[out], q_gmem.at[rows, columns])
+            plgpu.copy_smem_to_gmem(s["s"].at[out], s_gmem.at[mi, ki])
+
+        @pl.when(role == 0)
+        def _():
+            @plgpu.warp_map
+            def _(warp):
+                @pl.when(warp == 0)
+                def _():
+                    if one_for_all:
+                        plgpu.copy_gmem_to_smem(r_gmem, s["r"].at[0], s["r_full"])
+                    _loop(0, tiles, load)
+                    _loop(
+                        lax.max(tiles - stages, 0),
+                        tiles,
+                        lambda t: plgpu.barrier_wait(s["empty"].at[lax.rem(t, jnp.int32(stages))]),
+                    )
+
+                @pl.when(warp == 1)
+                def _():
+                    if one_for_all:
+                        plgpu.barrier_wait(s["r_full"])
+                    _loop(0, tiles, multiply)
+                    _loop(
+                        lax.max(tiles - BUFFERS, 0),
+                        tiles,
+                        lambda t: plgpu.barrier_wait(
+                            s["drained"].at[lax.rem(t, jnp.int32(BUFFERS))]
+                        ),
+                    )
+
+        @pl.when(role > 0)
+        def _():
+            mine = lax.div(tiles - role + 2, jnp.int32(2))  # tiles role - 1, role + 1, ...
+            _loop(0, mine, lambda i: quantize(2 * i + role - 1))
+            plgpu.wait_smem_to_gmem(0)
+
+    tiled = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(64))
+    scratch = {
+        "x": plgpu.SMEM((stages, ROWS, WIDTH), x.dtype, transforms=tiled),
+        "r": plgpu.SMEM((r_slots, 2, r_blocks, BLOCK, BLOCK), x.dtype, transforms=tiled),
+        "q": plgpu.SMEM((BUFFERS, ROWS, WIDTH), jnp.float4_e2m1fn),
+        "word": plgpu.SMEM((BUFFERS, ROWS), jnp.int32),
+        "s": plgpu.SMEM((BUFFERS, 32, 4), jnp.int32),
+        "acc": plgpu.TMEM((ROWS, BUFFERS * WIDTH), jnp.float32),
+        "full": plgpu.Barrier(num_arrivals=1 if one_for_all else 2, num_barriers=stages),
+        "empty": plgpu.Barrier(num_barriers=stages, orders_tensor_core=True),
+        "ready": plgpu.Barrier(num_barriers=BUFFERS, orders_tensor_core=True),
+        "drained": plgpu.Barrier(num_barriers=BUFFERS, orders_tensor_core=True),
+        "r_full": plgpu.Barrier(),
+    }
+    elements, words = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((m, width), jnp.float4_e2m1fn),
+            jax.ShapeDtypeStruct((m_tiles, k_tiles, 32, 4), jnp.int32),
+        ),
+        grid=(ctas,),
+        grid_names=("sm",),
+        num_threads=3,
+        thread_name="wg",
+        scratch_types={"scratch": scratch},
+        kernel_name="rotate_quantize",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **({} if interpret is None else {"interpret": interpret}),
+    )(x, rotation)
+    scale_bytes = lax.bitcast_convert_type(words, jnp.uint8)  # [..., 32, 4, 4]
+    return elements, scale_bytes.reshape(m_tiles, k_tiles, 32, 16)
+
+
+def _quantize_block(y: Float[Array, "rows 32"], carry: int):
+    """Scale byte and elements of one block a row; Inf or NaN in it gives byte 255 and zeros."""
+    magnitude = lax.bitcast_convert_type(y, jnp.int32) & 0x7FFFFFFF
+    amax = jnp.max(magnitude, axis=1)
+    bad = amax >= 0x7F800000
+    byte = jnp.maximum(((amax + carry) >> 23) - EMAX, 0)
+    byte = jnp.where(bad, 255, byte)
+    inverse = lax.bitcast_convert_type((254 - jnp.minimum(byte, 254)) << 23, jnp.float32)
+    z = jnp.where(_rows(bad, y), jnp.float32(0), y * _rows(inverse, y))
+    z = plgpu.layout_cast(z, plgpu.Layout.TCGEN05_TMEM_NATIVE(8))  # a word of codes at a time
+    return byte, z.astype(jnp.float4_e2m1fn)
+
+
+def _rows(values: Float[Array, " rows"], like: Float[Array, "rows 32"]) -> Float[Array, "rows 32"]:
+    """One value a row, in every column."""
+    spread = lax.broadcast_in_dim(values, like.shape, (0,))
+    return plgpu.layout_cast(spread, plgpu.Layout.TCGEN05_TMEM_NATIVE)
+
+
+def _loop(start, stop, body) -> None:
+    """A loop with int32 counters that carries nothing."""
+    lax.fori_loop(jnp.int32(start), jnp.int32(stop), lambda i, _: body(i), None)
