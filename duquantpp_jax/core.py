@@ -56,7 +56,8 @@ class Element:
       exponent_bits: Width of the exponent field.
       mantissa_bits: Width of the mantissa field.
       bias: Subtracted from the exponent field.
-      max_code: Code of the largest finite magnitude; codes above it are Inf or NaN, if any.
+      max_code: Code of the largest finite magnitude; codes above it, if any, are NaN.
+      infinity_code: The one of them that is Inf instead, if any.
       dtype: The JAX type that stores elements: of the same bits where JAX has one that works,
         else uint8, which holds the code.
 
@@ -69,6 +70,10 @@ class Element:
     bias: int
     max_code: int
     dtype: Any
+    infinity_code: int | None = None
+
+    def __repr__(self) -> str:
+        return self.name
 
     @property
     def bits(self) -> int:
@@ -114,17 +119,18 @@ class Element:
         self, codes: UInt8[Array, "*shape"], exponent: Int[Array, "*#shape"] | int = 0
     ) -> Float32[Array, "*shape"]:
         """The numbers that codes stand for, times 2^exponent: exact where float32 holds them."""
-        code = codes.astype(jnp.int32)
         one = 1 << self.mantissa_bits
-        field = (code >> self.mantissa_bits) & ((1 << self.exponent_bits) - 1)
-        significand = (code & (one - 1)) + jnp.where(field > 0, one, 0)
+        magnitude = codes.astype(jnp.int32) & ((one << self.exponent_bits) - 1)
+        field = magnitude >> self.mantissa_bits
+        significand = (magnitude & (one - 1)) + jnp.where(field > 0, one, 0)
         power = jnp.maximum(field, 1) - (self.bias + self.mantissa_bits)
-        magnitude = times_power_of_two(significand.astype(jnp.float32), power + exponent)
-        if self.max_code + 1 < 1 << (self.bits - 1):
-            beyond = (code & ((one << self.exponent_bits) - 1)) > self.max_code
-            magnitude = jnp.where(beyond, jnp.float32(jnp.nan), magnitude)
-        sign = (codes >> (self.bits - 1)).astype(jnp.uint32) << 31
-        bits = jax.lax.bitcast_convert_type(magnitude, jnp.uint32) | sign
+        value = times_power_of_two(significand.astype(jnp.float32), power + exponent)
+        if self.max_code + 1 < one << self.exponent_bits:
+            value = jnp.where(magnitude > self.max_code, jnp.float32(jnp.nan), value)
+        if self.infinity_code is not None:
+            value = jnp.where(magnitude == self.infinity_code, jnp.float32(jnp.inf), value)
+        negative = (codes >> (self.bits - 1)).astype(jnp.uint32) << 31
+        bits = jax.lax.bitcast_convert_type(value, jnp.uint32) | negative
         return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
@@ -195,8 +201,8 @@ class MXArray:
         return jax.lax.bitcast_convert_type(self.scales, jnp.uint8)
 
     def dequantize(self) -> Float32[Array, "*shape"]:
-        """element * scale in float32, exact for E8M0 (subnormals included, Inf beyond 2^128); for
-        other scales element * (scale * tensor_scale), where either product may round."""
+        """element * scale in float32, exact for E8M0: subnormals included, Inf beyond 2^128. For
+        other scales element * scale * tensor_scale, rounded once (cut off below 2^-126)."""
         return self._times_scale(self.codes())
 
     def limit(self) -> Float32[Array, "*shape"]:
@@ -209,16 +215,16 @@ class MXArray:
             byte = self.scale_bytes().astype(jnp.int32)[..., None]
             x = self.element.decode(blocks, byte - 127)
             return jnp.where(byte == 255, jnp.float32(jnp.nan), x).reshape(self.shape)
-        scale = self.scales.astype(jnp.float32)
-        if self.tensor_scale is not None:
-            scale = scale * self.tensor_scale
-        # scale = significand * 2^exponent, so that no product but the last may be subnormal
-        bits = jax.lax.bitcast_convert_type(scale, jnp.int32)[..., None]
+        x, scale = self.element.decode(blocks), self.scales.astype(jnp.float32)[..., None]
+        if self.tensor_scale is not None:  # E4M3 scales have 4 bits: element * scale is exact
+            x = x * scale
+            t = self.tensor_scale  # one for each of what stacked arrays stack
+            scale = t.reshape(*t.shape, *[1] * (x.ndim - t.ndim))
+        # With scale = significand * 2^exponent only the last of the products may be subnormal.
+        bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
         significand = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
-        x = times_power_of_two(self.element.decode(blocks) * significand, (bits >> 23) - 127)
-        return jnp.where(jnp.isfinite(scale)[..., None], x, jnp.float32(jnp.nan)).reshape(
-            self.shape
-        )
+        x = times_power_of_two(x * significand, (bits >> 23) - 127)
+        return jnp.where(jnp.isfinite(scale), x, jnp.float32(jnp.nan)).reshape(self.shape)
 
 
 class Format(abc.ABC):

@@ -11,20 +11,21 @@ Source: OCP MX v1.0, section 6.3; Rouhani et al., arXiv 2310.10537, Algorithm 1.
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, Float32, Int, Key
 
-from duquantpp_jax.core import Element, Format, MXArray, ScaleRule
+from duquantpp_jax.core import Element, ElementRounding, Format, MXArray, ScaleRule
 from duquantpp_jax.formats import scales as sc
-from duquantpp_jax.formats.elements import E2M1, encode
+from duquantpp_jax.formats.division import magnitude_bits
+from duquantpp_jax.formats.elements import E2M1, E2M3, E3M2, E4M3, E5M2, encode
 
 FLOAT_TYPES = ("float32", "bfloat16", "float16")
 
 
-def to_blocks(x: Array, block_size: int) -> Array:
+def to_blocks(x: Array | np.ndarray, block_size: int) -> Float32[Array, "*blocks size"]:
     """x in float32 (exact), its last axis split into blocks.
 
     Raises:
@@ -45,7 +46,31 @@ def to_blocks(x: Array, block_size: int) -> Array:
             f"pad to {-(-width // block_size) * block_size} or choose another block"
         )
     blocks = (*x.shape[:-1], width // block_size, block_size)
-    return jnp.asarray(x).astype(jnp.float32).reshape(blocks)
+    return widen(jnp.asarray(x)).reshape(blocks)
+
+
+def from_blocks(blocks: Array) -> Array:
+    """Blocks in a row again."""
+    *batch, count, size = blocks.shape
+    return blocks.reshape(*batch, count * size)
+
+
+def widen(x: Array) -> Float32[Array, "*shape"]:
+    """x in float32, exact also where it is subnormal in its own type."""
+    if x.dtype == jnp.float32:
+        return x
+    if x.dtype == jnp.bfloat16:  # the upper half of a float32; a cast may flush subnormals
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return x.astype(jnp.float32)  # every float16 is a normal float32
+
+
+def check_key(key: Array | None, rounding: ElementRounding) -> None:
+    """Raises ValueError unless there is a key exactly where rounding is stochastic."""
+    if key is None and rounding is ElementRounding.STOCHASTIC:
+        raise ValueError("stochastic rounding needs a key: give key=jax.random.key(seed)")
+    if key is not None and rounding is not ElementRounding.STOCHASTIC:
+        raise ValueError(f"key is for stochastic rounding; this format rounds {rounding.value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,57 +81,90 @@ class MX(Format):
       element: The element type.
       block_size: Elements that share one scale; 32 in the standard.
       scale_rule: How the scale follows from the block.
+      rounding: How x / scale becomes an element.
     """
 
     element: Element
+    _: dataclasses.KW_ONLY
     block_size: int = 32
     scale_rule: ScaleRule = ScaleRule.FLOOR
+    rounding: ElementRounding = ElementRounding.NEAREST_EVEN
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"a block of {self.block_size} elements: give at least 1")
 
     def quantize(
         self,
-        x: Array,
+        x: Array | np.ndarray,
         *,
-        key: Array | None = None,
+        key: Key[Array, ""] | None = None,
         tensor_scale: Array | None = None,
-        scale_offset: Array | None = None,
-        clip: Array | None = None,
+        scale_offset: Int[Array, "*offsets"] | None = None,
+        clip: Float32[Array, "*clips"] | None = None,
     ) -> MXArray:
-        """See `Format.quantize`."""
+        """See `Format.quantize`. A block whose amax * clip is not finite is NaN."""
         if tensor_scale is not None:
             raise ValueError("tensor_scale is for formats with two levels of scale, such as NVFP4")
-        if key is not None:
-            raise ValueError("key is for stochastic rounding; this format rounds to nearest")
-        blocks = to_blocks(x, self.block_size)
-        return _quantize(blocks, scale_offset, clip, format=self)
+        check_key(key, self.rounding)
+        return _quantize(to_blocks(x, self.block_size), key, scale_offset, clip, format=self)
 
 
 @dataclasses.dataclass(frozen=True)
 class MXFP4(MX):
     """MXFP4: E2M1 elements (0, .5, 1, 1.5, 2, 3, 4, 6), one E8M0 scale for 32 of them."""
 
-    element: Element = E2M1
-    block_size: int = dataclasses.field(default=32, kw_only=True)
-    scale_rule: ScaleRule = dataclasses.field(default=ScaleRule.FLOOR, kw_only=True)
+    element: Element = dataclasses.field(default=E2M1, init=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class MXFP6(MX):
+    """MXFP6: E2M3 elements (to 7.5) or E3M2 (to 28), one E8M0 scale for 32 of them."""
+
+    element: Element = E2M3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_element(self, (E2M3, E3M2))
+
+
+@dataclasses.dataclass(frozen=True)
+class MXFP8(MX):
+    """MXFP8: E4M3 elements (to 448) or E5M2 (to 57344), one E8M0 scale for 32 of them."""
+
+    element: Element = E4M3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_element(self, (E4M3, E5M2))
+
+
+def _check_element(format: MX, elements: tuple[Element, ...]) -> None:
+    if format.element not in elements:
+        names = " or ".join(element.name for element in elements)
+        raise ValueError(f"{type(format).__name__} has {names} elements, not {format.element.name}")
 
 
 @functools.partial(jax.jit, static_argnames="format")
-def _quantize(blocks: Array, scale_offset: Any, clip: Any, *, format: MX) -> MXArray:
+def _quantize(
+    blocks: Array, key: Array | None, offset: Array | None, clip: Array | None, *, format: MX
+) -> MXArray:
     amax = sc.block_amax(blocks)
     bad = amax >= sc.INFINITY_BITS
     if clip is not None:
-        clipped = jax.lax.bitcast_convert_type(amax, jnp.float32) * clip
-        amax = jax.lax.bitcast_convert_type(clipped, jnp.uint32)
+        amax = magnitude_bits(jax.lax.bitcast_convert_type(amax, jnp.float32) * clip)
+        bad = bad | (amax >= sc.INFINITY_BITS)
     exponent = sc.scale_exponent(amax, format.scale_rule, format.element)
     if format.scale_rule is ScaleRule.MSE:
-        exponent = sc.least_error_exponent(blocks, exponent, format.element)
-    if scale_offset is not None:
-        exponent = exponent + scale_offset
+        exponent = sc.least_error_exponent(blocks, exponent, format.element, format.rounding)
+    if offset is not None:
+        exponent = exponent + offset
     exponent = sc.clamp(exponent)
-    codes = encode(blocks, exponent[..., None], format.element)
+    codes = encode(blocks, exponent[..., None], format.element, format.rounding, key)
     codes = jnp.where(bad[..., None], jnp.uint8(0), codes)
     byte = jnp.where(bad, 255, exponent + 127).astype(jnp.uint8)
     return MXArray(
-        elements=format.element.store(codes.reshape(*blocks.shape[:-2], -1)),
+        elements=format.element.store(from_blocks(codes)),
         scales=jax.lax.bitcast_convert_type(byte, jnp.float8_e8m0fnu),
         element=format.element,
         block_size=format.block_size,

@@ -1,0 +1,84 @@
+"""Division in integers: XLA may turn a / b into a * (1 / b), which rounds twice.
+
+    magnitude = significand * 2^(exponent - 23),  2^23 <= significand < 2^24
+    a / b = (significand_a / significand_b) * 2^(exponent_a - exponent_b)
+
+XLA makes products of all divisions by a constant or by a broadcast array, so that under jit
+amax / 6 is not the float32 nearest to amax / 6. Here quotients are integers with a remainder; what
+the remainder says (nothing is left, or something) is kept in a lowest bit, the sticky bit, so that
+rounding the quotient once more is rounding a / b itself.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32, UInt32
+
+
+def magnitude_bits(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+    """Bits of |x|: as integers they are ordered like magnitudes, with NaN above Inf on top."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
+
+
+def split(
+    magnitude: UInt32[Array, "*shape"],
+) -> tuple[Int32[Array, "*shape"], Int32[Array, "*shape"]]:
+    """Exponent and 24-bit significand of finite magnitudes, significand * 2^(exponent - 23).
+
+    Subnormals are normalized; zero has significand 0 and an exponent below every other.
+    """
+    subnormal = magnitude < 0x800000
+    # A subnormal's bits are its value in units of 2^-149, which as a float32 is normal.
+    counted = jax.lax.bitcast_convert_type(magnitude.astype(jnp.float32), jnp.uint32)
+    bits = jnp.where(subnormal, counted, magnitude)
+    exponent = (bits >> 23).astype(jnp.int32) - jnp.where(subnormal, 127 + 149, 127)
+    significand = (bits & 0x7FFFFF | 0x800000).astype(jnp.int32)
+    return exponent, jnp.where(magnitude == 0, 0, significand)
+
+
+def quotient(
+    a: Float32[Array, "*shape"], b: Float32[Array, "*#shape"]
+) -> tuple[Float32[Array, "*shape"], Int32[Array, "*shape"]]:
+    """q and e with q * 2^e = a / b to 14 bits and a sticky bit: enough to round to any element.
+
+    Args:
+      a: Finite.
+      b: Positive and finite.
+
+    Returns:
+      q with the sign of a, of magnitude 0 or in (2^14, 2^16), and e.
+    """
+    exponent_a, significand_a = split(magnitude_bits(a))
+    exponent_b, significand_b = split(magnitude_bits(b))
+    reciprocal = 1 / significand_b.astype(jnp.float32)
+    high, rest = _step(significand_a, significand_b, reciprocal)
+    low, rest = _step(rest, significand_b, reciprocal)
+    whole = (high << 8) + (low << 1) + (rest > 0).astype(jnp.int32)
+    negative = jax.lax.bitcast_convert_type(a, jnp.uint32) & jnp.uint32(0x80000000)
+    bits = jax.lax.bitcast_convert_type(whole.astype(jnp.float32), jnp.uint32) | negative
+    return jax.lax.bitcast_convert_type(bits, jnp.float32), exponent_a - exponent_b - 15
+
+
+def _step(
+    a: Int32[Array, "*shape"], b: Int32[Array, "*#shape"], reciprocal: Float32[Array, "*#shape"]
+) -> tuple[Int32[Array, "*shape"], Int32[Array, "*shape"]]:
+    """Quotient and remainder of 2^7 a by b: a step of long division, seven bits at a time."""
+    guess = (a.astype(jnp.float32) * 128 * reciprocal).astype(jnp.int32)
+    rest = (a << 7) - guess * b  # floats may be wrong by one; the remainder tells
+    guess = guess + (rest >= b).astype(jnp.int32) - (rest < 0).astype(jnp.int32)
+    return guess, (a << 7) - guess * b
+
+
+def divide_by(
+    x: UInt32[Array, "*shape"], divisor: int
+) -> tuple[Float32[Array, "*shape"], Int32[Array, "*shape"]]:
+    """q and e with q * 2^e = magnitude / divisor, q the nearest float32 (0 or of size 1 to 2^31).
+
+    Args:
+      x: Bits of finite magnitudes.
+      divisor: An integer below 32.
+    """
+    exponent, significand = split(x)
+    shifted = significand.astype(jnp.uint32) << 7
+    whole = shifted // divisor
+    sticky = (whole * divisor != shifted).astype(jnp.uint32)
+    return (whole | sticky).astype(jnp.float32), exponent - 30

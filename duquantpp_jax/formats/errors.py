@@ -1,0 +1,53 @@
+"""Squared error of a block, added up in integers, so that comparing two of them is exact.
+
+    error = sum_i (x_i - rounded_i)^2       in units in which every |x_i| < 1
+
+A float sum depends on the order of its terms and on where the compiler fuses a product into an
+addition; both change with jit, vmap and sharding, and with them which of two scales wins. Here each
+square is rounded to float32, cut off at 2^-2b and added up as an integer: no order, no fusing.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int32, UInt32
+
+from duquantpp_jax.core import times_power_of_two
+from duquantpp_jax.formats.division import magnitude_bits, split
+
+Wide = tuple[Int32[Array, "*blocks"], Int32[Array, "*blocks"]]
+"""A number as its high and its low part, each of b bits."""
+
+
+def above(amax: UInt32[Array, "*blocks"]) -> Int32[Array, "*blocks"]:
+    """Exponent of the power of two next above amax."""
+    exponent, _ = split(amax)
+    return exponent + 1
+
+
+def in_units(
+    x: Float32[Array, "*shape"], unit_exponent: Int32[Array, "*#shape"]
+) -> Float32[Array, "*shape"]:
+    """|x| / 2^unit_exponent, for finite x, subnormal or not."""
+    exponent, significand = split(magnitude_bits(x))
+    return times_power_of_two(significand.astype(jnp.float32), exponent - 23 - unit_exponent)
+
+
+def squared_error(
+    x: Float32[Array, "*blocks size"], rounded: Float32[Array, "*blocks size"]
+) -> Wide:
+    """Sum over each block of (|x| - |rounded|)^2.
+
+    Args:
+      x: Of magnitude below 1.
+      rounded: What x became: off by less than 1, and of the same sign.
+    """
+    bits = 30 - (x.shape[-1] - 1).bit_length()  # so that a sum of that many fits into 31
+    square = jnp.square(jnp.abs(x) - jnp.abs(rounded)) * 2.0**bits
+    high = square.astype(jnp.int32)
+    low = ((square - high.astype(jnp.float32)) * 2.0**bits).astype(jnp.int32)
+    high, low = jnp.sum(high, axis=-1), jnp.sum(low, axis=-1)
+    return high + (low >> bits), low & ((1 << bits) - 1)
+
+
+def less(a: Wide, b: Wide) -> Array:
+    """a < b."""
+    return (a[0] < b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
