@@ -1,15 +1,25 @@
 """Every test runs under strict dtype promotion; real data comes through DUQUANTPP_DATA."""
 
+import dataclasses
 import os
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-jax.config.update("jax_numpy_dtype_promotion", "strict")
+from duquantpp_jax.core import Stats
+from duquantpp_jax.models import Decoder, DecoderConfig, random_parameters, save
 
 DATA_VARIABLE = "DUQUANTPP_DATA"
 _data = {"read": 0, "skipped": 0}
+
+
+@pytest.fixture(autouse=True)
+def _strict():
+    with jax.numpy_dtype_promotion("strict"):
+        yield
 
 
 @pytest.fixture
@@ -21,3 +31,70 @@ def data() -> pathlib.Path:
         pytest.skip(f"{DATA_VARIABLE} is not set")
     _data["read"] += 1
     return pathlib.Path(place)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if any(_data.values()):
+        terminalreporter.write_line(
+            f"real data ({DATA_VARIABLE}): read by {_data['read']} tests, "
+            f"{_data['skipped']} skipped for want of it"
+        )
+
+
+TINY = DecoderConfig(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    vocab_size=257,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    bos_token_id=256,
+)
+
+
+def tiny_decoder(**changes) -> Decoder:
+    """A random decoder, its weights large enough that its outputs are not all alike."""
+    config = dataclasses.replace(TINY, **changes)
+    parameters = random_parameters(config, jax.random.key(1))
+    grown = {n: a if n.endswith("norm") else 8 * a for n, a in parameters.items()}
+    return Decoder(config, grown)
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte, and 256 for the separator."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate(alphabet)}
+    vocabulary["<|endoftext|>"] = 256
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory) -> pathlib.Path:
+    """A Hugging Face directory of a tiny random Llama over bytes."""
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    save(tiny_decoder(), byte_tokenizer().to_str(), directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory) -> pathlib.Path:
+    """Ten documents of 1,100 to 2,000 letters."""
+    place = tmp_path_factory.mktemp("text") / "text.txt"
+    documents = [
+        "".join(chr(97 + (i * i + 7 * d * i) % 26) for i in range(1100 + 100 * d))
+        for d in range(10)
+    ]
+    place.write_text("<|endoftext|>".join(documents), encoding="utf-8")
+    return place
+
+
+def stats_of(x, needs=frozenset({"gram", "positions"})) -> Stats:
+    """Stats of tokens [rows, length, k], all kept."""
+    rows, length, width = x.shape
+    empty = Stats.init(width, rows, length, sample_limit=rows * length, needs=needs)
+    return empty.update(x, jnp.int32(0))

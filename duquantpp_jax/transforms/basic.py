@@ -103,7 +103,10 @@ class FitSmooth:
 
 @jax.jit
 def _smooth_scale(
-    w: Float[Array, "n k"], absmax: Float[Array, " k"], alpha: float, floor: float
+    w: Float[Array, "n k"],
+    absmax: Float[Array, " k"],
+    alpha: Float[Array, ""],
+    floor: Float[Array, ""],
 ) -> Float[Array, " k"]:
     x_max = jnp.maximum(absmax, 1e-5)
     w_max = jnp.maximum(jnp.max(jnp.abs(w), axis=0), 1e-5)

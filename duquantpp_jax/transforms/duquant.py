@@ -151,7 +151,11 @@ class FitDuquantpp:
 
 @functools.partial(jax.jit, static_argnames=("fit", "format"))
 def _fit_blocks(
-    tokens: Float[Array, "tokens k"], key: Key[Array, ""], *, fit: FitDuquantpp, format: Format
+    tokens: Float[Array, "tokens k"],
+    key: Key[Array, ""],
+    *,
+    fit: FitDuquantpp,
+    format: Format | None,
 ) -> Float[Array, "blocks n n"]:
     draws = fit.steps if fit.fresh_q else 1
     rotations = mixed_rotations(key, draws, fit.size, fit.q_side)

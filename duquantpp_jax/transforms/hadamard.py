@@ -2,7 +2,8 @@
 
     H_1 = [1],  H_2n = [[H_n, H_n], [H_n, -H_n]],  R = H_n / sqrt(n)
 
-An outlier in one channel is spread evenly over its block. With random signs, R = diag(d) H / sqrt(n).
+An outlier in one channel is spread evenly over its block. With random signs d, R = diag(d) H_n
+/ sqrt(n).
 """
 
 import dataclasses

@@ -29,13 +29,13 @@ def block_gram(gram: Float[np.ndarray, "k k"], size: int) -> Float[np.ndarray, "
 
 
 def damped(
-    moments: Float[np.ndarray, "blocks n n"], damping: float
-) -> Float[np.ndarray, "blocks n n"]:
+    moments: Float[np.ndarray, "*blocks n n"], damping: float
+) -> Float[np.ndarray, "*blocks n n"]:
     """Each second moment plus `damping` times its mean diagonal (or 1 where that is zero)."""
     n = moments.shape[-1]
-    mean = np.trace(moments, axis1=1, axis2=2) / n
+    mean = np.trace(moments, axis1=-2, axis2=-1) / n
     ridge = np.where(mean > 0, damping * mean, 1.0)
-    return moments + ridge[:, None, None] * np.eye(n)
+    return moments + ridge[..., None, None] * np.eye(n)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,96 @@
+"""Figures from results: functions that take numbers and return a matplotlib Figure.
+
+No global state: figures are made without pyplot. Colours are Okabe and Ito's, which colour-blind
+readers can tell apart.
+"""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+TWO_COLUMNS = 7.2
+"""Width in inches of a figure across a paper's two columns."""
+
+
+def comparison(
+    results: dict[str, Any],
+    channels: tuple[str, dict[str, Float[np.ndarray, " k"]]],
+    clusters: tuple[str, int],
+) -> Figure:
+    """KL of every recipe and scale rule, and what the recipes do to one site's channels.
+
+    Left: KL to the float model; the bar is the 95 % interval of the paired difference to
+    block_hadamard under the same rule, drawn around the recipe's KL (block_hadamard has none).
+    Right: the largest magnitude of each channel before and after, from the largest to the least.
+
+    Args:
+      results: The contents of a results.json.
+      channels: A site's name, and channel maxima under "before" and by recipe.
+      clusters: What intervals are clustered by, and how many clusters there are.
+    """
+    figure = Figure(figsize=(TWO_COLUMNS, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    _kl(left, results, clusters)
+    _channels(right, *channels)
+    return figure
+
+
+def _kl(axes: Any, results: dict[str, Any], clusters: tuple[str, int]) -> None:
+    names, rules = results["options"]["recipes"], results["options"]["scale_rules"]
+    for number, rule in enumerate(rules):
+        rows = {row["recipe"]: row for row in results["rows"] if row["scale_rule"] == rule}
+        kl = np.array([rows[name]["kl"] for name in names])
+        bars = np.array([_interval_around(rows[name]) for name in names]).T
+        offset = 0.5 * (number / max(len(rules) - 1, 1) - 0.5)
+        axes.errorbar(
+            kl,
+            np.arange(len(names)) + offset,
+            xerr=bars,
+            fmt=MARKERS[number % len(MARKERS)],
+            color=COLORS[number % len(COLORS)],
+            markersize=4,
+            capsize=2,
+            linewidth=1,
+            label=rule,
+        )
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="x", linewidth=0.3)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.set_xlabel("KL(float || quantized), nats per token", fontsize=8)
+    axes.set_title(
+        f"{results['targets']:,} targets; bars: 95 % interval of the paired\n"
+        f"difference to block_hadamard, by {clusters[0]} ({clusters[1]})",
+        fontsize=8,
+    )
+    axes.legend(fontsize=7, title="scale rule", title_fontsize=7, frameon=False)
+
+
+def _interval_around(row: dict[str, Any]) -> tuple[float, float]:
+    if row["kl_difference_ci95"] is None:
+        return 0.0, 0.0
+    low, high = row["kl_difference_ci95"]
+    return row["kl_difference"] - low, high - row["kl_difference"]
+
+
+def _channels(axes: Any, site: str, maxima: dict[str, Float[np.ndarray, " k"]]) -> None:
+    for number, (name, values) in enumerate(maxima.items()):
+        before = name == "before"
+        axes.plot(
+            np.arange(1, len(values) + 1),
+            np.sort(values)[::-1],
+            color="#999999" if before else COLORS[(number - 1) % len(COLORS)],
+            linewidth=2.5 if before else 1,
+            label=name,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xlabel("channels, largest first", fontsize=8)
+    axes.set_ylabel("largest |x| of the channel", fontsize=8)
+    axes.set_title(site, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.legend(fontsize=6.5, frameon=False)

@@ -1,0 +1,62 @@
+"""Files appear whole or not at all: written under a temporary name, then renamed."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that no moment of it is half there under its name.
+
+    Raises:
+      OSError: The directory cannot be written.
+    """
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def to_json(value: Any) -> bytes:
+    """JSON text that is the same for the same value; NaN and Inf are refused.
+
+    Raises:
+      ValueError: A number is not finite.
+    """
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_writable(directory: Path) -> None:
+    """Makes sure that files can be written to a directory that may not exist yet.
+
+    Writes and removes a temporary file in it, or in its nearest existing parent.
+
+    Raises:
+      ValueError: They cannot.
+    """
+    place = directory
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=".writable.", dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {directory} ({error.strerror}): give another --out"
+        ) from None

@@ -1,0 +1,122 @@
+"""Hadamard, smoothing and WUSH against their defining properties."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duquantpp_jax.core import stack
+from duquantpp_jax.recipes import FITS, recipe
+from duquantpp_jax.transforms.basic import FitSmooth
+from duquantpp_jax.transforms.hadamard import FitHadamard, hadamard
+from duquantpp_jax.transforms.wush import FitWush, damped
+from tests.conftest import stats_of
+
+KEY = jax.random.key(3)
+
+
+def _site(width=64):
+    x = jax.random.t(jax.random.key(0), 4.0, (4, 64, width)) * jnp.exp(
+        jax.random.normal(jax.random.key(1), (width,))
+    )
+    keys = jax.random.split(jax.random.key(2), 2)
+    return (jax.random.normal(keys[0], (48, width)), jax.random.normal(keys[1], (16, width))), x
+
+
+def _fit(fit, weights, x):
+    return fit(weights, stats_of(x), recipe("rtn", "floor"), KEY).transform
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 32, 128])
+def test_hadamard_is_orthogonal_and_even(size):
+    h = np.asarray(hadamard(size), np.float64)
+    np.testing.assert_allclose(h @ h.T, np.eye(size), atol=1e-6)
+    np.testing.assert_allclose(np.abs(h), size**-0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0, 12, 33])
+def test_hadamard_of_another_side_is_refused(size):
+    with pytest.raises(ValueError, match="power of two"):
+        hadamard(size)
+
+
+def test_random_signs_differ_by_block_and_follow_the_key():
+    weights, x = _site()
+    fit = FitHadamard(random_signs=True)
+    a = _fit(fit, weights, x).matrices
+    np.testing.assert_allclose(jnp.abs(a), 32**-0.5, rtol=1e-6)
+    assert bool(jnp.any(a[0] != a[1]))
+    b = fit(weights, stats_of(x), recipe("rtn", "floor"), jax.random.key(4)).transform.matrices
+    assert bool(jnp.any(a != b))
+    np.testing.assert_array_equal(a, _fit(fit, weights, x).matrices)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_smoothing_is_its_equation(alpha):
+    weights, x = _site()
+    scale = _fit(FitSmooth(alpha=alpha), weights, x).scale
+    x_max = np.abs(np.asarray(x, np.float64)).reshape(-1, 64).max(axis=0)
+    w_max = np.abs(np.asarray(stack(weights), np.float64)).max(axis=0)
+    np.testing.assert_allclose(scale, x_max**alpha / w_max ** (1 - alpha), rtol=1e-5)
+
+
+def test_smoothing_half_way_balances_the_maxima():
+    weights, x = _site()
+    smooth = _fit(FitSmooth(alpha=0.5), weights, x)
+    x_max = jnp.max(jnp.abs(smooth.activations(x)), axis=(0, 1))
+    w_max = jnp.max(jnp.abs(smooth.weights(stack(weights))), axis=0)
+    np.testing.assert_allclose(x_max, w_max, rtol=1e-5)
+
+
+def test_the_released_smoothing_reads_the_first_weight_alone():
+    weights, x = _site()
+    released = _fit(FitSmooth(weight_max="first"), weights, x).scale
+    np.testing.assert_array_equal(released, _fit(FitSmooth(), weights[:1], x).scale)
+    assert bool(jnp.any(released != _fit(FitSmooth(), weights, x).scale))
+
+
+def test_smoothing_floors_dead_channels():
+    weights, x = _site()
+    scale = _fit(FitSmooth(), weights, x.at[..., 5].set(0.0)).scale
+    assert float(scale[5]) >= 1e-5
+    released = _fit(FitSmooth(floor=1e-2), weights, x.at[..., 5].set(0.0)).scale
+    assert float(released[5]) == pytest.approx(1e-2)
+
+
+@pytest.mark.parametrize("damping", [1e-6, 1e-3])
+def test_wush_makes_both_damped_second_moments_equal_and_even(damping):
+    weights, x = _site()
+    transform = _fit(FitWush(damping=damping), weights, x)
+    tokens, w = np.asarray(x, np.float64).reshape(-1, 64), np.asarray(stack(weights), np.float64)
+    forward = np.asarray(transform.matrices, np.float64)
+    back = np.swapaxes(np.asarray(transform.inverses, np.float64), 1, 2)
+    for block in (0, 1):
+        part = slice(32 * block, 32 * block + 32)
+        x_moment = damped(tokens[:, part].T @ tokens[:, part] / len(tokens), damping)
+        w_moment = damped(w[:, part].T @ w[:, part] / len(w), damping)
+        moved_x = forward[block].T @ x_moment @ forward[block]
+        moved_w = back[block].T @ w_moment @ back[block]
+        np.testing.assert_allclose(moved_x, moved_w, atol=2e-4 * np.trace(moved_x) / 32)
+        np.testing.assert_allclose(np.diag(moved_x), np.trace(moved_x) / 32, rtol=2e-4)
+
+
+def test_wush_survives_dead_and_massive_channels():
+    weights, x = _site()
+    x = x.at[..., 3].set(0.0).at[0, 0, 7].set(1e4)
+    transform = _fit(FitWush(), weights, x)
+    moved = transform.activations(x) @ transform.weights(stack(weights)).T
+    assert bool(jnp.all(jnp.isfinite(moved)))
+    wanted = x @ stack(weights).T
+    error = jnp.linalg.norm(moved - wanted) / jnp.linalg.norm(wanted)
+    assert float(error) < 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(FITS))
+def test_every_recipe_keeps_the_float_function(name):
+    weights, x = _site()
+    transform = FITS[name](weights, stats_of(x), recipe(name, "floor"), KEY).transform
+    w = stack(weights)
+    wanted = x @ w.T
+    moved = transform.activations(x) @ transform.weights(w).T
+    error = jnp.linalg.norm(moved - wanted) / jnp.linalg.norm(wanted)
+    assert float(error) < 1e-4

@@ -1,0 +1,129 @@
+"""The greedy search equals a plain NumPy replay, and the base rotation is what it should be."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duquantpp_jax.core import Stats
+from duquantpp_jax.recipes import FITS, recipe
+from duquantpp_jax.transforms.duquant import (
+    FitDuquantpp,
+    base_rotation,
+    greedy_search,
+    mixed_rotations,
+)
+from tests.conftest import stats_of
+
+
+def replay(x, rotations, steps, index, criterion):
+    """The equations of duquant.py, one step after another in float64."""
+    n = x.shape[1]
+    product, best = np.eye(n), np.eye(n)
+    least = score = criterion(x)
+    for k in range(steps):
+        row, channel = divmod(int(np.argmax(np.abs(x))), n)
+        d = channel if index == "channel" else row % n
+        order = np.arange(n)
+        order[[0, d]] = order[[d, 0]]
+        s = rotations[min(k, len(rotations) - 1)][np.ix_(order, order)]
+        x, product = x @ s, product @ s
+        score = criterion(x)
+        if score < least:
+            best, least = product, score
+    return best, least
+
+
+CRITERIA = {"absmax": lambda x: np.abs(x).max(), "range": np.ptp}
+
+
+@pytest.mark.parametrize("index", ["channel", "released"])
+@pytest.mark.parametrize("criterion", sorted(CRITERIA))
+@pytest.mark.parametrize("draws", [1, 20])
+def test_greedy_search_equals_the_plain_loop(index, criterion, draws):
+    x = jax.random.t(jax.random.key(0), 2.5, (40, 8))
+    rotations = mixed_rotations(jax.random.key(1), draws, 8, "left")
+    best, least = greedy_search(x, rotations, steps=20, index=index, criterion=criterion)
+    wanted, wanted_least = replay(
+        np.asarray(x, np.float64),
+        np.asarray(rotations, np.float64),
+        20,
+        index,
+        CRITERIA[criterion],
+    )
+    np.testing.assert_allclose(best, wanted, atol=1e-5)
+    np.testing.assert_allclose(least, wanted_least, rtol=1e-5)
+
+
+def test_the_kept_criterion_is_that_of_the_moved_tokens_and_at_most_the_first():
+    x = jax.random.t(jax.random.key(0), 2.5, (64, 32))
+    rotations = mixed_rotations(jax.random.key(1), 16, 32, "left")
+    format = recipe("rtn", "floor").activation_format
+    error = lambda x: jnp.mean(jnp.square(x - format.fake_quantize(x)))  # noqa: E731
+    for criterion, score in {"absmax": lambda x: jnp.max(jnp.abs(x)), "mse": error}.items():
+        best, least = greedy_search(x, rotations, steps=16, criterion=criterion, format=format)
+        np.testing.assert_allclose(score(x @ best), least, rtol=1e-3)
+        assert float(least) <= float(score(x))
+
+
+def test_no_step_is_taken_where_none_helps():
+    x = jnp.ones((4, 8)).at[0, 0].set(1.0)  # every magnitude equal: a rotation only makes peaks
+    rotations = mixed_rotations(jax.random.key(0), 5, 8, "left")
+    best, least = greedy_search(x, rotations, steps=5)
+    np.testing.assert_array_equal(best, np.eye(8))
+    assert float(least) == 1.0
+
+
+@pytest.mark.parametrize("size", [2, 8, 32, 128])
+def test_the_base_rotation_is_orthogonal_and_its_first_row_even(size):
+    base = base_rotation(size)
+    np.testing.assert_allclose(base @ base.T, np.eye(size), atol=1e-12)
+    np.testing.assert_allclose(np.abs(base[0]), size**-0.5, atol=1e-12)
+
+
+def test_left_mixing_keeps_the_even_row_and_right_mixing_destroys_it():
+    left, right = (mixed_rotations(jax.random.key(0), 50, 32, side) for side in ("left", "right"))
+    np.testing.assert_allclose(jnp.abs(left[:, 0]), 32**-0.5, atol=1e-6)
+    assert 0.36 < float(jnp.mean(jnp.max(jnp.abs(right[:, 0]), axis=-1))) < 0.46
+
+
+@pytest.mark.parametrize("name", ["greedy", "greedy_mse", "greedy_released"])
+def test_fitted_rotations_are_orthogonal(name):
+    x = jax.random.t(jax.random.key(0), 3.0, (2, 128, 64))
+    stats = stats_of(x)
+    fitted = FITS[name]((jnp.ones((3, 64)),), stats, recipe(name, "floor"), jax.random.key(2))
+    matrices = fitted.transform.matrices
+    product = jnp.einsum("bij,bkj->bik", matrices, matrices)
+    np.testing.assert_allclose(product, jnp.broadcast_to(jnp.eye(32), product.shape), atol=1e-5)
+    assert matrices.shape[0] == (1 if name == "greedy_released" else 2)
+
+
+def test_per_block_fits_each_block_as_if_alone():
+    x = jax.random.t(jax.random.key(0), 3.0, (1, 100, 64))
+    fit = FitDuquantpp(steps=12)
+    both = fit((jnp.ones((3, 64)),), stats_of(x), recipe("greedy", "floor"), jax.random.key(2))
+    for block in (0, 1):
+        alone = fit(
+            (jnp.ones((3, 32)),),
+            stats_of(x[..., 32 * block : 32 * block + 32]),
+            recipe("greedy", "floor"),
+            jax.random.key(2),
+        )
+        np.testing.assert_allclose(
+            both.transform.matrices[block], alone.transform.matrices[0], atol=1e-6
+        )
+
+
+def test_averaged_calibration_searches_the_mean_over_rows():
+    x = jax.random.t(jax.random.key(0), 3.0, (5, 40, 32))
+    averaged = dataclasses.replace(FITS["greedy_released"], steps=10)
+    pooled = dataclasses.replace(averaged, averaged=False)
+    weights, key, one = (jnp.ones((3, 32)),), jax.random.key(2), recipe("greedy", "floor")
+    mean = Stats.init(32, 1, 40).update(jnp.mean(x, axis=0, keepdims=True), jnp.int32(0))
+    np.testing.assert_allclose(
+        averaged(weights, stats_of(x), one, key).transform.matrices,
+        pooled(weights, mean, one, key).transform.matrices,
+        atol=1e-5,
+    )

@@ -1,0 +1,151 @@
+"""The law of every transform: t.activations(x) @ t.weights(w).T == x @ w.T.
+
+A new transform is one more entry of TRANSFORMS.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from duquantpp_jax.transforms.basic import Identity, Smooth
+from duquantpp_jax.transforms.block import BlockAffine, BlockRotation, lower
+
+WIDTH = 64
+
+
+def _smooth(rng):
+    return Smooth(jnp.asarray(np.exp(rng.normal(size=WIDTH))))
+
+
+def _orthogonal(rng, count, size):
+    return np.linalg.qr(rng.normal(size=(count, size, size)))[0]
+
+
+def _rotation(count, size):
+    return lambda rng: BlockRotation(jnp.asarray(_orthogonal(rng, count, size)))
+
+
+def _affine(count, size):
+    def make(rng):
+        stretch = np.exp(rng.normal(size=(count, size, 1)))
+        matrices = _orthogonal(rng, count, size) @ (stretch * _orthogonal(rng, count, size))
+        return BlockAffine(jnp.asarray(matrices), jnp.asarray(np.linalg.inv(matrices)))
+
+    return make
+
+
+TRANSFORMS = {
+    "identity": lambda rng: Identity(),
+    "smooth": _smooth,
+    "rotation, one for all blocks": _rotation(1, 32),
+    "rotation, one per block": _rotation(2, 32),
+    "rotation, small": _rotation(8, 8),
+    "rotation, full width": _rotation(1, 64),
+    "affine, one for all blocks": _affine(1, 32),
+    "affine, one per block": _affine(2, 32),
+}
+names = st.sampled_from(sorted(TRANSFORMS))
+seeds = st.integers(0, 2**32 - 1)
+
+
+def _case(chosen, seed):
+    rng = np.random.default_rng(seed)
+    transform = TRANSFORMS[chosen[0]](rng)
+    for name in chosen[1:]:
+        transform = transform.then(TRANSFORMS[name](rng))
+    x, w = rng.normal(size=(3, 5, WIDTH)), rng.normal(size=(7, WIDTH))
+    return transform, jnp.asarray(x), jnp.asarray(w)
+
+
+@pytest.mark.parametrize("name", sorted(TRANSFORMS))
+def test_every_transform_moves_something_but_not_the_product(name):
+    with jax.enable_x64(True):
+        transform, x, w = _case([name], 0)
+        moved = transform.activations(x)
+        assert (name == "identity") == bool(jnp.all(moved == x))
+        np.testing.assert_allclose(moved @ transform.weights(w).T, x @ w.T, atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(names, min_size=1, max_size=4), seeds)
+def test_chains_keep_the_product_in_float64(chosen, seed):
+    with jax.enable_x64(True):
+        transform, x, w = _case(chosen, seed)
+        moved = transform.activations(x) @ transform.weights(w).T
+        np.testing.assert_allclose(moved, x @ w.T, atol=1e-9 * _condition(transform))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(names, min_size=1, max_size=4), seeds)
+def test_chains_keep_the_product_in_float32_up_to_their_condition(chosen, seed):
+    with jax.enable_x64(True):
+        transform, x, w = _case(chosen, seed)
+        condition = _condition(transform)
+    transform, x, w = jax.tree.map(lambda a: a.astype(jnp.float32), (transform, x, w))
+    moved = transform.activations(x) @ transform.weights(w).T
+    # Each factor errs by at most (width + links) roundings of |x| |T| |T^-1| |w|.
+    scale = float(jnp.max(jnp.linalg.norm(x, axis=-1)) * jnp.max(jnp.linalg.norm(w, axis=-1)))
+    bound = 4 * len(chosen) * np.sqrt(WIDTH) * 2.0**-24 * condition * scale
+    np.testing.assert_allclose(moved, x @ w.T, atol=bound)
+
+
+def _condition(transform):
+    eye = jnp.eye(WIDTH)
+    matrix, back = transform.activations(eye), transform.inverse().activations(eye)
+    return float(np.linalg.norm(matrix, 2) * np.linalg.norm(back, 2))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(names, min_size=1, max_size=4), seeds)
+def test_the_inverse_undoes_both_sides(chosen, seed):
+    with jax.enable_x64(True):
+        transform, x, w = _case(chosen, seed)
+        there_and_back = transform.then(transform.inverse())
+        tolerance = 1e-9 * _condition(transform)
+        np.testing.assert_allclose(there_and_back.activations(x), x, atol=tolerance)
+        np.testing.assert_allclose(there_and_back.weights(w), w, atol=tolerance)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(names, min_size=1, max_size=4), seeds)
+def test_lowering_changes_the_form_not_the_map(chosen, seed):
+    with jax.enable_x64(True):
+        transform, x, w = _case(chosen, seed)
+        tolerance = 1e-5 * _condition(transform)
+    transform, x, w = jax.tree.map(lambda a: a.astype(jnp.float32), (transform, x, w))
+    lowered = lower(transform, WIDTH, 32)
+    for side in ("activations", "weights"):
+        moved, wanted = (
+            getattr(t, side)(x if side == "activations" else w) for t in (lowered, transform)
+        )
+        np.testing.assert_allclose(moved, wanted, atol=tolerance, rtol=1e-5)
+
+
+def test_all_that_lowers_has_one_structure():
+    rng = np.random.default_rng(0)
+    low = [
+        lower(jax.tree.map(lambda a: a.astype(jnp.float32), make(rng)), WIDTH, 32)
+        for name, make in TRANSFORMS.items()
+        if "full width" not in name
+    ]
+    assert len({jax.tree.structure(one) for one in low}) == 1
+    shapes = {tuple(leaf.shape for leaf in jax.tree.leaves(one)) for one in low}
+    assert shapes == {((64,), (2, 32, 32), (2, 32, 32))}
+
+
+def test_a_rotation_larger_than_the_block_does_not_lower():
+    transform = _rotation(1, 64)(np.random.default_rng(0))
+    assert lower(transform, WIDTH, 32) is transform
+
+
+def test_the_identity_lowers_to_what_moves_nothing_at_all():
+    x = jax.random.normal(jax.random.key(0), (5, WIDTH))
+    np.testing.assert_array_equal(lower(Identity(), WIDTH, 32).activations(x), x)
+
+
+def test_matrices_of_another_width_are_refused():
+    with pytest.raises(ValueError, match="2 matrices of side 32 move a width of 64"):
+        _rotation(2, 32)(np.random.default_rng(0)).activations(jnp.ones((3, 96)))
