@@ -13,8 +13,12 @@ Rows shipped: x_t ~ p(. | x_<t) at temperature 1, nothing truncated, from the sh
 Command: python -m experiments.pretrain_testbed --data DIR --out DIR
   (DIR/text/gutenberg_train.txt.xz; or set DUQUANTPP_DATA). Writes OUT/testbed, which is
   duquantpp_jax/models/testbed, and OUT/pretrain_testbed.json, kept in experiments/results.
-Cost: not run yet.
-Last result: not run yet.
+Cost: 5.2 minutes of one H200 (training 3.0, of 37 ms a step; sampling 1.3).
+Last result (2026-11-25, --minutes 3, jax 0.11.2): 4,896 steps, 320M tokens, 13.6 epochs. Training
+  loss 3.11; loss on the 10 unseen books 3.599, flat over the last 600 steps (3.598 to 3.600).
+  Channel maximum / median before down_proj of the first layer 29 (3.4 without position 0: a
+  massive activation of token 0 alone), elsewhere 1.4 to 4.4. Sampled rows: NLL - entropy is
+  -0.010 +- 0.007.
 """
 
 import argparse
