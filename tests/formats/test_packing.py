@@ -31,7 +31,7 @@ def test_packing_is_the_bitcast_of_float4_pairs():
     assert (jax.lax.bitcast_convert_type(float4, jnp.uint8) == pack_nibbles(codes)).all()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=2), st.integers(0, 9), st.integers(0, 99))
 def test_unpacking_undoes_packing_for_every_shape(batch, width, seed):
     codes = codes_of((*batch, width), seed)
@@ -71,7 +71,7 @@ def test_every_scale_lies_at_its_published_offset_and_the_rest_is_zero(rows, col
     np.testing.assert_array_equal(flat, expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(st.integers(1, 3), max_size=2),
     st.integers(0, 300),
