@@ -33,14 +33,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float, UInt8
 
 from duquantpp_jax.core import ScaleRule
+from duquantpp_jax.formats import E2M1
 from duquantpp_jax.kernels.compat import load as load_shared
 from duquantpp_jax.kernels.compat import store
+from duquantpp_jax.kernels.implementation import cores
+from duquantpp_jax.kernels.operand import Operand, depth_of, padded_rows
 
-__all__ = ["CARRY", "rotate_quantize"]
+__all__ = ["CARRY", "rotate_quantize", "split_bfloat16", "why_not"]
 
 ROWS, WIDTH, BLOCK = 128, 128, 32
 BLOCKS = WIDTH // BLOCK
 BUFFERS = 4  # accumulators of WIDTH columns: all of tensor memory
+STAGES = 3  # slots of the ring between load and multiply
 EMAX = 2  # of E2M1
 LINE = plgpu.Layout.TILED(  # 32 numbers, one a lane, the same in every warp
     plgpu.Tiling(((32,), (1,))), (plgpu.Replicated(4),), (-2,), -1
@@ -53,33 +57,66 @@ CARRY = {
 }
 
 
+def why_not(dtype: Any, scale_rule: ScaleRule) -> str | None:
+    """None where the kernel takes such an input, else the reason that it does not."""
+    if dtype != jnp.bfloat16:
+        return f"it takes bfloat16, and x is {dtype}"
+    if scale_rule not in CARRY:
+        return f"{scale_rule.name} needs three passes over a block; it has {[*CARRY]}"
+    return None
+
+
 def rotate_quantize(
     x: BFloat16[Array, "m k"],
-    rotation: BFloat16[Array, "2 blocks 32 32"],
+    rotation: Float[Array, "blocks 32 32"],
+    smooth: Float[Array, " k"] | None = None,
     *,
-    scale_rule: ScaleRule,
-    width: int,
-    stages: int = 3,
-    cores: int = 148,
+    scale_rule: ScaleRule = ScaleRule.FLOOR,
     interpret: Any = None,
-) -> tuple[Float[Array, "m {width}"], UInt8[Array, "mt kt 32 16"]]:
-    """The kernel itself. `api.rotate_quantize` checks and prepares; this one only computes.
+) -> Operand:
+    """The kernel on one matrix; `api` says what is checked.
 
     Args:
-      x: Rows in multiples of 8 (or fewer than 8), columns in multiples of 32.
-      rotation: High and low part of each block's matrix; a single block serves all.
-      scale_rule: FLOOR, CEIL, EVEN or RCEIL.
-      width: Columns to write, a multiple of 32; those beyond k are zeros.
-      stages: Slots of the ring between load and multiply.
-      cores: Streaming multiprocessors to fill.
       interpret: Parameters of Mosaic's interpret mode; None compiles.
-
-    Returns:
-      Elements as float4_e2m1fn, and scale bytes in 128x4 tiles.
     """
+    m, k = x.shape
+    matrices = rotation.astype(jnp.float32)
+    if smooth is not None:
+        matrices = matrices / smooth.astype(jnp.float32).reshape(-1, 32, 1)
+    x = jnp.pad(x, ((0, padded_rows(m) - m), (0, 0)))
+    width = -(-k // depth_of(jnp.float4_e2m1fn)) * depth_of(jnp.float4_e2m1fn)
+    elements, scale_bytes = _rotate_quantize(
+        x, split_bfloat16(matrices), scale_rule, width, cores(), interpret
+    )
+    return Operand(
+        elements=elements,
+        scales=lax.bitcast_convert_type(scale_bytes, jnp.float8_e8m0fnu),
+        shape=(m, k),
+        element=E2M1,
+        block_size=BLOCK,
+    )
+
+
+def split_bfloat16(x: Float[Array, "*shape"]) -> BFloat16[Array, "2 *shape"]:
+    """hi and lo with hi + lo = x to 2^-17: what bfloat16 keeps of x, and of the rest."""
+    # reduce_precision, as a compiler may drop a cast there and back.
+    hi = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return jnp.stack([hi, x - hi]).astype(jnp.bfloat16)
+
+
+def _rotate_quantize(
+    x: BFloat16[Array, "m k"],
+    rotation: BFloat16[Array, "2 blocks 32 32"],
+    scale_rule: ScaleRule,
+    width: int,
+    cores: int,
+    interpret: Any,
+) -> tuple[Float[Array, "m {width}"], UInt8[Array, "mt kt 32 16"]]:
+    """Elements of `width` columns (zeros beyond those of x), and scale bytes in 128x4 tiles."""
     m = x.shape[0]
     one_for_all = rotation.shape[1] == 1
     r_blocks = 1 if one_for_all else BLOCKS
+    stages = STAGES
     r_slots = 1 if one_for_all else stages
     m_tiles, k_tiles = pl.cdiv(m, ROWS), pl.cdiv(width, WIDTH)
     ctas = min(m_tiles * k_tiles, cores)

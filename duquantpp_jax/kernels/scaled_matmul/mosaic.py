@@ -41,39 +41,50 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from duquantpp_jax.kernels.scaled_matmul.tiling import ROWS, Tiling, bits_of, depth_of
+from duquantpp_jax.kernels.implementation import cores
+from duquantpp_jax.kernels.operand import Operand, bits_of, depth_of
+from duquantpp_jax.kernels.scaled_matmul.tiling import ROWS, Tiling, choose_tiling
 
 __all__ = ["scaled_matmul"]
 
 
 def scaled_matmul(
-    a: Float[Array, "m k"],
-    b: Float[Array, "n k"],
-    a_scales: Float[Array, "mt kt 32 16"],
-    b_scales: Float[Array, "nt kt 32 16"],
+    a: Operand,
+    b: Operand,
     *,
-    block: int,
     out_dtype: Any = jnp.bfloat16,
-    tiling: Tiling,
+    tiling: Tiling | None = None,
     interpret: Any = None,
-) -> Float[Array, "splits m n"]:
-    """The kernel itself. `api.scaled_matmul` checks and prepares; this one only computes.
+) -> Float[Array, "m n"]:
+    """The product of two operands on Blackwell's tensor cores; `api` says what is checked.
 
     Args:
-      a, b: Elements with K last: float4_e2m1fn, or float8_e4m3fn / float8_e5m2. TMA wants rows
-        in multiples of 8, and K of 128 bytes (or less than that).
-      a_scales, b_scales: Scales in the 128x4 layout; float8_e8m0fnu, or float8_e4m3fn (NVFP4).
-      block: Elements that share a scale: 32, or 16 for NVFP4.
-      out_dtype: bfloat16 or float32; `n` a multiple of `tiling.store_columns`, or less.
-      tiling: How the work is cut.
+      out_dtype: bfloat16 or float32.
+      tiling: How the work is cut; chosen from the shape if not given.
       interpret: Parameters of Mosaic's interpret mode; None compiles.
-
-    Returns:
-      a @ b.T with both scales applied, accumulated in float32: one array for each part of K.
     """
-    (m, k), (n, _) = a.shape, b.shape
-    t, sdt = tiling, a_scales.dtype
-    depth, stages, store = depth_of(a.dtype), t.stages, t.store_columns
+    (m, k), n = a.shape, b.shape[0]
+    tensor_scales = [s for s in (a.tensor_scale, b.tensor_scale) if s is not None]
+    wide = jnp.float32 if tensor_scales else out_dtype
+    if tiling is None:
+        dtype = a.elements.dtype
+        tiling = choose_tiling(m, n, k, dtype, a.block_size, out_dtype=wide, cores=cores())
+    if tiling.splits > 1:
+        wide = jnp.float32
+    parts = _matmul(a, b, wide, tiling, interpret)
+    out = (jnp.sum(parts, axis=0) if tiling.splits > 1 else parts[0])[:m, :n]
+    for scale in tensor_scales:
+        out = out * scale
+    return out.astype(out_dtype)
+
+
+def _matmul(
+    a: Operand, b: Operand, out_dtype: Any, tiling: Tiling, interpret: Any
+) -> Float[Array, "splits m n"]:
+    """The kernel: one output for each part of K, filled up to what TMA stores."""
+    (m, k), n = a.elements.shape, b.elements.shape[0]
+    t, block, dtype = tiling, a.block_size, a.elements.dtype
+    depth, stages, store = depth_of(dtype), t.stages, t.store_columns
     k_steps, rest = divmod(pl.cdiv(k, depth), t.splits)
     if rest:
         raise ValueError(f"{k_steps * t.splits + rest} steps of K do not split into {t.splits}")
@@ -224,14 +235,14 @@ def scaled_matmul(
             collective_axes=("cta",), num_barriers=2, orders_tensor_core=True
         )
     scratch = {
-        "a": _tiled((stages, ROWS, depth), a.dtype),
-        "b": _tiled((stages, t.columns // t.ctas, depth), b.dtype),
-        "sa": plgpu.SMEM((stages, 1, scale_tiles, 32, 16), sdt),
-        "sb": plgpu.SMEM((stages, t.columns // ROWS, scale_tiles, 32, 16), sdt),
+        "a": _tiled((stages, ROWS, depth), dtype),
+        "b": _tiled((stages, t.columns // t.ctas, depth), b.elements.dtype),
+        "sa": plgpu.SMEM((stages, 1, scale_tiles, 32, 16), a.scales.dtype),
+        "sb": plgpu.SMEM((stages, t.columns // ROWS, scale_tiles, 32, 16), a.scales.dtype),
         "out": _tiled((2, ROWS, store), out_dtype),
         "acc": plgpu.TMEM((ROWS, stride + t.columns), jnp.float32, collective=t.collective),
-        "sa_tmem": [_scales(ROWS, depth // block, sdt, t) for _ in range(stages)],
-        "sb_tmem": [_scales(t.columns, depth // block, sdt, t) for _ in range(stages)],
+        "sa_tmem": [_scales(ROWS, depth // block, a.scales.dtype, t) for _ in range(stages)],
+        "sb_tmem": [_scales(t.columns, depth // block, a.scales.dtype, t) for _ in range(stages)],
         "full": plgpu.Barrier(num_arrivals=4, num_barriers=stages),
         "empty": plgpu.Barrier(num_barriers=stages, orders_tensor_core=True),
         "ready": plgpu.Barrier(num_barriers=2, orders_tensor_core=True),
@@ -239,7 +250,7 @@ def scaled_matmul(
     }
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((t.splits, m, n), out_dtype),
+        out_type=jax.ShapeDtypeStruct((t.splits, m, pl.cdiv(n, store) * store), out_dtype),
         grid=(clusters,),
         grid_names=("sm",),
         cluster=(t.ctas,),
@@ -250,7 +261,7 @@ def scaled_matmul(
         kernel_name="scaled_matmul",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         **({} if interpret is None else {"interpret": interpret}),
-    )(a, b, a_scales, b_scales)
+    )(a.elements, b.elements, a.scales, b.scales)
 
 
 def _grouped(index, m_tiles: int, n_tiles: int, group: int):

@@ -12,9 +12,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from duquantpp_jax.kernels.operand import DEPTH_BYTES, depth_of
+
 ROWS = 128  # lanes of tensor memory: the rows of an output tile that one CTA holds
 COLUMNS = 512  # 32-bit columns of tensor memory
-SWIZZLE = 128  # bytes of K in one row of a shared-memory tile: the widest TMA swizzle
 SHARED_BYTES = 227 * 1024  # shared memory a CTA may own (CUDA programming guide, 10.x)
 
 
@@ -65,12 +66,7 @@ class Tiling:
         scale_bytes = 128 * depth // block * self.stages
         scales = sum(-(-tiles * scale_bytes // 1024) for tiles in (1, self.columns // ROWS)) * 1024
         out = 2 * ROWS * self.store_columns * jnp.dtype(out_dtype).itemsize
-        return self.stages * elements * SWIZZLE + scales + out + 1024
-
-
-def depth_of(dtype: Any) -> int:
-    """Elements of K in one step: one swizzled row of shared memory, 4 instructions deep."""
-    return SWIZZLE * 8 // bits_of(dtype)
+        return self.stages * elements * DEPTH_BYTES + scales + out + 1024
 
 
 def choose_tiling(
@@ -107,6 +103,9 @@ def choose_tiling(
     most = max(1, min(clusters // tiles, steps // 4))
     splits = max(parts for parts in range(1, most + 1) if steps % parts == 0)
 
+    if splits > 1:
+        out_dtype = jnp.float32  # parts are summed before they are rounded
+
     def fits(t: Tiling) -> bool:
         little_overlap = columns - t.stride(depth, block) <= columns * 3 // 8 or t.stages == 3
         return little_overlap and t.shared_bytes(depth, block, out_dtype) <= SHARED_BYTES
@@ -115,11 +114,6 @@ def choose_tiling(
         Tiling(columns, stages, collective, splits=splits, cores=cores) for stages in (6, 5, 4, 3)
     )
     return next(t for t in candidates if fits(t))
-
-
-def bits_of(dtype: Any) -> int:
-    """Bits of one element in memory."""
-    return 4 if jnp.dtype(dtype) == jnp.float4_e2m1fn else 8 * jnp.dtype(dtype).itemsize
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -1,0 +1,107 @@
+"""A quantized matrix as tensor cores read it.
+
+    value[r, c] = elements[r, c] * scale[r, c // block] (* tensor_scale)
+
+Elements have K last, scales lie in 128x4 tiles (formats/packing.py). TMA copies whole tiles, so
+that rows are filled up to a multiple of 8 and K to one row of shared memory, 128 bytes; what is
+filled in is zeros, elements and scale bytes both, and adds nothing to a product.
+
+float4 arrays hold two elements a byte on a device, the lower index in the low nibble, which is
+the packing of the hardware.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from duquantpp_jax.core import Element, MXArray
+from duquantpp_jax.formats.packing import swizzle_scales, unswizzle_scales
+
+__all__ = ["Operand", "bits_of", "depth_of", "padded_rows"]
+
+DEPTH_BYTES = 128  # of K in one row of shared memory: the widest TMA swizzle
+
+
+@struct.dataclass
+class Operand:
+    """One side of a block-scaled matmul.
+
+    Attributes:
+      elements: float4_e2m1fn, float8_e4m3fn or float8_e5m2, filled up as above.
+      scales: float8_e8m0fnu (or float8_e4m3fn, for NVFP4) in 128x4 tiles.
+      tensor_scale: One float32 number for formats with two levels of scale, else None.
+      shape: Rows and columns before filling up.
+      element: The element type.
+      block_size: Elements that share one scale.
+    """
+
+    elements: Float[Array, "padded_rows padded_k"]
+    scales: Float[Array, "row_tiles column_tiles 32 16"]
+    tensor_scale: Float[Array, ""] | None = None
+    shape: tuple[int, int] = struct.field(pytree_node=False, kw_only=True)
+    element: Element = struct.field(pytree_node=False, kw_only=True)
+    block_size: int = struct.field(pytree_node=False, kw_only=True)
+
+    @classmethod
+    def from_mx(cls, mx: MXArray) -> Operand:
+        """Lays a quantized matrix out for tensor cores.
+
+        Raises:
+          ValueError: Not a matrix, elements without a native type, or scales of more than a byte.
+        """
+        if len(mx.shape) != 2:
+            raise ValueError(f"an operand has rows and K, not the shape {mx.shape}")
+        if mx.elements.dtype == jnp.uint8 or mx.scales.dtype.itemsize != 1:
+            raise ValueError(
+                f"tensor cores read float4 or float8 elements with one-byte scales, not "
+                f"{mx.element.name} with {mx.scales.dtype}"
+            )
+        rows, k = mx.shape
+        depth = depth_of(mx.elements.dtype)
+        filling = ((0, padded_rows(rows) - rows), (0, -k % depth))
+        zero = mx.element.store(jnp.zeros((), jnp.uint8))
+        scale_bytes = jnp.pad(mx.scale_bytes(), ((0, 0), (0, filling[1][1] // mx.block_size)))
+        return cls(
+            elements=jax.lax.pad(mx.elements, zero, [(*edge, 0) for edge in filling]),
+            scales=jax.lax.bitcast_convert_type(swizzle_scales(scale_bytes), mx.scales.dtype),
+            tensor_scale=mx.tensor_scale,
+            shape=(rows, k),
+            element=mx.element,
+            block_size=mx.block_size,
+        )
+
+    def to_mx(self) -> MXArray:
+        """The quantized matrix without filling, scales in rows."""
+        rows, k = self.shape
+        tiles = jax.lax.bitcast_convert_type(self.scales, jnp.uint8)
+        columns = self.elements.shape[1] // self.block_size
+        scale_bytes = unswizzle_scales(tiles, rows, columns)[:, : k // self.block_size]
+        return MXArray(
+            elements=self.elements[:rows, :k],
+            scales=jax.lax.bitcast_convert_type(scale_bytes, self.scales.dtype),
+            tensor_scale=self.tensor_scale,
+            element=self.element,
+            block_size=self.block_size,
+        )
+
+    def dequantize(self) -> Float[Array, "rows k"]:
+        """The matrix in float32."""
+        return self.to_mx().dequantize()
+
+
+def padded_rows(rows: int) -> int:
+    """Rows that TMA's tiles of eight can hold: a multiple of 8, or fewer than 8."""
+    return rows if rows < 8 else -(-rows // 8) * 8
+
+
+def bits_of(dtype: jnp.dtype) -> int:
+    """Bits of one element in memory."""
+    return 4 if dtype == jnp.float4_e2m1fn else 8 * jnp.dtype(dtype).itemsize
+
+
+def depth_of(dtype: jnp.dtype) -> int:
+    """Elements of K in one row of shared memory: 256 of four bits, 128 of eight."""
+    return DEPTH_BYTES * 8 // bits_of(dtype)

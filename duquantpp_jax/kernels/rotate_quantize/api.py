@@ -1,0 +1,65 @@
+"""Rotate and quantize: MXFP4 of (x / smooth) R, laid out for `scaled_matmul`."""
+
+from typing import Literal
+
+from jaxtyping import Array, Float
+
+from duquantpp_jax.core import ScaleRule
+from duquantpp_jax.kernels.implementation import choose, why_not_sm100
+from duquantpp_jax.kernels.operand import Operand
+from duquantpp_jax.kernels.rotate_quantize import mosaic, reference
+
+__all__ = ["Implementation", "rotate_quantize"]
+
+Implementation = Literal["mosaic_sm100", "reference"]
+
+
+def rotate_quantize(
+    x: Float[Array, "m k"],
+    rotation: Float[Array, "blocks 32 32"],
+    smooth: Float[Array, " k"] | None = None,
+    *,
+    scale_rule: ScaleRule = ScaleRule.FLOOR,
+    implementation: Implementation | None = None,
+) -> Operand:
+    """Elements and scales of y_b = (x / smooth)_b R_b for blocks b of 32 columns.
+
+    Given the same y, every implementation gives the same bits. Their y differ by rounding:
+    "reference" divides and multiplies in float32; "mosaic_sm100" multiplies bfloat16 x by the
+    matrices diag(1 / smooth_b) R_b in two bfloat16 parts (R to 2^-17) and adds in float32.
+
+    Args:
+      x: Activations; "mosaic_sm100" takes bfloat16.
+      rotation: One matrix for each block, or a single one for all. Need not be orthogonal.
+      smooth: Divides the columns of x.
+      scale_rule: How a block's largest magnitude becomes its scale; "mosaic_sm100" has all but
+        MSE.
+      implementation: "mosaic_sm100" (Pallas, compute capability 10.x), "reference", or None for
+        the first of these that runs here.
+
+    Raises:
+      ValueError: The width is not a multiple of 32, the rotation or smooth do not fit it, or an
+        implementation that does not exist.
+      RuntimeError: The named implementation cannot run here, or not on this input.
+    """
+    k = x.shape[-1]
+    if k % 32:
+        raise ValueError(f"a width of {k} is not a multiple of block 32: pad to {-(-k // 32) * 32}")
+    if rotation.shape not in ((1, 32, 32), (k // 32, 32, 32)):
+        raise ValueError(
+            f"a width of {k} takes rotations (1, 32, 32) or ({k // 32}, 32, 32): "
+            f"got {rotation.shape}"
+        )
+    if smooth is not None and smooth.shape != (k,):
+        raise ValueError(f"smooth must be of shape ({k},): got {smooth.shape}")
+
+    def mosaic_obstacle() -> str | None:
+        return why_not_sm100() or mosaic.why_not(x.dtype, scale_rule)
+
+    name = choose(
+        "rotate_quantize",
+        implementation,
+        {"mosaic_sm100": mosaic_obstacle, "reference": lambda: None},
+    )
+    run = {"mosaic_sm100": mosaic, "reference": reference}[name].rotate_quantize
+    return run(x, rotation, smooth, scale_rule=scale_rule)

@@ -1,0 +1,29 @@
+"""The law for every implementation: divide, rotate in float32, quantize, lay out."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from duquantpp_jax.core import ScaleRule
+from duquantpp_jax.formats import MXFP4
+from duquantpp_jax.kernels.operand import Operand
+
+__all__ = ["rotate_quantize"]
+
+
+def rotate_quantize(
+    x: Float[Array, "m k"],
+    rotation: Float[Array, "blocks 32 32"],
+    smooth: Float[Array, " k"] | None = None,
+    *,
+    scale_rule: ScaleRule = ScaleRule.FLOOR,
+) -> Operand:
+    """MXFP4 of (x / smooth)_b R_b."""
+    m, k = x.shape
+    x = x.astype(jnp.float32)
+    if smooth is not None:
+        x = x / smooth
+    blocks = jnp.broadcast_to(rotation, (k // 32, 32, 32))
+    highest = jax.lax.Precision.HIGHEST
+    y = jnp.einsum("mbi,bij->mbj", x.reshape(m, -1, 32), blocks, precision=highest)
+    return Operand.from_mx(MXFP4(scale_rule=scale_rule).quantize(y.reshape(m, k)))

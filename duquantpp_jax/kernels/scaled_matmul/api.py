@@ -1,0 +1,70 @@
+"""Block-scaled matmul: out = a @ b.T for quantized a [m, k] and b [n, k]."""
+
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from duquantpp_jax.core import MXArray
+from duquantpp_jax.kernels.implementation import choose, current_device, why_not_sm100
+from duquantpp_jax.kernels.operand import Operand
+from duquantpp_jax.kernels.scaled_matmul import mosaic, reference, xla
+
+__all__ = ["Implementation", "scaled_matmul"]
+
+Implementation = Literal["mosaic_sm100", "xla", "reference"]
+
+NATIVE = {  # (element, scale, block): what block-scaled tensor cores multiply
+    ("float4_e2m1fn", "float8_e8m0fnu", 32): "MXFP4",
+    ("float4_e2m1fn", "float8_e4m3fn", 16): "NVFP4",
+    ("float8_e4m3fn", "float8_e8m0fnu", 32): "MXFP8",
+    ("float8_e5m2", "float8_e8m0fnu", 32): "MXFP8",
+}
+
+
+def scaled_matmul(
+    a: Operand | MXArray,
+    b: Operand | MXArray,
+    *,
+    out_dtype: Any = jnp.bfloat16,
+    implementation: Implementation | None = None,
+) -> Float[Array, "m n"]:
+    """out[i, j] = sum_k a[i, k] b[j, k], with scales, accumulated in float32.
+
+    Args:
+      a: Activations [m, k] in MXFP4, NVFP4 or MXFP8. An MXArray is laid out for tensor cores
+        first, which costs a pass over memory; an Operand is not.
+      b: Weights [n, k] in the same format.
+      out_dtype: bfloat16 or float32.
+      implementation: "mosaic_sm100" (Pallas, compute capability 10.x), "xla" (lax.scaled_dot),
+        "reference" (dequantize and multiply), or None for the first of these that runs here
+        ("reference" on CPUs).
+
+    Raises:
+      ValueError: Widths or formats differ, a format or out_dtype that tensor cores do not have,
+        or an implementation that does not exist.
+      RuntimeError: The named implementation cannot run here.
+    """
+    a, b = (x if isinstance(x, Operand) else Operand.from_mx(x) for x in (a, b))
+    _check(a, b, out_dtype)
+    obstacles = {"mosaic_sm100": why_not_sm100, "xla": xla.why_not, "reference": lambda: None}
+    if current_device().platform == "cpu":  # nothing to gain there from XLA's form
+        obstacles = dict(reversed(obstacles.items()))
+    name = choose("scaled_matmul", implementation, obstacles)
+    run = {"mosaic_sm100": mosaic, "xla": xla, "reference": reference}[name].scaled_matmul
+    return run(a, b, out_dtype=out_dtype)
+
+
+def _check(a: Operand, b: Operand, out_dtype: Any) -> None:
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"a has K = {a.shape[1]} and b has K = {b.shape[1]}: they must be equal")
+    kinds = [(x.elements.dtype.name, x.scales.dtype.name, x.block_size) for x in (a, b)]
+    for kind in kinds:
+        if kind not in NATIVE:
+            raise ValueError(f"(elements, scales, block) = {kind}: must be one of {[*NATIVE]}")
+    if NATIVE[kinds[0]] != NATIVE[kinds[1]]:
+        raise ValueError(
+            f"a is {NATIVE[kinds[0]]} and b is {NATIVE[kinds[1]]}: tensor cores want one format"
+        )
+    if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"out_dtype is {jnp.dtype(out_dtype)}: must be bfloat16 or float32")

@@ -1,0 +1,17 @@
+"""The law for every implementation: dequantize both sides, multiply in float32."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from duquantpp_jax.kernels.operand import Operand
+
+__all__ = ["scaled_matmul"]
+
+
+def scaled_matmul(a: Operand, b: Operand, *, out_dtype: Any = jnp.bfloat16) -> Float[Array, "m n"]:
+    """a @ b.T of the values that the operands stand for."""
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.matmul(a.dequantize(), b.dequantize().T, precision=highest).astype(out_dtype)
