@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from duquantpp_jax import files
 from duquantpp_jax.calibration import calibrate, site_widths
-from duquantpp_jax.core import Recipe, Stats
+from duquantpp_jax.core import Fitted, Stats
 from duquantpp_jax.evaluation.divergence import float_log_probabilities, row_divergence
 from duquantpp_jax.evaluation.intervals import clusters, mean_interval
 from duquantpp_jax.evaluation.sqnr import linear_sqnr
@@ -35,7 +35,7 @@ from duquantpp_jax.models import (
     sha256,
     testbed,
 )
-from duquantpp_jax.ptq import Fits, QuantizedSite, fit_model, layer_of, quantize_model
+from duquantpp_jax.ptq import QuantizedSite, fit_model, layer_of, quantize_model
 from duquantpp_jax.recipes import ALIASES, SCALE_RULES, known, recipe
 
 BASELINE = "block_hadamard"
@@ -152,8 +152,9 @@ def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Co
         batch_rows=BATCH_ROWS,
         progress=lambda: step("calibrating"),
     )
+    jax.block_until_ready(stats)  # or the first fit would be charged with it
 
-    fits: dict[tuple[str, str], Fits] = {}
+    fits: dict[tuple[str, str], dict[str, Fitted]] = {}
     fit_seconds: dict[tuple[str, str], float] = {}
     states: dict[tuple[str, str], dict[str, QuantizedSite]] = {}
     for (name, rule), one in recipes.items():
@@ -353,18 +354,20 @@ def _difference(
 
 
 def _channel_maxima(
-    stats: dict[str, Stats], fits: dict[str, Fits]
+    stats: dict[str, Stats], fits: dict[str, dict[str, Fitted]]
 ) -> tuple[str, dict[str, Float[np.ndarray, " k"]]]:
-    """Channel maxima of the site with the largest max / median, before and after each fit."""
+    """Channel maxima over the calibration sample, before and after each fit, at the site with the
+    largest channel maximum / median over channels."""
     ratio = {
         (site, layer): float(np.max(maxima) / max(np.median(maxima), np.finfo(np.float32).tiny))
         for site in stats
         for layer, maxima in enumerate(np.asarray(stats[site].absmax))
     }
     site, layer = max(ratio, key=lambda key: ratio[key])
-    here = layer_of(stats[site], layer)
-    maxima = {"before": np.asarray(here.absmax)}
-    for name, fitted in fits.items():
-        moved = here.through(fitted[site][layer].transform)
-        maxima[name] = np.asarray(moved.absmax)
+    sample = stats[site].sample[layer]
+    moved = {"before": sample} | {
+        name: layer_of(fitted[site].transform, layer).activations(sample)
+        for name, fitted in fits.items()
+    }
+    maxima = {name: np.asarray(jnp.max(jnp.abs(x), axis=0)) for name, x in moved.items()}
     return f"{linear_names(site, layer)[0]} input", maxima

@@ -10,6 +10,7 @@ with Q the activation format. `quantize_linear` does one site, `quantize_model` 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,16 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Key
 
-from duquantpp_jax.core import Fitted, Format, MXArray, Recipe, Stats, Transform, Weights
+from duquantpp_jax.core import (
+    Fitted,
+    Format,
+    MXArray,
+    Recipe,
+    Rounding,
+    Stats,
+    Transform,
+    Weights,
+)
 from duquantpp_jax.transforms.block import lower
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -49,10 +59,16 @@ def widen(x: Float[Array, "*batch k"], width: int) -> Float[Array, "*batch width
     return x if missing == 0 else jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
 
-def fit_site(recipe: Recipe, weights: Weights, stats: Stats, key: Key[Array, ""]) -> Fitted:
-    """The recipe's fit on the weights of one site, widened to the input's width."""
+def fit_linear(recipe: Recipe, weights: Weights, stats: Stats, key: Key[Array, ""]) -> Fitted:
+    """The recipe's fit on the linears of one site, widened to the input's width.
+
+    Its transform is lowered to the one form that all block transforms share, where it has it.
+    """
     width = stats.absmax.shape[-1]
-    return recipe.fit(tuple(widen(w, width) for w in weights), stats, recipe, key)
+    fitted = recipe.fit(tuple(widen(w, width) for w in weights), stats, recipe, key)
+    return fitted.replace(
+        transform=lower(fitted.transform, width, recipe.activation_format.block_size)
+    )
 
 
 def quantize_linear(
@@ -64,24 +80,25 @@ def quantize_linear(
       recipe: For its rounding and formats.
       weights: Of the linears that share the input, each [out, in].
       stats: Of the input, before it is moved.
-      fitted: What `fit_site` gave, or any other.
+      fitted: What `fit_linear` gave, or any other.
     """
     width = stats.absmax.shape[-1]
-    transform = fitted.transform
-    moved_stats = stats.through(transform)
-    return QuantizedSite(
-        transform=lower(transform, width, recipe.activation_format.block_size),
-        weights=tuple(
-            recipe.rounding(transform.weights(widen(w, width)), recipe.weight_format, moved_stats)
-            for w in fitted.weights or weights
-        ),
-        clip=fitted.clip,
-        scale_offset=fitted.scale_offset,
+    rounded = _move_and_round(
+        tuple(widen(w, width) for w in fitted.weights or weights),
+        fitted.transform,
+        stats,
+        rounding=recipe.rounding,
+        format=recipe.weight_format,
     )
+    return QuantizedSite(fitted.transform, rounded, fitted.clip, fitted.scale_offset)
 
 
-Fits = dict[str, list[Fitted]]
-"""For each site of a layer, the fits of all layers."""
+@functools.partial(jax.jit, static_argnames=("rounding", "format"))
+def _move_and_round(
+    weights: Weights, transform: Transform, stats: Stats, *, rounding: Rounding, format: Format
+) -> tuple[MXArray, ...]:
+    moved = stats.through(transform)
+    return tuple(rounding(transform.weights(w), format, moved) for w in weights)
 
 
 def fit_model(
@@ -89,7 +106,7 @@ def fit_model(
     weights: Mapping[str, Weights],
     stats: Mapping[str, Stats],
     key: Key[Array, ""],
-) -> Fits:
+) -> dict[str, Fitted]:
     """Fits every site of every layer.
 
     Args:
@@ -97,40 +114,34 @@ def fit_model(
       weights: For each site, weights stacked over layers, each [layers, out, in].
       stats: For each site, Stats stacked over layers.
       key: For fits that draw; each site of each layer gets its own.
+
+    Returns:
+      For each site, what was fitted, stacked over layers.
     """
-    fits: Fits = {}
+    fits = {}
     for number, (site, stacked) in enumerate(weights.items()):
-        site_key = jax.random.fold_in(key, number)
-        fits[site] = [
-            fit_site(
-                recipe,
-                tuple(w[layer] for w in stacked),
-                layer_of(stats[site], layer),
-                jax.random.fold_in(site_key, layer),
-            )
-            for layer in range(stacked[0].shape[0])
+        keys = jax.random.split(jax.random.fold_in(key, number), stacked[0].shape[0])
+        layers = [
+            fit_linear(recipe, layer_of(stacked, layer), layer_of(stats[site], layer), layer_key)
+            for layer, layer_key in enumerate(keys)
         ]
+        fits[site] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
     return fits
 
 
 def quantize_model(
-    recipe: Recipe, weights: Mapping[str, Weights], stats: Mapping[str, Stats], fits: Fits
+    recipe: Recipe,
+    weights: Mapping[str, Weights],
+    stats: Mapping[str, Stats],
+    fits: Mapping[str, Fitted],
 ) -> dict[str, QuantizedSite]:
     """Quantizes every site of every layer, as `fits` has moved it.
 
     Returns:
-      For each site, the layers' `QuantizedSite`s stacked: the state that a decoder scans.
+      For each site, its layers' `QuantizedSite`s stacked: the state that a decoder scans.
     """
-    sites = {}
-    for site, stacked in weights.items():
-        layers = [
-            quantize_linear(
-                recipe, tuple(w[layer] for w in stacked), layer_of(stats[site], layer), fitted
-            )
-            for layer, fitted in enumerate(fits[site])
-        ]
-        sites[site] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    return sites
+    quantize = jax.vmap(functools.partial(quantize_linear, recipe))
+    return {site: quantize(weights[site], stats[site], fits[site]) for site in weights}
 
 
 def layer_of(stacked: Any, layer: int) -> Any:

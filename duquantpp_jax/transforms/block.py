@@ -31,14 +31,14 @@ def multiply_blocks(
             f"{count} matrices of side {size} move a width of {count * size} "
             f"(or, if one, any multiple of {size}): got {width}"
         )
-    blocks = x.reshape(*x.shape[:-1], width // size, size)
     if count == 1:
+        blocks = x.reshape(*x.shape[:-1], width // size, size)
         moved = jnp.matmul(blocks, matrices[0], precision=jax.lax.Precision.HIGHEST)
-    else:
-        moved = jnp.einsum(
-            "...bi,bij->...bj", blocks, matrices, precision=jax.lax.Precision.HIGHEST
-        )
-    return moved.reshape(x.shape)
+        return moved.reshape(x.shape)
+    # Blocks in front, as the batch of one product: on CPUs twice as fast as leaving them inside.
+    blocks = x.reshape(-1, count, size).swapaxes(0, 1)
+    moved = jnp.matmul(blocks, matrices, precision=jax.lax.Precision.HIGHEST)
+    return moved.swapaxes(0, 1).reshape(x.shape)
 
 
 def transposed(matrices: Float[Array, "blocks r r"]) -> Float[Array, "blocks r r"]:

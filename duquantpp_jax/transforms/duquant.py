@@ -80,31 +80,32 @@ def greedy_search(
     size = x.shape[1]
     channels = jnp.arange(size)
 
-    def score(x: Float[Array, "rows n"]) -> Float[Array, ""]:
+    def look(x: Float[Array, "rows n"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
+        """Where the largest magnitude is, d, and the criterion."""
+        maxima = jnp.max(jnp.abs(x), axis=0 if index == "channel" else 1)
+        d = jnp.argmax(maxima) % size
         match criterion:
             case "absmax":
-                return jnp.max(jnp.abs(x))
+                return d, jnp.max(maxima)
             case "range":
-                return jnp.max(x) - jnp.min(x)
+                return d, jnp.max(x) - jnp.min(x)
             case "mse":
                 assert format is not None
-                return jnp.mean(jnp.square(x - format.fake_quantize(x)))
+                return d, jnp.mean(jnp.square(x - format.fake_quantize(x)))
 
     def step(carry: tuple, k: Int[Array, ""]) -> tuple[tuple, None]:
-        x, product, best, least = carry
-        where = jnp.argmax(jnp.abs(x))
-        d = where % size if index == "channel" else where // size % size
+        x, d, product, best, least = carry
         swap = jnp.where(channels == 0, d, jnp.where(channels == d, 0, channels))
         rotation = rotations[jnp.minimum(k, rotations.shape[0] - 1)][swap][:, swap]
         x = jnp.matmul(x, rotation, precision=HIGHEST)
         product = jnp.matmul(product, rotation, precision=HIGHEST)
-        current = score(x)
-        best = jnp.where(current < least, product, best)
-        return (x, product, best, jnp.minimum(current, least)), None
+        d, score = look(x)
+        best = jnp.where(score < least, product, best)
+        return (x, d, product, best, jnp.minimum(score, least)), None
 
     eye = jnp.eye(size, dtype=x.dtype)
-    start = (x, eye, eye, score(x))
-    (_, _, best, least), _ = jax.lax.scan(step, start, jnp.arange(steps))
+    d, score = look(x)
+    (*_, best, least), _ = jax.lax.scan(step, (x, d, eye, eye, score), jnp.arange(steps))
     return best, least
 
 
@@ -171,5 +172,7 @@ def _fit_blocks(
         best, _ = search(tokens.reshape(-1, fit.size))
         return best[None]
     blocks = tokens.reshape(tokens.shape[0], -1, fit.size).swapaxes(0, 1)
-    best, _ = jax.lax.map(search, blocks)
+    # A CPU keeps one block in its cache; a GPU wants many at once.
+    at_once = None if jax.default_backend() == "cpu" else 64
+    best, _ = jax.lax.map(search, blocks, batch_size=at_once)
     return best
