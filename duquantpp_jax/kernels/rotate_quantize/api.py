@@ -32,8 +32,8 @@ def rotate_quantize(
       x: Activations; "mosaic_sm100" takes bfloat16.
       rotation: One matrix for each block, or a single one for all. Need not be orthogonal.
       smooth: Divides the columns of x.
-      scale_rule: How a block's largest magnitude becomes its scale; "mosaic_sm100" has all but
-        MSE.
+      scale_rule: How a block's largest magnitude becomes its scale; "mosaic_sm100" has
+        FLOOR, CEIL, EVEN and RCEIL.
       implementation: "mosaic_sm100" (Pallas, compute capability 10.x), "reference", or None for
         the first of these that runs here.
 

@@ -62,7 +62,7 @@ def why_not(dtype: Any, scale_rule: ScaleRule) -> str | None:
     if dtype != jnp.bfloat16:
         return f"it takes bfloat16, and x is {dtype}"
     if scale_rule not in CARRY:
-        return f"{scale_rule.name} needs three passes over a block; it has {[*CARRY]}"
+        return f"it has {', '.join(rule.name for rule in CARRY)}, and not {scale_rule.name}"
     return None
 
 

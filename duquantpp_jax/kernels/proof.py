@@ -1,0 +1,274 @@
+"""The proof without the chip: every kernel compiled for Blackwell, its machine code read.
+
+A kernel is proved when its code holds the tensor-core instruction of its format, as often in its
+innermost loop as the tile's shape implies, and no register spills. What this cannot show is time:
+the table has the roofline's, from NVIDIA's numbers, and what bounds it.
+
+    duquantpp kernels --target b200
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from duquantpp_jax.kernels import sass, target
+from duquantpp_jax.kernels.operand import depth_of
+from duquantpp_jax.kernels.rotate_quantize import api as rotate_quantize
+from duquantpp_jax.kernels.rotate_quantize import cases as rotate_quantize_cases
+from duquantpp_jax.kernels.scaled_matmul import api as scaled_matmul
+from duquantpp_jax.kernels.scaled_matmul import cases as scaled_matmul_cases
+from duquantpp_jax.kernels.scaled_matmul import mosaic
+from duquantpp_jax.kernels.specifications import roofline
+
+__all__ = ["Options", "Record", "prove", "run"]
+
+MMA = {"mxfp4": "UTCOMMA", "nvfp4": "UTCOMMA.4X", "mxfp8": "UTCQMMA"}
+ROTATION_MMA = "UTCHMMA"
+ROTATION_MMAS = 16  # a tile: 4 blocks, high and low part of R, 2 instructions for 32 of K
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compile every kernel for a GPU that is not there, and read its machine code.
+
+    Attributes:
+      target: The GPU.
+      json: Print the table as JSON.
+      only: Of the cases, those whose kernel, shape or label contains this.
+    """
+
+    target: str = "b200"
+    json: bool = False
+    only: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One row of the table.
+
+    Attributes:
+      instruction: The tensor-core instruction that was asked for.
+      found: How often it stands in the innermost loop.
+      implied: How often the shape of the tile says it must.
+      failures: What is wrong; empty if nothing.
+      seconds: To lower and compile.
+      roofline_seconds: Least time on the target, by NVIDIA's numbers.
+      bound: What bounds that.
+    """
+
+    kernel: str
+    case: str
+    label: str
+    instruction: str
+    found: int
+    implied: int
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    tensor_columns: int
+    ctas: int
+    cluster: int
+    seconds: float
+    flops: int
+    bytes: int
+    roofline_seconds: float
+    bound: str
+    failures: tuple[str, ...]
+    instructions: dict[str, int]
+
+
+def run(options: Options) -> int:
+    """Prints the table; the command `duquantpp kernels`.
+
+    Returns:
+      0 if all is proved; 1 if an instruction is missing, miscounted or a register spills; 2 if
+      nothing could be compiled.
+    """
+    if missing := target.missing_wheels():
+        print(f"compiling for {options.target} needs {', '.join(missing)}: {target.INSTALL}")
+        return 2
+    records = []
+    if not options.json:
+        print(_HEADER)
+    for record in prove(options):
+        records.append(record)
+        if not options.json:
+            print(_line(record), flush=True)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(record) for record in records], indent=1))
+    failed = [record for record in records if record.failures]
+    if not options.json:
+        print(f"{len(records)} kernels compiled for {options.target}, {len(failed)} failed")
+        for record in failed:
+            print(f"{record.kernel} {record.case}: {'; '.join(record.failures)}")
+    if not records:
+        return 2
+    return 1 if failed else 0
+
+
+def prove(options: Options) -> Iterator[Record]:
+    """Compiles in a process of its own, as a process has one architecture.
+
+    Raises:
+      RuntimeError: The process failed; its last words are the message.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        environment = (
+            os.environ
+            | sass.DUMP
+            | {
+                "JAX_PLATFORMS": "cpu",  # else the plugin looks for a driver and cuDNN
+                "MOSAIC_GPU_DUMP_TO": directory,
+            }
+        )
+        command = [sys.executable, "-m", __name__, options.target, options.only]
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as worker:
+            assert worker.stdout is not None
+            assert worker.stderr is not None
+            for line in worker.stdout:
+                fields = json.loads(line)
+                yield Record(**fields | {"failures": tuple(fields["failures"])})
+            errors = worker.stderr.read()
+        if worker.returncode:
+            raise RuntimeError(f"compiling for {options.target} failed:\n{errors[-4000:]}")
+
+
+def _worker(name: str, only: str) -> None:
+    directory = pathlib.Path(os.environ["MOSAIC_GPU_DUMP_TO"])
+    with target.compile_only(name) as device:
+        for kernel, case in _cases():
+            if only.lower() in f"{kernel} {case.name} {case.label}".lower():
+                prove_one = {"scaled_matmul": _matmul, "rotate_quantize": _rotate}[kernel]
+                record = prove_one(case, device, directory)
+                print(json.dumps(dataclasses.asdict(record)), flush=True)
+
+
+def _cases() -> Iterator[tuple[str, Any]]:
+    yield from (("scaled_matmul", case) for case in scaled_matmul_cases.PROOF)
+    yield from (("rotate_quantize", case) for case in rotate_quantize_cases.PROOF)
+
+
+def _matmul(case: scaled_matmul_cases.Case, device: Any, directory: pathlib.Path) -> Record:
+    def call(a, b):
+        if case.tiling is not None:
+            return mosaic.scaled_matmul(a, b, out_dtype=jnp.dtype(case.out), tiling=case.tiling)
+        return scaled_matmul.scaled_matmul(
+            a, b, out_dtype=jnp.dtype(case.out), implementation="mosaic_sm100"
+        )
+
+    compiled, seconds = _compile(call, jax.eval_shape(case.operands, _KEY), device, directory)
+    t = case.used_tiling
+    depth = depth_of(case.dtype)
+    tiles = -(-case.m // t.rows) * -(-case.n // t.columns) * t.splits
+    steps = -(-tiles // (t.cores // t.ctas)) * -(-case.k // depth) // t.splits
+    # 32 bytes of K an instruction, 4 a step; the loop has a step for each slot of the ring, or
+    # only those that there are.
+    implied = 4 * min(t.stages, steps)
+    return _record("scaled_matmul", case, case.format, MMA[case.format], implied, compiled, seconds)
+
+
+def _rotate(case: rotate_quantize_cases.Case, device: Any, directory: pathlib.Path) -> Record:
+    def call(x, rotation, smooth):
+        return rotate_quantize.rotate_quantize(
+            x, rotation, smooth, scale_rule=case.scale_rule, implementation="mosaic_sm100"
+        )
+
+    arguments = jax.eval_shape(case.inputs, _KEY)
+    compiled, seconds = _compile(call, arguments, device, directory)
+    return _record(
+        "rotate_quantize", case, "bfloat16", ROTATION_MMA, ROTATION_MMAS, compiled, seconds
+    )
+
+
+_KEY = jax.eval_shape(lambda: jax.random.key(0))
+
+
+def _compile(
+    call: Any, arguments: Any, device: Any, directory: pathlib.Path
+) -> tuple[sass.Kernel, float]:
+    for file in directory.iterdir():
+        file.unlink()
+    start = time.perf_counter()
+    jax.jit(call).lower(*target.with_sharding(arguments, device)).compile()
+    seconds = time.perf_counter() - start
+    kernels = sass.read(directory)
+    if len(kernels) != 1:  # none, if the process has compiled the very same kernel before
+        raise RuntimeError(f"one kernel expected, {len(kernels)} compiled")
+    return kernels[0], seconds
+
+
+def _record(
+    name: str,
+    case: Any,
+    kind: str,
+    instruction: str,
+    implied: int,
+    kernel: sass.Kernel,
+    seconds: float,
+) -> Record:
+    in_loop = kernel.tensor_core_in_loop()
+    found = in_loop.get(instruction, 0)
+    failures = []
+    if set(in_loop) != {instruction}:
+        failures.append(f"{instruction} expected, {', '.join(in_loop) or 'none'} found")
+    if found != implied:
+        failures.append(f"{implied} {instruction} implied by the tile, {found} in the loop")
+    if kernel.spill_bytes:
+        failures.append(f"{kernel.spill_bytes} bytes of registers spill")
+    if kernel.target != "sm_100a":
+        failures.append(f"compiled for {kernel.target}")
+    least, bound = roofline(case.flops, case.bytes, kind)
+    return Record(
+        kernel=name,
+        case=case.name,
+        label=case.label,
+        instruction=instruction,
+        found=found,
+        implied=implied,
+        registers=kernel.registers,
+        spill_bytes=kernel.spill_bytes,
+        shared_bytes=kernel.shared_bytes,
+        tensor_columns=kernel.tensor_columns,
+        ctas=kernel.grid,
+        cluster=kernel.cluster,
+        seconds=round(seconds, 3),
+        flops=case.flops,
+        bytes=case.bytes,
+        roofline_seconds=least,
+        bound=bound,
+        failures=tuple(failures),
+        instructions=kernel.instructions,
+    )
+
+
+_HEADER = (
+    f"{'kernel':<16}{'case':<42}{'instruction':<12}{'in loop':>8}{'regs':>6}{'spill':>6}"
+    f"{'smem':>8}{'tmem':>6}{'CTAs':>6}{'compile':>9}{'GFLOP':>10}{'MB':>9}{'roofline':>12}  bound"
+)
+
+
+def _line(record: Record) -> str:
+    mark = "  FAILED" if record.failures else ""
+    ctas = f"{record.ctas}/{record.cluster}" if record.cluster > 1 else f"{record.ctas}"
+    return (
+        f"{record.kernel:<16}{record.case:<42}{record.instruction:<12}{record.found:>8}"
+        f"{record.registers:>6}{record.spill_bytes:>6}{record.shared_bytes:>8}"
+        f"{record.tensor_columns:>6}{ctas:>6}{record.seconds:>7.2f} s{record.flops / 1e9:>10.3f}"
+        f"{record.bytes / 1e6:>9.3f}{record.roofline_seconds * 1e6:>9.2f} us  {record.bound}{mark}"
+    )
+
+
+if __name__ == "__main__":
+    _worker(*sys.argv[1:3])

@@ -1,0 +1,85 @@
+"""Shapes for rotate_quantize, shared by tests, proof, cost model and benchmark."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float, Key
+
+from duquantpp_jax.core import ScaleRule
+
+__all__ = ["PROOF", "RULES", "SMALL", "Case"]
+
+RULES = (ScaleRule.FLOOR, ScaleRule.CEIL, ScaleRule.EVEN, ScaleRule.RCEIL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One activation matrix x [m, k].
+
+    Attributes:
+      shared: One matrix for all blocks, else one for each.
+      smooth: Divide by a smoothing vector first.
+      scale_rule: FLOOR, CEIL, EVEN or RCEIL.
+      label: What it is in a model.
+    """
+
+    m: int
+    k: int
+    shared: bool = True
+    smooth: bool = False
+    scale_rule: ScaleRule = ScaleRule.FLOOR
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """Shape, kind of rotation and scale rule in short."""
+        kind = "shared R" if self.shared else "R per block"
+        return f"{self.m}x{self.k} {kind}{', smooth' if self.smooth else ''} {self.scale_rule.name}"
+
+    @property
+    def flops(self) -> int:
+        """Of the rotation: 32 multiplications and additions an element."""
+        return 2 * self.m * self.k * 32
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that have to move at least: bfloat16 in, half a byte and 1/32 out, matrices."""
+        matrices = 1 if self.shared and not self.smooth else self.k // 32
+        return self.m * (2 * self.k + self.k // 2 + self.k // 32) + matrices * 2 * 32 * 32 * 2
+
+    def inputs(
+        self, key: Key[Array, ""]
+    ) -> tuple[BFloat16[Array, "m k"], Float[Array, "blocks 32 32"], Float[Array, " k"] | None]:
+        """Activations of many sizes with outlier channels, rotations, and a smoothing vector."""
+        for_x, for_row, for_column, for_r, for_s = jax.random.split(key, 5)
+        x = jax.random.normal(for_x, (self.m, self.k), jnp.bfloat16)
+        rows = jax.random.randint(for_row, (self.m, 1), -20, 20).astype(jnp.float32)
+        outlier = jax.random.bernoulli(for_column, 0.02, (self.k,))
+        x = x * jnp.exp2(rows).astype(jnp.bfloat16) * jnp.where(outlier, 64, 1).astype(jnp.bfloat16)
+        blocks = 1 if self.shared else self.k // 32
+        gaussian = jax.random.normal(for_r, (blocks, 32, 32), jnp.float32)
+        rotation = jnp.linalg.qr(gaussian)[0]
+        smooth = jnp.exp2(jax.random.normal(for_s, (self.k,), jnp.float32)) if self.smooth else None
+        return x, rotation, smooth
+
+
+# Small enough for an interpreter.
+SMALL = (
+    *(Case(256, 512, scale_rule=rule) for rule in RULES),
+    Case(256, 512, shared=False, label="rotation per block"),
+    Case(136, 384, shared=False, smooth=True, label="smoothing; edges in m"),
+    Case(200, 352, scale_rule=ScaleRule.RCEIL, label="edges in m and k"),
+    Case(1, 96, label="one token"),
+)
+
+PROOF = (
+    *(
+        Case(m, k, label="Llama-3-8B hidden" if k == 4096 else "Llama-3-8B intermediate")
+        for k in (4096, 14336)
+        for m in (1, 16, 128, 2048, 8192)
+    ),
+    *(Case(16384, 8192, scale_rule=rule) for rule in RULES),
+    Case(16384, 8192, shared=False),  # with smoothing it is the same kernel
+    Case(1000, 1056, shared=False, label="edges in m and k"),
+)
