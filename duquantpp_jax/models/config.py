@@ -88,7 +88,7 @@ class DecoderConfig:
         config = cls(
             hidden_size=hidden,
             intermediate_size=_integer(fields, "intermediate_size"),
-            num_hidden_layers=_integer(fields, "num_hidden_layers"),
+            num_hidden_layers=_integer(fields, "num_hidden_layers", below=10_000),
             num_attention_heads=heads,
             num_key_value_heads=_integer(fields, "num_key_value_heads", heads),
             head_dim=_integer(fields, "head_dim", hidden // heads),
@@ -182,12 +182,14 @@ def _field(fields: Mapping[str, Any], name: str, default: Any) -> Any:
     raise ValueError(f"config.json: {name} is missing{hint}: it must be a number above 0")
 
 
-def _integer(fields: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> int:
+def _integer(
+    fields: Mapping[str, Any], name: str, default: Any = _REQUIRED, below: int = 2**31
+) -> int:
     value = _field(fields, name, default)
-    if type(value) is not int or not 0 < value < 2**31:
+    if type(value) is not int or not 0 < value < below:
         raise ValueError(
             f"config.json: {name} = {_short(value)} is out of place: "
-            "it must be an integer above 0 and below 2^31"
+            f"it must be an integer above 0 and below {below}"
         )
     return value
 

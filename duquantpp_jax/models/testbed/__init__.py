@@ -19,7 +19,7 @@ from duquantpp_jax.models.decoder import Decoder
 
 def directory() -> Path:
     """The model as a Hugging Face directory: config.json, model.safetensors, tokenizer.json."""
-    return Path(str(files(__package__)))
+    return Path(str(files(__name__)))
 
 
 def load() -> Decoder:

@@ -1,0 +1,141 @@
+"""The safetensors files of a Hugging Face directory, read header first.
+
+A safetensors file is 8 bytes of length, that much JSON naming each tensor's dtype, shape and
+place, then the data: so names and shapes of a whole model can be checked before an array is
+allocated. Whatever is wrong raises ValueError in one line. Nothing is unpickled or fetched.
+
+Source: the safetensors format description; the directory layout of transformers'
+`save_pretrained` and of the hub's cache.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32
+from safetensors import SafetensorError, safe_open
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Tensor(NamedTuple):
+    """Where one tensor of the checkpoint lies and what its header says."""
+
+    shard: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+      ValueError: the file cannot be read, is not JSON, or holds something else than an object.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({one_line(error)}): restore the file") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is a {type(content).__name__}: it must be a JSON object")
+    return content
+
+
+def shard_files(directory: Path) -> dict[Path, set[str] | None]:
+    """The files that hold the tensors, each with the names that the index expects there.
+
+    A file model.safetensors is the whole model, index or not, as in transformers.
+
+    Raises:
+      ValueError: there are none, a file is missing, or the index is broken or leads outside.
+    """
+    if (directory / SINGLE).is_file():
+        return {directory / SINGLE: None}
+    index = directory / INDEX
+    if not index.is_file():
+        raise ValueError(
+            f"{directory} has no {SINGLE} and no {INDEX}: convert the weights to safetensors"
+        )
+    names = read_json(index).get("weight_map")
+    if not (isinstance(names, dict) and names and all(isinstance(f, str) for f in names.values())):
+        raise ValueError(f"{index} has no weight_map: it must map each tensor to its shard")
+    expected: dict[str, set[str]] = {}
+    for name, file in names.items():
+        expected.setdefault(file, set()).add(name)
+    return {_inside(directory, file): expected[file] for file in sorted(expected)}
+
+
+def _inside(directory: Path, file: str) -> Path:
+    """The shard that an index names, which must lie in the model's own directory."""
+    path, roots = directory / file, [directory.resolve()]
+    # The hub's cache keeps a snapshot's files as links into the blobs beside all snapshots.
+    if roots[0].parent.name == "snapshots":
+        roots.append(roots[0].parent.parent / "blobs")
+    plain = file not in ("", ".", "..") and not set(file) & set("/\\\0")
+    if not plain or not any(path.resolve().is_relative_to(root) for root in roots):
+        raise ValueError(
+            f"{directory / INDEX} names the file {file!r}, which is outside the directory: "
+            "shards must lie beside the index"
+        )
+    if not path.is_file():
+        raise ValueError(
+            f"{directory}: shard {file!r} is missing: {INDEX} names it; fetch it again"
+        )
+    return path
+
+
+def inventory(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a model directory, from the headers alone.
+
+    Raises:
+      ValueError: as `shard_files`; or a shard is truncated, or differs from the index.
+    """
+    found: dict[str, Tensor] = {}
+    for shard, expected in shard_files(directory).items():
+        with _opened(shard) as file:
+            names = set(file.keys())
+            if expected is not None and names != expected:
+                name = min(names ^ expected)
+                has, lacks = (shard.name, INDEX) if name in names else (INDEX, shard.name)
+                raise ValueError(
+                    f"{directory}: tensor {name!r} is in {has} but not in {lacks}: "
+                    "index and shards must come from one save"
+                )
+            for name in sorted(names):
+                header = file.get_slice(name)
+                found[name] = Tensor(shard, tuple(header.get_shape()), header.get_dtype())
+    return found
+
+
+def _opened(shard: Path) -> Any:
+    try:
+        return safe_open(shard, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{shard} is truncated or no safetensors file ({one_line(error)}): fetch it again"
+        ) from None
+
+
+def read_tensors(
+    found: dict[str, Tensor], names: Iterable[str]
+) -> Iterator[tuple[str, Float32[np.ndarray, "..."]]]:
+    """The named tensors in float32, shard by shard.
+
+    Raises:
+      ValueError: a tensor has NaN or Inf; names it.
+    """
+    for name in sorted(names, key=lambda name: (found[name].shard, name)):
+        shard = found[name].shard
+        with _opened(shard) as file:  # maps the file and parses its header; no data is read
+            array = file.get_tensor(name).astype(np.float32)
+        if not np.isfinite(array).all():
+            kind = "NaN" if np.isnan(array).any() else "Inf"
+            raise ValueError(f"tensor {name} in {shard} has {kind}: all weights must be finite")
+        yield name, array
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]
