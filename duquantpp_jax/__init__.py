@@ -3,6 +3,8 @@
 from duquantpp_jax.core import Chain, Fitted, Format, MXArray, Recipe, ScaleRule, Stats, Transform
 from duquantpp_jax.formats import MXFP4
 
+__version__ = "0.1.0"
+
 __all__ = [
     "MXFP4",
     "Chain",

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from duquantpp_jax import files
-from duquantpp_jax.compare import BASELINE, Comparison, CompareOptions, compare, verdict
+from duquantpp_jax.compare import BASELINE, CompareOptions, Comparison, compare, verdict
 
 COMMANDS = {"compare": CompareOptions}
 

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+import duquantpp_jax
 from duquantpp_jax import files
 from duquantpp_jax.calibration import calibrate, site_widths
 from duquantpp_jax.core import Fitted, Stats
@@ -36,7 +37,7 @@ from duquantpp_jax.models import (
     testbed,
 )
 from duquantpp_jax.ptq import QuantizedSite, fit_model, layer_of, quantize_model
-from duquantpp_jax.recipes import ALIASES, SCALE_RULES, known, recipe
+from duquantpp_jax.recipes import ALIASES, recipe
 
 BASELINE = "block_hadamard"
 BATCH_ROWS = 16
@@ -275,9 +276,10 @@ def verdict(results: dict[str, Any]) -> str:
 
 def environment() -> dict[str, Any]:
     """Versions and device, for a result to name what it was measured with."""
-    packages = ("duquantpp_jax", "jax", "jaxlib", "flax", "numpy", "ml_dtypes", "tokenizers")
+    packages = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes", "tokenizers")
     device = jax.devices()[0]
     return {
+        "duquantpp_jax": duquantpp_jax.__version__,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
         "device": device.device_kind,
