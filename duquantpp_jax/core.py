@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Float32, Int, Key, UInt8
+from jaxtyping import Array, Float, Float32, Int, Key, Shaped, UInt8
 
 Weights = tuple[Float[Array, "_ k"], ...]
 """The weights of the linears that share one input, each [out, in]."""
@@ -101,16 +101,22 @@ class Element:
         one = 1 << self.mantissa_bits
         return one + self.max_code % one
 
-    def store(self, codes: UInt8[Array, "*shape"]) -> Array:
+    def store(self, codes: UInt8[Array, "*shape"]) -> Shaped[Array, "*shape"]:
         """Elements of the storage type that have these codes."""
         if self.dtype == jnp.uint8:
             return codes
-        raw = codes.astype(jnp.uint4) if self.bits == 4 else codes
-        return jax.lax.bitcast_convert_type(raw, self.dtype)
+        if self.bits == 8:
+            return jax.lax.bitcast_convert_type(codes, self.dtype)
+        if codes.ndim == 0 or codes.shape[-1] % 2:
+            return jax.lax.bitcast_convert_type(codes.astype(jnp.uint4), self.dtype)
+        packed = codes[..., 0::2] | codes[..., 1::2] << 4
+        # What follows is no work for bytes that are in memory, and slow for those that are not yet.
+        packed = jax.lax.optimization_barrier(packed)
+        return jax.lax.bitcast_convert_type(packed, self.dtype).reshape(codes.shape)
 
-    def codes(self, elements: Array) -> UInt8[Array, "*shape"]:
-        """The codes of stored elements."""
-        if self.dtype == jnp.uint8:
+    def codes(self, elements: Shaped[Array, "*shape"]) -> UInt8[Array, "*shape"]:
+        """The codes of stored elements (or the codes themselves)."""
+        if elements.dtype == jnp.uint8:
             return elements
         if self.bits == 4:
             # XLA's CPU compiler fails on a bitcast of float4 inside a scan; a cast it can do. Half
@@ -170,7 +176,7 @@ class MXArray:
     """A quantized array: x ~ element * scale (* tensor_scale), blocks along the last axis.
 
     Attributes:
-      elements: In the element's storage type, of the shape of x.
+      elements: In the element's storage type (or uint8 codes), of the shape of x.
       scales: float8_e8m0fnu for the MX formats (float32 for those that are not MX).
       tensor_scale: One float32 number for formats with two levels of scale, else None.
       element: The element type.
@@ -187,6 +193,13 @@ class MXArray:
     def shape(self) -> tuple[int, ...]:
         """Shape of the array that was quantized."""
         return self.elements.shape
+
+    def stored(self) -> MXArray:
+        """The same with elements in their storage type."""
+        if self.elements.dtype == self.element.dtype:
+            return self
+        blocks = self.elements.reshape(*self.scales.shape, self.block_size)
+        return self.replace(elements=self.element.store(blocks).reshape(self.shape))
 
     def codes(self) -> UInt8[Array, "*shape"]:
         """One code a value: sign, exponent and mantissa bits, sign highest."""
@@ -208,19 +221,24 @@ class MXArray:
     def dequantize(self) -> Float32[Array, "*shape"]:
         """element * scale in float32, exact for E8M0: subnormals included, Inf beyond 2^128. For
         other scales element * scale * tensor_scale, rounded once (cut off below 2^-126)."""
-        return self._times_scale(self.codes())
+        blocks = (*self.scales.shape, self.block_size)
+        if self.elements.dtype == jnp.uint8:
+            return self._times_scale(self.element.decode(self.elements.reshape(blocks)))
+        return self._times_scale(self.elements.astype(jnp.float32).reshape(blocks))
 
     def limit(self) -> Float32[Array, "*shape"]:
         """The largest magnitude that each value's block can hold: what saturates lies beyond."""
-        return self._times_scale(jnp.full(self.shape, self.element.max_code, jnp.uint8))
+        most = jnp.full((*self.scales.shape, self.block_size), self.element.max, jnp.float32)
+        return self._times_scale(most)
 
-    def _times_scale(self, codes: UInt8[Array, "*shape"]) -> Float32[Array, "*shape"]:
-        blocks = codes.reshape(*self.scales.shape, self.block_size)
+    def _times_scale(
+        self, x: Float32[Array, "*blocks {self.block_size}"]
+    ) -> Float32[Array, "*shape"]:
         if self.scales.dtype == jnp.float8_e8m0fnu:
             byte = self.scale_bytes().astype(jnp.int32)[..., None]
-            x = self.element.decode(blocks, byte - 127)
+            x = times_power_of_two(x, byte - 127)
             return jnp.where(byte == 255, jnp.float32(jnp.nan), x).reshape(self.shape)
-        x, scale = self.element.decode(blocks), self.scales.astype(jnp.float32)[..., None]
+        scale = self.scales.astype(jnp.float32)[..., None]
         if self.tensor_scale is not None:  # E4M3 scales have 4 bits: element * scale is exact
             x = x * scale
             t = self.tensor_scale  # one for each of what stacked arrays stack
@@ -238,29 +256,34 @@ class Format(abc.ABC):
     block_size: int
 
     @abc.abstractmethod
-    def quantize(
+    def encode(
         self,
         x: Array | np.ndarray,
         *,
         key: Key[Array, ""] | None = None,
         tensor_scale: Float[Array, ""] | None = None,
-        scale_offset: Int[Array, "*blocks"] | None = None,
-        clip: Float[Array, "*blocks"] | None = None,
+        scale_offset: Int[Array, "*offsets"] | None = None,
+        clip: Float[Array, "*clips"] | None = None,
     ) -> MXArray:
+        """`quantize`, with uint8 codes in place of elements: what formats implement."""
+
+    def quantize(self, x: Array | np.ndarray, **options: Any) -> MXArray:
         """Rounds x to elements and scales, a block of the last axis at a time.
 
         Args:
           x: float32, bfloat16 or float16; the last axis a multiple of `block_size`.
-          key: For stochastic rounding of elements.
-          tensor_scale: For formats with two levels of scale, in place of the computed one.
-          scale_offset: Added to the exponent of each block's scale.
-          clip: Factor on each block's largest magnitude before its scale is chosen; what lies
-            beyond saturates.
+          options: Of these, what the format has a use for.
+            key: For stochastic rounding of elements.
+            tensor_scale: For formats with two levels of scale, in place of the computed one.
+            scale_offset: Integers added to the exponents of the blocks' scales.
+            clip: Factor on each block's largest magnitude before its scale is chosen; what lies
+              beyond saturates.
 
         Raises:
           ValueError: x has another type, no axis, or a last axis that blocks do not divide; or
             an argument was given that this format has no use for.
         """
+        return _stored(self.encode(x, **options))
 
     def fake_quantize(
         self, x: Array | np.ndarray, *, saturated_gradient: bool = True, **options: Any
@@ -275,12 +298,16 @@ class Format(abc.ABC):
             its block holds; if not, it is 0 there.
           options: As in `quantize`.
         """
-        q = self.quantize(jax.lax.stop_gradient(x), **options)
+        q = self.encode(x, **options)
+        x = jnp.asarray(x)
         held = jax.lax.stop_gradient(q.dequantize())
         passes = jnp.ones((), bool)
         if not saturated_gradient:
-            passes = jnp.abs(jnp.asarray(x).astype(jnp.float32)) <= q.limit()
+            passes = jnp.abs(x.astype(jnp.float32)) <= q.limit()
         return _straight_through(x, held, jax.lax.stop_gradient(passes))
+
+
+_stored = jax.jit(MXArray.stored)
 
 
 @jax.custom_jvp

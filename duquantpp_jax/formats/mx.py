@@ -3,8 +3,8 @@
     amax_b = max |x_b|,  E_b = rule(amax_b),  element_i = round(x_i / 2^E_b),  x_i ~ element_i 2^E_b
 
 Where the specification leaves room: NaN or Inf anywhere in a block gives scale byte 255, and the
-whole block dequantizes to NaN; an all-zero block has byte 0 and zero codes; signed zeros and
-negative underflow keep their sign; subnormals are exact.
+whole block dequantizes to NaN (its codes are zeros with the signs of x); an all-zero block has byte
+0 and zero codes; signed zeros and negative underflow keep their sign; subnormals are exact.
 
 Source: OCP MX v1.0, section 6.3; Rouhani et al., arXiv 2310.10537, Algorithm 1.
 """
@@ -19,7 +19,6 @@ from jaxtyping import Array, Float32, Int, Key
 
 from duquantpp_jax.core import Element, ElementRounding, Format, MXArray, ScaleRule
 from duquantpp_jax.formats import scales as sc
-from duquantpp_jax.formats.division import magnitude_bits
 from duquantpp_jax.formats.elements import E2M1, E2M3, E3M2, E4M3, E5M2, encode
 
 FLOAT_TYPES = ("float32", "bfloat16", "float16")
@@ -94,7 +93,7 @@ class MX(Format):
         if self.block_size < 1:
             raise ValueError(f"a block of {self.block_size} elements: give at least 1")
 
-    def quantize(
+    def encode(
         self,
         x: Array | np.ndarray,
         *,
@@ -107,7 +106,7 @@ class MX(Format):
         if tensor_scale is not None:
             raise ValueError("tensor_scale is for formats with two levels of scale, such as NVFP4")
         check_key(key, self.rounding)
-        return _quantize(to_blocks(x, self.block_size), key, scale_offset, clip, format=self)
+        return _encode(to_blocks(x, self.block_size), key, scale_offset, clip, format=self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,25 +145,25 @@ def _check_element(format: MX, elements: tuple[Element, ...]) -> None:
 
 
 @functools.partial(jax.jit, static_argnames="format")
-def _quantize(
+def _encode(
     blocks: Array, key: Array | None, offset: Array | None, clip: Array | None, *, format: MX
 ) -> MXArray:
     amax = sc.block_amax(blocks)
     bad = amax >= sc.INFINITY_BITS
     if clip is not None:
-        amax = magnitude_bits(jax.lax.bitcast_convert_type(amax, jnp.float32) * clip)
+        amax = sc.clipped(amax, clip)
         bad = bad | (amax >= sc.INFINITY_BITS)
     exponent = sc.scale_exponent(amax, format.scale_rule, format.element)
     if format.scale_rule is ScaleRule.MSE:
         exponent = sc.least_error_exponent(blocks, exponent, format.element, format.rounding)
     if offset is not None:
         exponent = exponent + offset
-    exponent = sc.clamp(exponent)
-    codes = encode(blocks, exponent[..., None], format.element, format.rounding, key)
-    codes = jnp.where(bad[..., None], jnp.uint8(0), codes)
+    exponent = jnp.where(amax == 0, -127, sc.clamp(exponent))
+    scale = jnp.where(bad, 512, exponent)  # of a bad block nothing but signs is left
+    codes = encode(blocks, scale[..., None], format.element, format.rounding, key)
     byte = jnp.where(bad, 255, exponent + 127).astype(jnp.uint8)
     return MXArray(
-        elements=format.element.store(from_blocks(codes)),
+        elements=from_blocks(codes),
         scales=jax.lax.bitcast_convert_type(byte, jnp.float8_e8m0fnu),
         element=format.element,
         block_size=format.block_size,

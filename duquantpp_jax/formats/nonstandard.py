@@ -45,7 +45,7 @@ class FloatScaled(Format):
         """
         raise NotImplementedError
 
-    def quantize(
+    def encode(
         self,
         x: Array | np.ndarray,
         *,
@@ -58,7 +58,7 @@ class FloatScaled(Format):
         if given:
             raise ValueError(f"{type(self).__name__} has no use for {', '.join(given)}")
         check_key(key, self.rounding)
-        return _quantize(to_blocks(x, self.block_size), key, clip, format=self)
+        return _encode(to_blocks(x, self.block_size), key, clip, format=self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ def at_least_normal(scales: Float32[Array, "*blocks"]) -> Float32[Array, "*block
 
 
 @functools.partial(jax.jit, static_argnames="format")
-def _quantize(
+def _encode(
     blocks: Float32[Array, "*blocks size"],
     key: Array | None,
     clip: Array | None,
@@ -146,7 +146,7 @@ def _quantize(
     amax = sc.block_amax(blocks)
     bad = amax >= sc.INFINITY_BITS
     if clip is not None:
-        amax = magnitude_bits(jax.lax.bitcast_convert_type(amax, jnp.float32) * clip)
+        amax = sc.clipped(amax, clip)
         bad = bad | (amax >= sc.INFINITY_BITS)
     finite = jnp.where(bad[..., None], jnp.float32(0), blocks)
     amax = jnp.where(bad, jnp.uint32(0), amax)
@@ -155,7 +155,7 @@ def _quantize(
     q, exponent = quotient(finite, scales[..., None])
     codes = encode(q, -exponent, format.element, format.rounding, key)
     return MXArray(
-        elements=format.element.store(from_blocks(codes)),
+        elements=from_blocks(codes),
         scales=jnp.where(bad, jnp.float32(jnp.nan), scales),
         element=format.element,
         block_size=format.block_size,

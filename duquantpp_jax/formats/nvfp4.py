@@ -55,7 +55,7 @@ class NVFP4(Format):
         if self.block_size < 1:
             raise ValueError(f"a block of {self.block_size} elements: give at least 1")
 
-    def quantize(
+    def encode(
         self,
         x: Array | np.ndarray,
         *,
@@ -68,7 +68,7 @@ class NVFP4(Format):
         if scale_offset is not None:
             raise ValueError("scale_offset is for scales that are powers of two, such as MXFP4's")
         check_key(key, self.rounding)
-        return _quantize(to_blocks(x, self.block_size), key, tensor_scale, clip, format=self)
+        return _encode(to_blocks(x, self.block_size), key, tensor_scale, clip, format=self)
 
 
 def tensor_scale_of(amax: UInt32[Array, ""], four_over_six: bool) -> Float32[Array, ""]:
@@ -87,7 +87,7 @@ def tensor_scale_of(amax: UInt32[Array, ""], four_over_six: bool) -> Float32[Arr
 
 
 @functools.partial(jax.jit, static_argnames="format")
-def _quantize(
+def _encode(
     blocks: Float32[Array, "*blocks size"],
     key: Array | None,
     tensor_scale: Array | None,
@@ -101,7 +101,7 @@ def _quantize(
         largest = jnp.max(jnp.where(bad, jnp.uint32(0), amax), initial=0)
         tensor_scale = tensor_scale_of(largest, format.four_over_six)
     if clip is not None:
-        amax = magnitude_bits(jax.lax.bitcast_convert_type(amax, jnp.float32) * clip)
+        amax = sc.clipped(amax, clip)
         bad = bad | (amax >= sc.INFINITY_BITS)
     tensor_exponent, significand = split(magnitude_bits(tensor_scale))
     tensor = significand.astype(jnp.float32)  # t = tensor * 2^(tensor_exponent - 23)
@@ -136,7 +136,7 @@ def _quantize(
     codes = jnp.where(bad[..., None], jnp.uint8(0), elements(byte, format.rounding))
     byte = jnp.where(bad, jnp.uint8(E4M3_NAN), byte)
     return MXArray(
-        elements=E2M1.store(from_blocks(codes)),
+        elements=from_blocks(codes),
         scales=jax.lax.bitcast_convert_type(byte, jnp.float8_e4m3fn),
         tensor_scale=tensor_scale,
         element=E2M1,

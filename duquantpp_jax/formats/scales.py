@@ -20,7 +20,7 @@ RCEIL) and Transformer Engine (RCEIL_FLOAT) name them, in exact form.
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, UInt32
 
-from duquantpp_jax.core import Element, ElementRounding, ScaleRule
+from duquantpp_jax.core import Element, ElementRounding, ScaleRule, times_power_of_two
 from duquantpp_jax.formats.division import magnitude_bits, split
 from duquantpp_jax.formats.elements import encode
 from duquantpp_jax.formats.errors import Wide, above, in_units, less, squared_error
@@ -31,6 +31,15 @@ INFINITY_BITS = 0x7F800000
 def block_amax(blocks: Float32[Array, "*blocks size"]) -> UInt32[Array, "*blocks"]:
     """Bits of the largest magnitude of each block; at least INFINITY_BITS if any is not finite."""
     return jnp.max(magnitude_bits(blocks), axis=-1, initial=0)
+
+
+def clipped(
+    amax: UInt32[Array, "*blocks"], clip: Float32[Array, "*#blocks"]
+) -> UInt32[Array, "*blocks"]:
+    """Bits of amax * clip, exact where clip is 1; at least INFINITY_BITS where not finite."""
+    exponent, significand = split(amax)
+    product = times_power_of_two(significand.astype(jnp.float32) * clip, exponent - 23)
+    return magnitude_bits(product)
 
 
 def scale_exponent(

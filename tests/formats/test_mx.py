@@ -1,0 +1,382 @@
+"""The MX formats: whole blocks against exact arithmetic, the laws they keep, and their edges."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from duquantpp_jax.core import ElementRounding, MXArray, ScaleRule
+from duquantpp_jax.formats import E2M1, E2M3, E3M2, E4M3, E5M2, MX, MXFP4, MXFP6, MXFP8
+
+ALL_RULES = tuple(ScaleRule)
+RULES = pytest.mark.parametrize("rule", ALL_RULES, ids=lambda r: r.value)
+FORMATS = (MXFP4, *[functools.partial(MXFP6, e) for e in (E2M3, E3M2)],
+           *[functools.partial(MXFP8, e) for e in (E4M3, E5M2)])  # fmt: skip
+GRID = pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        pytest.param(
+            make,
+            rule,
+            id=f"{make().element}-{rule.value}",
+            marks=() if make is MXFP4 or rule is ScaleRule.FLOOR else pytest.mark.slow,
+        )
+        for make in FORMATS
+        for rule in ALL_RULES
+    ],
+)
+EXACT = pytest.mark.parametrize("rule", oracle.AMAX_RULES, ids=lambda r: r.value)
+DTYPES = pytest.mark.parametrize(
+    "dtype",
+    [
+        np.float32,
+        pytest.param(ml_dtypes.bfloat16, marks=pytest.mark.slow),
+        pytest.param(np.float16, marks=pytest.mark.slow),
+    ],
+)
+EVERY_FORMAT = pytest.mark.parametrize("make", FORMATS, ids=lambda f: repr(f().element))
+TOP = float(np.finfo(np.float32).max)
+
+
+def blocks_of(count=40, size=32, seed=0, dtype=np.float32) -> np.ndarray:
+    """Blocks of all sizes that the type has, of heavy tails, with zeros, -0 and subnormals."""
+    rng = np.random.default_rng(seed)
+    low, high = (-26, 10) if dtype == np.float16 else (-150, 124)
+    with np.errstate(over="ignore", under="ignore"):
+        x = rng.standard_t(3, (count, size)) * 2.0 ** rng.integers(low, high, (count, 1))
+        x = np.where(rng.random((count, size)) < 0.05, np.copysign(0.0, x), x).astype(dtype)
+    return np.where(np.isfinite(x), x, dtype(1))
+
+
+def both(q: MXArray) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray(q.codes()), np.asarray(q.scale_bytes())
+
+
+def assert_same(a: MXArray, b: MXArray) -> None:
+    for mine, other in zip(both(a), both(b), strict=True):
+        np.testing.assert_array_equal(mine, other)
+
+
+@EVERY_FORMAT
+@EXACT
+@DTYPES
+def test_codes_and_bytes_are_those_of_exact_arithmetic(make, rule, dtype):
+    format, x = make(scale_rule=rule), blocks_of(dtype=dtype)
+    codes, bytes_ = both(format.quantize(jnp.asarray(x.reshape(4, -1))))
+    for block, mine, byte in zip(x, codes.reshape(x.shape), bytes_.ravel(), strict=True):
+        exact_byte, exact_codes = oracle.quantize_block(block, rule, format.element.name)
+        assert byte == exact_byte
+        np.testing.assert_array_equal(mine, exact_codes)
+
+
+@EVERY_FORMAT
+@pytest.mark.parametrize("rounding", oracle.DETERMINISTIC, ids=lambda r: r.value)
+def test_element_rounding_is_the_one_asked_for(make, rounding):
+    format, x = make(rounding=rounding), blocks_of(12)
+    x[:, 1::2] = np.round(x[:, 1::2] / x[:, :1].max() * 8) * x[:, :1].max() / 8  # some ties
+    codes, _ = both(format.quantize(x))
+    expected = [
+        oracle.quantize_block(b, ScaleRule.FLOOR, format.element.name, rounding)[1] for b in x
+    ]
+    np.testing.assert_array_equal(codes, expected)
+
+
+@GRID
+def test_dequantized_is_element_times_scale_exactly(make, rule):
+    format, x = make(scale_rule=rule), blocks_of(30)
+    q = format.quantize(x)
+    codes, bytes_ = both(q)
+    values = [[float(oracle.value(int(c), format.element.name)) for c in row] for row in codes]
+    with np.errstate(over="ignore"):
+        exact = np.ldexp(np.array(values), bytes_.astype(int) - 127).astype(np.float32)
+    got = np.asarray(q.dequantize())
+    np.testing.assert_array_equal(
+        got.view(np.uint32) & 0x7FFFFFFF, exact.view(np.uint32) & 0x7FFFFFFF
+    )
+    np.testing.assert_array_equal(np.signbit(got), codes >> (format.element.bits - 1) == 1)
+
+
+# Edges
+
+
+@GRID
+def test_nan_or_inf_anywhere_makes_its_whole_block_nan_and_no_other(make, rule):
+    x = np.ones((7, 32), np.float32)
+    x[1, 17], x[3, 0], x[5, 31] = np.nan, np.inf, -np.inf
+    q = make(scale_rule=rule).quantize(x)
+    codes, bytes_ = both(q)
+    assert (bytes_[1::2] == 255).all()
+    assert not (codes[1::2] << (9 - q.element.bits) & 0xFF).any()  # nothing but signs
+    held = np.asarray(q.dequantize())
+    assert np.isnan(held[1::2]).all()
+    np.testing.assert_array_equal(held[::2], x[::2])
+
+
+@GRID
+def test_zero_block_has_byte_zero_and_keeps_the_signs_of_its_zeros(make, rule):
+    x = np.zeros((1, 32), np.float32)
+    x[0, ::3] = -0.0
+    q = make(scale_rule=rule).quantize(x)
+    codes, bytes_ = both(q)
+    assert bytes_[0] == 0
+    np.testing.assert_array_equal(
+        codes[0], np.where(np.signbit(x[0]), 1 << (q.element.bits - 1), 0)
+    )
+    held = np.asarray(q.dequantize())
+    assert not held.any()
+    np.testing.assert_array_equal(np.signbit(held), np.signbit(x))
+
+
+def test_negative_numbers_that_underflow_become_minus_zero():
+    x = np.full((1, 32), -1e-6, np.float32)
+    x[0, 0] = 4
+    assert (both(MXFP4().quantize(x))[0][0, 1:] == 8).all()
+
+
+@EVERY_FORMAT
+def test_largest_float32_saturates_under_floor_and_is_inf_under_the_rules_that_round_up(make):
+    x = np.full((1, 32), -TOP, np.float32)
+    top = make().element
+    floor = np.asarray(make().fake_quantize(x))
+    assert (floor == -top.max * 2.0 ** (127 - top.emax)).all()
+    for rule in (ScaleRule.CEIL, ScaleRule.EVEN, ScaleRule.RCEIL):
+        assert np.isneginf(make(scale_rule=rule).fake_quantize(x)).all()
+
+
+@GRID
+def test_smallest_scale_holds_subnormals_exactly(make, rule):
+    format = make(scale_rule=rule)
+    step = float(oracle.magnitudes(format.element.name)[1])  # smallest element, a power of two
+    x = np.float32(step) * np.float32(2.0**-120) * np.arange(32, dtype=np.float32)
+    x = (x.astype(np.float64) * 2.0**-7)[None] * (np.arange(32) < 4)  # 0 to 3 steps of 2^-127
+    if step * 2.0**-127 < 2.0**-149:
+        pytest.skip("the step is below the smallest float32")
+    q = format.quantize(x.astype(np.float32))
+    assert both(q)[1][0] == 0
+    np.testing.assert_array_equal(both(q)[0][0, :4], [0, 1, 2, 3])
+    np.testing.assert_array_equal(np.asarray(q.dequantize()), x.astype(np.float32))
+
+
+def test_numbers_below_half_the_smallest_step_are_zero():
+    x = np.full((1, 32), 2.0**-130, np.float32)
+    q = MXFP4().quantize(x)
+    assert both(q)[1][0] == 0
+    assert not both(q)[0].any()
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.ones((2, 32)), "cannot quantize float64.*float32, bfloat16, float16.*rounds once more"),
+        (np.ones((2, 32), np.int32), "cannot quantize int32"),
+        (np.ones((2, 32), np.int8), "cannot quantize int8"),
+        (np.ones((2, 32), bool), "cannot quantize bool"),
+        (np.ones((2, 32), np.complex64), "cannot quantize complex64"),
+        (np.ones((2, 32), ml_dtypes.float8_e5m2), "cannot quantize float8_e5m2"),
+        (
+            np.ones((2, 40), np.float32),
+            "width of 40 is not a multiple of block 32: pad to 64 or choose",
+        ),
+        (np.float32(1)[None][0:1].reshape(()), "a single number"),
+    ],
+)
+def test_what_cannot_be_quantized_is_refused(x, message):
+    with pytest.raises(ValueError, match=message):
+        MXFP4().quantize(x)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (4, 0), (0,), (2, 0, 32)])
+def test_empty_arrays_stay_empty(shape):
+    q = MXFP4(scale_rule=ScaleRule.MSE).quantize(jnp.zeros(shape, jnp.float32))
+    assert q.shape == shape
+    assert q.scale_bytes().shape == (*shape[:-1], shape[-1] // 32)
+    assert q.dequantize().shape == shape
+
+
+def test_options_without_use_are_refused():
+    x = jnp.ones((1, 32), jnp.float32)
+    with pytest.raises(ValueError, match="tensor_scale is for formats with two levels"):
+        MXFP4().quantize(x, tensor_scale=jnp.float32(1))
+    with pytest.raises(ValueError, match=r"key is for stochastic rounding.*nearest_even"):
+        MXFP4().quantize(x, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="needs a key"):
+        MXFP4(rounding=ElementRounding.STOCHASTIC).quantize(x)
+    with pytest.raises(ValueError, match="MXFP6 has e2m3 or e3m2 elements, not e2m1"):
+        MXFP6(E2M1)
+    with pytest.raises(ValueError, match="MXFP8 has e4m3 or e5m2 elements, not e3m2"):
+        MXFP8(E3M2)
+    with pytest.raises(ValueError, match="block of 0 elements"):
+        MXFP4(block_size=0)
+
+
+def test_scale_offset_moves_the_exponent_and_stops_at_both_ends():
+    x = jnp.full((3, 32), 4.0, jnp.float32)
+    q = MXFP4().quantize(x, scale_offset=jnp.asarray([[1], [-200], [200]], jnp.int32))
+    assert q.scale_bytes().ravel().tolist() == [128, 0, 254]
+    assert q.codes()[:, 0].tolist() == [4, 7, 0]  # 2, saturated, underflow
+
+
+def test_clip_shrinks_amax_before_the_rule_and_what_is_beyond_saturates():
+    x = np.full((2, 32), 1.0, np.float32)
+    x[:, 0] = 8
+    q = MXFP4().quantize(x, clip=jnp.asarray([[1.0], [0.25]], jnp.float32))
+    assert q.scale_bytes().ravel().tolist() == [128, 126]
+    assert np.asarray(q.dequantize())[:, 0].tolist() == [8, 3]
+    for bad in (jnp.nan, jnp.inf):
+        q = MXFP4().quantize(x, clip=jnp.float32(bad))
+        assert (np.asarray(q.scale_bytes()) == 255).all()
+
+
+@RULES
+def test_clip_of_one_and_offset_of_zero_change_nothing(rule):
+    x, format = blocks_of(), MXFP4(scale_rule=rule)
+    assert_same(
+        format.quantize(x), format.quantize(x, clip=jnp.ones(1), scale_offset=jnp.zeros(1, int))
+    )
+
+
+# Laws
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def canonical(format, seed: int) -> MXArray:
+    """Blocks in whose largest element the rule recognises their scale."""
+    name, bits = format.element.name, format.element.bits
+    exponent = lambda v: oracle.scale_exponent(v, format.scale_rule, name)  # noqa: E731
+    top = max(c for c, v in enumerate(oracle.magnitudes(name)) if v and exponent(v) == 0)
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, top + 1, (6, 32), dtype=np.uint8)
+    codes[np.arange(6), rng.integers(0, 32, 6)] = top
+    codes |= rng.integers(0, 2, codes.shape, dtype=np.uint8) << (bits - 1)
+    # Below 2, elements of e5m2 fall below the smallest float32; above, those of all reach Inf.
+    bytes_ = rng.integers(2, 250 - format.element.emax, (6, 1), dtype=np.uint8)
+    return MXArray(
+        format.element.store(jnp.asarray(codes)),
+        jax.lax.bitcast_convert_type(jnp.asarray(bytes_), jnp.float8_e8m0fnu),
+        element=format.element,
+        block_size=32,
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.sampled_from(oracle.AMAX_RULES), st.sampled_from(FORMATS))
+def test_quantizing_the_dequantized_gives_back_canonical_codes_and_bytes(seed, rule, make):
+    format = make(scale_rule=rule)
+    q = canonical(format, seed)
+    assert_same(format.quantize(q.dequantize()), q)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.sampled_from(ALL_RULES), st.sampled_from(FORMATS))
+def test_fake_quantize_is_idempotent(seed, rule, make):
+    if rule is ScaleRule.MSE:
+        rule = ScaleRule.FLOOR  # MSE may choose again among scales without error
+    format = make(scale_rule=rule)
+    once = format.fake_quantize(blocks_of(8, seed=seed))
+    np.testing.assert_array_equal(np.asarray(format.fake_quantize(once)), np.asarray(once))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.integers(-20, 20), st.sampled_from(ALL_RULES), st.sampled_from(FORMATS))
+def test_scaling_by_powers_of_two_moves_bytes_and_nothing_else(seed, power, rule, make):
+    x = np.random.default_rng(seed).standard_t(3, (8, 32)).astype(np.float32)
+    format = make(scale_rule=rule)
+    codes, bytes_ = both(format.quantize(x))
+    moved_codes, moved_bytes = both(format.quantize(np.ldexp(x, power)))
+    np.testing.assert_array_equal(moved_codes, codes)
+    np.testing.assert_array_equal(moved_bytes.astype(int), bytes_.astype(int) + power)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.sampled_from(oracle.AMAX_RULES))
+def test_error_is_within_the_bound_of_the_rule(seed, rule):
+    # In units of the scale FLOOR loses up to 8 - 6 of an amax of 8; the others at most 1 of 5.
+    bound = {ScaleRule.FLOOR: 1 / 4}.get(rule, 1 / 5)
+    x = np.random.default_rng(seed).standard_t(3, (64, 32)).astype(np.float32)
+    error = np.abs(np.asarray(MXFP4(scale_rule=rule).fake_quantize(x)) - x)
+    assert (error <= bound * np.abs(x).max(axis=-1, keepdims=True)).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.sampled_from(FORMATS))
+def test_error_of_mse_is_at_most_that_of_the_rules_it_chooses_among(seed, make):
+    x = blocks_of(64, seed=seed)
+    x[np.abs(x).max(axis=-1) > 1e30] = 1
+
+    def error(rule):
+        held = np.asarray(make(scale_rule=rule).fake_quantize(x), np.float64)
+        return np.square(x.astype(np.float64) - held).sum(axis=-1)
+
+    least = error(ScaleRule.MSE)
+    for rule in (ScaleRule.FLOOR, ScaleRule.CEIL, ScaleRule.EVEN):
+        assert (least <= error(rule) * (1 + 2.0**-22)).all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(seeds, st.sampled_from(ALL_RULES))
+def test_permuting_blocks_permutes_the_result(seed, rule):
+    x = blocks_of(24, seed=seed)
+    order = np.random.default_rng(seed).permutation(24)
+    codes, bytes_ = both(MXFP4(scale_rule=rule).quantize(x))
+    moved_codes, moved_bytes = both(MXFP4(scale_rule=rule).quantize(x[order]))
+    np.testing.assert_array_equal(moved_codes, codes[order])
+    np.testing.assert_array_equal(moved_bytes, bytes_[order])
+
+
+# One result, however it is computed
+
+
+@GRID
+def test_jit_eager_and_vmap_agree_bit_for_bit(make, rule):
+    format, x = make(scale_rule=rule), jnp.asarray(blocks_of(8).reshape(4, 64))
+    q = format.quantize(x)
+    with jax.disable_jit():
+        assert_same(format.quantize(x), q)
+    assert_same(jax.jit(format.quantize)(x), q)
+    assert_same(jax.vmap(format.quantize)(x), q)
+    np.testing.assert_array_equal(jax.jit(MXArray.dequantize)(q), q.dequantize())
+    np.testing.assert_array_equal(jax.vmap(MXArray.dequantize)(q), q.dequantize())
+
+
+def test_stacked_arrays_scan_over_their_leading_axis():
+    x = jnp.asarray(blocks_of(24).reshape(3, 4, 64))
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *[MXFP4().quantize(one) for one in x])
+    assert_same(stacked, MXFP4().quantize(x))
+    _, held = jax.lax.scan(lambda carry, q: (carry, q.dequantize()), 0, stacked)
+    np.testing.assert_array_equal(held, MXFP4().fake_quantize(x))
+
+
+def test_formats_are_hashable_values():
+    assert MXFP4() == MXFP4(scale_rule=ScaleRule.FLOOR)
+    assert len({MXFP4(), MXFP4(), MXFP4(block_size=16), MX(E2M1)}) == 3
+    assert MXFP8().element == E4M3
+    assert MXFP6().element == E2M3
+
+
+def test_numpy_and_jax_inputs_agree():
+    x = blocks_of()
+    assert_same(MXFP4().quantize(x), MXFP4().quantize(jnp.asarray(x)))
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 8, 16, 64, 96])
+def test_block_size_is_a_field(block_size):
+    x = blocks_of(6, 192)
+    q = MXFP4(block_size=block_size).quantize(x)
+    codes, bytes_ = both(q)
+    exact = [oracle.quantize_block(b, ScaleRule.FLOOR, "e2m1") for b in x.reshape(-1, block_size)]
+    np.testing.assert_array_equal(bytes_.ravel(), [b for b, _ in exact])
+    np.testing.assert_array_equal(codes.reshape(-1, block_size), [c for _, c in exact])
+
+
+def test_float32_scales_have_no_bytes():
+    from duquantpp_jax.formats import FP32Scale
+
+    with pytest.raises(ValueError, match="scales of type float32 have no byte"):
+        FP32Scale().quantize(jnp.ones((1, 32))).scale_bytes()
