@@ -171,7 +171,7 @@ def _tensor_core(opcodes: dict[str, int]) -> dict[str, int]:
 
 
 def _tensor_columns(ptx: str) -> int:
-    alloc = re.search(r"tcgen05\.alloc\S* +\[[^]]+\], (%?\w+)", ptx)
+    alloc = re.search(r"tcgen05\.alloc\S*\s+\[[^]]+\], (%?\w+)", ptx)
     if alloc is None:
         return 0
     if alloc[1].isdigit():

@@ -256,16 +256,17 @@ def _rotate_quantize(
 
 
 def _quantize_block(y: Float[Array, "rows 32"], carry: int):
-    """Scale byte and elements of one block a row; Inf or NaN in it gives byte 255 and zeros."""
-    magnitude = lax.bitcast_convert_type(y, jnp.int32) & 0x7FFFFFFF
-    amax = jnp.max(magnitude, axis=1)
+    """Scale byte and elements of one block a row; Inf or NaN in it leaves byte 255 and signs."""
+    amax = jnp.max(lax.bitcast_convert_type(y, jnp.int32) & 0x7FFFFFFF, axis=1)
     bad = amax >= 0x7F800000
     byte = jnp.maximum(((amax + carry) >> 23) - EMAX, 0)
-    byte = jnp.where(bad, 255, byte)
-    inverse = lax.bitcast_convert_type((254 - jnp.minimum(byte, 254)) << 23, jnp.float32)
-    z = jnp.where(_rows(bad, y), jnp.float32(0), y * _rows(inverse, y))
+    exponent = jnp.where(bad, 127, 254 - byte)  # of 1 / scale, in float32's bits
+    kept = jnp.where(bad, jnp.int32(-(2**31)), jnp.int32(-1))
+    z = y * _rows(lax.bitcast_convert_type(exponent << 23, jnp.float32), y)
+    z = lax.bitcast_convert_type(z, jnp.int32) & _rows(kept, y)
+    z = lax.bitcast_convert_type(z, jnp.float32)
     z = plgpu.layout_cast(z, plgpu.Layout.TCGEN05_TMEM_NATIVE(8))  # a word of codes at a time
-    return byte, z.astype(jnp.float4_e2m1fn)
+    return jnp.where(bad, 255, byte), z.astype(jnp.float4_e2m1fn)
 
 
 def _rows(values: Float[Array, " rows"], like: Float[Array, "rows 32"]) -> Float[Array, "rows 32"]:

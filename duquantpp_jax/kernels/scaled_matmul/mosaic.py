@@ -85,16 +85,14 @@ def _matmul(
     (m, k), n = a.elements.shape, b.elements.shape[0]
     t, block, dtype = tiling, a.block_size, a.elements.dtype
     depth, stages, store = depth_of(dtype), t.stages, t.store_columns
-    k_steps, rest = divmod(pl.cdiv(k, depth), t.splits)
-    if rest:
-        raise ValueError(f"{k_steps * t.splits + rest} steps of K do not split into {t.splits}")
+    k_steps = _steps(k, depth, t.splits)
     m_tiles, n_tiles = pl.cdiv(m, t.rows), pl.cdiv(n, t.columns)
     all_tiles = m_tiles * n_tiles * t.splits
     clusters = min(all_tiles, t.cores // t.ctas)
     scale_tiles = depth // (4 * block)  # 128x4 scale tiles along K of one step
     stride = t.stride(depth, block)
     overlap = t.columns - stride
-    lag = 1 if overlap else 2  # tiles between a drain and the multiply that needs it
+    lag = _lag(overlap)
     chunks = t.columns // store
     axis = "cta" if t.collective else None
 
@@ -151,7 +149,7 @@ def _matmul(
             @pl.when(cta == 0)
             def _():
                 plgpu.barrier_wait(s["full"].at[slot])
-                sa, sb = s["sa_tmem"][slot], s["sb_tmem"][slot]
+                sa, sb = _scale_buffers(s, slot)
                 plgpu.async_copy_scales_to_tmem(s["sa"].at[slot], sa, collective_axis=axis)
                 plgpu.async_copy_scales_to_tmem(s["sb"].at[slot], sb, collective_axis=axis)
                 plgpu.tcgen05_mma(
@@ -209,7 +207,6 @@ def _matmul(
                 @pl.when(warp == 1)
                 def _():
                     # Unrolled over the ring, as tensor-memory scale buffers have static names.
-                    # One buffer a slot: the hardware orders copy -> mma, but not mma -> copy.
                     def round_(r):
                         for slot in range(stages):
                             step = r * stages + slot
@@ -271,6 +268,24 @@ def _grouped(index, m_tiles: int, n_tiles: int, group: int):
     height = lax.min(jnp.int32(group), m_tiles - top)
     inside = lax.rem(index, width)
     return top + lax.rem(inside, height), lax.div(inside, height)
+
+
+def _steps(k: int, depth: int, splits: int) -> int:
+    """Steps of each part of K, the last one with zeros where K ends inside it."""
+    steps = -(-k // depth)
+    if steps % splits:
+        raise ValueError(f"{steps} steps of K do not split into {splits} equal parts")
+    return steps // splits
+
+
+def _lag(overlap: int) -> int:
+    """Tiles from the one whose accumulator is written out to the one that overwrites it."""
+    return 1 if overlap else 2
+
+
+def _scale_buffers(scratch, slot: int):
+    """The slot's own buffers: the hardware orders copy -> mma, but not mma -> the next copy."""
+    return scratch["sa_tmem"][slot], scratch["sb_tmem"][slot]
 
 
 def _loop(start, stop, body) -> None:
