@@ -13,13 +13,12 @@ Rows shipped: x_t ~ p(. | x_<t) at temperature 1, nothing truncated, from the sh
 Command: python -m experiments.pretrain_testbed --data DIR --out DIR
   (DIR/text/gutenberg_train.txt.xz; or set DUQUANTPP_DATA). Writes OUT/testbed, which is
   duquantpp_jax/models/testbed, and OUT/pretrain_testbed.json, kept in experiments/results.
-Cost: 5.2 minutes of one H200 (training 3.0, of 37 ms a step; sampling 1.3).
-Last result (2026-11-25, jax 0.11.2, commit 6c2e17d, which took minutes and found 4,896 steps):
-  320M tokens, 13.6 epochs. Training loss 3.11. Loss on the 10 unseen books 3.599: it fell to 3.60
-  by step 4,270 and was flat from there (3.598 to 3.602; its least value is 0.002 below the last).
-  Channel maximum / median before the first layer's down_proj 29 (3.4 without position 0: a massive
-  activation of token 0 alone), elsewhere 1.4 to 4.4. Over all sampled rows NLL - entropy is
-  -0.010 +- 0.0065.
+Cost: 4.3 minutes of one H200 (training 2.3, of 37 ms a step; sampling 1.3).
+Last result (2026-11-25, jax 0.11.2, commit addee9f with --steps 3200): 209M tokens, 8.9 epochs.
+  Training loss 3.19. Loss on the 10 unseen books 3.631, its least value: it was still falling. (A
+  run of 4,896 steps, 13.6 epochs, ended at 3.599 but flat from step 4,270 on.) Channel maximum /
+  median before the first layer's down_proj 30 (3.5 without position 0: a massive activation of
+  token 0 alone), elsewhere 1.5 to 3.9. NLL - entropy of the evaluation rows is -0.0005 +- 0.0081.
 """
 
 import argparse
@@ -71,7 +70,7 @@ class Pretrain:
     unseen_books: int = 10
     unseen_rows: int = 512
     batch_rows: int = 128
-    steps: int = 4_896
+    steps: int = 3_200
     learning_rate: float = 3e-3
     warmup: int = 300
     weight_decay: float = 0.1
