@@ -185,7 +185,7 @@ class MXArray:
 
     elements: Array
     scales: Array
-    tensor_scale: Float[Array, ""] | None = None
+    tensor_scale: Float[Array, "*stack"] | None = None
     element: Element = struct.field(pytree_node=False, kw_only=True)
     block_size: int = struct.field(pytree_node=False, kw_only=True)
 
@@ -199,7 +199,8 @@ class MXArray:
         if self.elements.dtype == self.element.dtype:
             return self
         blocks = self.elements.reshape(*self.scales.shape, self.block_size)
-        return self.replace(elements=self.element.store(blocks).reshape(self.shape))
+        elements = self.element.store(blocks).reshape(self.shape)
+        return dataclasses.replace(self, elements=elements)
 
     def codes(self) -> UInt8[Array, "*shape"]:
         """One code a value: sign, exponent and mantissa bits, sign highest."""
