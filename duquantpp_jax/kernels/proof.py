@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -62,6 +63,7 @@ class Record:
       implied: How often the shape of the tile says it must.
       failures: What is wrong; empty if nothing.
       seconds: To lower and compile.
+      other_kernels: What XLA runs beside it: sums over parts of K, parts of R, filling up.
       roofline_seconds: Least time on the target, by NVIDIA's numbers.
       bound: What bounds that.
     """
@@ -79,12 +81,22 @@ class Record:
     ctas: int
     cluster: int
     seconds: float
+    other_kernels: int
     flops: int
     bytes: int
     roofline_seconds: float
     bound: str
     failures: tuple[str, ...]
     instructions: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A kernel, the seconds it took to compile, and how many XLA adds around it."""
+
+    kernel: sass.Kernel
+    seconds: float
+    other_kernels: int
 
 
 def run(options: Options) -> int:
@@ -168,7 +180,7 @@ def _matmul(case: scaled_matmul_cases.Case, device: Any, directory: pathlib.Path
             a, b, out_dtype=jnp.dtype(case.out), implementation="mosaic_sm100"
         )
 
-    compiled, seconds = _compile(call, jax.eval_shape(case.operands, _KEY), device, directory)
+    compiled = _compile(call, jax.eval_shape(case.operands, _KEY), device, directory)
     t = case.used_tiling
     depth = depth_of(case.dtype)
     tiles = -(-case.m // t.rows) * -(-case.n // t.columns) * t.splits
@@ -176,7 +188,7 @@ def _matmul(case: scaled_matmul_cases.Case, device: Any, directory: pathlib.Path
     # 32 bytes of K an instruction, 4 a step; the loop has a step for each slot of the ring, or
     # only those that there are.
     implied = 4 * min(t.stages, steps)
-    return _record("scaled_matmul", case, case.format, MMA[case.format], implied, compiled, seconds)
+    return _record("scaled_matmul", case, case.format, MMA[case.format], implied, compiled)
 
 
 def _rotate(case: rotate_quantize_cases.Case, device: Any, directory: pathlib.Path) -> Record:
@@ -186,27 +198,31 @@ def _rotate(case: rotate_quantize_cases.Case, device: Any, directory: pathlib.Pa
         )
 
     arguments = jax.eval_shape(case.inputs, _KEY)
-    compiled, seconds = _compile(call, arguments, device, directory)
-    return _record(
-        "rotate_quantize", case, "bfloat16", ROTATION_MMA, ROTATION_MMAS, compiled, seconds
-    )
+    compiled = _compile(call, arguments, device, directory)
+    return _record("rotate_quantize", case, "bfloat16", ROTATION_MMA, ROTATION_MMAS, compiled)
 
 
 _KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
-def _compile(
-    call: Any, arguments: Any, device: Any, directory: pathlib.Path
-) -> tuple[sass.Kernel, float]:
+def _compile(call: Any, arguments: Any, device: Any, directory: pathlib.Path) -> Compiled:
     for file in directory.iterdir():
         file.unlink()
     start = time.perf_counter()
-    jax.jit(call).lower(*target.with_sharding(arguments, device)).compile()
+    compiled = jax.jit(call).lower(*target.with_sharding(arguments, device)).compile()
     seconds = time.perf_counter() - start
     kernels = sass.read(directory)
     if len(kernels) != 1:  # none, if the process has compiled the very same kernel before
         raise RuntimeError(f"one kernel expected, {len(kernels)} compiled")
-    return kernels[0], seconds
+    return Compiled(kernels[0], seconds, other_kernels(compiled.as_text()))
+
+
+def other_kernels(hlo: str) -> int:
+    """Instructions of a compiled module's entry that run on the device, but for one kernel."""
+    entry = hlo[hlo.index("\nENTRY ") :]
+    opcodes = re.findall(r"^\s+(?:ROOT )?%\S+ = .*? ([a-z][a-z-]*)\(%?", entry, re.MULTILINE)
+    free = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
+    return sum(opcode not in free for opcode in opcodes) - 1
 
 
 def _record(
@@ -215,9 +231,9 @@ def _record(
     kind: str,
     instruction: str,
     implied: int,
-    kernel: sass.Kernel,
-    seconds: float,
+    compiled: Compiled,
 ) -> Record:
+    kernel = compiled.kernel
     in_loop = kernel.tensor_core_in_loop()
     found = in_loop.get(instruction, 0)
     failures = []
@@ -243,7 +259,8 @@ def _record(
         tensor_columns=kernel.tensor_columns,
         ctas=kernel.grid,
         cluster=kernel.cluster,
-        seconds=round(seconds, 3),
+        seconds=round(compiled.seconds, 3),
+        other_kernels=compiled.other_kernels,
         flops=case.flops,
         bytes=case.bytes,
         roofline_seconds=least,
