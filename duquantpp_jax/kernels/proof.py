@@ -62,6 +62,8 @@ class Record:
       found: How often it stands in the innermost loop.
       implied: How often the shape of the tile says it must.
       failures: What is wrong; empty if nothing.
+      instructions: How often each opcode stands in the code.
+      loops: The same for the loops of the roles "load", "multiply" and "write".
       seconds: To lower and compile.
       other_kernels: What XLA runs beside it: sums over parts of K, parts of R, filling up.
       roofline_seconds: Least time on the target, by NVIDIA's numbers.
@@ -88,6 +90,7 @@ class Record:
     bound: str
     failures: tuple[str, ...]
     instructions: dict[str, int]
+    loops: dict[str, dict[str, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +270,7 @@ def _record(
         bound=bound,
         failures=tuple(failures),
         instructions=kernel.instructions,
+        loops=kernel.loops,
     )
 
 

@@ -19,7 +19,8 @@ DUMP = {  # environment variables, read when a kernel is compiled; MOSAIC_GPU_DU
 }
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)(.*)")
-_MMA = re.compile(r"UTC[A-Z]MMA|UTCOMMA")
+_MMA = re.compile(r"UTC[A-Z]MMA")
+_ROLES = {"load": re.compile("UTMALDG"), "multiply": _MMA, "write": re.compile("LDTM")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Kernel:
       name: Of the kernel.
       target: Architecture, from the PTX.
       instructions: How often each opcode stands in the code.
-      loop: The same for the loop around the tensor-core instructions, or for all of the code
+      loops: The same for the loop of each role: "load" around its TMA copies, "multiply" around
+        its tensor-core instructions, "write" around its reads of tensor memory. All of the code,
         where that loop was unrolled away.
       registers: For each thread.
       spill_bytes: Bytes of registers stored to and loaded from local memory, and stack.
@@ -44,7 +46,7 @@ class Kernel:
     name: str
     target: str
     instructions: dict[str, int]
-    loop: dict[str, int]
+    loops: dict[str, dict[str, int]]
     registers: int
     spill_bytes: int
     shared_bytes: int
@@ -61,8 +63,8 @@ class Kernel:
         return _tensor_core(self.instructions)
 
     def tensor_core_in_loop(self) -> dict[str, int]:
-        """Tensor-core instructions of the innermost loop."""
-        return _tensor_core(self.loop)
+        """Tensor-core instructions of the loop around them."""
+        return _tensor_core(self.loops["multiply"])
 
 
 def read(directory: pathlib.Path) -> list[Kernel]:
@@ -78,7 +80,7 @@ def read(directory: pathlib.Path) -> list[Kernel]:
 
 
 def _kernel(name: str, ptx: str, messages: str, host: str, sass: str) -> Kernel:
-    instructions, loop = _count(sass)
+    instructions, loops = _count(sass)
     # launch(..., grid x y z, cluster x y z, block x y z, dynamic shared memory, ...)
     launch = re.search(r"call void @mosaic_gpu_(?:launch_kernel|build_kernel_spec)\((.*)\)", host)
     sizes = [int(i) for i in re.findall(r"i32 (\d+)", launch[1] if launch else "")] or [0] * 10
@@ -87,7 +89,7 @@ def _kernel(name: str, ptx: str, messages: str, host: str, sass: str) -> Kernel:
         name=name,
         target=_find(r"\.target (\w+)", ptx, str),
         instructions=dict(instructions),
-        loop=dict(loop),
+        loops={role: dict(loop) for role, loop in loops.items()},
         registers=_find(r"Used (\d+) registers", messages, int),
         spill_bytes=sum(stack),
         shared_bytes=sizes[9],
@@ -98,11 +100,11 @@ def _kernel(name: str, ptx: str, messages: str, host: str, sass: str) -> Kernel:
     )
 
 
-def _count(sass: str) -> tuple[collections.Counter[str], collections.Counter[str]]:
-    """Opcodes of all of the code, and of the loop around its tensor-core instructions.
+def _count(sass: str) -> tuple[collections.Counter[str], dict[str, collections.Counter[str]]]:
+    """Opcodes of all of the code, and of the loop of each role.
 
-    A loop is what can be reached from such an instruction and leads back to it, which takes in
-    the blocks that compilers move out of line.
+    A loop is what can be reached from an instruction and leads back to it, which takes in the
+    blocks that compilers move out of line.
     """
     blocks, following = _flow(sass)
     everything = collections.Counter(opcode for block in blocks for opcode in block)
@@ -110,12 +112,16 @@ def _count(sass: str) -> tuple[collections.Counter[str], collections.Counter[str
     for block, targets in enumerate(following):
         for to in targets:
             preceding[to].append(block)
-    for block, opcodes in enumerate(blocks):
-        if any(_MMA.match(opcode) for opcode in opcodes):
-            loop = _reach(block, following) & _reach(block, preceding)
-            if block in loop:
-                return everything, collections.Counter(o for b in loop for o in blocks[b])
-    return everything, everything
+
+    def around(role: re.Pattern[str]) -> collections.Counter[str]:
+        for block, opcodes in enumerate(blocks):
+            if any(role.match(opcode) for opcode in opcodes):
+                loop = _reach(block, following) & _reach(block, preceding)
+                if block in loop:
+                    return collections.Counter(o for b in loop for o in blocks[b])
+        return everything
+
+    return everything, {role: around(pattern) for role, pattern in _ROLES.items()}
 
 
 def _flow(sass: str) -> tuple[list[list[str]], list[list[int]]]:

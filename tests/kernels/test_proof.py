@@ -53,8 +53,8 @@ def test_machine_code_is_read(tmp_path):
     kernel = compiled(tmp_path).kernel
     assert kernel.tensor_core() == {"UTCOMMA": 3}
     assert kernel.tensor_core_in_loop() == {"UTCOMMA": 2}  # with the block moved out of line
-    assert kernel.loop["NANOSLEEP"] == 1
-    assert "UTCBAR" not in kernel.loop
+    assert kernel.loops["multiply"]["NANOSLEEP"] == 1
+    assert "UTCBAR" not in kernel.loops["multiply"]
     assert (kernel.registers, kernel.spill_bytes) == (53, 0)
     assert (kernel.shared_bytes, kernel.tensor_columns) == (159844, 512)
     assert (kernel.grid, kernel.cluster, kernel.threads) == (148, 2, 256)

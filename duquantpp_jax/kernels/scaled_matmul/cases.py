@@ -68,6 +68,11 @@ class Case:
         )
 
     @property
+    def bytes_per_element(self) -> float:
+        """A half for four bits."""
+        return 1.0 if self.format == "mxfp8" else 0.5
+
+    @property
     def flops(self) -> int:
         """Multiplications and additions."""
         return 2 * self.m * self.n * self.k
@@ -75,9 +80,8 @@ class Case:
     @property
     def bytes(self) -> int:
         """Bytes that have to move at least: operands with scales in, the product out."""
-        bits = 8 if self.format == "mxfp8" else 4
-        operands = (self.m + self.n) * (self.k * bits // 8 + self.k // self.block)
-        return operands + self.m * self.n * jnp.dtype(self.out).itemsize
+        row = int(self.k * self.bytes_per_element) + self.k // self.block
+        return (self.m + self.n) * row + self.m * self.n * jnp.dtype(self.out).itemsize
 
     def operands(self, key: Key[Array, ""]) -> tuple[Operand, Operand]:
         """Random codes, all of them possible, and scales of a few powers of two."""

@@ -80,11 +80,11 @@ def choose_tiling(
     cores: int = 148,
     collective: bool | None = None,
 ) -> Tiling:
-    """The widest tiles that keep the cores busy, and as many slots as the memories hold.
+    """Tiles that finish first, and as many slots as the memories hold.
 
-    Two CTAs share a tile once there are rows for both. Of 128 and 256 columns the one with fewer
-    columns to compute in sequence wins, 256 on a draw (it moves fewer bytes). Where tiles are
-    fewer than half the cores, K is split, in equal parts of at least four steps.
+    Two CTAs share a tile once there are rows for both. Of 128 and 256 columns those win whose
+    tiles take less time in sequence; where tiles are fewer than half the cores, K is split, in
+    equal parts of at least four steps.
 
     Args:
       cores: Streaming multiprocessors of the device (B200: 148).
@@ -93,12 +93,16 @@ def choose_tiling(
     depth = depth_of(dtype)
     if collective is None:
         collective = m > ROWS
-    rows, clusters = (2 * ROWS, cores // 2) if collective else (ROWS, cores)
+    ctas = 2 if collective else 1
+    rows, clusters = ROWS * ctas, cores // ctas
 
-    def in_sequence(columns: int) -> int:
-        return _cdiv(_cdiv(m, rows) * _cdiv(n, columns), clusters) * columns
+    def time(columns: int) -> int:
+        # A step takes the tensor core 2 cycles a column, and shared memory 2 for each of the
+        # rows of 128 bytes that it holds: one to be filled and one to be read.
+        in_sequence = _cdiv(_cdiv(m, rows) * _cdiv(n, columns), clusters)
+        return in_sequence * max(2 * columns, 2 * (ROWS + columns // ctas))
 
-    columns = 256 if in_sequence(256) <= in_sequence(128) else 128
+    columns = 256 if time(256) <= time(128) else 128
     tiles, steps = _cdiv(m, rows) * _cdiv(n, columns), _cdiv(k, depth)
     most = max(1, min(clusters // tiles, steps // 4))
     splits = max(parts for parts in range(1, most + 1) if steps % parts == 0)
