@@ -10,8 +10,11 @@ Source: nibbles as in the MXFP4 checkpoints of gpt-oss and compressed-tensors; t
 cuBLAS documentation, "1D block scaling factors layout", and PTX ISA, tcgen05.mma scale factors.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8
+
+from duquantpp_jax.core import MXArray
 
 TILE_ROWS, TILE_COLUMNS = 128, 4
 
@@ -60,6 +63,25 @@ def unpack_nibbles(
         raise ValueError(f"{size} bytes hold {2 * size - 1} or {2 * size} codes, not {width}")
     codes = jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], 2 * size)
     return codes[..., :width]
+
+
+def pack_elements(q: MXArray) -> UInt8[Array, "*batch bytes"]:
+    """The elements of an array of four-bit elements, two a byte along the last axis.
+
+    `pack_elements(format.encode(x))` in one jit goes from numbers to bytes in one pass.
+
+    Raises:
+      ValueError: The elements have another size, or a block is half a byte too long.
+    """
+    if q.element.bits != 4:
+        raise ValueError(f"elements of {q.element.bits} bits are not packed in nibbles")
+    if q.block_size % 2:
+        raise ValueError(f"a block of {q.block_size} leaves half a byte: use pack_nibbles")
+    blocks = q.codes().reshape(*q.scales.shape, q.block_size)
+    # Packed in blocks, as they come: XLA's CPU code is slow where one loop also flattens them.
+    packed = jax.lax.optimization_barrier(pack_nibbles(blocks))
+    *batch, count, size = packed.shape
+    return packed.reshape(*batch, count * size)
 
 
 def swizzle_scales(

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from duquantpp_jax.formats import MXFP4, MXFP6
 from duquantpp_jax.formats.packing import (
+    pack_elements,
     pack_nibbles,
     swizzle_scales,
     unpack_nibbles,
@@ -52,6 +54,23 @@ def test_padding_is_a_zero_code():
 def test_width_that_the_bytes_do_not_hold_is_refused():
     with pytest.raises(ValueError, match="2 bytes hold 3 or 4 codes, not 5"):
         unpack_nibbles(codes_of((2,)), 5)
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 0, 32), (0, 32)])
+def test_elements_of_blocks_are_packed_as_their_codes_are(shape):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    packed = pack_nibbles(MXFP4().quantize(x).codes())
+    for q in (MXFP4().quantize(x), MXFP4().encode(x)):
+        np.testing.assert_array_equal(pack_elements(q), packed)
+    one_jit = jax.jit(lambda x: pack_elements(MXFP4().encode(x)))
+    np.testing.assert_array_equal(one_jit(x), packed)
+
+
+def test_elements_that_do_not_fill_bytes_are_refused():
+    with pytest.raises(ValueError, match="elements of 6 bits"):
+        pack_elements(MXFP6().quantize(jnp.ones((1, 32))))
+    with pytest.raises(ValueError, match="block of 3 leaves half a byte"):
+        pack_elements(MXFP4(block_size=3).quantize(jnp.ones((1, 6))))
 
 
 def offset(r, c, columns):

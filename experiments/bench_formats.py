@@ -1,0 +1,183 @@
+"""How fast does MXFP4 quantize, against memory and against others?
+
+Question: from float32 (CPU) or bfloat16 (GPU) to packed codes and scale bytes, and back, how long
+does the reference implementation take, as a ratio to work of the same kind in the same run?
+Hypothesis: it is bound by memory: within 2x of a read-modify-write of the same array on a CPU, at
+85 % of the copy bandwidth on a GPU.
+Command: python -m experiments.bench_formats [--elements 67108864] [--growth 268435456]
+Cost: about 2 minutes and 3 GB on 2 cores; torchao is timed where torch and torchao are installed.
+Last result: see docs/numerics.md's neighbour, the report of the run; not asserted by any test.
+
+Every time is the least of several calls after one that compiles. Ratios of one run on one machine
+may be compared, times of two machines may not.
+"""
+
+import argparse
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from duquantpp_jax.core import MXArray
+from duquantpp_jax.formats import E2M1, MXFP4
+from duquantpp_jax.formats.packing import pack_elements, unpack_nibbles
+
+WIDTH = 4096
+
+
+@jax.jit
+def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Packed codes and scale bytes."""
+    q = MXFP4().encode(x)
+    return pack_elements(q), q.scale_bytes()
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def dequantize(packed: jax.Array, scale_bytes: jax.Array, dtype=jnp.float32) -> jax.Array:
+    """Numbers from packed codes and scale bytes."""
+    scales = jax.lax.bitcast_convert_type(scale_bytes, jnp.float8_e8m0fnu)
+    q = MXArray(unpack_nibbles(packed), scales, element=E2M1, block_size=32)
+    return q.dequantize().astype(dtype)
+
+
+@jax.jit
+def read_modify_write(x: jax.Array) -> jax.Array:
+    """One pass over x that does next to nothing."""
+    return x + 1
+
+
+def through_ml_dtypes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same in NumPy, elements rounded by ml_dtypes' cast."""
+    blocks = x.reshape(*x.shape[:-1], -1, 32)
+    amax = np.abs(blocks).max(axis=-1)
+    _, exponent = np.frexp(amax)
+    exponent = np.clip(exponent - 1 - 2, -127, 127)
+    scaled = np.ldexp(blocks, -exponent[..., None])
+    codes = scaled.astype(ml_dtypes.float4_e2m1fn).view(np.uint8).reshape(x.shape)
+    return codes[..., 0::2] | codes[..., 1::2] << 4, (exponent + 127).astype(np.uint8)
+
+
+def from_ml_dtypes(packed: np.ndarray, scale_bytes: np.ndarray) -> np.ndarray:
+    """The same in NumPy, elements read by ml_dtypes' cast."""
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).view(ml_dtypes.float4_e2m1fn)
+    values = codes.astype(np.float32).reshape(*scale_bytes.shape, 32)
+    scaled = np.ldexp(values, scale_bytes.astype(np.int32)[..., None] - 127)
+    return scaled.reshape(*packed.shape[:-1], -1)
+
+
+def through_torchao(x: np.ndarray) -> dict[str, Callable[[], object]]:
+    """torchao's two directions as it runs without being compiled, if it is installed."""
+    try:
+        import torch
+        from torchao.prototype.mx_formats.mx_tensor import to_dtype, to_mx
+    except ImportError:
+        return {}
+    kind, tensor = torch.float4_e2m1fn_x2, torch.from_numpy(x)
+    scales, data = to_mx(tensor, kind, 32)
+    back = functools.partial(to_dtype, data, scales, kind, 32, torch.float32)
+    return {"quantize": lambda: to_mx(tensor, kind, 32), "dequantize": back}
+
+
+def least(call: Callable[[], object], times: int) -> float:
+    """Seconds of the fastest of so many calls, after one that does not count."""
+    jax.block_until_ready(call())
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def many(call: Callable[[], object], calls: int = 20) -> float:
+    """Seconds a call when they are queued one after the other, as on a GPU."""
+    jax.block_until_ready(call())
+
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            last = call()
+        jax.block_until_ready(last)
+        return (time.perf_counter() - start) / calls
+
+    return min(run() for _ in range(3))
+
+
+def numbers(elements: int, dtype) -> jax.Array:
+    shape = (max(elements // WIDTH, 1), min(elements, WIDTH))
+    return jax.random.normal(jax.random.key(0), shape, jnp.float32).astype(dtype)
+
+
+def memory(x: jax.Array) -> None:
+    """What the compiled program needs, by its own account."""
+    analysis = jax.jit(quantize).lower(x).compile().memory_analysis()
+    given, made = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
+    share = (given + made + analysis.temp_size_in_bytes) / (given + made)
+    print(f"memory: input {given:,} output {made:,} temporary {analysis.temp_size_in_bytes:,} "
+          f"bytes: {share:.3f} of input + output")  # fmt: skip
+
+
+def on_cpu(x: jax.Array) -> None:
+    packed, scale_bytes = quantize(x)
+    plain = np.asarray(x)
+    theirs = through_ml_dtypes(plain)
+    assert (theirs[0] == packed).all()
+    assert (theirs[1] == scale_bytes).all()
+    assert (from_ml_dtypes(*theirs) == dequantize(packed, scale_bytes)).all()
+    rmw = least(lambda: read_modify_write(x), 5)
+    print(f"read-modify-write {rmw * 1e3:8.1f} ms")
+    torchao = through_torchao(plain)
+    bytes_ = np.asarray(packed), np.asarray(scale_bytes)
+    for name, ours, numpy_route in (
+        ("quantize", lambda: quantize(x), lambda: through_ml_dtypes(plain)),
+        ("dequantize", lambda: dequantize(packed, scale_bytes), lambda: from_ml_dtypes(*bytes_)),
+    ):
+        mine, ml = least(ours, 5), least(numpy_route, 1)
+        print(f"{name:10} {mine * 1e3:8.1f} ms = {mine / rmw:.2f} of read-modify-write")
+        print(f"  ml_dtypes {ml * 1e3:8.1f} ms = {ml / mine:.1f} times as long")
+        if name in torchao:
+            ao = least(torchao[name], 1)
+            print(f"  torchao   {ao * 1e3:8.1f} ms = {ao / mine:.1f} times as long")
+
+
+def on_gpu(x: jax.Array) -> None:
+    packed, scale_bytes = quantize(x)
+    copied, made = 2 * x.nbytes, x.nbytes + packed.nbytes + scale_bytes.nbytes
+    copy = copied / many(lambda: read_modify_write(x))
+    print(f"copy       {copy / 1e9:7.0f} GB/s")
+    for name, call in (
+        ("quantize", lambda: quantize(x)),
+        ("dequantize", lambda: dequantize(packed, scale_bytes, dtype=x.dtype)),
+    ):
+        rate = made / many(call)
+        print(f"{name:10} {rate / 1e9:7.0f} GB/s = {rate / copy:.2f} of copy")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--elements", type=int, default=1 << 26)
+    parser.add_argument("--growth", type=int, default=1 << 28, help="elements to grow to from 1M")
+    options = parser.parse_args()
+    gpu = jax.default_backend() == "gpu"
+    dtype = jnp.bfloat16 if gpu else jnp.float32
+    where = jax.devices()[0].device_kind
+    print(f"jax {jax.__version__}, {where}, {options.elements:,} {dtype.__name__}")
+    x = numbers(options.elements, dtype)
+    memory(x)
+    (on_gpu if gpu else on_cpu)(x)
+    del x
+    elements = 1 << 20
+    while elements <= options.growth:
+        x = numbers(elements, dtype)
+        seconds = (many if gpu else functools.partial(least, times=3))(lambda x=x: quantize(x))
+        print(f"quantize {elements >> 20:4} M: {seconds * 1e3:9.3f} ms, "
+              f"{seconds / elements * 1e12:7.1f} ps an element")  # fmt: skip
+        elements *= 4
+
+
+if __name__ == "__main__":
+    main()
