@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, Integer
 
 from duquantpp_jax.core import Stats
@@ -41,7 +42,7 @@ def site_widths(model: Decoder, block_size: int, *, pad: bool = False) -> dict[s
 
 def calibrate(
     model: Decoder,
-    rows: Integer[Array, "rows length"],
+    rows: Integer[np.ndarray, "rows length"],
     widths: Mapping[str, int],
     *,
     needs: frozenset[str] = frozenset(),

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -82,7 +83,7 @@ def _run_compare(options: CompareOptions) -> None:
         )
     _write(options, comparison)
     _print_table(comparison)
-    print(f"\n{verdict(comparison.results)}")
+    print(verdict(comparison.results))
     print(f"Written to {options.out}: results.json, timings.json, compare.png")
 
 
@@ -104,45 +105,43 @@ def _print_table(comparison: Comparison) -> None:
         (one["recipe"], one["scale_rule"]): one["seconds"]
         for one in comparison.timings["fit_seconds"]
     }
-    table = Table(
-        title=f"{results['model']['name']}: {results['targets']:,} targets, float perplexity "
-        f"{results['float_perplexity']:.3f}, W4A4, {results['options']['rounding']}; "
-        f"KL in nats per token, 95 % intervals by {unit} ({count})",
-        title_justify="left",
+    print(
+        f"{results['model']['name']}, {results['targets']:,} targets, float perplexity "
+        f"{results['float_perplexity']:.3f}; weights and activations in 4 bits, "
+        f"{results['options']['rounding']}.\n"
+        f"KL(float || quantized) in nats per token; 95 % intervals of paired differences, "
+        f"clustered by {unit} ({count})."
     )
-    table.add_column("recipe")
-    table.add_column("scale rule")
-    for heading in (
-        "KL",
-        f"- {BASELINE}",
-        "95 % interval",
-        "excess NLL",
-        "PPL",
-        "SQNR dB",
-        "fit s",
-    ):
-        table.add_column(heading, justify="right")
+    if results["options"]["pad"]:
+        print("--pad: inputs that blocks of 32 do not divide are widened with zeros (exact).")
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("scale rule", no_wrap=True)
+    for heading in ("KL", f"KL - {BASELINE}", "excess NLL", "PPL", "SQNR dB", "fit s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    last_rule = results["options"]["scale_rules"][-1]
     for row in results["rows"]:
-        difference, interval = row["kl_difference"], row["kl_difference_ci95"]
         table.add_row(
             row["recipe"],
             row["scale_rule"],
             f"{row['kl']:.4f}",
-            "" if difference is None else f"{difference:+.4f}",
-            "" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}",
+            _difference(row),
             f"{row['excess_nll']:.4f}",
             f"{row['perplexity']:.3f}",
             f"{row['sqnr_db']:.2f}",
             f"{seconds[row['recipe'], row['scale_rule']]:.1f}",
-            end_section=row is results["rows"][-1]
-            or row["scale_rule"] == results["options"]["scale_rules"][-1],
+            end_section=row["scale_rule"] == last_rule,
         )
-    if results["options"]["pad"]:
-        table.caption = (
-            "--pad: inputs that blocks of 32 do not divide are widened with zeros, exact"
-        )
-    console = Console()
-    Console(width=max(console.width, 118)).print(table)
+    Console(width=120).print(table)
+
+
+def _difference(row: dict[str, Any]) -> str:
+    if row["kl_difference"] is None:
+        return ""
+    if row["kl_difference_ci95"] is None:
+        return f"{row['kl_difference']:+.4f}"
+    low, high = row["kl_difference_ci95"]
+    return f"{row['kl_difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
 
 
 if __name__ == "__main__":

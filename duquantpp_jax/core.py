@@ -24,8 +24,10 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Float32, Int, Key, Shaped, UInt8
 
-Weights = tuple[Float[Array, "_ k"], ...]
-"""The weights of the linears that share one input, each [out, in]."""
+Weights = tuple[Float[Array, "*layers _ k"], ...]
+"""The weights of the linears that share one input, each [out, in]; maybe stacked over layers.
+
+All that belongs to a site may be stacked so: a leading axis of layers on every array."""
 
 
 class ScaleRule(enum.Enum):
@@ -395,11 +397,11 @@ class Stats:
       stride: Tokens of the calibration set for one of the sample.
     """
 
-    count: Int[Array, ""]
-    absmax: Float[Array, " k"]
-    sample: Float[Array, "samples k"]
-    gram: Float[Array, "k k"] | None
-    position_sum: Float[Array, "length k"] | None
+    count: Int[Array, "*layers"]
+    absmax: Float[Array, "*layers k"]
+    sample: Float[Array, "*layers samples k"]
+    gram: Float[Array, "*layers k k"] | None
+    position_sum: Float[Array, "*layers length k"] | None
     stride: int = struct.field(pytree_node=False)
 
     @classmethod
@@ -486,8 +488,8 @@ class Fitted:
 
     transform: Transform
     weights: Weights | None = None
-    clip: Float[Array, " blocks"] | None = None
-    scale_offset: Int[Array, " blocks"] | None = None
+    clip: Float[Array, "*layers blocks"] | None = None
+    scale_offset: Int[Array, "*layers blocks"] | None = None
 
 
 Fit = Callable[[Weights, Stats, "Recipe", Key[Array, ""]], Fitted]

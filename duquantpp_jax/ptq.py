@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from duquantpp_jax.core import (
     Fitted,
@@ -46,8 +46,8 @@ class QuantizedSite:
 
     transform: Transform
     weights: tuple[MXArray, ...]
-    clip: Array | None = None
-    scale_offset: Array | None = None
+    clip: Float[Array, "*layers blocks"] | None = None
+    scale_offset: Int[Array, "*layers blocks"] | None = None
 
 
 def widen(x: Float[Array, "*batch k"], width: int) -> Float[Array, "*batch width"]:

@@ -14,7 +14,7 @@ Command: python -m experiments.pretrain_testbed --data DIR --out DIR
   (DIR/text/gutenberg_train.txt.xz; or set DUQUANTPP_DATA). Writes OUT/testbed, which is
   duquantpp_jax/models/testbed, and OUT/pretrain_testbed.json, kept in experiments/results.
 Cost: 4.3 minutes of one H200 (training 2.3, of 37 ms a step; sampling 1.3).
-Last result (2026-11-25, jax 0.11.2, commit addee9f with --steps 3200): 209M tokens, 8.9 epochs.
+Last result (2026-11-25, jax 0.11.2, commit e718e74 with --steps 3200): 209M tokens, 8.9 epochs.
   Training loss 3.19. Loss on the 10 unseen books 3.631, its least value: it was still falling. (A
   run of 4,896 steps, 13.6 epochs, ended at 3.599 but flat from step 4,270 on.) Channel maximum /
   median before the first layer's down_proj 30 (3.5 without position 0: a massive activation of

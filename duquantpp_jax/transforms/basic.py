@@ -40,7 +40,7 @@ class Identity(Transform):
 class Smooth(Transform):
     """T = diag(1 / s): channel j of the input is divided by s_j, column j of w multiplied."""
 
-    scale: Float[Array, " k"]
+    scale: Float[Array, "*layers k"]
 
     def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
         return x / self.scale

@@ -54,7 +54,7 @@ class BlockRotation(Transform):
       matrices: One for each block, or a single one for all.
     """
 
-    matrices: Float[Array, "blocks r r"]
+    matrices: Float[Array, "*layers blocks r r"]
 
     def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
         return multiply_blocks(x, self.matrices)
@@ -70,8 +70,8 @@ class BlockRotation(Transform):
 class BlockAffine(Transform):
     """T = blockdiag(A_1, ..., A_B), invertible; the inverses are kept beside the matrices."""
 
-    matrices: Float[Array, "blocks r r"]
-    inverses: Float[Array, "blocks r r"]
+    matrices: Float[Array, "*layers blocks r r"]
+    inverses: Float[Array, "*layers blocks r r"]
 
     def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
         return multiply_blocks(x, self.matrices)

@@ -1,0 +1,312 @@
+"""The command line as a user types it: the contract of results.json, and bad input in one line."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from duquantpp_jax import cli, files
+from duquantpp_jax.compare import verdict
+from duquantpp_jax.models import save
+from tests.conftest import byte_tokenizer, tiny_decoder
+
+ROW_KEYS = [
+    "recipe",
+    "rounding",
+    "scale_rule",
+    "kl",
+    "kl_difference",
+    "kl_difference_ci95",
+    "excess_nll",
+    "perplexity",
+    "sqnr_db",
+]
+
+
+def _arguments(directory, text, out, *more):
+    return [
+        "compare",
+        *("--model", str(directory), "--text", str(text), "--calibration-text", str(text)),
+        *("--tokens", "5110", "--out", str(out)),
+        *more,
+    ]
+
+
+@pytest.fixture(autouse=True)
+def _few_calibration_rows(monkeypatch):
+    monkeypatch.setattr("duquantpp_jax.compare.CALIBRATION_ROWS", 8)
+
+
+@pytest.fixture(scope="module")
+def compared(tiny_directory, tiny_text, tmp_path_factory):
+    """The output directory of one run, and what it printed."""
+    out = tmp_path_factory.mktemp("compared")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("duquantpp_jax.compare.CALIBRATION_ROWS", 8)
+        recipes = (
+            "--recipes",
+            "rtn",
+            "block_hadamard",
+            "duquantpp",
+            "--scale-rules",
+            "floor",
+            "log256",
+        )
+        assert cli.main(_arguments(tiny_directory, tiny_text, out / "a", *recipes)) == 0
+        assert cli.main(_arguments(tiny_directory, tiny_text, out / "b", *recipes)) == 0
+    return out
+
+
+def test_the_same_seed_gives_the_same_bytes(compared):
+    for name in ("results.json", "compare.png"):
+        assert (compared / "a" / name).read_bytes() == (compared / "b" / name).read_bytes()
+
+
+def test_results_keep_their_contract(compared):
+    results = json.loads((compared / "a" / "results.json").read_text())
+    assert list(results) == [
+        *("schema", "float_perplexity", "targets", "rows", "environment", "options", "model")
+    ]
+    assert results["schema"] == 1
+    assert results["targets"] == 5110
+    assert list(results["model"]) == ["name", "sha256"]
+    assert results["model"]["name"] == "tiny"
+    assert "out" not in results["options"]
+    assert results["options"]["text"]["name"] == "text.txt"
+    assert len(results["options"]["text"]["sha256"]) == 64
+    cells = [(row["recipe"], row["scale_rule"]) for row in results["rows"]]
+    names = ("rtn", "block_hadamard", "duquantpp")
+    assert cells == [(name, rule) for name in names for rule in ("floor", "log256")]
+    for row in results["rows"]:
+        assert list(row) == ROW_KEYS
+        low, high = row["kl_difference_ci95"]
+        assert low <= row["kl_difference"] <= high
+        if row["recipe"] == "block_hadamard":
+            assert (row["kl_difference"], low, high) == (0, 0, 0)
+        base = next(
+            one
+            for one in results["rows"]
+            if one["recipe"] == "block_hadamard" and one["scale_rule"] == row["scale_rule"]
+        )
+        assert row["kl"] - base["kl"] == pytest.approx(row["kl_difference"], abs=1e-12)
+        excess = np.log(row["perplexity"] / results["float_perplexity"])
+        assert row["excess_nll"] == pytest.approx(excess, abs=1e-9)
+
+
+def test_without_the_baseline_differences_are_null(tiny_directory, tiny_text, tmp_path, capsys):
+    more = ("--recipes", "rtn", "--scale-rules", "floor")
+    assert cli.main(_arguments(tiny_directory, tiny_text, tmp_path / "out", *more)) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["rows"][0]["kl_difference"] is None
+    assert results["rows"][0]["kl_difference_ci95"] is None
+    said = capsys.readouterr().out
+    assert "Without block_hadamard" in said
+    assert "by document (10)" in said
+
+
+def _row(recipe, kl, difference, low, high):
+    return {
+        "recipe": recipe,
+        "scale_rule": "floor",
+        "kl": kl,
+        "kl_difference": difference,
+        "kl_difference_ci95": [low, high],
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (_row("x", 0.1, -0.1, -0.2, -0.05), "under floor x is ahead"),
+        (_row("x", 0.1, -0.1, -0.2, 0.05), "no recipe is shown to be ahead"),
+        (_row("x", 0.3, 0.1, 0.05, 0.2), "block_hadamard is ahead"),
+        (_row("x", 0.3, 0.1, -0.05, 0.2), "no recipe is shown to be ahead"),
+    ],
+)
+def test_the_verdict_follows_the_interval(row, says):
+    rows = [_row("block_hadamard", 0.2, 0.0, 0.0, 0.0), row]
+    assert says in verdict({"rows": rows, "options": {"scale_rules": ["floor"]}})
+
+
+def _damaged(directory, tmp_path, damage):
+    copy = tmp_path / "model"
+    shutil.copytree(directory, copy)
+    damage(copy)
+    return copy
+
+
+def _config(**changes):
+    def damage(copy):
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps(config | changes))
+
+    return damage
+
+
+def _tensor(change):
+    def damage(copy):
+        tensors = load_file(copy / "model.safetensors")
+        name = "model.layers.1.mlp.up_proj.weight"
+        tensors[name] = change(tensors[name])
+        save_file(tensors, copy / "model.safetensors")
+
+    return damage
+
+
+def _nan(tensor):
+    tensor[0, 0] = ml_dtypes.bfloat16("nan")
+    return tensor
+
+
+def _index(file):
+    def damage(copy):
+        names = load_file(copy / "model.safetensors")
+        (copy / "model.safetensors").unlink()
+        index = {"weight_map": dict.fromkeys(names, file)}
+        (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    return damage
+
+
+def _truncate(copy):
+    whole = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+DAMAGES = {
+    "no config.json": (lambda copy: (copy / "config.json").unlink(), "no config.json"),
+    "another architecture": (_config(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel"),
+    "missing shard": (_index("model-00001-of-00001.safetensors"), "is missing"),
+    "truncated shard": (_truncate, "truncated"),
+    "index that leaves the directory": (_index("../elsewhere.safetensors"), "outside"),
+    "tensor of another shape": (_tensor(lambda t: t[:-1].copy()), "model.layers.1.mlp.up_proj"),
+    "NaN in weights": (_tensor(_nan), "model.layers.1.mlp.up_proj"),
+    "no bos token": (_config(bos_token_id=None), "bos_token_id"),
+}
+
+
+def _assert_one_line(code, capsys, says, out):
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.out == ""
+    assert printed.err.startswith("duquantpp: ")
+    assert printed.err.count("\n") == 1
+    assert says in printed.err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", sorted(DAMAGES))
+def test_a_bad_model_is_one_line(name, tiny_directory, tiny_text, tmp_path, capsys):
+    damage, says = DAMAGES[name]
+    copy, out = _damaged(tiny_directory, tmp_path, damage), tmp_path / "out"
+    _assert_one_line(cli.main(_arguments(copy, tiny_text, out)), capsys, says, out)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--recipes", "duqantpp"), "unknown recipe 'duqantpp': did you mean duquantpp?"),
+        (("--scale-rules", "flor"), "unknown scale rule 'flor': did you mean floor?"),
+        (("--rounding", "gtpq"), "unknown rounding 'gtpq'"),
+        (("--tokens", "999999"), "whole rows"),
+        (("--tokens", "100"), "at least 511"),
+        (("--tokens", "many"), "--tokens"),
+        (("--nonsense",), "Unrecognized options: --nonsense"),
+        (("--recipes",), "--recipes is empty"),
+    ],
+)
+def test_a_bad_option_is_one_line(more, says, tiny_directory, tiny_text, tmp_path, capsys):
+    out = tmp_path / "out"
+    code = cli.main(_arguments(tiny_directory, tiny_text, out, *more))
+    _assert_one_line(code, capsys, says, out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "compare"),
+        (["compair"], "Unrecognized options: compair"),
+        (["compare", "--model", "somewhere"], "--model needs --text and --calibration-text"),
+    ],
+)
+def test_a_bad_command_is_one_line(arguments, says, tmp_path, capsys):
+    _assert_one_line(cli.main(arguments), capsys, says, tmp_path / "out")
+
+
+def test_text_that_is_not_utf8_is_one_line(tiny_directory, tmp_path, capsys):
+    text, out = tmp_path / "text", tmp_path / "out"
+    text.write_bytes(b"\xff" * 9999)
+    code = cli.main(_arguments(tiny_directory, text, out))
+    _assert_one_line(code, capsys, "not UTF-8", out)
+
+
+def test_an_out_that_cannot_be_written_is_one_line(tiny_directory, tiny_text, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out"
+    code = cli.main(_arguments(tiny_directory, tiny_text, out))
+    _assert_one_line(code, capsys, "give another --out", out)
+
+
+def test_a_width_off_the_block_is_refused_by_name_and_padded_on_demand(tiny_text, tmp_path, capsys):
+    save(tiny_decoder(intermediate_size=88), byte_tokenizer().to_str(), tmp_path / "odd")
+    out = tmp_path / "out"
+    more = ("--recipes", "rtn", "block_hadamard", "--scale-rules", "floor")
+    arguments = _arguments(tmp_path / "odd", tiny_text, out, *more)
+    says = "model.layers.0.mlp.down_proj has input width 88"
+    _assert_one_line(cli.main(arguments), capsys, says, out)
+    assert cli.main([*arguments, "--pad"]) == 0
+    assert "--pad" in capsys.readouterr().out
+
+
+def test_help_is_no_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["compare", "--help"])
+    assert not stop.value.code
+    assert "--scale-rules" in capsys.readouterr().out
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_whole(tmp_path / "results.json", b"{}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_is_one_line_and_130(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "compare", interrupted)
+    assert cli.main(["compare", "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "duquantpp: interrupted\n"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1.0, 5.0, 10.0])
+def test_ctrl_c_leaves_no_half_written_file(seconds, tmp_path):
+    command = [sys.executable, "-m", "duquantpp_jax.cli", "compare", "--tokens", "511"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not list(tmp_path.rglob("*"))
+    if seconds > 3:  # before, Python may still be importing, and reports it itself
+        assert err == "duquantpp: interrupted\n"
