@@ -12,6 +12,8 @@ the packing of the hardware.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -97,11 +99,11 @@ def padded_rows(rows: int) -> int:
     return rows if rows < 8 else -(-rows // 8) * 8
 
 
-def bits_of(dtype: jnp.dtype) -> int:
+def bits_of(dtype: Any) -> int:
     """Bits of one element in memory."""
     return 4 if dtype == jnp.float4_e2m1fn else 8 * jnp.dtype(dtype).itemsize
 
 
-def depth_of(dtype: jnp.dtype) -> int:
+def depth_of(dtype: Any) -> int:
     """Elements of K in one row of shared memory: 256 of four bits, 128 of eight."""
     return DEPTH_BYTES * 8 // bits_of(dtype)

@@ -217,7 +217,7 @@ def _compile(call: Any, arguments: Any, device: Any, directory: pathlib.Path) ->
     kernels = sass.read(directory)
     if len(kernels) != 1:  # none, if the process has compiled the very same kernel before
         raise RuntimeError(f"one kernel expected, {len(kernels)} compiled")
-    return Compiled(kernels[0], seconds, other_kernels(compiled.as_text()))
+    return Compiled(kernels[0], seconds, other_kernels(compiled.as_text() or ""))
 
 
 def other_kernels(hlo: str) -> int:

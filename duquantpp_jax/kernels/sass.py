@@ -69,24 +69,19 @@ class Kernel:
 
 def read(directory: pathlib.Path) -> list[Kernel]:
     """All kernels that were compiled into a directory of dumps, by name."""
-    return [
-        _kernel(
-            path.stem,
-            *(path.with_suffix(s).read_text() for s in (".ptx", ".ptxas", ".ll")),
-            next(directory.glob(f"{path.stem}.sass*")).read_text(),
-        )
-        for path in sorted(directory.glob("*.ptx"))
-    ]
+    return [_kernel(path) for path in sorted(directory.glob("*.ptx"))]
 
 
-def _kernel(name: str, ptx: str, messages: str, host: str, sass: str) -> Kernel:
+def _kernel(path: pathlib.Path) -> Kernel:
+    ptx, messages, host = (path.with_suffix(s).read_text() for s in (".ptx", ".ptxas", ".ll"))
+    sass = next(path.parent.glob(f"{path.stem}.sass*")).read_text()
     instructions, loops = _count(sass)
     # launch(..., grid x y z, cluster x y z, block x y z, dynamic shared memory, ...)
     launch = re.search(r"call void @mosaic_gpu_(?:launch_kernel|build_kernel_spec)\((.*)\)", host)
     sizes = [int(i) for i in re.findall(r"i32 (\d+)", launch[1] if launch else "")] or [0] * 10
     stack = [int(i) for i in re.findall(r"(\d+) bytes (?:stack|spill)", messages)]
     return Kernel(
-        name=name,
+        name=path.stem,
         target=_find(r"\.target (\w+)", ptx, str),
         instructions=dict(instructions),
         loops={role: dict(loop) for role, loop in loops.items()},

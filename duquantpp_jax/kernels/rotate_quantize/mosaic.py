@@ -34,10 +34,10 @@ from jaxtyping import Array, BFloat16, Float, UInt8
 
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.formats import E2M1
-from duquantpp_jax.kernels.compat import load as load_shared
-from duquantpp_jax.kernels.compat import store
+from duquantpp_jax.kernels import pallas
 from duquantpp_jax.kernels.implementation import cores
 from duquantpp_jax.kernels.operand import Operand, depth_of, padded_rows
+from duquantpp_jax.kernels.pallas import loop, swizzled
 
 __all__ = ["CARRY", "rotate_quantize", "split_bfloat16", "why_not"]
 
@@ -45,6 +45,7 @@ ROWS, WIDTH, BLOCK = 128, 128, 32
 BLOCKS = WIDTH // BLOCK
 BUFFERS = 4  # accumulators of WIDTH columns: all of tensor memory
 STAGES = 3  # slots of the ring between load and multiply
+DEPTH = depth_of(E2M1.dtype)
 EMAX = 2  # of E2M1
 LINE = plgpu.Layout.TILED(  # 32 numbers, one a lane, the same in every warp
     plgpu.Tiling(((32,), (1,))), (plgpu.Replicated(4),), (-2,), -1
@@ -84,7 +85,7 @@ def rotate_quantize(
     if smooth is not None:
         matrices = matrices / smooth.astype(jnp.float32).reshape(-1, 32, 1)
     x = jnp.pad(x, ((0, padded_rows(m) - m), (0, 0)))
-    width = -(-k // depth_of(jnp.float4_e2m1fn)) * depth_of(jnp.float4_e2m1fn)
+    width = -(-k // DEPTH) * DEPTH
     elements, scale_bytes = _rotate_quantize(
         x, split_bfloat16(matrices), scale_rule, width, cores(), interpret
     )
@@ -173,16 +174,16 @@ def _rotate_quantize(
                 acc = s["acc"].at[:, pl.ds(buffer * WIDTH + b * BLOCK, BLOCK)]
                 y = plgpu.async_load_tmem(acc, layout=plgpu.Layout.TCGEN05_TMEM_NATIVE)
                 byte, elements = _quantize_block(y, carry)
-                store(s["q"].at[out, :, pl.ds(b * BLOCK, BLOCK)], elements)
+                pallas.store(s["q"].at[out, :, pl.ds(b * BLOCK, BLOCK)], elements)
                 word = byte if word is None else word | (byte << (8 * b))
             plgpu.wait_load_tmem()
             plgpu.barrier_arrive(s["drained"].at[buffer])
-            store(s["word"].at[out], word)
+            pallas.store(s["word"].at[out], word)
             plgpu.commit_smem()
             # A row's four bytes are one word; row 32 j + i is word j of line i in its tile.
             for j in range(4):
-                words = load_shared(s["word"].at[out, pl.ds(32 * j, 32)], LINE)
-                store(s["s"].at[out, :, j], words)
+                words = pallas.load(s["word"].at[out, pl.ds(32 * j, 32)], LINE)
+                pallas.store(s["s"].at[out, :, j], words)
             plgpu.commit_smem()
             rows, columns = pl.ds(mi * ROWS, ROWS), pl.ds(ki * WIDTH, WIDTH)
             plgpu.copy_smem_to_gmem(s["q"].at[out], q_gmem.at[rows, columns])
@@ -196,8 +197,8 @@ def _rotate_quantize(
                 def _():
                     if one_for_all:
                         plgpu.copy_gmem_to_smem(r_gmem, s["r"].at[0], s["r_full"])
-                    _loop(0, tiles, load)
-                    _loop(
+                    loop(0, tiles, load)
+                    loop(
                         lax.max(tiles - stages, 0),
                         tiles,
                         lambda t: plgpu.barrier_wait(s["empty"].at[lax.rem(t, jnp.int32(stages))]),
@@ -207,8 +208,8 @@ def _rotate_quantize(
                 def _():
                     if one_for_all:
                         plgpu.barrier_wait(s["r_full"])
-                    _loop(0, tiles, multiply)
-                    _loop(
+                    loop(0, tiles, multiply)
+                    loop(
                         lax.max(tiles - BUFFERS, 0),
                         tiles,
                         lambda t: plgpu.barrier_wait(
@@ -219,13 +220,12 @@ def _rotate_quantize(
         @pl.when(role > 0)
         def _():
             mine = lax.div(tiles - role + 2, jnp.int32(2))  # tiles role - 1, role + 1, ...
-            _loop(0, mine, lambda i: quantize(2 * i + role - 1))
+            loop(0, mine, lambda i: quantize(2 * i + role - 1))
             plgpu.wait_smem_to_gmem(0)
 
-    tiled = (plgpu.TilingTransform((8, BLOCK)), plgpu.SwizzleTransform(64))
     scratch = {
-        "x": plgpu.SMEM((stages, ROWS, WIDTH), x.dtype, transforms=tiled),
-        "r": plgpu.SMEM((r_slots, 2, r_blocks, BLOCK, BLOCK), x.dtype, transforms=tiled),
+        "x": swizzled((stages, ROWS, WIDTH), x.dtype, columns=BLOCK),
+        "r": swizzled((r_slots, 2, r_blocks, BLOCK, BLOCK), x.dtype),
         "q": plgpu.SMEM((BUFFERS, ROWS, WIDTH), jnp.float4_e2m1fn),
         "word": plgpu.SMEM((BUFFERS, ROWS), jnp.int32),
         "s": plgpu.SMEM((BUFFERS, 32, 4), jnp.int32),
@@ -248,7 +248,7 @@ def _rotate_quantize(
         thread_name="wg",
         scratch_types={"scratch": scratch},
         kernel_name="rotate_quantize",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=pallas.LANE_SEMANTICS,
         **({} if interpret is None else {"interpret": interpret}),
     )(x, rotation)
     scale_bytes = lax.bitcast_convert_type(words, jnp.uint8)  # [..., 32, 4, 4]
@@ -273,8 +273,3 @@ def _rows(values: Float[Array, " rows"], like: Float[Array, "rows 32"]) -> Float
     """One value a row, in every column."""
     spread = lax.broadcast_in_dim(values, like.shape, (0,))
     return plgpu.layout_cast(spread, plgpu.Layout.TCGEN05_TMEM_NATIVE)
-
-
-def _loop(start, stop, body) -> None:
-    """A loop with int32 counters that carries nothing."""
-    lax.fori_loop(jnp.int32(start), jnp.int32(stop), lambda i, _: body(i), None)

@@ -42,7 +42,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from duquantpp_jax.kernels.implementation import cores
-from duquantpp_jax.kernels.operand import Operand, bits_of, depth_of
+from duquantpp_jax.kernels.operand import Operand, depth_of
+from duquantpp_jax.kernels.pallas import LANE_SEMANTICS, loop, swizzled
 from duquantpp_jax.kernels.scaled_matmul.tiling import ROWS, Tiling, choose_tiling
 
 __all__ = ["scaled_matmul"]
@@ -195,8 +196,8 @@ def _matmul(
             def _(warp):
                 @pl.when(warp == 0)
                 def _():
-                    _loop(0, steps, load)
-                    _loop(  # nobody leaves while the tensor core may still arrive on a barrier
+                    loop(0, steps, load)
+                    loop(  # nobody leaves while the tensor core may still arrive on a barrier
                         lax.max(steps - stages, 0),
                         steps,
                         lambda step: plgpu.barrier_wait(
@@ -212,8 +213,8 @@ def _matmul(
                             step = r * stages + slot
                             pl.when(step < steps)(functools.partial(multiply, step, slot))
 
-                    _loop(0, lax.div(steps + stages - 1, jnp.int32(stages)), round_)
-                    _loop(
+                    loop(0, lax.div(steps + stages - 1, jnp.int32(stages)), round_)
+                    loop(
                         lax.max(tiles - lag, 0),
                         tiles,
                         lambda tile: plgpu.barrier_wait(
@@ -223,7 +224,7 @@ def _matmul(
 
         @pl.when(role == 1)
         def _():
-            _loop(0, tiles, write)
+            loop(0, tiles, write)
             plgpu.wait_smem_to_gmem(0)
 
     to_drained = plgpu.Barrier(num_barriers=2, orders_tensor_core=True)
@@ -232,11 +233,11 @@ def _matmul(
             collective_axes=("cta",), num_barriers=2, orders_tensor_core=True
         )
     scratch = {
-        "a": _tiled((stages, ROWS, depth), dtype),
-        "b": _tiled((stages, t.columns // t.ctas, depth), b.elements.dtype),
+        "a": swizzled((stages, ROWS, depth), dtype),
+        "b": swizzled((stages, t.columns // t.ctas, depth), b.elements.dtype),
         "sa": plgpu.SMEM((stages, 1, scale_tiles, 32, 16), a.scales.dtype),
         "sb": plgpu.SMEM((stages, t.columns // ROWS, scale_tiles, 32, 16), a.scales.dtype),
-        "out": _tiled((2, ROWS, store), out_dtype),
+        "out": swizzled((2, ROWS, store), out_dtype),
         "acc": plgpu.TMEM((ROWS, stride + t.columns), jnp.float32, collective=t.collective),
         "sa_tmem": [_scales(ROWS, depth // block, a.scales.dtype, t) for _ in range(stages)],
         "sb_tmem": [_scales(t.columns, depth // block, a.scales.dtype, t) for _ in range(stages)],
@@ -256,7 +257,7 @@ def _matmul(
         thread_name="wg",
         scratch_types={"scratch": scratch},
         kernel_name="scaled_matmul",
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=LANE_SEMANTICS,
         **({} if interpret is None else {"interpret": interpret}),
     )(a.elements, b.elements, a.scales, b.scales)
 
@@ -286,19 +287,6 @@ def _lag(overlap: int) -> int:
 def _scale_buffers(scratch, slot: int):
     """The slot's own buffers: the hardware orders copy -> mma, but not mma -> the next copy."""
     return scratch["sa_tmem"][slot], scratch["sb_tmem"][slot]
-
-
-def _loop(start, stop, body) -> None:
-    """A loop with int32 counters that carries nothing."""
-    lax.fori_loop(jnp.int32(start), jnp.int32(stop), lambda i, _: body(i), None)
-
-
-def _tiled(shape: tuple[int, ...], dtype: Any):
-    """Shared memory in the tiles of 8 swizzled rows that TMA writes and the tensor core reads."""
-    bits = bits_of(dtype)
-    swizzle = plgpu.find_swizzle(shape[-1] * bits)
-    tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
 def _scales(rows: int, columns: int, dtype: Any, tiling: Tiling):
