@@ -448,7 +448,8 @@ class Stats:
             gram = gram + jnp.matmul(tokens.T, tokens, precision=jax.lax.Precision.HIGHEST)
         if position_sum is not None:
             position_sum = position_sum + jnp.sum(x, axis=0)
-        return self.replace(
+        return dataclasses.replace(
+            self,
             count=self.count + tokens.shape[0],
             absmax=jnp.maximum(self.absmax, jnp.max(jnp.abs(tokens), axis=0)),
             sample=self.sample.at[slot].add(tokens, mode="drop"),
@@ -459,7 +460,7 @@ class Stats:
     def merge(self, other: Stats) -> Stats:
         """Stats of both sets of tokens (disjoint parts of one calibration set)."""
         total = jax.tree.map(jnp.add, self, other)
-        return total.replace(absmax=jnp.maximum(self.absmax, other.absmax))
+        return dataclasses.replace(total, absmax=jnp.maximum(self.absmax, other.absmax))
 
     @jax.jit
     def through(self, transform: Transform) -> Stats:
@@ -467,7 +468,8 @@ class Stats:
         `Transform.maxima` has them."""
         move = transform.activations
         sample = move(self.sample)
-        return self.replace(
+        return dataclasses.replace(
+            self,
             sample=sample,
             absmax=transform.maxima(self.absmax, sample),
             gram=None if self.gram is None else move(move(self.gram).T).T,

@@ -66,8 +66,8 @@ def fit_linear(recipe: Recipe, weights: Weights, stats: Stats, key: Key[Array, "
     """
     width = stats.absmax.shape[-1]
     fitted = recipe.fit(tuple(widen(w, width) for w in weights), stats, recipe, key)
-    return fitted.replace(
-        transform=lower(fitted.transform, width, recipe.activation_format.block_size)
+    return dataclasses.replace(
+        fitted, transform=lower(fitted.transform, width, recipe.activation_format.block_size)
     )
 
 
@@ -169,7 +169,7 @@ class QuantizedLinear:
         """Q(transform.activations(x)) in float32, x widened to the weights' width."""
         moved = state.transform.activations(widen(x, state.weights[0].shape[-1]))
         options = {"clip": state.clip, "scale_offset": state.scale_offset}
-        given = {name: value for name, value in options.items() if value is not None}
+        given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
         return self.activation_format.fake_quantize(moved, **given)
 
 

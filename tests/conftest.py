@@ -13,7 +13,6 @@ from duquantpp_jax.core import Stats
 from duquantpp_jax.models import Decoder, DecoderConfig, random_parameters, save
 
 DATA_VARIABLE = "DUQUANTPP_DATA"
-_data = {"read": 0, "skipped": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -23,21 +22,30 @@ def _strict():
 
 
 @pytest.fixture
-def data() -> pathlib.Path:
+def data(request) -> pathlib.Path:
     """The directory of real data, or a skip where DUQUANTPP_DATA does not name it."""
     place = os.environ.get(DATA_VARIABLE)
+    request.node.user_properties.append((DATA_VARIABLE, "read" if place else "skipped"))
     if not place:
-        _data["skipped"] += 1
         pytest.skip(f"{DATA_VARIABLE} is not set")
-    _data["read"] += 1
     return pathlib.Path(place)
 
 
 def pytest_terminal_summary(terminalreporter):
-    if any(_data.values()):
+    """Says how many tests read real data, and how many went without."""
+    reports = [
+        r for kind in ("passed", "failed", "skipped") for r in terminalreporter.getreports(kind)
+    ]
+    marks = {
+        (report.nodeid, value)
+        for report in reports
+        for name, value in report.user_properties
+        if name == DATA_VARIABLE
+    }
+    read, skipped = (sum(value == kind for _, value in marks) for kind in ("read", "skipped"))
+    if marks:
         terminalreporter.write_line(
-            f"real data ({DATA_VARIABLE}): read by {_data['read']} tests, "
-            f"{_data['skipped']} skipped for want of it"
+            f"real data ({DATA_VARIABLE}): read by {read} tests, {skipped} skipped for want of it"
         )
 
 
