@@ -224,10 +224,14 @@ class MXArray:
     def dequantize(self) -> Float32[Array, "*shape"]:
         """element * scale in float32, exact for E8M0: subnormals included, Inf beyond 2^128. For
         other scales element * scale * tensor_scale, rounded once (cut off below 2^-126)."""
-        blocks = (*self.scales.shape, self.block_size)
-        if self.elements.dtype == jnp.uint8:
-            return self._times_scale(self.element.decode(self.elements.reshape(blocks)))
-        return self._times_scale(self.elements.astype(jnp.float32).reshape(blocks))
+        blocks = self.elements.reshape(*self.scales.shape, self.block_size)
+        if self.elements.dtype != jnp.uint8:
+            return self._times_scale(blocks.astype(jnp.float32))
+        if self.scales.dtype != jnp.float8_e8m0fnu:
+            return self._times_scale(self.element.decode(blocks))
+        byte = self.scale_bytes().astype(jnp.int32)[..., None]
+        x = self.element.decode(blocks, byte - 127)  # one product in place of two
+        return jnp.where(byte == 255, jnp.float32(jnp.nan), x).reshape(self.shape)
 
     def limit(self) -> Float32[Array, "*shape"]:
         """The largest magnitude that each value's block can hold: what saturates lies beyond."""

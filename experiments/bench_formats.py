@@ -25,6 +25,7 @@ import numpy as np
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.formats import E2M1, MXFP4
 from duquantpp_jax.formats.packing import pack_elements, unpack_nibbles
+from duquantpp_jax.kernels.quantize_pack import quantize_pack
 
 WIDTH = 4096
 
@@ -149,8 +150,12 @@ def on_gpu(x: jax.Array) -> None:
     copied, made = 2 * x.nbytes, x.nbytes + packed.nbytes + scale_bytes.nbytes
     copy = copied / many(lambda: read_modify_write(x))
     print(f"copy       {copy / 1e9:7.0f} GB/s")
+    one_pass = jax.jit(functools.partial(quantize_pack, implementation="triton"))
+    for mine, theirs in zip(one_pass(x), (packed, scale_bytes), strict=True):
+        assert (mine == theirs).all()
     for name, call in (
         ("quantize", lambda: quantize(x)),
+        ("  triton", lambda: one_pass(x)),
         ("dequantize", lambda: dequantize(packed, scale_bytes, dtype=x.dtype)),
     ):
         rate = made / many(call)

@@ -1,0 +1,50 @@
+"""Quantize and pack: MXFP4 of x as bytes."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from duquantpp_jax.core import ScaleRule
+from duquantpp_jax.kernels.implementation import choose, current_device
+from duquantpp_jax.kernels.quantize_pack import reference, triton
+
+__all__ = ["Implementation", "quantize_pack"]
+
+Implementation = Literal["triton", "reference"]
+
+
+def quantize_pack(
+    x: Float[Array, "*batch k"],
+    *,
+    scale_rule: ScaleRule = ScaleRule.FLOOR,
+    implementation: Implementation | None = None,
+) -> tuple[UInt8[Array, "*batch bytes"], UInt8[Array, "*batch blocks"]]:
+    """Packed codes and scale bytes of x in MXFP4, blocks of 32 along the last axis.
+
+    Every implementation gives the same bits.
+
+    Args:
+      x: float32, bfloat16 or float16; "triton" takes bfloat16.
+      scale_rule: "triton" has FLOOR, CEIL, EVEN and RCEIL.
+      implementation: "triton" (Pallas, one pass over memory), "reference", or None for
+        "reference", as Pallas has announced the end of its Triton lowering.
+
+    Raises:
+      ValueError: As `Format.quantize`, or an implementation that does not exist.
+      RuntimeError: The named implementation cannot run here, or not on this input.
+    """
+
+    def obstacle() -> str | None:
+        device = current_device()
+        if device.platform not in ("gpu", "cuda"):
+            return f"it needs an NVIDIA GPU, and this is {device.platform}"
+        if x.dtype != jnp.bfloat16:
+            return f"it takes bfloat16, and x is {x.dtype}"
+        if scale_rule not in triton.RAISED_ABOVE:
+            return f"it has no rule {scale_rule.value}"
+        return None
+
+    name = choose("quantize_pack", implementation, {"reference": lambda: None, "triton": obstacle})
+    run = {"triton": triton, "reference": reference}[name].quantize_pack
+    return run(x, scale_rule)

@@ -1,0 +1,67 @@
+"""Every implementation of quantize_pack gives the bytes of the formats."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duquantpp_jax.formats import MXFP4
+from duquantpp_jax.formats.packing import pack_nibbles
+from duquantpp_jax.kernels.quantize_pack import quantize_pack, reference, triton
+
+RULES = pytest.mark.parametrize("rule", list(triton.RAISED_ABOVE), ids=lambda r: r.value)
+on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+
+
+def every_bfloat16() -> jax.Array:
+    """Every pattern in blocks of neighbours, and random ones in blocks of like size."""
+    bits = np.arange(1 << 16, dtype=np.uint16).reshape(-1, 64)
+    mixed = np.random.default_rng(0).integers(0, 1 << 16, (2048, 64)).astype(np.uint16)
+    exponents = np.repeat(np.arange(256, dtype=np.uint16), 8)[:, None]
+    near = (mixed & 0x81FF) | (np.minimum(exponents, 252) << 7)
+    return jax.lax.bitcast_convert_type(jnp.asarray(np.r_[bits, mixed, near]), jnp.bfloat16)
+
+
+def assert_same(got, expected):
+    for mine, theirs in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@RULES
+def test_reference_gives_codes_and_bytes_of_the_format(rule):
+    x = every_bfloat16()
+    q = MXFP4(scale_rule=rule).quantize(x)
+    expected = pack_nibbles(q.codes()), q.scale_bytes()
+    assert_same(quantize_pack(x, scale_rule=rule, implementation="reference"), expected)
+
+
+@RULES
+def test_triton_gives_the_same_bytes_where_a_cpu_can_interpret_it(rule):
+    # A CPU flushes what stands for elements below 1, so here there are none.
+    rng = np.random.default_rng(1)
+    x = rng.uniform(6, 12, (96, 64)) * rng.choice([-1, 1], (96, 64))
+    x = x * 2.0 ** rng.integers(-90, 90, (96, 1))
+    x[3, 5], x[4, 40], x[5] = np.nan, -np.inf, 0
+    x = jnp.asarray(x, jnp.bfloat16)
+    assert_same(triton.quantize_pack(x, rule, interpret=True), reference.quantize_pack(x, rule))
+
+
+@on_gpu
+@RULES
+def test_triton_gives_the_same_bytes_for_every_bfloat16(rule):
+    x = every_bfloat16()
+    assert_same(
+        quantize_pack(x, scale_rule=rule, implementation="triton"),
+        quantize_pack(x, scale_rule=rule, implementation="reference"),
+    )
+
+
+def test_what_cannot_run_is_refused_with_the_reason():
+    x = jnp.ones((1, 32), jnp.bfloat16)
+    if jax.default_backend() != "gpu":
+        with pytest.raises(RuntimeError, match="needs an NVIDIA GPU, and this is cpu"):
+            quantize_pack(x, implementation="triton")
+    with pytest.raises((ValueError, TypeError), match="cuda"):
+        quantize_pack(x, implementation="cuda")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not a multiple of block 32"):
+        quantize_pack(x[:, :8])
