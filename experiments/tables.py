@@ -1,0 +1,113 @@
+"""Markdown tables from results: `python -m experiments.tables [--beside] FILE [FILE ...]`.
+
+With --beside, one table whose columns are the rules that all files share; the README's is
+  python -m experiments.tables --beside experiments/results/rotations_testbed.json \\
+    experiments/results/rotations_gutenberg27m_128rows.json
+A FILE is a results.json of `duquantpp compare`, or a list of them as experiments/rotations.py
+writes it. Where a recipe has several seeds a cell is their mean, with the least and the largest.
+The difference to block_hadamard is that of the first seed, with its 95 % interval.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def cells(runs: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """All rows of a recipe under a rule, one for each seed."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        for row in run["rows"]:
+            found.setdefault((row["recipe"], row["scale_rule"]), []).append(row)
+    return {key: _distinct(rows) for key, rows in found.items()}
+
+
+def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    # The baseline is in every run, the same each time.
+    return [row for i, row in enumerate(rows) if row not in rows[:i]]
+
+
+def kl(rows: list[dict[str, Any]]) -> str:
+    """KL of a cell, and the spread of its seeds."""
+    values = [row["kl"] for row in rows]
+    mean = f"{sum(values) / len(values):.4f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.4f}-{max(values):.4f})"
+
+
+def difference(rows: list[dict[str, Any]]) -> str:
+    """Paired difference to block_hadamard of the first seed, with half its interval's width."""
+    row = rows[0]
+    if not row["kl_difference_ci95"]:
+        return ""
+    low, high = row["kl_difference_ci95"]
+    return f"{row['kl_difference']:+.4f} ± {(high - low) / 2:.4f}"
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """Recipes down, scale rules across, each KL and its difference to block_hadamard."""
+    found = cells(runs)
+    rules = runs[0]["options"]["scale_rules"]
+    lines = [
+        "| recipe | " + " | ".join(f"{rule} | - block_hadamard" for rule in rules) + " |",
+        "| --- |" + " ---: | ---: |" * len(rules),
+    ]
+    for recipe in runs[0]["options"]["recipes"]:
+        row = [f"{kl(found[recipe, r])} | {difference(found[recipe, r])}" for r in rules]
+        lines.append(f"| {recipe} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def beside(all_runs: list[list[dict[str, Any]]]) -> str:
+    """Recipes down; models and the scale rules they share across."""
+    found = [cells(runs) for runs in all_runs]
+    recipes, rules = (
+        [
+            one
+            for one in all_runs[-1][0]["options"][kind]
+            if all(one in runs[0]["options"][kind] for runs in all_runs)
+        ]
+        for kind in ("recipes", "scale_rules")
+    )
+    heads = [f"{runs[0]['model']['name']}, {rule}" for runs in all_runs for rule in rules]
+    lines = ["| recipe | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
+    for recipe in recipes:
+        row = [
+            " ".join([kl(one[recipe, rule]).split()[0], f"({difference(one[recipe, rule])})"])
+            for one in found
+            for rule in rules
+        ]
+        lines.append(f"| {recipe} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The runs in a file."""
+    runs = json.loads(path.read_text(encoding="utf-8"))
+    return runs if isinstance(runs, list) else [runs]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--beside", action="store_true")
+    parser.add_argument("files", type=Path, nargs="+")
+    arguments = parser.parse_args()
+    if arguments.beside:
+        print(beside([read(path) for path in arguments.files]))
+        return
+    for path in arguments.files:
+        runs = read(path)
+        first = runs[0]
+        print(
+            f"\n{first['model']['name']}, {first['options']['text']['name']}, "
+            f"{first['targets']:,} targets, float perplexity {first['float_perplexity']:.3f}, "
+            f"seeds {', '.join(str(run['options']['seed']) for run in runs)}, "
+            f"{first['environment']['device']}\n"
+        )
+        print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
