@@ -6,8 +6,7 @@ summed per row, differences to block_hadamard under the same rule are taken row 
 """
 
 import dataclasses
-import importlib.metadata
-import platform
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,26 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-import duquantpp_jax
-from duquantpp_jax import files
 from duquantpp_jax.calibration import calibrate, site_widths
-from duquantpp_jax.core import Fitted, Stats
+from duquantpp_jax.core import Fitted, Recipe, Stats
 from duquantpp_jax.evaluation.divergence import float_log_probabilities, row_divergence
 from duquantpp_jax.evaluation.intervals import clusters, mean_interval
 from duquantpp_jax.evaluation.sqnr import linear_sqnr
-from duquantpp_jax.evaluation.text import TARGETS, Rows, read_text, rows_for_targets, rows_of_text
-from duquantpp_jax.models import (
-    SITES,
-    Decoder,
-    linear_names,
-    load,
-    load_config,
-    load_tokenizer,
-    sha256,
-    testbed,
-)
+from duquantpp_jax.evaluation.text import TARGETS
+from duquantpp_jax.models import SITES, Decoder, linear_names
 from duquantpp_jax.ptq import QuantizedSite, fit_model, layer_of, quantize_model
 from duquantpp_jax.recipes import ALIASES, recipe
+from duquantpp_jax.subject import Subject, environment, load_subject
 
 BASELINE = "block_hadamard"
 BATCH_ROWS = 16
@@ -88,17 +77,6 @@ class CompareOptions:
     out: Path = Path("compare-out")
 
 
-class Subject(NamedTuple):
-    """What is compared on: a model, rows to calibrate and to evaluate on, and their provenance."""
-
-    model: Decoder
-    calibration: Rows
-    evaluation: Rows
-    name: str
-    sha256: str
-    files: dict[str, Any]
-
-
 class Comparison(NamedTuple):
     """What a comparison found.
 
@@ -115,6 +93,10 @@ class Comparison(NamedTuple):
     channels: tuple[str, dict[str, Float[np.ndarray, " k"]]]
 
 
+Cell = tuple[str, str]
+"""A recipe's name and a scale rule's."""
+
+
 def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Comparison:
     """Runs the comparison.
 
@@ -127,94 +109,30 @@ def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Co
     recipes = {
         (name, rule): recipe(name, rule, options.rounding) for name in names for rule in rules
     }
-    subject = _subject(options)
-    model, evaluation = subject.model, subject.evaluation
-    widths = site_widths(model, BLOCK_SIZE, pad=options.pad)
-    weights = {site: model.weights(site) for site in SITES}
+    subject = load_subject(
+        options.model, options.text, options.calibration_text, options.tokens, CALIBRATION_ROWS
+    )
+    widths = site_widths(subject.model, BLOCK_SIZE, pad=options.pad)
+    step = _steps(progress, subject, len(recipes))
 
-    batches = [
-        jnp.asarray(evaluation.tokens[first : first + BATCH_ROWS])
-        for first in range(0, len(evaluation.tokens), BATCH_ROWS)
-    ]
-    calibration_batches = -(-len(subject.calibration.tokens) // BATCH_ROWS)
-    done, total = 0, calibration_batches + len(recipes) * (1 + len(batches)) + len(batches)
-
-    def step(what: str) -> None:
-        nonlocal done
-        done += 1
-        progress(what, done, total)
-
-    progress("calibrating", 0, total)
     stats = calibrate(
-        model,
+        subject.model,
         subject.calibration.tokens[:, :-1],
         widths,
-        needs=frozenset().union(*(r.needs for r in recipes.values())),
+        needs=frozenset().union(*(one.needs for one in recipes.values())),
         batch_rows=BATCH_ROWS,
         progress=lambda: step("calibrating"),
     )
     jax.block_until_ready(stats)  # or the first fit would be charged with it
+    fits, seconds, states = _quantize(subject.model, recipes, stats, options.seed, step)
+    measured = _measure(subject, recipes, states, step)
 
-    fits: dict[tuple[str, str], dict[str, Fitted]] = {}
-    fit_seconds: dict[tuple[str, str], float] = {}
-    states: dict[tuple[str, str], dict[str, QuantizedSite]] = {}
-    for (name, rule), one in recipes.items():
-        # A fit that does not look at the formats is the same under every rule.
-        twin = (name, rules[0])
-        if "formats" not in one.needs and twin in fits:
-            fits[name, rule], fit_seconds[name, rule] = fits[twin], fit_seconds[twin]
-        else:
-            began = time.perf_counter()
-            fits[name, rule] = jax.block_until_ready(
-                fit_model(one, weights, stats, jax.random.key(options.seed))
-            )
-            fit_seconds[name, rule] = time.perf_counter() - began
-        states[name, rule] = quantize_model(one, weights, stats, fits[name, rule])
-        step(f"fitted {name}, {rule}")
-
-    float_nll: list[np.ndarray] = []
-    kl: dict[tuple[str, str], list[np.ndarray]] = {cell: [] for cell in recipes}
-    nll: dict[tuple[str, str], list[np.ndarray]] = {cell: [] for cell in recipes}
-    sqnr: dict[tuple[str, str], float] = {}
-    for number, batch in enumerate(batches):
-        log_p, batch_nll = float_log_probabilities(model, batch)
-        float_nll.append(np.asarray(batch_nll, np.float64))
-        step("evaluating the float model")
-        for cell, one in recipes.items():
-            format = one.activation_format
-            divergence = row_divergence(model, states[cell], batch, log_p, format=format)
-            kl[cell].append(np.asarray(divergence[0], np.float64))
-            nll[cell].append(np.asarray(divergence[1], np.float64))
-            if number == 0:
-                by_site = linear_sqnr(model, states[cell], batch, format=format)
-                sqnr[cell] = float(np.mean(np.concatenate([v.ravel() for v in by_site.values()])))
-            step(f"evaluating {cell[0]}, {cell[1]}")
-
-    unit, cluster = clusters(evaluation.documents)
-    float_rows = np.concatenate(float_nll) / TARGETS
-    kl_rows = {cell: np.concatenate(values) / TARGETS for cell, values in kl.items()}
-    rows = []
-    for cell in recipes:
-        quantized = np.concatenate(nll[cell]) / TARGETS
-        rows.append(
-            {
-                "recipe": cell[0],
-                "rounding": options.rounding,
-                "scale_rule": cell[1],
-                "kl": float(np.mean(kl_rows[cell])),
-                **_difference(kl_rows[cell], kl_rows.get((BASELINE, cell[1])), cluster),
-                "excess_nll": float(np.mean(quantized - float_rows)),
-                "perplexity": float(np.exp(np.mean(quantized))),
-                "sqnr_db": sqnr[cell],
-            }
-        )
-        if not all(np.isfinite([rows[-1][key] for key in ("kl", "perplexity", "sqnr_db")])):
-            raise ValueError(f"{cell[0]} under {cell[1]} gave NaN or Inf: no result is reported")
+    unit, cluster = clusters(subject.evaluation.documents)
     results = {
         "schema": 1,
-        "float_perplexity": float(np.exp(np.mean(float_rows))),
-        "targets": len(evaluation.tokens) * TARGETS,
-        "rows": rows,
+        "float_perplexity": float(np.exp(np.mean(measured.float_nll))),
+        "targets": len(subject.evaluation.tokens) * TARGETS,
+        "rows": [_row(cell, options.rounding, measured, cluster) for cell in recipes],
         "environment": environment(),
         "options": {
             **subject.files,
@@ -229,13 +147,125 @@ def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Co
     }
     timings = {
         "fit_seconds": [
-            {"recipe": name, "scale_rule": rule, "seconds": seconds}
-            for (name, rule), seconds in fit_seconds.items()
+            {"recipe": name, "scale_rule": rule, "seconds": seconds[name, rule]}
+            for name, rule in recipes
         ],
         "total_seconds": time.perf_counter() - start,
     }
     channels = _channel_maxima(stats, {name: fits[name, rules[0]] for name in names})
     return Comparison(results, timings, (unit, len(np.unique(cluster))), channels)
+
+
+class _Measured(NamedTuple):
+    """Means over each row's targets, in nats, and the SQNR in dB."""
+
+    float_nll: Float[np.ndarray, " rows"]
+    kl: dict[Cell, Float[np.ndarray, " rows"]]
+    nll: dict[Cell, Float[np.ndarray, " rows"]]
+    sqnr: dict[Cell, float]
+
+
+def _steps(progress: Progress, subject: Subject, cells: int) -> Callable[[str], None]:
+    """A function that reports one more step done."""
+    calibration, evaluation = (
+        -(-len(rows.tokens) // BATCH_ROWS) for rows in (subject.calibration, subject.evaluation)
+    )
+    total = calibration + cells + evaluation * (1 + cells)
+    done = itertools.count(1)
+    progress("calibrating", 0, total)
+    return lambda what: progress(what, next(done), total)
+
+
+def _quantize(
+    model: Decoder,
+    recipes: dict[Cell, Recipe],
+    stats: dict[str, Stats],
+    seed: int,
+    step: Callable[[str], None],
+) -> tuple[dict[Cell, dict[str, Fitted]], dict[Cell, float], dict[Cell, dict[str, QuantizedSite]]]:
+    """What each cell fits, in how many seconds, and the quantized sites."""
+    weights = {site: model.weights(site) for site in SITES}
+    fits: dict[Cell, dict[str, Fitted]] = {}
+    seconds: dict[Cell, float] = {}
+    states: dict[Cell, dict[str, QuantizedSite]] = {}
+    for cell, one in recipes.items():
+        # A fit that does not look at the formats is the same under every rule.
+        twin = next((other for other in fits if other[0] == cell[0]), None)
+        if twin and "formats" not in one.needs:
+            fits[cell], seconds[cell] = fits[twin], seconds[twin]
+        else:
+            began = time.perf_counter()
+            key = jax.random.key(seed)
+            fits[cell] = jax.block_until_ready(fit_model(one, weights, stats, key))
+            seconds[cell] = time.perf_counter() - began
+        states[cell] = quantize_model(one, weights, stats, fits[cell])
+        step(f"fitted {cell[0]}, {cell[1]}")
+    return fits, seconds, states
+
+
+def _measure(
+    subject: Subject,
+    recipes: dict[Cell, Recipe],
+    states: dict[Cell, dict[str, QuantizedSite]],
+    step: Callable[[str], None],
+) -> _Measured:
+    """Runs every cell on every batch, beside the float model."""
+    model, tokens = subject.model, subject.evaluation.tokens
+    float_nll: list[np.ndarray] = []
+    kl: dict[Cell, list[np.ndarray]] = {cell: [] for cell in recipes}
+    nll: dict[Cell, list[np.ndarray]] = {cell: [] for cell in recipes}
+    sqnr: dict[Cell, float] = {}
+    for first in range(0, len(tokens), BATCH_ROWS):
+        batch = jnp.asarray(tokens[first : first + BATCH_ROWS])
+        log_p, batch_nll = float_log_probabilities(model, batch)
+        float_nll.append(np.asarray(batch_nll, np.float64))
+        step("evaluating the float model")
+        for cell, one in recipes.items():
+            format = one.activation_format
+            sums = row_divergence(model, states[cell], batch, log_p, format=format)
+            kl[cell].append(np.asarray(sums[0], np.float64))
+            nll[cell].append(np.asarray(sums[1], np.float64))
+            if first == 0:
+                by_site = linear_sqnr(model, states[cell], batch, format=format)
+                sqnr[cell] = float(np.mean(np.concatenate([v.ravel() for v in by_site.values()])))
+            step(f"evaluating {cell[0]}, {cell[1]}")
+
+    def means(sums: list[np.ndarray]) -> np.ndarray:
+        return np.concatenate(sums) / TARGETS
+
+    return _Measured(
+        means(float_nll),
+        {cell: means(sums) for cell, sums in kl.items()},
+        {cell: means(sums) for cell, sums in nll.items()},
+        sqnr,
+    )
+
+
+def _row(cell: Cell, rounding: str, measured: _Measured, cluster: np.ndarray) -> dict[str, Any]:
+    """A row of results.json.
+
+    Raises:
+      ValueError: The cell gave NaN or Inf.
+    """
+    kl, nll = measured.kl[cell], measured.nll[cell]
+    difference, interval = None, None
+    if (baseline := measured.kl.get((BASELINE, cell[1]))) is not None:
+        difference, low, high = mean_interval(kl - baseline, cluster)
+        interval = [low, high] if np.isfinite(low) else None  # one cluster has no interval
+    row = {
+        "recipe": cell[0],
+        "rounding": rounding,
+        "scale_rule": cell[1],
+        "kl": float(np.mean(kl)),
+        "kl_difference": difference,
+        "kl_difference_ci95": interval,
+        "excess_nll": float(np.mean(nll - measured.float_nll)),
+        "perplexity": float(np.exp(np.mean(nll))),
+        "sqnr_db": measured.sqnr[cell],
+    }
+    if not all(np.isfinite([row["kl"], row["perplexity"], row["sqnr_db"]])):
+        raise ValueError(f"{cell[0]} under {cell[1]} gave NaN or Inf: no result is reported")
+    return row
 
 
 def verdict(results: dict[str, Any]) -> str:
@@ -274,85 +304,10 @@ def verdict(results: dict[str, Any]) -> str:
     return opening + "; ".join(parts) + "."
 
 
-def environment() -> dict[str, Any]:
-    """Versions and device, for a result to name what it was measured with."""
-    packages = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes", "tokenizers")
-    device = jax.devices()[0]
-    return {
-        "duquantpp_jax": duquantpp_jax.__version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-        "device": device.device_kind,
-        "platform": device.platform,
-        "machine": platform.machine(),
-        "matmul_precision": "float32 (highest)",
-    }
-
-
-def _subject(options: CompareOptions) -> Subject:
-    given = {"--text": options.text, "--calibration-text": options.calibration_text}
-    if options.model is not None and (missing := [n for n, value in given.items() if not value]):
-        raise ValueError(
-            f"--model needs {' and '.join(missing)}: text of the kind that the model was trained "
-            "on, to evaluate and to calibrate with"
-        )
-    directory = options.model or testbed.directory()
-    evaluation = _rows(options.text, directory, options.tokens, testbed.evaluation_rows)
-    calibration = _rows(
-        options.calibration_text, directory, CALIBRATION_ROWS * TARGETS, testbed.calibration_rows
-    )
-    return Subject(
-        model=load(directory),
-        calibration=calibration,
-        evaluation=evaluation,
-        name="testbed" if options.model is None else options.model.resolve().name,
-        sha256=sha256(directory),
-        files={
-            "text": _name_and_hash(options.text),
-            "calibration_text": _name_and_hash(options.calibration_text),
-        },
-    )
-
-
-def _rows(
-    text: Path | None, directory: Path, targets: int, embedded: Callable[[], np.ndarray]
-) -> Rows:
-    if text is None:
-        tokens = embedded()
-        rows, source = Rows(tokens, np.arange(len(tokens))), "the embedded text"
-    else:
-        content = read_text(text)
-        bos = load_config(directory).bos_token_id
-        if bos is None:
-            raise ValueError(
-                f"{directory}/config.json names no bos_token_id, which stands before every row: "
-                "add the token that the model saw at the start of its text"
-            )
-        rows, source = rows_of_text(content, load_tokenizer(directory), bos), str(text)
-    return rows_for_targets(rows, targets, source)
-
-
-def _name_and_hash(path: Path | None) -> dict[str, str]:
-    path = path or testbed.directory() / "tokens.npz"
-    return {"name": path.name, "sha256": files.sha256(path)}
-
-
 def _unique(option: str, names: tuple[str, ...]) -> tuple[str, ...]:
     if not names:
         raise ValueError(f"--{option} is empty: name at least one")
     return tuple(dict.fromkeys(names))
-
-
-def _difference(
-    rows: Float[np.ndarray, " rows"],
-    baseline: Float[np.ndarray, " rows"] | None,
-    cluster: np.ndarray,
-) -> dict[str, Any]:
-    if baseline is None:
-        return {"kl_difference": None, "kl_difference_ci95": None}
-    mean, low, high = mean_interval(rows - baseline, cluster)
-    interval = [low, high] if np.isfinite(low) else None  # one cluster has no interval
-    return {"kl_difference": mean, "kl_difference_ci95": interval}
 
 
 def _channel_maxima(

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "models": {"core", "files"},
     "calibration": {"core", "ptq", "models"},
     "evaluation": {"core", "ptq", "models"},
+    "subject": {"files", "models", "evaluation"},
     "analysis": {"core", "formats", "transforms", "ptq", "models", "evaluation"},
 }
 """Room -> rooms it may import. `compare`, `cli` and the package itself may import all."""

@@ -1,0 +1,109 @@
+"""What a comparison is made on: a model, rows to calibrate and to evaluate on, and where they and
+the numbers come from."""
+
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+import duquantpp_jax
+from duquantpp_jax import files
+from duquantpp_jax.evaluation.text import TARGETS, Rows, read_text, rows_for_targets, rows_of_text
+from duquantpp_jax.models import Decoder, load, load_config, load_tokenizer, sha256, testbed
+
+
+class Subject(NamedTuple):
+    """A model, its rows, and what names them in a result.
+
+    Attributes:
+      name, sha256: Of the model.
+      files: Name and hash of the texts.
+    """
+
+    model: Decoder
+    calibration: Rows
+    evaluation: Rows
+    name: str
+    sha256: str
+    files: dict[str, Any]
+
+
+def load_subject(
+    model: Path | None,
+    text: Path | None,
+    calibration_text: Path | None,
+    targets: int,
+    calibration_rows: int,
+) -> Subject:
+    """Reads the model and both texts; where one is None, what the package embeds.
+
+    Args:
+      model: Hugging Face directory.
+      targets: Of the evaluation text, cut down to whole rows.
+      calibration_rows: The first so many of the calibration text.
+
+    Raises:
+      ValueError: Something is missing or wrong; one line that says what would be right.
+    """
+    given = {"--text": text, "--calibration-text": calibration_text}
+    if model is not None and (missing := [name for name, value in given.items() if not value]):
+        raise ValueError(
+            f"--model needs {' and '.join(missing)}: text of the kind that the model was trained "
+            "on, to evaluate and to calibrate with"
+        )
+    directory = model or testbed.directory()
+    calibration_targets = calibration_rows * TARGETS
+    return Subject(
+        evaluation=_rows(text, directory, targets, testbed.evaluation_rows),
+        calibration=_rows(
+            calibration_text, directory, calibration_targets, testbed.calibration_rows
+        ),
+        model=load(directory),
+        name="testbed" if model is None else model.resolve().name,
+        sha256=sha256(directory),
+        files={
+            "text": _name_and_hash(text),
+            "calibration_text": _name_and_hash(calibration_text),
+        },
+    )
+
+
+def _rows(
+    text: Path | None, directory: Path, targets: int, embedded: Callable[[], np.ndarray]
+) -> Rows:
+    if text is None:
+        tokens = embedded()
+        return rows_for_targets(Rows(tokens, np.arange(len(tokens))), targets, "the embedded text")
+    content = read_text(text)
+    bos = load_config(directory).bos_token_id
+    if bos is None:
+        raise ValueError(
+            f"{directory}/config.json names no bos_token_id, which stands before every row: "
+            "add the token that the model saw at the start of its text"
+        )
+    rows = rows_of_text(content, load_tokenizer(directory), bos)
+    return rows_for_targets(rows, targets, str(text))
+
+
+def _name_and_hash(path: Path | None) -> dict[str, str]:
+    path = path or testbed.directory() / "tokens.npz"
+    return {"name": path.name, "sha256": files.sha256(path)}
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device, for a result to name what it was measured with."""
+    packages = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes", "tokenizers")
+    device = jax.devices()[0]
+    return {
+        "duquantpp_jax": duquantpp_jax.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "device": device.device_kind,
+        "platform": device.platform,
+        "machine": platform.machine(),
+        "matmul_precision": "float32 (highest)",
+    }
