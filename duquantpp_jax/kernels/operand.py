@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from duquantpp_jax.core import Element, MXArray
 from duquantpp_jax.formats.packing import swizzle_scales, unswizzle_scales
@@ -40,9 +40,10 @@ class Operand:
       block_size: Elements that share one scale.
     """
 
-    elements: Float[Array, "padded_rows padded_k"]
-    scales: Float[Array, "row_tiles column_tiles 32 16"]
-    tensor_scale: Float[Array, ""] | None = None
+    # "or Any": under eval_shape, vmap and the like, JAX puts other things than arrays here.
+    elements: Shaped[Array, "padded_rows padded_k"] | Any
+    scales: Shaped[Array, "row_tiles column_tiles 32 16"] | Any
+    tensor_scale: Float[Array, ""] | Any = None
     shape: tuple[int, int] = struct.field(pytree_node=False, kw_only=True)
     element: Element = struct.field(pytree_node=False, kw_only=True)
     block_size: int = struct.field(pytree_node=False, kw_only=True)

@@ -57,9 +57,12 @@ def quantized_linear(
     if k != weights.shape[1]:
         raise ValueError(f"x has {k} columns and weights {weights.shape[1]}: they must be equal")
     block_matrices(transform, k)  # raises here, not in a trace of the derivative
-    options = (scale_rule, jnp.dtype(out_dtype or x.dtype), implementation)
+    # Leaves and structure apart: JAX's transformations put other things than arrays in a pytree,
+    # which the types of a transform refuse.
+    leaves, structure = jax.tree.flatten(transform)
+    options = (structure, scale_rule, jnp.dtype(out_dtype or x.dtype), implementation)
     flat = x.reshape(math.prod(tokens), k)
-    return _linear(options, flat, weights, transform).reshape(*tokens, weights.shape[0])
+    return _linear(options, flat, weights, leaves).reshape(*tokens, weights.shape[0])
 
 
 def block_matrices(
@@ -85,25 +88,25 @@ def block_matrices(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear(options: tuple, x: Array, weights: Operand, transform: Transform) -> Array:
-    return _batched(options)(x, weights, transform)
+def _linear(options: tuple, x: Array, weights: Operand, leaves: list) -> Array:
+    return _batched(options)(x, weights, leaves)
 
 
-def _forward(options: tuple, x: Array, weights: Operand, transform: Transform):
-    return _linear(options, x, weights, transform), (x, weights, transform)
+def _forward(options: tuple, x: Array, weights: Operand, leaves: list):
+    return _linear(options, x, weights, leaves), (x, weights, leaves)
 
 
 def _backward(options: tuple, saved: tuple, gradient: Array):
-    x, weights, transform = saved
+    x, weights, leaves = saved
     w = weights.dequantize()
 
-    def straight_through(x: Array, transform: Transform) -> Array:
-        y = transform.activations(x.astype(jnp.float32))
+    def straight_through(x: Array, leaves: list) -> Array:
+        y = options[0].unflatten(leaves).activations(x.astype(jnp.float32))
         return jnp.matmul(y, w.T, precision=jax.lax.Precision.HIGHEST)
 
-    _, pull = jax.vjp(straight_through, x, transform)
-    to_x, to_transform = pull(gradient.astype(jnp.float32))
-    return to_x, None, to_transform  # weights are codes: nothing to derive
+    _, pull = jax.vjp(straight_through, x, leaves)
+    to_x, to_leaves = pull(gradient.astype(jnp.float32))
+    return to_x, None, to_leaves  # weights are codes: nothing to derive
 
 
 _linear.defvjp(_forward, _backward)
@@ -112,26 +115,26 @@ _linear.defvjp(_forward, _backward)
 @functools.cache
 def _batched(options: tuple):
     """The two kernels; under vmap over x alone, its rows become rows of one larger matmul."""
-    scale_rule, out_dtype, implementation = options
+    structure, scale_rule, out_dtype, implementation = options
 
     @custom_vmap
-    def run(x: Array, weights: Operand, transform: Transform) -> Array:
-        matrices, smooth = block_matrices(transform, x.shape[-1])
+    def run(x: Array, weights: Operand, leaves: list) -> Array:
+        matrices, smooth = block_matrices(structure.unflatten(leaves), x.shape[-1])
         moved = rotate_quantize(
             x, matrices, smooth, scale_rule=scale_rule, implementation=implementation
         )
         return scaled_matmul(moved, weights, out_dtype=out_dtype, implementation=implementation)
 
     @run.def_vmap
-    def _(size: int, batched: Any, x: Array, weights: Operand, transform: Transform):
+    def _(size: int, batched: Any, x: Array, weights: Operand, leaves: list):
         if not any(jax.tree.leaves(batched[1:])):
-            flat = run(x.reshape(-1, x.shape[-1]), weights, transform)
+            flat = run(x.reshape(-1, x.shape[-1]), weights, leaves)
             return flat.reshape(size, -1, flat.shape[-1]), True
 
         def spread(leaf: Array, is_batched: bool) -> Array:
             return leaf if is_batched else jnp.broadcast_to(leaf, (size, *leaf.shape))
 
-        arguments = jax.tree.map(spread, (x, weights, transform), tuple(batched))
+        arguments = jax.tree.map(spread, (x, weights, leaves), tuple(batched))
         return jax.lax.map(lambda each: run(*each), arguments), True
 
     return run

@@ -19,7 +19,7 @@ BYTES_PER_SECOND = 8e12  # [D] 64 TB/s / 8
 CORES = 148  # streaming multiprocessors; [G] has the memories of each
 
 
-def roofline(flops: float, bytes_moved: float, kind: str) -> tuple[float, str]:
+def roofline(flops: int, bytes_moved: int, kind: str) -> tuple[float, str]:
     """Least time in seconds, and what bounds it: "tensor cores" or "memory".
 
     Source: Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009.

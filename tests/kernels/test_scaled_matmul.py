@@ -10,6 +10,7 @@ import pytest
 from duquantpp_jax import MXFP4
 from duquantpp_jax.formats import E2M1
 from duquantpp_jax.kernels import Operand, scaled_matmul
+from duquantpp_jax.kernels.implementation import choose
 from duquantpp_jax.kernels.scaled_matmul import mosaic, xla
 from duquantpp_jax.kernels.scaled_matmul.cases import PROOF, SMALL, Case
 from tests.kernels import interpreter
@@ -164,8 +165,8 @@ def test_wrong_input_says_what_is_right():
         scaled_matmul(a, b, out_dtype=jnp.float16)
     with pytest.raises(ValueError, match="must be one of"):
         scaled_matmul(a, b.replace(block_size=16))
-    with pytest.raises(ValueError, match="name one of"):
-        scaled_matmul(a, b, implementation="cudnn")
+    with pytest.raises(ValueError, match=r"name one of \['reference'\]"):
+        choose("scaled_matmul", "cudnn", {"reference": lambda: None})
     with pytest.raises(ValueError, match="rows and K"):
         Operand.from_mx(MXFP4().quantize(jnp.ones((2, 2, 32))))
 

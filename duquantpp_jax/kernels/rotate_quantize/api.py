@@ -17,7 +17,7 @@ Implementation = Literal["mosaic_sm100", "reference"]
 def rotate_quantize(
     x: Float[Array, "m k"],
     rotation: Float[Array, "blocks 32 32"],
-    smooth: Float[Array, " k"] | None = None,
+    smooth: Float[Array, " _k"] | None = None,
     *,
     scale_rule: ScaleRule = ScaleRule.FLOOR,
     implementation: Implementation | None = None,

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float, UInt8
+from jaxtyping import Array, BFloat16, Float, Shaped, UInt8
 
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.formats import E2M1
@@ -112,7 +112,7 @@ def _rotate_quantize(
     width: int,
     cores: int,
     interpret: Any,
-) -> tuple[Float[Array, "m {width}"], UInt8[Array, "mt kt 32 16"]]:
+) -> tuple[Shaped[Array, "m {width}"], UInt8[Array, "mt kt 32 16"]]:
     """Elements of `width` columns (zeros beyond those of x), and scale bytes in 128x4 tiles."""
     m = x.shape[0]
     one_for_all = rotation.shape[1] == 1
@@ -269,7 +269,9 @@ def _quantize_block(y: Float[Array, "rows 32"], carry: int):
     return jnp.where(bad, 255, byte), z.astype(jnp.float4_e2m1fn)
 
 
-def _rows(values: Float[Array, " rows"], like: Float[Array, "rows 32"]) -> Float[Array, "rows 32"]:
+def _rows(
+    values: Shaped[Array, " rows"], like: Shaped[Array, "rows 32"]
+) -> Shaped[Array, "rows 32"]:
     """One value a row, in every column."""
     spread = lax.broadcast_in_dim(values, like.shape, (0,))
     return plgpu.layout_cast(spread, plgpu.Layout.TCGEN05_TMEM_NATIVE)
