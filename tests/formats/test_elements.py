@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duquantpp_jax.core import ElementRounding, times_power_of_two
-from duquantpp_jax.formats.elements import encode
+from duquantpp_jax.formats import elements
 from duquantpp_jax.formats.mx import widen
 
+encode = jax.jit(elements.encode, static_argnums=(2, 3))
 ELEMENTS = pytest.mark.parametrize("element", oracle.ELEMENTS, ids=repr)
 
 
@@ -54,7 +55,7 @@ def test_constants_follow_from_the_bits(element):
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=["bf16", "fp16"])
 def test_every_16_bit_number_is_rounded_exactly(element, rounding, dtype):
     numbers = every(dtype)
-    encoded = jax.jit(lambda x, e: encode(widen(x), e, element, rounding))
+    encoded = jax.jit(lambda x, e: elements.encode(widen(x), e, element, rounding))
     for exponent in (0, -3, 5, -127, 127):
         codes = encoded(jnp.asarray(numbers), jnp.int32(exponent))
         exact = np.ldexp(numbers.astype(np.float64), -exponent)

@@ -265,7 +265,7 @@ def canonical(format, seed: int) -> MXArray:
     )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seeds, st.sampled_from(oracle.AMAX_RULES), st.sampled_from(FORMATS))
 def test_quantizing_the_dequantized_gives_back_canonical_codes_and_bytes(seed, rule, make):
     format = make(scale_rule=rule)
@@ -273,7 +273,7 @@ def test_quantizing_the_dequantized_gives_back_canonical_codes_and_bytes(seed, r
     assert_same(format.quantize(q.dequantize()), q)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seeds, st.sampled_from(ALL_RULES), st.sampled_from(FORMATS))
 def test_fake_quantize_is_idempotent(seed, rule, make):
     if rule is ScaleRule.MSE:
@@ -283,7 +283,7 @@ def test_fake_quantize_is_idempotent(seed, rule, make):
     np.testing.assert_array_equal(np.asarray(format.fake_quantize(once)), np.asarray(once))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seeds, st.integers(-20, 20), st.sampled_from(ALL_RULES), st.sampled_from(FORMATS))
 def test_scaling_by_powers_of_two_moves_bytes_and_nothing_else(seed, power, rule, make):
     x = np.random.default_rng(seed).standard_t(3, (8, 32)).astype(np.float32)
@@ -294,7 +294,7 @@ def test_scaling_by_powers_of_two_moves_bytes_and_nothing_else(seed, power, rule
     np.testing.assert_array_equal(moved_bytes.astype(int), bytes_.astype(int) + power)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seeds, st.sampled_from(oracle.AMAX_RULES))
 def test_error_is_within_the_bound_of_the_rule(seed, rule):
     # In units of the scale FLOOR loses up to 8 - 6 of an amax of 8; the others at most 1 of 5.

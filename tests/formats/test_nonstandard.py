@@ -159,6 +159,7 @@ def test_stochastic_rounding_of_quotients_is_unbiased():
     assert abs(held.mean() - 0.37) < 5 * deviation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", [FP32Scale(), FPQuant()], ids=lambda f: type(f).__name__)
 def test_jit_eager_and_vmap_agree_bit_for_bit(format):
     x = jnp.asarray(blocks_of(32).reshape(8, 128))

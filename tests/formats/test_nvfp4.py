@@ -165,6 +165,7 @@ def test_options_without_use_are_refused():
         NVFP4(rounding=ElementRounding.STOCHASTIC).quantize(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("four_over_six", [False, True])
 def test_jit_eager_and_vmap_agree_bit_for_bit(four_over_six):
     format, x = NVFP4(four_over_six=four_over_six), jnp.asarray(blocks_of(32).reshape(8, 64))
