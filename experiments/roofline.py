@@ -221,8 +221,10 @@ def main() -> int:
         key = (record.case, record.label)
         if record.kernel == "scaled_matmul":
             predictions.append(predict_matmul(matmuls[key], record))
-        else:
+        elif record.kernel == "rotate_quantize":
             predictions.append(predict_rotation(rotations[key], record))
+        else:
+            continue
         if not arguments.json:
             print(line(predictions[-1]), flush=True)
     if arguments.json:

@@ -8,6 +8,7 @@ the table has the roofline's, from NVIDIA's numbers, and what bounds it.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -24,12 +25,15 @@ import jax.numpy as jnp
 
 from duquantpp_jax.kernels import sass, target
 from duquantpp_jax.kernels.operand import depth_of
+from duquantpp_jax.kernels.quantized_linear import quantized_linear
 from duquantpp_jax.kernels.rotate_quantize import api as rotate_quantize
 from duquantpp_jax.kernels.rotate_quantize import cases as rotate_quantize_cases
 from duquantpp_jax.kernels.scaled_matmul import api as scaled_matmul
 from duquantpp_jax.kernels.scaled_matmul import cases as scaled_matmul_cases
 from duquantpp_jax.kernels.scaled_matmul import mosaic
 from duquantpp_jax.kernels.specifications import roofline
+from duquantpp_jax.transforms.basic import Smooth
+from duquantpp_jax.transforms.block import BlockRotation
 
 __all__ = ["Options", "Record", "prove", "run"]
 
@@ -165,17 +169,17 @@ def _worker(name: str, only: str) -> None:
     with target.compile_only(name) as device:
         for kernel, case in _cases():
             if only.lower() in f"{kernel} {case.name} {case.label}".lower():
-                prove_one = {"scaled_matmul": _matmul, "rotate_quantize": _rotate}[kernel]
-                record = prove_one(case, device, directory)
-                print(json.dumps(dataclasses.asdict(record)), flush=True)
+                for record in _PROOFS[kernel](case, device, directory):
+                    print(json.dumps(dataclasses.asdict(record)), flush=True)
 
 
 def _cases() -> Iterator[tuple[str, Any]]:
     yield from (("scaled_matmul", case) for case in scaled_matmul_cases.PROOF)
     yield from (("rotate_quantize", case) for case in rotate_quantize_cases.PROOF)
+    yield "quantized_linear", scaled_matmul_cases.Case(384, 4096, 4096, label="vmap of jit")
 
 
-def _matmul(case: scaled_matmul_cases.Case, device: Any, directory: pathlib.Path) -> Record:
+def _matmul(case: scaled_matmul_cases.Case, device: Any, directory: pathlib.Path) -> list[Record]:
     def call(a, b):
         if case.tiling is not None:
             return mosaic.scaled_matmul(a, b, out_dtype=jnp.dtype(case.out), tiling=case.tiling)
@@ -183,28 +187,54 @@ def _matmul(case: scaled_matmul_cases.Case, device: Any, directory: pathlib.Path
             a, b, out_dtype=jnp.dtype(case.out), implementation="mosaic_sm100"
         )
 
-    compiled = _compile(call, jax.eval_shape(case.operands, _KEY), device, directory)
+    (compiled,) = _compile(call, jax.eval_shape(case.operands, _KEY), device, directory)
+    instruction = MMA[case.format]
+    return [_record("scaled_matmul", case, case.format, instruction, _implied(case), compiled)]
+
+
+def _implied(case: scaled_matmul_cases.Case) -> int:
+    """Tensor-core instructions in the loop: a step for each slot, or only those there are."""
     t = case.used_tiling
     depth = depth_of(case.dtype)
     tiles = -(-case.m // t.rows) * -(-case.n // t.columns) * t.splits
     steps = -(-tiles // (t.cores // t.ctas)) * -(-case.k // depth) // t.splits
-    # 32 bytes of K an instruction, 4 a step; the loop has a step for each slot of the ring, or
-    # only those that there are.
-    implied = 4 * min(t.stages, steps)
-    return _record("scaled_matmul", case, case.format, MMA[case.format], implied, compiled)
+    return 4 * min(t.stages, steps)  # an instruction takes 32 of the 128 bytes of a step
 
 
-def _rotate(case: rotate_quantize_cases.Case, device: Any, directory: pathlib.Path) -> Record:
+def _rotate(case: rotate_quantize_cases.Case, device: Any, directory: pathlib.Path) -> list[Record]:
     def call(x, rotation, smooth):
         return rotate_quantize.rotate_quantize(
             x, rotation, smooth, scale_rule=case.scale_rule, implementation="mosaic_sm100"
         )
 
     arguments = jax.eval_shape(case.inputs, _KEY)
-    compiled = _compile(call, arguments, device, directory)
-    return _record("rotate_quantize", case, "bfloat16", ROTATION_MMA, ROTATION_MMAS, compiled)
+    (compiled,) = _compile(call, arguments, device, directory)
+    name, kind = "rotate_quantize", "bfloat16"
+    return [_record(name, case, kind, ROTATION_MMA, ROTATION_MMAS, compiled)]
 
 
+def _linear(case: scaled_matmul_cases.Case, device: Any, directory: pathlib.Path) -> list[Record]:
+    """Both kernels of a linear, whose tokens come in a batch axis that vmap takes."""
+    rotation = rotate_quantize_cases.Case(case.m, case.k, shared=False, smooth=True)
+
+    def call(x, weights, rotation, smooth):
+        transform = Smooth(smooth).then(BlockRotation(rotation))
+        one = functools.partial(
+            quantized_linear, weights=weights, transform=transform, implementation="mosaic_sm100"
+        )
+        return jax.vmap(one)(x.reshape(4, -1, x.shape[-1]))
+
+    x, matrices, smooth = jax.eval_shape(rotation.inputs, _KEY)
+    weights = jax.eval_shape(case.operands, _KEY)[1]
+    first, second = _compile(call, (x, weights, matrices, smooth), device, directory)
+    name = "quantized_linear"
+    return [
+        _record(name, rotation, "bfloat16", ROTATION_MMA, ROTATION_MMAS, first),
+        _record(name, case, case.format, MMA[case.format], _implied(case), second),
+    ]
+
+
+_PROOFS = {"scaled_matmul": _matmul, "rotate_quantize": _rotate, "quantized_linear": _linear}
 _KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
@@ -215,17 +245,18 @@ def _compile(call: Any, arguments: Any, device: Any, directory: pathlib.Path) ->
     compiled = jax.jit(call).lower(*target.with_sharding(arguments, device)).compile()
     seconds = time.perf_counter() - start
     kernels = sass.read(directory)
-    if len(kernels) != 1:  # none, if the process has compiled the very same kernel before
-        raise RuntimeError(f"one kernel expected, {len(kernels)} compiled")
-    return Compiled(kernels[0], seconds, other_kernels(compiled.as_text() or ""))
+    if not kernels:
+        raise RuntimeError("no new kernel: this process has compiled the very same one before")
+    others = device_instructions(compiled.as_text() or "") - len(kernels)
+    return [Compiled(kernel, seconds, others) for kernel in kernels]
 
 
-def other_kernels(hlo: str) -> int:
-    """Instructions of a compiled module's entry that run on the device, but for one kernel."""
+def device_instructions(hlo: str) -> int:
+    """Instructions of a compiled module's entry that run on the device."""
     entry = hlo[hlo.index("\nENTRY ") :]
     opcodes = re.findall(r"^\s+(?:ROOT )?%\S+ = .*? ([a-z][a-z-]*)\(%?", entry, re.MULTILINE)
     free = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element"}
-    return sum(opcode not in free for opcode in opcodes) - 1
+    return sum(opcode not in free for opcode in opcodes)
 
 
 def _record(

@@ -121,8 +121,15 @@ def test_rotate_quantize_holds_and_passes_over_memory_once():
 
 
 @needs_wheels
+def test_a_mapped_quantized_linear_is_these_two_kernels():
+    first, second = proof.prove(proof.Options(only="quantized_linear"))
+    assert (first.instruction, second.instruction) == ("UTCHMMA", "UTCOMMA")
+    assert (first.failures, second.failures) == ((), ())
+
+
+@needs_wheels
 @pytest.mark.slow
 def test_every_kernel_and_case_holds_on_blackwell():
     records = [*proof.prove(proof.Options())]
     assert [dataclasses.asdict(r) for r in records if r.failures] == []
-    assert len(records) >= 50
+    assert len(records) >= 52

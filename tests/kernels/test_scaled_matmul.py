@@ -70,7 +70,7 @@ RUNS = [
     for case in SMALL
     for name, *marks in (
         ("reference",),
-        ("xla", *XLA.marks),
+        ("xla", *XLA.marks, *(() if case.label in QUICK else (pytest.mark.slow,))),
         (
             "interpreted",
             interpreter.needs_interpreter,
