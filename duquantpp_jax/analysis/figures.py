@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+DASHES = ("-", (0, (4, 2)), (2, (4, 2)), (0, (1, 1.5)))
+"""Line styles, so that of lines on top of each other both are seen."""
 TWO_COLUMNS = 7.2
 """Width in inches of a figure across a paper's two columns."""
 
@@ -84,7 +86,8 @@ def _channels(axes: Any, site: str, maxima: dict[str, Float[np.ndarray, " k"]]) 
             np.arange(1, len(values) + 1),
             np.sort(values)[::-1],
             color="#999999" if before else COLORS[(number - 1) % len(COLORS)],
-            linewidth=2.5 if before else 1,
+            linewidth=3 if before else 1.2,
+            linestyle="-" if before else DASHES[(number - 1) % len(DASHES)],
             label=name,
         )
     axes.set_xscale("log", base=2)

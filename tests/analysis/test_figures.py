@@ -1,0 +1,54 @@
+"""What figures draw are the numbers."""
+
+import numpy as np
+
+from duquantpp_jax.analysis import figures
+
+RECIPES, RULES = ("rtn", "block_hadamard"), ("floor", "even", "log256")
+
+
+def _results():
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "recipe": recipe,
+            "scale_rule": rule,
+            "kl": float(rng.uniform(0.1, 0.2)),
+            "kl_difference": 0.02,
+            "kl_difference_ci95": [0.015, 0.03],
+        }
+        for recipe in RECIPES
+        for rule in RULES
+    ]
+    options = {"recipes": list(RECIPES), "scale_rules": list(RULES)}
+    return {"targets": 1022, "rows": rows, "options": options}
+
+
+def test_the_comparison_draws_kl_its_intervals_and_the_sorted_channels():
+    results = _results()
+    maxima = {"before": np.array([1.0, 8.0, 2.0]), "rtn": np.array([4.0, 1.0, 2.0])}
+    figure = figures.comparison(results, ("a site", maxima), ("row", 2))
+    left, right = figure.axes
+    for rule, container in zip(RULES, left.containers, strict=True):
+        rows = [row for row in results["rows"] if row["scale_rule"] == rule]
+        points, _, (bars,) = container.lines
+        np.testing.assert_array_equal(points.get_xdata(), [row["kl"] for row in rows])
+        ends = np.array([segment[:, 0] for segment in bars.get_segments()])
+        wanted = [[row["kl"] - 0.005, row["kl"] + 0.01] for row in rows]
+        np.testing.assert_allclose(ends, wanted)
+        assert container.get_label() == rule
+    assert [text.get_text() for text in left.get_yticklabels()] == list(RECIPES)
+    for (name, values), line in zip(maxima.items(), right.lines, strict=True):
+        np.testing.assert_array_equal(line.get_ydata(), np.sort(values)[::-1])
+        assert line.get_label() == name
+    assert right.get_title() == "a site"
+
+
+def test_without_a_baseline_no_bar_is_drawn():
+    results = _results()
+    for row in results["rows"]:
+        row["kl_difference"] = row["kl_difference_ci95"] = None
+    figure = figures.comparison(results, ("a site", {"before": np.ones(3)}), ("row", 2))
+    for container in figure.axes[0].containers:
+        _, _, (bars,) = container.lines
+        assert all(np.ptp(segment[:, 0]) == 0 for segment in bars.get_segments())

@@ -1,0 +1,61 @@
+"""Experiments of the main job run at toy size, and their tables hold what their results say."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import position_zero, rotations, tables
+
+RESULTS = Path(rotations.__file__).parent / "results"
+
+
+@pytest.mark.slow
+def test_rotations_runs_every_seed_of_what_draws_and_the_rest_once(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.json"
+    options = "--tokens 1022 --rules floor --recipes rtn block_hadamard random_hadamard"
+    options = [*options.split(), "--seeds", "0", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["rotations", *options])
+    rotations.main()
+    first, second = json.loads(out.read_text())
+    assert first["options"]["recipes"] == ["rtn", "block_hadamard", "random_hadamard"]
+    assert second["options"]["recipes"] == ["block_hadamard", "random_hadamard"]
+    assert first["rows"][1] == second["rows"][0]
+    assert first["rows"][2]["kl"] != second["rows"][1]["kl"]
+    assert "seed 1" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_position_zero_prints_both_numbers_of_every_case(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["position_zero", "--tokens", "511"])
+    monkeypatch.setattr(position_zero, "CASES", (("block_hadamard", 0),))
+    position_zero.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert all(" -> " in line for line in lines)
+
+
+def _run(seed, kl):
+    row = {"recipe": "r", "scale_rule": "floor", "kl": kl, "kl_difference": -0.01}
+    row["kl_difference_ci95"] = [-0.03, 0.01]
+    options = {"recipes": ["r"], "scale_rules": ["floor"], "seed": seed}
+    return {"rows": [row], "options": options, "model": {"name": "m"}}
+
+
+def test_a_table_shows_the_mean_and_spread_of_seeds():
+    said = tables.table([_run(0, 0.1), _run(1, 0.2)])
+    assert "| r | 0.1500 (0.1000-0.2000) | -0.0100 ± 0.0200 |" in said
+    assert "| r | 0.1000 | -0.0100 ± 0.0200 |" in tables.table([_run(0, 0.1)])
+
+
+def test_the_readmes_table_is_that_of_the_results():
+    names = ("rotations_testbed.json", "rotations_gutenberg27m_128rows.json")
+    table = tables.beside([tables.read(RESULTS / name) for name in names])
+    assert table in (RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("rotations_*.json")), ids=lambda p: p.stem)
+def test_the_tables_of_experiments_are_those_of_the_results(path):
+    readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    assert tables.table(tables.read(path)) in readme
