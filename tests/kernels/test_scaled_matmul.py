@@ -66,16 +66,17 @@ def operands(case: Case) -> tuple[Operand, Operand]:
 XLA = pytest.param("xla", marks=pytest.mark.skipif(xla.why_not() is not None, reason="jax 0.10"))
 QUICK = ("accumulators overlap", "edges in m, n and k", "k split", "edges")
 RUNS = [
-    pytest.param(case, name, id=f"{name} {case.name} {case.label}", marks=marks)
+    pytest.param(
+        case,
+        name,
+        id=f"{name} {case.name} {case.label}",
+        marks=[*marks, *(() if case.label in QUICK else (pytest.mark.slow,))],
+    )
     for case in SMALL
-    for name, *marks in (
-        ("reference",),
-        ("xla", *XLA.marks, *(() if case.label in QUICK else (pytest.mark.slow,))),
-        (
-            "interpreted",
-            interpreter.needs_interpreter,
-            *(() if case.label in QUICK else (pytest.mark.slow,)),
-        ),
+    for name, marks in (
+        ("reference", ()),
+        ("xla", XLA.marks),
+        ("interpreted", (interpreter.needs_interpreter,)),
     )
 ]
 
