@@ -18,20 +18,26 @@ ALL_RULES = tuple(ScaleRule)
 RULES = pytest.mark.parametrize("rule", ALL_RULES, ids=lambda r: r.value)
 FORMATS = (MXFP4, *[functools.partial(MXFP6, e) for e in (E2M3, E3M2)],
            *[functools.partial(MXFP8, e) for e in (E4M3, E5M2)])  # fmt: skip
-GRID = pytest.mark.parametrize(
-    ("make", "rule"),
-    [
-        pytest.param(
-            make,
-            rule,
-            id=f"{make().element}-{rule.value}",
-            marks=() if make is MXFP4 or rule is ScaleRule.FLOOR else pytest.mark.slow,
-        )
-        for make in FORMATS
-        for rule in ALL_RULES
-    ],
-)
-EXACT = pytest.mark.parametrize("rule", oracle.AMAX_RULES, ids=lambda r: r.value)
+
+
+def grid(rules):
+    """Every format under every rule; the quick tests have MXFP4 under all and FLOOR for all."""
+    return pytest.mark.parametrize(
+        ("make", "rule"),
+        [
+            pytest.param(
+                make,
+                rule,
+                id=f"{make().element}-{rule.value}",
+                marks=() if make is MXFP4 or rule is ScaleRule.FLOOR else pytest.mark.slow,
+            )
+            for make in FORMATS
+            for rule in rules
+        ],
+    )
+
+
+GRID, EXACT = grid(ALL_RULES), grid(oracle.AMAX_RULES)
 DTYPES = pytest.mark.parametrize(
     "dtype",
     [
@@ -63,7 +69,6 @@ def assert_same(a: MXArray, b: MXArray) -> None:
         np.testing.assert_array_equal(mine, other)
 
 
-@EVERY_FORMAT
 @EXACT
 @DTYPES
 def test_codes_and_bytes_are_those_of_exact_arithmetic(make, rule, dtype):
@@ -75,8 +80,8 @@ def test_codes_and_bytes_are_those_of_exact_arithmetic(make, rule, dtype):
         np.testing.assert_array_equal(mine, exact_codes)
 
 
-@EVERY_FORMAT
 @pytest.mark.parametrize("rounding", oracle.DETERMINISTIC, ids=lambda r: r.value)
+@pytest.mark.parametrize("make", [MXFP4, MXFP8])
 def test_element_rounding_is_the_one_asked_for(make, rounding):
     format, x = make(rounding=rounding), blocks_of(12)
     x[:, 1::2] = np.round(x[:, 1::2] / x[:, :1].max() * 8) * x[:, :1].max() / 8  # some ties
@@ -139,7 +144,7 @@ def test_negative_numbers_that_underflow_become_minus_zero():
     assert (both(MXFP4().quantize(x))[0][0, 1:] == 8).all()
 
 
-@EVERY_FORMAT
+@pytest.mark.parametrize("make", [MXFP4, pytest.param(MXFP8, marks=pytest.mark.slow)])
 def test_largest_float32_saturates_under_floor_and_is_inf_under_the_rules_that_round_up(make):
     x = np.full((1, 32), -TOP, np.float32)
     top = make().element
@@ -333,7 +338,14 @@ def test_permuting_blocks_permutes_the_result(seed, rule):
 # One result, however it is computed
 
 
-@GRID
+@pytest.mark.parametrize(
+    ("make", "rule"),
+    [
+        (MXFP4, ScaleRule.FLOOR),
+        *[pytest.param(MXFP4, r, marks=pytest.mark.slow) for r in ALL_RULES[1:]],
+        *[pytest.param(m, r, marks=pytest.mark.slow) for m in FORMATS[1:] for r in ALL_RULES],
+    ],
+)
 def test_jit_eager_and_vmap_agree_bit_for_bit(make, rule):
     format, x = make(scale_rule=rule), jnp.asarray(blocks_of(8).reshape(4, 64))
     q = format.quantize(x)
