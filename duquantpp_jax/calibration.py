@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Integer
 
-from duquantpp_jax.core import Stats
+from duquantpp_jax.core import Fitted, Format, Stats
 from duquantpp_jax.models import SITES, Decoder, dense, linear_names
-from duquantpp_jax.ptq import widen
+from duquantpp_jax.ptq import quantize_input, widen
 
 
 def site_widths(model: Decoder, block_size: int, *, pad: bool = False) -> dict[str, int]:
@@ -48,9 +48,14 @@ def calibrate(
     needs: frozenset[str] = frozenset(),
     batch_rows: int = 16,
     sample_limit: int = 2048,
+    fits: Mapping[str, Fitted] | None = None,
+    format: Format | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Stats]:
     """Stats of the float model's inputs at every site, stacked over layers.
+
+    With `fits` and `format` it is the second pass that roundings such as GPTQ need: Stats of what
+    the quantized linear will see, the float model's input moved and quantized.
 
     Args:
       model: The float model.
@@ -60,6 +65,8 @@ def calibrate(
       batch_rows: Rows that run at once; bounds memory, does not change the result beyond the
         order of float additions.
       sample_limit: Most tokens of each site kept as they are.
+      fits: What moves the inputs of each site, stacked over layers.
+      format: Of the moved activations.
       progress: Called after each batch.
     """
     count, length = rows.shape
@@ -73,21 +80,31 @@ def calibrate(
     }
     for first in range(0, count, batch_rows):
         batch = jnp.asarray(rows[first : first + batch_rows])
-        stats = _fold(model, batch, stats, jnp.int32(first * length))
+        stats = _fold(model, batch, stats, jnp.int32(first * length), fits, format=format)
         progress()
     return stats
 
 
-@functools.partial(jax.jit, donate_argnums=2)
+@functools.partial(jax.jit, donate_argnums=2, static_argnames="format")
 def _fold(
     model: Decoder,
     batch: Integer[Array, "rows length"],
     stats: dict[str, Stats],
     first: Int[Array, ""],
+    fits: Mapping[str, Fitted] | None,
+    *,
+    format: Format | None,
 ) -> dict[str, Stats]:
-    def linear(site: str, x: Array, weights: tuple[Array, ...], stats: Stats):
+    def linear(
+        site: str, x: Array, weights: tuple[Array, ...], state: tuple[Stats, Fitted | None]
+    ) -> tuple[tuple[Array, ...], Stats]:
         ys, _ = dense(site, x, weights, None)
-        return ys, stats.update(widen(x, stats.absmax.shape[-1]), first)
+        stats, fitted = state
+        x = widen(x, stats.absmax.shape[-1])
+        if fitted is not None and format is not None:
+            x = quantize_input(x, fitted, format)
+        return ys, stats.update(x, first)
 
-    _, folded = model(batch, linear, stats)
+    state = {site: (stats[site], fits and fits[site]) for site in stats}
+    _, folded = model(batch, linear, state)
     return folded

@@ -23,7 +23,7 @@ from duquantpp_jax.evaluation.divergence import float_log_probabilities, row_div
 from duquantpp_jax.evaluation.intervals import clusters, mean_interval
 from duquantpp_jax.evaluation.sqnr import linear_sqnr
 from duquantpp_jax.evaluation.text import TARGETS
-from duquantpp_jax.models import SITES, Decoder, linear_names
+from duquantpp_jax.models import SITES, linear_names
 from duquantpp_jax.ptq import QuantizedSite, fit_model, layer_of, quantize_model
 from duquantpp_jax.recipes import ALIASES, recipe
 from duquantpp_jax.subject import Subject, environment, load_subject
@@ -124,7 +124,7 @@ def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Co
         progress=lambda: step("calibrating"),
     )
     jax.block_until_ready(stats)  # or the first fit would be charged with it
-    fits, seconds, states = _quantize(subject.model, recipes, stats, options.seed, step)
+    fits, seconds, states = _quantize(subject, recipes, stats, widths, options.seed, step)
     measured = _measure(subject, recipes, states, step)
 
     unit, cluster = clusters(subject.evaluation.documents)
@@ -177,13 +177,15 @@ def _steps(progress: Progress, subject: Subject, cells: int) -> Callable[[str], 
 
 
 def _quantize(
-    model: Decoder,
+    subject: Subject,
     recipes: dict[Cell, Recipe],
     stats: dict[str, Stats],
+    widths: dict[str, int],
     seed: int,
     step: Callable[[str], None],
 ) -> tuple[dict[Cell, dict[str, Fitted]], dict[Cell, float], dict[Cell, dict[str, QuantizedSite]]]:
     """What each cell fits, in how many seconds, and the quantized sites."""
+    model, rows = subject.model, subject.calibration.tokens[:, :-1]
     weights = {site: model.weights(site) for site in SITES}
     fits: dict[Cell, dict[str, Fitted]] = {}
     seconds: dict[Cell, float] = {}
@@ -198,7 +200,11 @@ def _quantize(
             key = jax.random.key(seed)
             fits[cell] = jax.block_until_ready(fit_model(one, weights, stats, key))
             seconds[cell] = time.perf_counter() - began
-        states[cell] = quantize_model(one, weights, stats, fits[cell])
+        moved = None
+        if needs := getattr(one.rounding, "needs", None):
+            format = one.activation_format
+            moved = calibrate(model, rows, widths, needs=needs, fits=fits[cell], format=format)
+        states[cell] = quantize_model(one, weights, stats, fits[cell], moved)
         step(f"fitted {cell[0]}, {cell[1]}")
     return fits, seconds, states
 

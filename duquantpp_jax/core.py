@@ -503,7 +503,8 @@ Fit = Callable[[Weights, Stats, "Recipe", Key[Array, ""]], Fitted]
 says in an attribute `needs` what of Stats it wants besides the sample and the maxima."""
 
 Rounding = Callable[[Float[Array, "n k"], Format, Stats], MXArray]
-"""(moved weight, its format, Stats of the moved input) -> the quantized weight."""
+"""(moved weight, its format, Stats of the moved input) -> the quantized weight. A rounding that
+needs more than RTN says in `needs` what the Stats of the moved and quantized input must hold."""
 
 
 @dataclasses.dataclass(frozen=True)

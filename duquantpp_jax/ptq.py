@@ -72,7 +72,11 @@ def fit_linear(recipe: Recipe, weights: Weights, stats: Stats, key: Key[Array, "
 
 
 def quantize_linear(
-    recipe: Recipe, weights: Weights, stats: Stats, fitted: Fitted
+    recipe: Recipe,
+    weights: Weights,
+    stats: Stats,
+    fitted: Fitted,
+    moved: Stats | None = None,
 ) -> QuantizedSite:
     """Moves and rounds the linears of one site.
 
@@ -81,12 +85,14 @@ def quantize_linear(
       weights: Of the linears that share the input, each [out, in].
       stats: Of the input, before it is moved.
       fitted: What `fit_linear` gave, or any other.
+      moved: Of the input as the linear will see it, moved and quantized (a second calibration),
+        for roundings that need it; else what `stats` say of the moved input.
     """
     width = stats.absmax.shape[-1]
     rounded = _move_and_round(
         tuple(widen(w, width) for w in fitted.weights or weights),
         fitted.transform,
-        stats,
+        moved or stats.through(fitted.transform),
         rounding=recipe.rounding,
         format=recipe.weight_format,
     )
@@ -95,9 +101,8 @@ def quantize_linear(
 
 @functools.partial(jax.jit, static_argnames=("rounding", "format"))
 def _move_and_round(
-    weights: Weights, transform: Transform, stats: Stats, *, rounding: Rounding, format: Format
+    weights: Weights, transform: Transform, moved: Stats, *, rounding: Rounding, format: Format
 ) -> tuple[MXArray, ...]:
-    moved = stats.through(transform)
     return tuple(rounding(transform.weights(w), format, moved) for w in weights)
 
 
@@ -134,14 +139,18 @@ def quantize_model(
     weights: Mapping[str, Weights],
     stats: Mapping[str, Stats],
     fits: Mapping[str, Fitted],
+    moved: Mapping[str, Stats] | None = None,
 ) -> dict[str, QuantizedSite]:
-    """Quantizes every site of every layer, as `fits` has moved it.
+    """Quantizes every site of every layer, as `fits` has moved it; see `quantize_linear`.
 
     Returns:
       For each site, its layers' `QuantizedSite`s stacked: the state that a decoder scans.
     """
     quantize = jax.vmap(functools.partial(quantize_linear, recipe))
-    return {site: quantize(weights[site], stats[site], fits[site]) for site in weights}
+    return {
+        site: quantize(weights[site], stats[site], fits[site], moved and moved[site])
+        for site in weights
+    }
 
 
 def layer_of(stacked: Any, layer: int) -> Any:
@@ -162,15 +171,21 @@ class QuantizedLinear:
     def __call__(
         self, site: str, x: Array, weights: tuple[Array, ...], state: QuantizedSite
     ) -> tuple[tuple[Array, ...], None]:
-        x = self.quantize_input(x, state)
+        x = self.quantize_input(widen(x, state.weights[0].shape[-1]), state)
         return tuple(_matmul(x, w.dequantize()) for w in state.weights), None
 
     def quantize_input(self, x: Array, state: QuantizedSite) -> Array:
-        """Q(transform.activations(x)) in float32, x widened to the weights' width."""
-        moved = state.transform.activations(widen(x, state.weights[0].shape[-1]))
-        options = {"clip": state.clip, "scale_offset": state.scale_offset}
-        given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
-        return self.activation_format.fake_quantize(moved, **given)
+        """Q(transform.activations(x)) in float32, x as wide as the weights."""
+        return quantize_input(x, state, self.activation_format)
+
+
+def quantize_input(
+    x: Float[Array, "*tokens k"], site: QuantizedSite | Fitted, format: Format
+) -> Float[Array, "*tokens k"]:
+    """The input as the quantized linears see it: moved and quantized, in float32."""
+    options = {"clip": site.clip, "scale_offset": site.scale_offset}
+    given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
+    return format.fake_quantize(site.transform.activations(x), **given)
 
 
 def _matmul(x: Float[Array, "*tokens k"], w: Float[Array, "n k"]) -> Float[Array, "*tokens n"]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 
 from duquantpp_jax.core import Fit, Format, Recipe, Rounding, ScaleRule
 from duquantpp_jax.formats import MXFP4, FP32Scale, Log256
+from duquantpp_jax.rounding.gptq import GPTQ
 from duquantpp_jax.rounding.rtn import rtn
 from duquantpp_jax.transforms.basic import FitIdentity, FitInTurn, FitSmooth
 from duquantpp_jax.transforms.duquant import FitDuquantpp
@@ -39,7 +40,7 @@ FITS: dict[str, Fit] = {
 
 ALIASES = {"identity": "rtn"}
 
-ROUNDINGS: dict[str, Rounding] = {"rtn": rtn}
+ROUNDINGS: dict[str, Rounding] = {"rtn": rtn, "gptq": GPTQ()}
 
 SCALE_RULES: dict[str, Format] = {
     **{rule.value: MXFP4(scale_rule=rule) for rule in ScaleRule},

@@ -33,7 +33,7 @@ from duquantpp_jax.calibration import calibrate, site_widths
 from duquantpp_jax.evaluation.divergence import float_log_probabilities
 from duquantpp_jax.evaluation.text import TARGETS
 from duquantpp_jax.models import SITES, testbed
-from duquantpp_jax.ptq import QuantizedLinear, QuantizedSite, fit_model, quantize_model, widen
+from duquantpp_jax.ptq import QuantizedLinear, QuantizedSite, fit_model, quantize_model
 from duquantpp_jax.recipes import recipe
 
 CASES = (
@@ -51,7 +51,7 @@ class PositionZeroInFloat(QuantizedLinear):
     """The quantized linear, its input at position 0 moved but not rounded."""
 
     def quantize_input(self, x: Array, state: QuantizedSite) -> Array:
-        moved = state.transform.activations(widen(x, state.weights[0].shape[-1]))
+        moved = state.transform.activations(x)
         return super().quantize_input(x, state).at[:, 0].set(moved[:, 0])
 
 

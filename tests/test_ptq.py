@@ -117,3 +117,22 @@ def test_a_width_that_blocks_do_not_divide_is_refused_by_name_unless_padded():
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj has input width 88.*--pad"):
         site_widths(model, 32)
     assert site_widths(model, 32, pad=True)["mlp_out"] == 96
+
+
+def test_the_second_calibration_sees_the_moved_and_quantized_input():
+    model = tiny_decoder()
+    tokens = np.asarray(jax.random.randint(KEY, (3, 32), 0, 257))
+    one = recipe("smooth_hadamard", "floor")
+    weights = {site: model.weights(site) for site in SITES}
+    widths = site_widths(model, 32)
+    stats = calibrate(model, tokens, widths)
+    fits = fit_model(one, weights, stats, KEY)
+    needs = frozenset({"gram"})
+    moved = calibrate(model, tokens, widths, needs=needs, fits=fits, format=one.activation_format)
+    for site in SITES:
+        for layer in range(2):
+            x = stats[site].sample[layer]
+            transform = jax.tree.map(lambda leaf: leaf[layer], fits[site].transform)  # noqa: B023
+            seen = one.activation_format.fake_quantize(transform.activations(x))
+            np.testing.assert_allclose(moved[site].sample[layer], seen, atol=1e-4)
+            np.testing.assert_allclose(moved[site].gram[layer], seen.T @ seen, rtol=1e-3, atol=1e-3)

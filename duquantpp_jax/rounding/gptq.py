@@ -1,0 +1,125 @@
+"""GPTQ on MX blocks: the error of each column is made good by the columns that follow it.
+
+With H = X^T X / tokens of the input as the linear will see it (moved and quantized), damped, and
+H^-1 = U^T U, U upper triangular, the columns j of W are rounded in order:
+
+    q_j = round(w_j),    w_i <- w_i - (w_j - q_j) U_ji / U_jj    for i > j.
+
+The scale of a block is chosen when its first column is reached, from the block as it then is.
+A row that ends with a larger (w - q) H (w - q)^T than round-to-nearest has is rounded to nearest.
+
+Source: GPTQ, Frantar et al., arXiv 2210.17323; on MX blocks as MR-GPTQ, arXiv 2509.23202.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from duquantpp_jax.core import Format, MXArray, Stats
+from duquantpp_jax.formats.elements import encode
+
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTQ:
+    """The rounding. Needs the Gram matrix of the moved and quantized input.
+
+    Attributes:
+      damping: Added to H's diagonal, in units of its mean.
+    """
+
+    damping: float = 0.01
+    needs = frozenset({"gram"})
+
+    def __call__(self, w: Float[Array, "n k"], format: Format, stats: Stats) -> MXArray:
+        """See `gptq`.
+
+        Raises:
+          ValueError: The Stats hold no Gram matrix.
+        """
+        if stats.gram is None:
+            raise ValueError("GPTQ needs the Gram matrix of the moved input: calibrate for it")
+        gram = stats.gram / jnp.maximum(stats.count, 1).astype(jnp.float32)
+        return gptq(w, format, gram, self.damping)
+
+
+def gptq(
+    w: Float[Array, "n k"],
+    format: Format,
+    gram: Float[Array, "k k"],
+    damping: float | Float[Array, ""] = 0.01,
+) -> MXArray:
+    """W rounded to the format, columns in order, each block's scale chosen when it is reached.
+
+    Args:
+      w: The moved weight.
+      format: Of the weight. Where its scale depends on the whole tensor (log256), the tensor is
+        the block of columns.
+      gram: X^T X / tokens of the moved and quantized input.
+      damping: In units of the mean of gram's diagonal.
+    """
+    rows, width = w.shape
+    size = format.block_size
+    h = damped(gram, damping)
+    u = inverse_factor(h)
+    nearest = format.encode(w)
+    given = {} if nearest.tensor_scale is None else {"tensor_scale": nearest.tensor_scale}
+
+    def block(w: Float[Array, "n k"], first: Array) -> tuple[Array, MXArray]:
+        part = jax.lax.dynamic_slice_in_dim(w, first, size, axis=1)
+        u_rows = jax.lax.dynamic_slice_in_dim(u, first, size, axis=0)
+        u_part = jax.lax.dynamic_slice_in_dim(u_rows, first, size, axis=1)
+        grid = format.encode(part, **given)
+        scale = grid.limit()[:, 0] / jnp.float32(grid.element.max)
+
+        def column(part: Float[Array, "n size"], j: Array) -> tuple[Array, tuple[Array, Array]]:
+            x = part[:, j]
+            codes = encode(x / scale, jnp.zeros((), jnp.int32), grid.element)
+            error = (x - grid.element.decode(codes) * scale) / u_part[j, j]
+            return part - error[:, None] * u_part[j], (codes, error)
+
+        _, (codes, errors) = jax.lax.scan(column, part, jnp.arange(size))
+        # U is zero left of its diagonal, and this block's columns are done with.
+        w = w - jnp.matmul(errors.T, u_rows, precision=HIGHEST)
+        return w, dataclasses.replace(grid, elements=codes.T, tensor_scale=None)
+
+    _, blocks = jax.lax.scan(block, w, jnp.arange(0, width, size))
+    rounded = dataclasses.replace(
+        nearest,
+        elements=blocks.elements.swapaxes(0, 1).reshape(rows, width),
+        scales=blocks.scales[..., 0].T,
+    )
+    worse = weighted_error(w, rounded, h) > weighted_error(w, nearest, h)
+    return dataclasses.replace(
+        nearest,
+        elements=jnp.where(worse[:, None], nearest.elements, rounded.elements),
+        scales=jnp.where(worse[:, None], nearest.scales, rounded.scales),
+    ).stored()
+
+
+def damped(gram: Float[Array, "k k"], damping: float | Float[Array, ""]) -> Float[Array, "k k"]:
+    """gram + damping * mean(diagonal) * I, so that dead channels do not make it singular."""
+    mean = jnp.mean(jnp.diagonal(gram))
+    ridge = jnp.where(mean > 0, damping * mean, 1.0)
+    return gram + ridge * jnp.eye(gram.shape[0], dtype=gram.dtype)
+
+
+def inverse_factor(h: Float[Array, "k k"]) -> Float[Array, "k k"]:
+    """U, upper triangular, with H^-1 = U^T U.
+
+    With the order of channels reversed, Cholesky gives H = V V^T, V upper triangular; U = V^-1.
+    """
+    v = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+    eye = jnp.eye(h.shape[0], dtype=h.dtype)
+    return jax.scipy.linalg.solve_triangular(v, eye, lower=False)
+
+
+def weighted_error(
+    w: Float[Array, "n k"], rounded: MXArray, h: Float[Array, "k k"]
+) -> Float[Array, " n"]:
+    """(w - q) H (w - q)^T of each row: the expected squared error of its output."""
+    error = w - rounded.dequantize()
+    return jnp.sum(jnp.matmul(error, h, precision=HIGHEST) * error, axis=1)
