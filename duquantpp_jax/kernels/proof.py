@@ -40,6 +40,10 @@ __all__ = ["Options", "Record", "prove", "run"]
 MMA = {"mxfp4": "UTCOMMA", "nvfp4": "UTCOMMA.4X", "mxfp8": "UTCQMMA"}
 ROTATION_MMA = "UTCHMMA"
 ROTATION_MMAS = 16  # a tile: 4 blocks, high and low part of R, 2 instructions for 32 of K
+ROOFLINE = (
+    "roofline: 9 PFLOP/s of FP4, 4.5 of FP8, 2.25 of BF16, and 8 TB/s: NVIDIA's DGX B200 data sheet "
+    "divided by its 8 GPUs, and the Blackwell architecture brief; launches are left out"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +132,7 @@ def run(options: Options) -> int:
     failed = [record for record in records if record.failures]
     if not options.json:
         print(f"{len(records)} kernels compiled for {options.target}, {len(failed)} failed")
+        print(ROOFLINE)
         for record in failed:
             print(f"{record.kernel} {record.case}: {'; '.join(record.failures)}")
     if not records:
