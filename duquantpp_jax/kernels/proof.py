@@ -41,8 +41,8 @@ MMA = {"mxfp4": "UTCOMMA", "nvfp4": "UTCOMMA.4X", "mxfp8": "UTCQMMA"}
 ROTATION_MMA = "UTCHMMA"
 ROTATION_MMAS = 16  # a tile: 4 blocks, high and low part of R, 2 instructions for 32 of K
 ROOFLINE = (
-    "roofline: 9 PFLOP/s of FP4, 4.5 of FP8, 2.25 of BF16, and 8 TB/s: NVIDIA's DGX B200 data sheet "
-    "divided by its 8 GPUs, and the Blackwell architecture brief; launches are left out"
+    "roofline: 9 PFLOP/s of FP4, 4.5 of FP8, 2.25 of BF16, and 8 TB/s: NVIDIA's DGX B200 data sheet"
+    " divided by its 8 GPUs, and the Blackwell architecture brief; launches are left out"
 )
 
 
@@ -243,7 +243,7 @@ _PROOFS = {"scaled_matmul": _matmul, "rotate_quantize": _rotate, "quantized_line
 _KEY = jax.eval_shape(lambda: jax.random.key(0))
 
 
-def _compile(call: Any, arguments: Any, device: Any, directory: pathlib.Path) -> Compiled:
+def _compile(call: Any, arguments: Any, device: Any, directory: pathlib.Path) -> list[Compiled]:
     for file in directory.iterdir():
         file.unlink()
     start = time.perf_counter()
