@@ -19,14 +19,17 @@ from rich.table import Table
 
 from duquantpp_jax import files
 from duquantpp_jax.compare import BASELINE, CompareOptions, Comparison, compare, verdict
+from duquantpp_jax.kernels import proof
 
-COMMANDS = {"compare": CompareOptions}
+COMMANDS = {"compare": CompareOptions, "kernels": proof.Options}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code."""
     try:
         options = _parse(sys.argv[1:] if arguments is None else arguments)
+        if isinstance(options, proof.Options):
+            return proof.run(options)
         _run_compare(options)
     except (ValueError, OSError) as error:
         print("duquantpp: " + " ".join(str(error).split()), file=sys.stderr)

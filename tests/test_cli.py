@@ -234,6 +234,7 @@ def test_a_bad_option_is_one_line(more, says, tiny_directory, tiny_text, tmp_pat
     [
         ([], "compare"),
         (["compair"], "Unrecognized options: compair"),
+        (["kernels", "--target", "b2000"], "b2000"),
         (["compare", "--model", "somewhere"], "--model needs --text and --calibration-text"),
     ],
 )

@@ -116,9 +116,17 @@ def run(options: Options) -> int:
     Returns:
       0 if all is proved; 1 if an instruction is missing, miscounted or a register spills; 2 if
       nothing could be compiled.
+
+    Raises:
+      ValueError: There is no such target.
     """
+    if options.target not in target.TARGETS:
+        raise ValueError(f"no target {options.target!r}: name one of {', '.join(target.TARGETS)}")
     if missing := target.missing_wheels():
-        print(f"compiling for {options.target} needs {', '.join(missing)}: {target.INSTALL}")
+        print(
+            f"compiling for {options.target} needs {', '.join(missing)}: {target.INSTALL}",
+            file=sys.stderr,
+        )
         return 2
     records = []
     if not options.json:

@@ -90,7 +90,7 @@ def test_the_exit_code_says_whether_all_is_proved(tmp_path, monkeypatch, capsys,
 def test_without_wheels_one_line_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(target, "missing_wheels", lambda: ["nvidia-cuda-nvcc"])
     assert proof.run(proof.Options()) == 2
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert out.count("\n") == 1
     assert "nvidia-cuda-nvcc" in out
     assert "duquantpp_jax[blackwell]" in out
