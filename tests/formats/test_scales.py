@@ -1,5 +1,6 @@
 """Every scale rule at every border of every exponent, against fractions."""
 
+import math
 from fractions import Fraction
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from duquantpp_jax.core import ElementRounding, ScaleRule
 from duquantpp_jax.formats import scales as sc
 from duquantpp_jax.formats.division import divide_by, magnitude_bits, quotient, split
+from duquantpp_jax.formats.errors import squared_error
 
 least_error_exponent = jax.jit(sc.least_error_exponent, static_argnums=(2, 3))
 
@@ -121,6 +123,19 @@ def test_mse_works_for_every_block_size(size):
         errors = [oracle.block_error(block, int(max(base + d, -127)), "e2m1") for d in (-1, 0, 1)]
         mine = oracle.block_error(block, int(exponent), "e2m1")
         assert mine <= min(errors) * (1 + Fraction(1, 2**22))
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 32, 100])
+def test_squared_errors_are_exact_sums_of_rounded_squares(size):
+    rng = np.random.default_rng(size)
+    x = (rng.uniform(0, 1, (20, size)) * 2.0 ** -rng.integers(0, 20, (20, 1))).astype(np.float32)
+    bits = 30 - (size - 1).bit_length()
+    high, low = squared_error(jnp.asarray(x), jnp.zeros(x.shape, jnp.float32))
+    for row, most, least in zip(x, np.asarray(high), np.asarray(low), strict=True):
+        squares = [Fraction(float(v * v)) for v in row]
+        cut = sum(math.floor(v * 4**bits) for v in squares)
+        assert int(most) * 2**bits + int(least) == cut
+        assert 0 <= least < 2**bits
 
 
 def test_quotients_are_exact_to_their_sticky_bit():
