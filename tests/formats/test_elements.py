@@ -143,6 +143,22 @@ def test_powers_of_two_multiply_subnormal_results_exactly():
 
 
 @ELEMENTS
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=["bf16", "fp16"])
+def test_every_16_bit_number_is_rounded_stochastically_to_a_neighbour(element, dtype):
+    numbers = every(dtype)
+    draw = lambda x: elements.encode(  # noqa: E731
+        widen(x), jnp.int32(0), element, ElementRounding.STOCHASTIC, jax.random.key(5)
+    )
+    up = np.asarray(jax.jit(draw)(jnp.asarray(numbers))).astype(int)
+    up -= oracle.codes_float64(numbers, element.name, ElementRounding.TOWARD_ZERO)
+    held = np.array([float(v) for v in oracle.magnitudes(element.name)])
+    exact = np.isin(np.abs(numbers.astype(np.float64)), held)
+    saturated = np.abs(numbers.astype(np.float64)) >= element.max
+    assert np.isin(up, [0, 1]).all()
+    assert not up[exact | saturated].any()
+
+
+@ELEMENTS
 def test_stochastic_rounding_goes_to_a_neighbour_and_leaves_elements_alone(element):
     x = np.random.default_rng(0).uniform(-element.max, element.max, 4096).astype(np.float32)
     x = np.concatenate([x, x * np.float32(2.0**-12), [0.0, -0.0]]).astype(np.float32)

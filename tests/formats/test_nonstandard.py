@@ -9,7 +9,7 @@ import oracle
 import pytest
 
 from duquantpp_jax.core import ElementRounding
-from duquantpp_jax.formats import FP32Scale, FPQuant, Log256, Quest
+from duquantpp_jax.formats import NVFP4, FP32Scale, FPQuant, Log256, Quest
 
 FORMATS = (FP32Scale(), Log256(), FPQuant(), Quest())
 ALL = pytest.mark.parametrize("format", FORMATS, ids=lambda f: type(f).__name__)
@@ -127,6 +127,14 @@ def test_the_ends_of_float32_are_held_without_nan(format, power):
         return
     # The smallest scale is 2^-126, and half of half of that rounds to zero.
     assert np.abs(held - x).max() <= max(np.abs(x).max() * 0.6, 2.0**-128)
+
+
+@pytest.mark.parametrize("format", [*FORMATS, NVFP4()], ids=lambda f: type(f).__name__)
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0)])
+def test_empty_arrays_stay_empty(format, shape):
+    q = format.quantize(jnp.zeros(shape, jnp.float32))
+    assert q.shape == shape
+    assert q.dequantize().shape == shape
 
 
 @ALL
