@@ -3,14 +3,12 @@
 Question: is there an error in the formats that their quick tests let pass?
 Hypothesis: none of those listed here.
 Command: python -m experiments.mutants [--only NAME ...] [--jobs 2]
-Cost: about 12 minutes on 2 cores.
-Last result: see the end of this docstring.
+Cost: about 6 minutes on 2 cores.
+Last result, 2026-11-25: all 60 caught (jax 0.12.0.1, Python 3.12).
 
 Each mutant is a copy of the package in a temporary directory in which one piece of text, found
 exactly once, is replaced. The tests named beside it run against the copy, stop at the first
 failure, and must fail; on a copy without any change they must pass.
-
-RESULT
 """
 
 import argparse
