@@ -32,8 +32,7 @@ def rotate_quantize(
       x: Activations; "mosaic_sm100" takes bfloat16.
       rotation: One matrix for each block, or a single one for all. Need not be orthogonal.
       smooth: Divides the columns of x.
-      scale_rule: How a block's largest magnitude becomes its scale; "mosaic_sm100" has
-        FLOOR, CEIL, EVEN and RCEIL.
+      scale_rule: How a block gets its scale.
       implementation: "mosaic_sm100" (Pallas, compute capability 10.x), "reference", or None for
         the first of these that runs here.
 
@@ -54,7 +53,7 @@ def rotate_quantize(
         raise ValueError(f"smooth must be of shape ({k},): got {smooth.shape}")
 
     def mosaic_obstacle() -> str | None:
-        return why_not_sm100() or mosaic.why_not(x.dtype, scale_rule)
+        return why_not_sm100() or mosaic.why_not(x.dtype)
 
     name = choose(
         "rotate_quantize",

@@ -10,7 +10,7 @@ from duquantpp_jax.core import ScaleRule
 
 __all__ = ["PROOF", "RULES", "SMALL", "Case"]
 
-RULES = (ScaleRule.FLOOR, ScaleRule.CEIL, ScaleRule.EVEN, ScaleRule.RCEIL)
+RULES = tuple(ScaleRule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Case:
     Attributes:
       shared: One matrix for all blocks, else one for each.
       smooth: Divide by a smoothing vector first.
-      scale_rule: FLOOR, CEIL, EVEN or RCEIL.
+      scale_rule: How a block gets its scale.
       label: What it is in a model.
     """
 

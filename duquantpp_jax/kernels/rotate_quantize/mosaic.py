@@ -10,12 +10,15 @@ several times as long as the memory takes. x is bfloat16; R is given as two bflo
 + lo to 2^-17, which are two products into one float32 accumulator.
 
 The exponent comes from the bits of the largest magnitude, without a logarithm. With one mantissa
-bit and a largest element of 1.5 * 2^2, every rule is one addition that carries, or not, into the
+bit and a largest element of 1.5 * 2^2, a rule is one addition that carries, or not, into the
 exponent:
 
     byte = ((bits(amax) + carry) >> 23) - 2
     FLOOR  carry = 0                    CEIL   carry = 2^23 - 1   (above 1.0)
     EVEN   carry = 2^21  (from 1.75)    RCEIL  carry = 2^22 - 1   (above 1.5)
+
+RCEIL_FLOAT is CEIL of amax / 6 as float32 rounds it. MSE starts at FLOOR and adds up the squared
+errors of three scales in the integers of `formats.errors`, so that it too has the reference's bits.
 
 Roles in a CTA, as in scaled_matmul: a warp loads, a warp multiplies, two warpgroups quantize
 alternate tiles. A tile is 128 rows by 128 columns: four blocks a row, one scale tile.
@@ -30,7 +33,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float, Shaped, UInt8
+from jaxtyping import Array, BFloat16, Float, Int32, Shaped, UInt8
 
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.formats import E2M1
@@ -39,7 +42,7 @@ from duquantpp_jax.kernels.implementation import cores
 from duquantpp_jax.kernels.operand import Operand, depth_of, padded_rows
 from duquantpp_jax.kernels.pallas import loop, swizzled
 
-__all__ = ["CARRY", "rotate_quantize", "split_bfloat16", "why_not"]
+__all__ = ["rotate_quantize", "split_bfloat16", "why_not"]
 
 ROWS, WIDTH, BLOCK = 128, 128, 32
 BLOCKS = WIDTH // BLOCK
@@ -47,6 +50,8 @@ BUFFERS = 4  # accumulators of WIDTH columns: all of tensor memory
 STAGES = 3  # slots of the ring between load and multiply
 DEPTH = depth_of(E2M1.dtype)
 EMAX = 2  # of E2M1
+ERROR_BITS = 25  # 32 numbers of so many bits add up to less than 2^31
+LEAST_TOP = 127 - 22  # exponent's bits of the least subnormal, 2^-149, by the least scale, 2^-127
 LINE = plgpu.Layout.TILED(  # 32 numbers, one a lane, the same in every warp
     plgpu.Tiling(((32,), (1,))), (plgpu.Replicated(4),), (-2,), -1
 )
@@ -58,13 +63,9 @@ CARRY = {
 }
 
 
-def why_not(dtype: Any, scale_rule: ScaleRule) -> str | None:
+def why_not(dtype: Any) -> str | None:
     """None where the kernel takes such an input, else the reason that it does not."""
-    if dtype != jnp.bfloat16:
-        return f"it takes bfloat16, and x is {dtype}"
-    if scale_rule not in CARRY:
-        return f"it has {', '.join(rule.name for rule in CARRY)}, and not {scale_rule.name}"
-    return None
+    return None if dtype == jnp.bfloat16 else f"it takes bfloat16, and x is {dtype}"
 
 
 def rotate_quantize(
@@ -121,7 +122,6 @@ def _rotate_quantize(
     r_slots = 1 if one_for_all else stages
     m_tiles, k_tiles = pl.cdiv(m, ROWS), pl.cdiv(width, WIDTH)
     ctas = min(m_tiles * k_tiles, cores)
-    carry = CARRY[scale_rule]
 
     def kernel(x_gmem, r_gmem, q_gmem, s_gmem, scratch):
         s = scratch
@@ -173,7 +173,7 @@ def _rotate_quantize(
             for b in range(BLOCKS):
                 acc = s["acc"].at[:, pl.ds(buffer * WIDTH + b * BLOCK, BLOCK)]
                 y = plgpu.async_load_tmem(acc, layout=plgpu.Layout.TCGEN05_TMEM_NATIVE)
-                byte, elements = _quantize_block(y, carry)
+                byte, elements = _quantize_block(y, scale_rule)
                 pallas.store(s["q"].at[out, :, pl.ds(b * BLOCK, BLOCK)], elements)
                 word = byte if word is None else word | (byte << (8 * b))
             plgpu.wait_load_tmem()
@@ -255,18 +255,92 @@ def _rotate_quantize(
     return elements, scale_bytes.reshape(m_tiles, k_tiles, 32, 16)
 
 
-def _quantize_block(y: Float[Array, "rows 32"], carry: int):
+def _quantize_block(y: Float[Array, "rows 32"], rule: ScaleRule):
     """Scale byte and elements of one block a row; Inf or NaN in it leaves byte 255 and signs."""
     amax = jnp.max(lax.bitcast_convert_type(y, jnp.int32) & 0x7FFFFFFF, axis=1)
     bad = amax >= 0x7F800000
-    byte = jnp.maximum(((amax + carry) >> 23) - EMAX, 0)
-    exponent = jnp.where(bad, 127, 254 - byte)  # of 1 / scale, in float32's bits
+    byte = _scale_byte(y, amax, rule)
     kept = jnp.where(bad, jnp.int32(-(2**31)), jnp.int32(-1))
-    z = y * _rows(lax.bitcast_convert_type(exponent << 23, jnp.float32), y)
+    z = y * _rows(_power_of_two(jnp.where(bad, 0, 127 - byte)), y)
     z = lax.bitcast_convert_type(z, jnp.int32) & _rows(kept, y)
     z = lax.bitcast_convert_type(z, jnp.float32)
     z = plgpu.layout_cast(z, plgpu.Layout.TCGEN05_TMEM_NATIVE(8))  # a word of codes at a time
     return jnp.where(bad, 255, byte), z.astype(jnp.float4_e2m1fn)
+
+
+def _scale_byte(
+    y: Float[Array, "rows 32"], amax: Int32[Array, " rows"], rule: ScaleRule
+) -> Int32[Array, " rows"]:
+    """E + 127 of each block, for the bits of its largest magnitude, if that is finite."""
+    match rule:
+        case ScaleRule.MSE:
+            return _least_error_byte(y, amax)
+        case ScaleRule.RCEIL_FLOAT:
+            # amax = significand * 2^(e - 127), for a product that is normal.
+            significand = lax.bitcast_convert_type(amax & 0x7FFFFF | 127 << 23, jnp.float32)
+            sixth = lax.bitcast_convert_type(significand * jnp.float32(1 / 6), jnp.int32)
+            exponent = (amax >> 23) - 127
+            # As formats.scales has it, a subnormal product loses its last bit.
+            lost = jnp.where(exponent + (sixth >> 23) == 0, 1, 0)
+            return jnp.maximum(exponent + ((sixth + CARRY[ScaleRule.CEIL] - lost) >> 23), 0)
+        case _:
+            return jnp.maximum(((amax + CARRY[rule]) >> 23) - EMAX, 0)
+
+
+def _least_error_byte(
+    y: Float[Array, "rows 32"], amax: Int32[Array, " rows"]
+) -> Int32[Array, " rows"]:
+    """Of FLOOR's byte and its two neighbours, the one with the least squared error of the block.
+
+    With z = y / 2^E for FLOOR's E, |z| < 8, and r what a scale 2^(E + step) makes of z,
+
+        error = sum_i (|z_i| - r_i)^2 in units of 2^(2 u), with 2^u above every |z|
+
+    added up as `formats.errors` does: each square in float32, as two integers of ERROR_BITS.
+    """
+    floor = _scale_byte(y, amax, ScaleRule.FLOOR)
+    scale = _power_of_two(127 - floor)
+    z = jnp.abs(y * _rows(scale, y))
+    top = lax.bitcast_convert_type(lax.bitcast_convert_type(amax, jnp.float32) * scale, jnp.int32)
+    unit = jnp.maximum(top >> 23, LEAST_TOP) - 126
+    to_units = _rows(_power_of_two(ERROR_BITS - 2 * unit), y)
+
+    def take_better(i, best_so_far):
+        best, high, low = best_so_far
+        step = 1 - i
+        square = jnp.square(z - _rounded(z, step)) * to_units
+        whole = square.astype(jnp.int32)
+        rest = ((square - whole.astype(jnp.float32)) * 2.0**ERROR_BITS).astype(jnp.int32)
+        its_high, its_low = jnp.sum(whole, axis=1), jnp.sum(rest, axis=1)
+        its_high += its_low >> ERROR_BITS
+        its_low &= (1 << ERROR_BITS) - 1
+        better = (its_high < high) | ((its_high == high) & (its_low < low))
+        better &= floor + step >= 0
+        return (
+            jnp.where(better, floor + step, best),
+            jnp.where(better, its_high, high),
+            jnp.where(better, its_low, low),
+        )
+
+    most = floor | jnp.int32(2**31 - 1)  # above every error, in floor's layout
+    # A loop that is not unrolled: three errors at a time would not fit into registers.
+    best, _, _ = lax.fori_loop(jnp.int32(0), jnp.int32(3), take_better, (floor, most, most))
+    return jnp.where(amax == 0, 0, best)
+
+
+def _rounded(z: Float[Array, "rows 32"], step: Int32[Array, ""]) -> Float[Array, "rows 32"]:
+    """E2M1 of z / 2^step, times 2^step, for z >= 0.
+
+    A sum with 2^22 times z's power of two (2^step at least) keeps one bit below that power.
+    """
+    binade = jnp.maximum(lax.bitcast_convert_type(z, jnp.int32), (127 + step) << 23) & 0x7F800000
+    cut = lax.bitcast_convert_type(binade + (22 << 23), jnp.float32)
+    return jnp.minimum((z + cut) - cut, E2M1.max * _power_of_two(step))
+
+
+def _power_of_two(exponent: Int32[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """2^exponent, from 2^-126 to 2^127."""
+    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
 def _rows(
