@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from duquantpp_jax.kernels import proof, sass, target
+from duquantpp_jax.kernels import compiling, proof, sass, target
 from duquantpp_jax.kernels.scaled_matmul.cases import LLAMA_3_8B, PROOF, TOKENS, Case
 
 needs_wheels = pytest.mark.skipif(
@@ -40,13 +40,13 @@ HOST = (
 )
 
 
-def compiled(tmp_path, spilled: int = 0, code: str = SASS) -> proof.Compiled:
+def compiled(tmp_path, spilled: int = 0, code: str = SASS) -> compiling.Compiled:
     (tmp_path / "example_0.ptx").write_text(PTX)
     (tmp_path / "example_0.ptxas").write_text(PTXAS.format(spilled, spilled))
     (tmp_path / "example_0.ll").write_text(HOST)
     (tmp_path / "example_0.sass").write_text(code)
     (kernel,) = sass.read(tmp_path)
-    return proof.Compiled(kernel, 1.0, 0)
+    return compiling.Compiled(kernel, 1.0, 0)
 
 
 def test_machine_code_is_read(tmp_path):
@@ -60,8 +60,8 @@ def test_machine_code_is_read(tmp_path):
     assert (kernel.grid, kernel.cluster, kernel.threads) == (148, 2, 256)
 
 
-def record(compiled: proof.Compiled, implied: int = 2) -> proof.Record:
-    return proof._record("scaled_matmul", Case(8, 8, 64), "mxfp4", "UTCOMMA", implied, compiled)
+def record(compiled: compiling.Compiled, implied: int = 2) -> proof.Record:
+    return compiling.record("scaled_matmul", Case(8, 8, 64), "mxfp4", "UTCOMMA", implied, compiled)
 
 
 def test_a_kernel_is_proved_or_says_why_not(tmp_path):
