@@ -105,6 +105,6 @@ def _fold(
             x = quantize_input(x, fitted, format)
         return ys, stats.update(x, first)
 
-    state = {site: (stats[site], fits and fits[site]) for site in stats}
+    state = {site: (stats[site], fits[site] if fits else None) for site in stats}
     _, folded = model(batch, linear, state)
     return folded

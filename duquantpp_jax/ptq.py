@@ -148,7 +148,7 @@ def quantize_model(
     """
     quantize = jax.vmap(functools.partial(quantize_linear, recipe))
     return {
-        site: quantize(weights[site], stats[site], fits[site], moved and moved[site])
+        site: quantize(weights[site], stats[site], fits[site], moved[site] if moved else None)
         for site in weights
     }
 

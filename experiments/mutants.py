@@ -40,7 +40,7 @@ class Mutant:
 ELEMENTS, SCALES, ERRORS = "formats/elements.py", "formats/scales.py", "formats/errors.py"
 MX, NVFP4, OTHERS = "formats/mx.py", "formats/nvfp4.py", "formats/nonstandard.py"
 DIVISION, PACKING, STORAGE, CORE = (
-    "formats/division.py", "formats/packing.py", "formats/storage.py", "core.py",
+    "formats/division.py", "formats/packing.py", "formats/storage.py", "core/arrays.py",
 )  # fmt: skip
 
 MUTANTS = (

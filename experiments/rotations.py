@@ -3,7 +3,8 @@
 Hypothesis: yes. Under power-of-two scales an outlier doubles the step of 31 neighbours, and
   spreading it helps; under a near-continuous scale (log256, fp32) there is less to gain.
 Command: python -m experiments.rotations --model DIR --text FILE --calibration-text FILE
-    [--tokens N] [--seeds 0 1 2] [--rules ...] [--recipes ...] --out FILE
+    [--tokens N] [--seeds 0 1 2] [--rules ...] [--recipes ...]
+    [--rounding rtn|gptq] --out FILE
   Without --model: the embedded model. Recipes that draw random numbers run once for each seed, the
   others once. Every seed's file holds what `duquantpp compare` would write.
 Cost: see the files' `seconds`; 12 recipes x 6 rules on gutenberg-27m are minutes on one GPU.
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rules", nargs="+", default=list(RULES))
     parser.add_argument("--recipes", nargs="+", default=list(FITS))
+    parser.add_argument("--rounding", default="rtn")
     parser.add_argument("--out", type=Path, required=True, help="a JSON file")
     arguments = parser.parse_args()
 
@@ -54,6 +56,7 @@ def main() -> None:
             tokens=arguments.tokens,
             recipes=tuple(names),
             scale_rules=tuple(arguments.rules),
+            rounding=arguments.rounding,
             seed=seed,
         )
         comparison = compare(options)

@@ -309,5 +309,5 @@ def test_ctrl_c_leaves_no_half_written_file(seconds, tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert not list(tmp_path.rglob("*"))
-    if seconds > 3:  # before, Python may still be importing, and reports it itself
-        assert err == "duquantpp: interrupted\n"
+    # While Python is still importing, it reports the interrupt itself.
+    assert err == "duquantpp: interrupted\n" or "in <module>" in err

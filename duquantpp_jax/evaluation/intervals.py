@@ -13,7 +13,7 @@ Source: Cameron and Miller, A Practitioner's Guide to Cluster-Robust Inference, 
 
 import numpy as np
 from jaxtyping import Float, Integer
-from scipy import stats
+from scipy.special import stdtrit
 
 LEAST_DOCUMENTS = 8
 """With fewer documents than this, rows are the clusters."""
@@ -37,5 +37,5 @@ def mean_interval(
     if count < 2:
         return mean, float("nan"), float("nan")
     error = np.sqrt(count / (count - 1) * np.sum(residuals**2)) / len(values)
-    half = float(stats.t.ppf(0.975, count - 1) * error)
+    half = float(stdtrit(count - 1, 0.975) * error)
     return mean, mean - half, mean + half

@@ -1,13 +1,9 @@
-"""The five nouns and the one law that everything here is made of.
+"""Two of the nouns: Format, how numbers are rounded, and MXArray, what that gives.
 
-    Format     how numbers are rounded          x ~ element * scale, one scale a block
-    MXArray    what quantizing gives            elements, scales
-    Transform  how a linear's input is moved    t.activations(x) @ t.weights(w).T == x @ w.T
-    Stats      what calibration keeps           a fold whose merge is associative
-    Recipe     a whole method                   fit, rounding, two formats
+    x ~ element * scale    one scale for each block of the last axis
 
-A new method is a new value of one of them. This file holds the types, with what it takes to read
-them; how their values are made is in the rooms beside it, and arrows point from them to here.
+What it takes to read an MXArray is here; how formats choose scales and round elements is in
+duquantpp_jax/formats.
 """
 
 from __future__ import annotations
@@ -15,7 +11,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,11 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Float32, Int, Key, Shaped, UInt8
-
-Weights = tuple[Float[Array, "*layers _ k"], ...]
-"""The weights of the linears that share one input, each [out, in]; maybe stacked over layers.
-
-All that belongs to a site may be stacked so: a leading axis of layers on every array."""
 
 
 class ScaleRule(enum.Enum):
@@ -328,200 +318,3 @@ def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
     _, held, passes = primals
     moved = tangents[0].astype(jnp.float32)
     return held, jnp.where(passes, moved, jnp.zeros_like(moved))
-
-
-class Transform(abc.ABC):
-    """How one linear's input is moved: a pytree of arrays under one law.
-
-    The law: t.activations(x) @ t.weights(w).T == x @ w.T for every x and w. With the matrix T of
-    the transform, activations(x) = x T and weights(w) = w T^-T.
-    """
-
-    @abc.abstractmethod
-    def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
-        """x T."""
-
-    @abc.abstractmethod
-    def weights(self, w: Float[Array, "*outputs k"]) -> Float[Array, "*outputs k"]:
-        """w T^-T."""
-
-    @abc.abstractmethod
-    def inverse(self) -> Transform:
-        """The transform of T^-1, so that t.then(t.inverse()) moves nothing."""
-
-    def maxima(
-        self, absmax: Float[Array, " k"], moved: Float[Array, "tokens k"]
-    ) -> Float[Array, " k"]:
-        """Channel maxima after the transform, from those before it and a moved token sample.
-
-        Maxima do not follow from maxima where channels mix, so this takes the sample's; the
-        transforms that keep channels apart override it and are exact.
-        """
-        del absmax
-        return jnp.max(jnp.abs(moved), axis=0)
-
-    def then(self, other: Transform) -> Transform:
-        """This transform followed by another: T_self T_other."""
-        return Chain((self, other))
-
-
-@struct.dataclass
-class Chain(Transform):
-    """T = T_1 T_2 ... T_n. The law holds for the chain because it holds for each link."""
-
-    links: tuple[Transform, ...]
-
-    def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
-        for link in self.links:
-            x = link.activations(x)
-        return x
-
-    def weights(self, w: Float[Array, "*outputs k"]) -> Float[Array, "*outputs k"]:
-        for link in self.links:
-            w = link.weights(w)
-        return w
-
-    def inverse(self) -> Transform:
-        return Chain(tuple(link.inverse() for link in reversed(self.links)))
-
-
-@struct.dataclass
-class Stats:
-    """What calibration keeps of one input site: a fold over batches of tokens.
-
-    `merge` is associative and commutative (up to the order of float additions in `gram` and
-    `position_sum`; exactly for the rest), so that batches may be split over devices.
-
-    Attributes:
-      count: Tokens seen.
-      absmax: Largest magnitude of each channel.
-      sample: Every `stride`-th token, by its index in the whole calibration set.
-      gram: X^T X over all tokens, where a fit asks for it.
-      position_sum: Sum over rows of the token at each position, where a fit asks for it.
-      stride: Tokens of the calibration set for one of the sample.
-    """
-
-    count: Int[Array, "*layers"]
-    absmax: Float[Array, "*layers k"]
-    sample: Float[Array, "*layers samples k"]
-    gram: Float[Array, "*layers k k"] | None
-    position_sum: Float[Array, "*layers length k"] | None
-    stride: int = struct.field(pytree_node=False)
-
-    @classmethod
-    def init(
-        cls,
-        width: int,
-        rows: int,
-        length: int,
-        *,
-        sample_limit: int = 2048,
-        needs: frozenset[str] = frozenset(),
-    ) -> Stats:
-        """Stats of no token yet, for a calibration set of rows x length tokens.
-
-        Args:
-          width: Channels k of the site.
-          sample_limit: Most tokens kept as they are.
-          needs: Of "gram" and "positions", what is to be kept besides.
-        """
-        stride = -(-rows * length // sample_limit)
-        return cls(
-            count=jnp.zeros((), jnp.int32),
-            absmax=jnp.zeros(width, jnp.float32),
-            sample=jnp.zeros((-(-rows * length // stride), width), jnp.float32),
-            gram=jnp.zeros((width, width), jnp.float32) if "gram" in needs else None,
-            position_sum=(
-                jnp.zeros((length, width), jnp.float32) if "positions" in needs else None
-            ),
-            stride=stride,
-        )
-
-    def update(self, x: Float[Array, "rows length k"], first: Int[Array, ""]) -> Stats:
-        """Folds in whole rows of tokens.
-
-        Args:
-          x: Inputs of the site.
-          first: Index of x's first token in the whole calibration set.
-        """
-        tokens = x.reshape(-1, x.shape[-1])
-        index = first + jnp.arange(tokens.shape[0])
-        slot = jnp.where(index % self.stride == 0, index // self.stride, self.sample.shape[0])
-        gram, position_sum = self.gram, self.position_sum
-        if gram is not None:
-            gram = gram + jnp.matmul(tokens.T, tokens, precision=jax.lax.Precision.HIGHEST)
-        if position_sum is not None:
-            position_sum = position_sum + jnp.sum(x, axis=0)
-        return dataclasses.replace(
-            self,
-            count=self.count + tokens.shape[0],
-            absmax=jnp.maximum(self.absmax, jnp.max(jnp.abs(tokens), axis=0)),
-            sample=self.sample.at[slot].add(tokens, mode="drop"),
-            gram=gram,
-            position_sum=position_sum,
-        )
-
-    def merge(self, other: Stats) -> Stats:
-        """Stats of both sets of tokens (disjoint parts of one calibration set)."""
-        total = jax.tree.map(jnp.add, self, other)
-        return dataclasses.replace(total, absmax=jnp.maximum(self.absmax, other.absmax))
-
-    @jax.jit
-    def through(self, transform: Transform) -> Stats:
-        """Stats of the moved input: sample, Gram matrix and positions exactly, maxima as
-        `Transform.maxima` has them."""
-        move = transform.activations
-        sample = move(self.sample)
-        return dataclasses.replace(
-            self,
-            sample=sample,
-            absmax=transform.maxima(self.absmax, sample),
-            gram=None if self.gram is None else move(move(self.gram).T).T,
-            position_sum=None if self.position_sum is None else move(self.position_sum),
-        )
-
-
-@struct.dataclass
-class Fitted:
-    """What a fit gives: the transform, and whatever else it moved.
-
-    Attributes:
-      transform: Moves the input and the weights of the site.
-      weights: In place of the given ones, before the transform moves them.
-      clip: As in `Format.quantize`, for the activations.
-      scale_offset: As in `Format.quantize`, for the activations.
-    """
-
-    transform: Transform
-    weights: Weights | None = None
-    clip: Float[Array, "*layers blocks"] | None = None
-    scale_offset: Int[Array, "*layers blocks"] | None = None
-
-
-Fit = Callable[[Weights, Stats, "Recipe", Key[Array, ""]], Fitted]
-"""(weights of the site, Stats of its input, the recipe for its formats, key) -> Fitted. A fit
-says in an attribute `needs` what of Stats it wants besides the sample and the maxima."""
-
-Rounding = Callable[[Float[Array, "n k"], Format, Stats], MXArray]
-"""(moved weight, its format, Stats of the moved input) -> the quantized weight. A rounding that
-needs more than RTN says in `needs` what the Stats of the moved and quantized input must hold."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """A whole method: how the transform is fitted, how weights are rounded, and into what."""
-
-    fit: Fit
-    rounding: Rounding
-    weight_format: Format
-    activation_format: Format
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What the fit wants of Stats besides the sample and the maxima."""
-        return getattr(self.fit, "needs", frozenset())
-
-
-def stack(weights: Sequence[Float[Array, "_ k"]]) -> Float[Array, "n k"]:
-    """Weights that share an input as one matrix, output rows one below the other."""
-    return jnp.concatenate(list(weights), axis=0)

@@ -1,0 +1,65 @@
+"""The noun Recipe: a whole method, and what its fit gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, Key
+
+from duquantpp_jax.core.arrays import Format, MXArray
+from duquantpp_jax.core.stats import Stats
+from duquantpp_jax.core.transform import Transform
+
+Weights = tuple[Float[Array, "*layers _ k"], ...]
+"""The weights of the linears that share one input, each [out, in]; maybe stacked over layers.
+
+All that belongs to a site may be stacked so: a leading axis of layers on every array."""
+
+
+@struct.dataclass
+class Fitted:
+    """What a fit gives: the transform, and whatever else it moved.
+
+    Attributes:
+      transform: Moves the input and the weights of the site.
+      weights: In place of the given ones, before the transform moves them.
+      clip: As in `Format.quantize`, for the activations.
+      scale_offset: As in `Format.quantize`, for the activations.
+    """
+
+    transform: Transform
+    weights: Weights | None = None
+    clip: Float[Array, "*layers blocks"] | None = None
+    scale_offset: Int[Array, "*layers blocks"] | None = None
+
+
+Fit = Callable[[Weights, Stats, "Recipe", Key[Array, ""]], Fitted]
+"""(weights of the site, Stats of its input, the recipe for its formats, key) -> Fitted. A fit
+says in an attribute `needs` what of Stats it wants besides the sample and the maxima."""
+
+Rounding = Callable[[Float[Array, "n k"], Format, Stats], MXArray]
+"""(moved weight, its format, Stats of the moved input) -> the quantized weight. A rounding that
+needs more than RTN says in `needs` what the Stats of the moved and quantized input must hold."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A whole method: how the transform is fitted, how weights are rounded, and into what."""
+
+    fit: Fit
+    rounding: Rounding
+    weight_format: Format
+    activation_format: Format
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the fit wants of Stats besides the sample and the maxima."""
+        return getattr(self.fit, "needs", frozenset())
+
+
+def stack(weights: Sequence[Float[Array, "_ k"]]) -> Float[Array, "n k"]:
+    """Weights that share an input as one matrix, output rows one below the other."""
+    return jnp.concatenate(list(weights), axis=0)
