@@ -6,11 +6,14 @@ Hypothesis: it is bound by memory: within 2x of a read-modify-write of the same 
 85 % of the copy bandwidth on a GPU.
 Command: python -m experiments.bench_formats [--elements 67108864] [--growth 268435456]
 Cost: about 2 minutes and 3 GB on 2 cores; torchao is timed where torch and torchao are installed.
-Last result, 2026-11-25: on 2 cores shared with other work, jax 0.12.0.1, 64M float32: quantize .85
-of a read-modify-write, 10.6 times as fast as ml_dtypes and 19.9 times as fast as torchao 0.18.0;
-dequantize 1.33 of a read-modify-write, 3.1 and 9.5 times as fast. By processor seconds quantize
-takes 1.24 and dequantize 1.9 of a read-modify-write, 1/9.3 and 1/2.8 of ml_dtypes, which uses one
-core. On one H200, jax 0.11.2, 256M bfloat16: copy 3221 GB/s, quantize .33 of it through XLA and .99
+Last result, 2026-11-25: on 2 idle cores, jax 0.12.0.1, 64M float32, three runs: quantize .91 to .98
+of a read-modify-write (so no longer than moving the array once), 14.8, 14.9 and 19.0 times as fast
+as ml_dtypes and 19.5 to 19.7 times as fast as torchao 0.18.0; dequantize 1.55 to 1.68 of a
+read-modify-write, 4.5 to 4.9 times as fast as ml_dtypes and 8.4 to 9.0 times as torchao. ml_dtypes
+needs 8 read-modify-writes to dequantize, so 15 times as fast is out of reach there. With jax 0.10.2
+quantize takes 3.0 and dequantize 1.9 read-modify-writes, 5.0 and 4.3 times as fast as ml_dtypes.
+Growth from 1M to 64M is even, .8 to 1.1 ns an element.
+On one H200, jax 0.11.2, 256M bfloat16: copy 3221 GB/s, quantize .33 of it through XLA and .99
 as `quantize_pack(implementation="triton")`, the same bits; dequantize .17 through XLA.
 
 Every time is the least of several calls after one that compiles. Ratios of one run on one machine

@@ -55,7 +55,11 @@ def test_the_readmes_table_is_that_of_the_results():
     assert table in (RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("rotations_*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path",
+    sorted([*RESULTS.glob("rotations_*.json"), *RESULTS.glob("gptq_*.json")]),
+    ids=lambda p: p.stem,
+)
 def test_the_tables_of_experiments_are_those_of_the_results(path):
     readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
     assert tables.table(tables.read(path)) in readme
