@@ -255,7 +255,9 @@ def _row(cell: Cell, rounding: str, measured: _Measured, cluster: np.ndarray) ->
     """
     kl, nll = measured.kl[cell], measured.nll[cell]
     difference, interval = None, None
-    if (baseline := measured.kl.get((BASELINE, cell[1]))) is not None:
+    if cell[0] == BASELINE:
+        difference, interval = 0.0, [0.0, 0.0]
+    elif (baseline := measured.kl.get((BASELINE, cell[1]))) is not None:
         difference, low, high = mean_interval(kl - baseline, cluster)
         interval = [low, high] if np.isfinite(low) else None  # one cluster has no interval
     row = {

@@ -20,7 +20,9 @@ L2 has to deliver. It says twice what shared memory allows: in `share`, tensor c
 count, as in the measurements of [F] and [S]; in `fills too`, TMA's writes and stores do as well.
 
 NOT VALIDATED: no measurement of ours on a B200 exists. Beside the prediction stands what QuTLASS
-publishes for its own kernels on one.
+publishes for its own kernels on one. The one kernel of ours measured on Hopper, quantize_pack in
+Triton, took 1.01 times its bytes over the copy bandwidth of the same run (bench_formats.py): that
+bears out the memory's term alone.
 
 Constants, none of them fitted:
   [D] NVIDIA's data sheets (duquantpp_jax/kernels/specifications.py).

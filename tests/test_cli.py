@@ -112,6 +112,17 @@ def test_without_the_baseline_differences_are_null(tiny_directory, tiny_text, tm
     assert "by document (10)" in said
 
 
+def test_a_single_row_has_no_interval_but_the_baselines_is_nothing(
+    tiny_directory, tiny_text, tmp_path
+):
+    more = ("--recipes", "rtn", "block_hadamard", "--scale-rules", "floor", "--tokens", "511")
+    assert cli.main(_arguments(tiny_directory, tiny_text, tmp_path / "out", *more)) == 0
+    rtn, baseline = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert rtn["kl_difference"] == pytest.approx(rtn["kl"] - baseline["kl"])
+    assert rtn["kl_difference_ci95"] is None
+    assert (baseline["kl_difference"], baseline["kl_difference_ci95"]) == (0, [0, 0])
+
+
 def _row(recipe, kl, difference, low, high):
     return {
         "recipe": recipe,
