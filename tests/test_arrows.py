@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "core": set(),
     "files": set(),
     "formats": {"core", "files"},
-    "transforms": {"core", "formats"},
+    "transforms": {"core", "files", "formats"},
     "rounding": {"core", "formats", "transforms"},
     "recipes": {"core", "formats", "transforms", "rounding"},
     "ptq": {"core", "formats", "transforms", "rounding"},

@@ -1,0 +1,189 @@
+"""Fitted transforms as named arrays and a JSON text, and as safetensors files.
+
+A transform is a tree of frozen dataclasses whose leaves are arrays. Its structure is
+
+    {"type": NAME, "fields": {FIELD: node}}    a dataclass
+    {"items": [node, ...]}                     a tuple, such as the links of a chain
+    {"array": PATH}                            an array, found under its path
+    {"value": V}                               a static field, or None
+
+and PATH says where the array sits: `links.0.scale`. NAME is the class for those of this package,
+and `module:Class` for one from outside, whose module must have been imported before it is read:
+nothing is imported because a file says so.
+"""
+
+import functools
+import importlib
+import json
+import os
+import pathlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jaxtyping import Array, Shaped
+from safetensors import SafetensorError, safe_open
+
+from duquantpp_jax import files
+from duquantpp_jax.core import Fitted, Transform
+
+FORMAT = "duquantpp_jax transforms 1"
+_PACKAGE = __name__.partition(".")[0]
+
+
+def to_arrays(
+    transform: Transform | Fitted,
+) -> tuple[dict[str, Shaped[Array, "..."] | np.ndarray], str]:
+    """The arrays of a transform by path, and its structure as JSON.
+
+    Args:
+      transform: Any transform, single or stacked over layers; or a whole `Fitted`.
+
+    Raises:
+      ValueError: A field holds neither arrays nor a static value that JSON can say.
+    """
+    arrays: dict[str, Array | np.ndarray] = {}
+
+    def node(value: Any, path: str) -> dict[str, Any]:
+        match value:
+            case Transform() | Fitted():
+                fields = {
+                    name: node(getattr(value, name), f"{path}.{name}".lstrip("."))
+                    for name in value.__dataclass_fields__  # type: ignore[union-attr]
+                }
+                return {"type": _name(type(value)), "fields": fields}
+            case tuple():
+                return {"items": [node(v, f"{path}.{i}".lstrip(".")) for i, v in enumerate(value)]}
+            case jax.Array() | np.ndarray():
+                arrays[path] = value
+                return {"array": path}
+            case None | bool() | int() | float() | str():
+                return {"value": value}
+        raise ValueError(
+            f"{path} of {type(transform).__name__} holds {type(value).__name__}: transforms that "
+            "are stored hold arrays, transforms, tuples of them, and static numbers or strings"
+        )
+
+    return arrays, json.dumps(node(transform, ""))
+
+
+def from_arrays(
+    arrays: Mapping[str, Shaped[Array, "..."] | np.ndarray], structure: str
+) -> Transform | Fitted:
+    """What `to_arrays` took apart, bit for bit.
+
+    Args:
+      arrays: By path; others than those of the structure are left alone.
+      structure: As `to_arrays` gave it.
+
+    Raises:
+      ValueError: The structure is no such text, names a class that is not known or has other
+        fields, or an array is missing.
+    """
+
+    def value(node: Any, path: str) -> Any:
+        match node:
+            case {"type": str(name), "fields": dict(fields)}:
+                cls = _class(name)
+                if set(fields) != set(cls.__dataclass_fields__):
+                    raise ValueError(
+                        f"{name} is stored with the fields {', '.join(fields) or 'none'}: "
+                        f"here it has {', '.join(cls.__dataclass_fields__) or 'none'}"
+                    )
+                return cls(**{f: value(v, f"{path}.{f}") for f, v in fields.items()})
+            case {"items": list(items)}:
+                return tuple(value(v, f"{path}.{i}") for i, v in enumerate(items))
+            case {"array": str(key)}:
+                if key not in arrays:
+                    raise ValueError(f"the array {key} of a transform is missing from the file")
+                return jnp.asarray(arrays[key])
+            case {"value": None | bool() | int() | float() | str() as static}:
+                return static
+        raise ValueError(f"{path.lstrip('.') or 'this'} is not the structure of a transform")
+
+    try:
+        tree = json.loads(structure)
+    except json.JSONDecodeError:
+        raise ValueError("the structure of a transform is not JSON") from None
+    transform = value(tree, "")
+    if not isinstance(transform, Transform | Fitted):
+        raise ValueError("this is not the structure of a transform")
+    return transform
+
+
+def save(path: str | os.PathLike[str], transforms: Mapping[str, Transform | Fitted]) -> None:
+    """Writes transforms to one safetensors file, whole or not at all.
+
+    Args:
+      path: The file.
+      transforms: By name, such as that of their site.
+    """
+    tensors, metadata = {}, {"format": FORMAT}
+    for name, transform in transforms.items():
+        if name == "format":
+            raise ValueError('a transform cannot be named "format": the file says its own there')
+        arrays, metadata[name] = to_arrays(transform)
+        tensors |= {f"{name}/{key}": np.asarray(a, order="C") for key, a in arrays.items()}
+    files.write_whole(pathlib.Path(path), safetensors.numpy.save(tensors, metadata))
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Transform | Fitted]:
+    """Reads the transforms that `save` wrote.
+
+    Raises:
+      ValueError: The file is not one of those.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} says format {metadata.get('format')!r} and not {FORMAT!r}: "
+            f"it was not written by {__name__}.save"
+        )
+    transforms = {}
+    for name, structure in metadata.items():
+        if name != "format":
+            own = f"{name}/"
+            arrays = {k.removeprefix(own): t for k, t in tensors.items() if k.startswith(own)}
+            transforms[name] = from_arrays(arrays, structure)
+    return transforms
+
+
+def _name(cls: type) -> str:
+    inside = cls.__module__.partition(".")[0] == _PACKAGE
+    return cls.__qualname__ if inside else f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _class(name: str) -> type:
+    """The class of this name among those that are known.
+
+    Raises:
+      ValueError: None is.
+    """
+    _import_transforms()
+    known = {_name(cls): cls for cls in (*_subclasses(Transform), Fitted)}
+    if name not in known:
+        module = name.partition(":")[0]
+        hint = f"import {module} first" if ":" in name else "it was written by another version"
+        raise ValueError(f"the stored transform {name} is not known here: {hint}")
+    return known[name]
+
+
+def _subclasses(cls: type) -> list[type]:
+    return [one for sub in cls.__subclasses__() for one in (sub, *_subclasses(sub))]
+
+
+@functools.cache
+def _import_transforms() -> None:
+    """All of this package's own transforms, so that they are known."""
+    place = __name__.rpartition(".")[0]
+    for module in pkgutil.iter_modules(importlib.import_module(place).__path__):
+        importlib.import_module(f"{place}.{module.name}")
