@@ -41,7 +41,7 @@ _DTYPES = ("BF16", "F16", "F32")
 _HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """The parameter that a tensor fills, at which index (its layer or all of it), in what shape."""
 
     key: str
@@ -70,18 +70,26 @@ def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
         raise ValueError(f"{directory}: {error}") from None
 
 
-def load(directory: str | os.PathLike[str]) -> Decoder:
-    """The float decoder in a Hugging Face directory, its parameters in float32.
+class Headers(NamedTuple):
+    """What the headers of a checkpoint say, held against its config.json.
 
-    Args:
-      directory: Holds config.json and model.safetensors, or shards with
-        model.safetensors.index.json.
+    Attributes:
+      found: Where each tensor lies.
+      shapes: Of every parameter, as `parameter_shapes` has them, and of a tied head that is stored.
+      places: The parameter that each tensor fills.
+    """
 
-    Returns:
-      The decoder; bfloat16 and float16 tensors are widened, which is exact.
+    config: DecoderConfig
+    found: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    places: dict[str, Place]
+
+
+def headers(directory: str | os.PathLike[str]) -> Headers:
+    """Reads config.json and the headers of the shards; no weights.
 
     Raises:
-      ValueError: one line naming the file or tensor, what was wrong and what would be right.
+      ValueError: as `load`, but for what only the weights themselves show.
     """
     directory = Path(directory)
     config = load_config(directory)
@@ -98,6 +106,23 @@ def load(directory: str | os.PathLike[str]) -> Decoder:
             )
     for name, tensor in found.items():
         _check_header(name, tensor, places, config)
+    return Headers(config, found, shapes, places)
+
+
+def load(directory: str | os.PathLike[str]) -> Decoder:
+    """The float decoder in a Hugging Face directory, its parameters in float32.
+
+    Args:
+      directory: Holds config.json and model.safetensors, or shards with
+        model.safetensors.index.json.
+
+    Returns:
+      The decoder; bfloat16 and float16 tensors are widened, which is exact.
+
+    Raises:
+      ValueError: one line naming the file or tensor, what was wrong and what would be right.
+    """
+    config, found, shapes, places = headers(directory)
     arrays = {key: np.empty(shape, np.float32) for key, shape in shapes.items()}
     for name, array in read_tensors(found, places):
         arrays[places[name].key][places[name].index] = array
@@ -184,20 +209,20 @@ def save(model: Decoder, tokenizer_json: str, directory: str | os.PathLike[str])
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _places(config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, _Place]:
+def _places(config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Place]:
     """The table from checkpoint names to parameters."""
     places = {}
     for key, shape in shapes.items():
         if "*" not in key:
-            places[f"{key}.weight"] = _Place(key, ..., shape)
+            places[f"{key}.weight"] = Place(key, ..., shape)
             continue
         for layer in range(config.num_hidden_layers):
-            places[f"{key.replace('*', str(layer))}.weight"] = _Place(key, layer, shape[1:])
+            places[f"{key.replace('*', str(layer))}.weight"] = Place(key, layer, shape[1:])
     return places
 
 
 def _check_header(
-    name: str, tensor: Tensor, places: dict[str, _Place], config: DecoderConfig
+    name: str, tensor: Tensor, places: dict[str, Place], config: DecoderConfig
 ) -> None:
     if _HARMLESS.fullmatch(name):
         return
