@@ -1,30 +1,45 @@
 """Files appear whole or not at all: written under a temporary name, then renamed."""
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that no moment of it is half there under its name.
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, renamed to `path` at the end: no moment of it is half there
+    under its name.
 
     Raises:
-      OSError: The directory cannot be written.
+      OSError: The directory cannot be written, or the disk is full.
     """
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
+        temporary.chmod(0o644)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink()
         raise
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file as `whole` does.
+
+    Raises:
+      OSError: As `whole` does.
+    """
+    with whole(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def to_json(value: Any) -> bytes:

@@ -15,8 +15,8 @@ the last byte; the shape in the metadata says how many codes count.
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from jaxtyping import UInt8
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from duquantpp_jax import files
 from duquantpp_jax.core import Element, MXArray
 from duquantpp_jax.formats.elements import E2M1, E2M3, E3M2, E4M3, E5M2
 
@@ -35,6 +36,11 @@ SCALE_TYPES = {"float8_e8m0fnu": np.uint8, "float8_e4m3fn": np.uint8, "float32":
 
 def pack_codes(codes: UInt8[np.ndarray, "*shape"], bits: int) -> UInt8[np.ndarray, " bytes"]:
     """Codes of so many bits one after the other, lowest bits first, zeros at the end."""
+    flat = codes.reshape(-1)
+    if bits == 8:
+        return flat
+    if bits == 4 and flat.size % 2 == 0:  # the general way, without an array of bits
+        return flat[0::2] | flat[1::2] << 4
     each = np.unpackbits(codes.reshape(-1, 1), axis=1, bitorder="little", count=bits)
     return np.packbits(each.ravel(), bitorder="little")
 
@@ -44,8 +50,30 @@ def unpack_codes(
 ) -> UInt8[np.ndarray, "*shape"]:
     """The codes that `pack_codes` packed."""
     count = int(np.prod(shape, dtype=np.int64))
+    if bits == 8:
+        return packed.reshape(shape)
+    if bits == 4 and count % 2 == 0:
+        return np.stack([packed & 15, packed >> 4], axis=-1).reshape(shape)
     each = np.unpackbits(packed, bitorder="little", count=count * bits).reshape(-1, bits)
     return np.packbits(each, axis=1, bitorder="little").reshape(shape)
+
+
+def to_tensors(name: str, array: MXArray) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors of an array, and what the metadata says of it."""
+    scales = array.scales
+    tensors = {
+        f"{name}.codes": pack_codes(np.asarray(array.codes()), array.element.bits),
+        f"{name}.scales": np.asarray(array.scale_bytes() if scales.dtype.itemsize == 1 else scales),
+    }
+    if array.tensor_scale is not None:
+        tensors[f"{name}.tensor_scale"] = np.asarray(array.tensor_scale)
+    about = {
+        "element": array.element.name,
+        "block_size": array.block_size,
+        "shape": array.shape,
+        "scales": str(scales.dtype),
+    }
+    return tensors, about
 
 
 def save(path: str | os.PathLike[str], arrays: Mapping[str, MXArray]) -> None:
@@ -60,29 +88,11 @@ def save(path: str | os.PathLike[str], arrays: Mapping[str, MXArray]) -> None:
     for name, array in arrays.items():
         if name == "format":
             raise ValueError('an array cannot be named "format": the file says its own there')
-        scales = array.scales
-        tensors[f"{name}.codes"] = pack_codes(np.asarray(array.codes()), array.element.bits)
-        tensors[f"{name}.scales"] = np.asarray(
-            array.scale_bytes() if scales.dtype.itemsize == 1 else scales
-        )
-        if array.tensor_scale is not None:
-            tensors[f"{name}.tensor_scale"] = np.asarray(array.tensor_scale)
-        metadata[name] = json.dumps(
-            {
-                "element": array.element.name,
-                "block_size": array.block_size,
-                "shape": array.shape,
-                "scales": str(scales.dtype),
-            }
-        )
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, beside, metadata)
-        os.replace(beside, path)
-    except BaseException:
-        pathlib.Path(beside).unlink(missing_ok=True)
-        raise
+        own, about = to_tensors(name, array)
+        tensors |= own
+        metadata[name] = json.dumps(about)
+    with files.whole(path) as temporary:
+        save_file(tensors, temporary, metadata)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, MXArray]:
@@ -100,7 +110,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, MXArray]:
             )
         keys = set(file.keys())
         return {
-            name: _read(name, json.loads(text), {k: file.get_tensor(k) for k in keys & _keys(name)})
+            name: from_tensors(
+                name, json.loads(text), {k: file.get_tensor(k) for k in keys & _keys(name)}
+            )
             for name, text in metadata.items()
             if name != "format"
         }
@@ -110,7 +122,12 @@ def _keys(name: str) -> set[str]:
     return {f"{name}.{part}" for part in ("codes", "scales", "tensor_scale")}
 
 
-def _read(name: str, about: dict, tensors: dict[str, np.ndarray]) -> MXArray:
+def from_tensors(name: str, about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> MXArray:
+    """The array that `to_tensors` took apart.
+
+    Raises:
+      ValueError: Its parts are missing or do not fit together.
+    """
     shape, block_size = tuple(about["shape"]), about["block_size"]
     element: Element = ELEMENTS[about["element"]]
     packed, scales = tensors.get(f"{name}.codes"), tensors.get(f"{name}.scales")
