@@ -11,6 +11,7 @@ with Q the activation format. `quantize_linear` does one site, `quantize_model` 
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,9 @@ from duquantpp_jax.core import (
     Stats,
     Transform,
     Weights,
+    stack,
 )
+from duquantpp_jax.formats import MX
 from duquantpp_jax.transforms.block import lower
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -40,12 +43,12 @@ class QuantizedSite:
 
     Attributes:
       transform: Moves the input; lowered to one form where it can be.
-      weights: Moved and rounded, one for each linear.
+      weights: One for each linear: moved and rounded, or, for one that is left in float, as it is.
       clip, scale_offset: As in `Format.quantize`, for the activations.
     """
 
     transform: Transform
-    weights: tuple[MXArray, ...]
+    weights: tuple[MXArray | Float[Array, "*layers n k"], ...]
     clip: Float[Array, "*layers blocks"] | None = None
     scale_offset: Int[Array, "*layers blocks"] | None = None
 
@@ -103,7 +106,16 @@ def quantize_linear(
 def _move_and_round(
     weights: Weights, transform: Transform, moved: Stats, *, rounding: Rounding, format: Format
 ) -> tuple[MXArray, ...]:
-    return tuple(rounding(transform.weights(w), format, moved) for w in weights)
+    ws = tuple(transform.weights(w) for w in weights)
+    if not getattr(rounding, "needs", None) or not isinstance(format, MX):
+        return tuple(rounding(w, format, moved) for w in ws)
+    # Rows of an MX format are rounded each for itself: one factorization serves all linears.
+    whole = rounding(stack(ws), format, moved)
+    ends = list(itertools.accumulate(w.shape[0] for w in ws))
+    return tuple(
+        dataclasses.replace(whole, elements=whole.elements[a:b], scales=whole.scales[a:b])
+        for a, b in zip([0, *ends], ends, strict=False)
+    )
 
 
 def fit_model(
@@ -171,12 +183,34 @@ class QuantizedLinear:
     def __call__(
         self, site: str, x: Array, weights: tuple[Array, ...], state: QuantizedSite
     ) -> tuple[tuple[Array, ...], None]:
-        x = self.quantize_input(widen(x, state.weights[0].shape[-1]), state)
-        return tuple(_matmul(x, w.dequantize()) for w in state.weights), None
+        widths = [w.shape[-1] for w in state.weights if isinstance(w, MXArray)]
+        rounded = self.quantize_input(widen(x, widths[0]), state) if widths else x
+        return tuple(
+            _matmul(rounded, w.dequantize())
+            if isinstance(w, MXArray)
+            else _matmul(x, w.astype(jnp.float32))
+            for w in state.weights
+        ), None
 
     def quantize_input(self, x: Array, state: QuantizedSite) -> Array:
         """Q(transform.activations(x)) in float32, x as wide as the weights."""
         return quantize_input(x, state, self.activation_format)
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedLinear:
+    """The `linear` of a model whose sites have different formats.
+
+    Attributes:
+      activation_formats: Of each site, as (site, format).
+    """
+
+    activation_formats: tuple[tuple[str, Format], ...]
+
+    def __call__(
+        self, site: str, x: Array, weights: tuple[Array, ...], state: QuantizedSite
+    ) -> tuple[tuple[Array, ...], None]:
+        return QuantizedLinear(dict(self.activation_formats)[site])(site, x, weights, state)
 
 
 def quantize_input(

@@ -1,0 +1,35 @@
+"""The format that quantizes nothing: 16-bit activations beside quantized weights (W4A16).
+
+    fake_quantize(x) = x rounded to bfloat16
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32
+
+from duquantpp_jax.core import Format, MXArray
+
+
+@dataclasses.dataclass(frozen=True)
+class BFloat16(Format):
+    """Activations in bfloat16, as a model that is not quantized has them.
+
+    Attributes:
+      block_size: No scale is shared; transforms that mix channels do so within so many.
+    """
+
+    _: dataclasses.KW_ONLY
+    block_size: int = 32
+
+    def encode(self, x: Array | np.ndarray, **options: Any) -> MXArray:
+        """Raises ValueError: there are no elements and no scales."""
+        raise ValueError("bf16 has no elements and no scales: it is for activations (W4A16)")
+
+    def fake_quantize(
+        self, x: Array | np.ndarray, *, saturated_gradient: bool = True, **options: Any
+    ) -> Float32[Array, "*batch k"]:
+        """x rounded to bfloat16, nearest even."""
+        return jnp.asarray(x).astype(jnp.bfloat16).astype(jnp.float32)
