@@ -17,14 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from duquantpp_jax.ablation.bench import FloatModel, Measured, Quantized, fit, measure, quantize
 from duquantpp_jax.calibration import calibrate, site_widths
 from duquantpp_jax.core import Fitted, Recipe, Stats
-from duquantpp_jax.evaluation.divergence import float_log_probabilities, row_divergence
 from duquantpp_jax.evaluation.intervals import clusters, mean_interval
-from duquantpp_jax.evaluation.sqnr import linear_sqnr
 from duquantpp_jax.evaluation.text import TARGETS
-from duquantpp_jax.models import SITES, linear_names
-from duquantpp_jax.ptq import QuantizedSite, fit_model, layer_of, quantize_model
+from duquantpp_jax.models import linear_names
+from duquantpp_jax.ptq import layer_of
 from duquantpp_jax.recipes import ALIASES, recipe
 from duquantpp_jax.subject import Subject, environment, load_subject
 
@@ -124,13 +123,18 @@ def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Co
         progress=lambda: step("calibrating"),
     )
     jax.block_until_ready(stats)  # or the first fit would be charged with it
-    fits, seconds, states = _quantize(subject, recipes, stats, widths, options.seed, step)
-    measured = _measure(subject, recipes, states, step)
+    fits, seconds, quantized = _quantize(subject, recipes, stats, options.seed, step)
+    float_model = FloatModel(subject.model, subject.evaluation.tokens, BATCH_ROWS)
+    measured = measure(
+        float_model,
+        quantized,
+        lambda cell: step(f"evaluating {', '.join(cell) if cell else 'the float model'}"),
+    )
 
     unit, cluster = clusters(subject.evaluation.documents)
     results = {
         "schema": 1,
-        "float_perplexity": float(np.exp(np.mean(measured.float_nll))),
+        "float_perplexity": float(np.exp(np.mean(measured.float_nll / TARGETS))),
         "targets": len(subject.evaluation.tokens) * TARGETS,
         "rows": [_row(cell, options.rounding, measured, cluster) for cell in recipes],
         "environment": environment(),
@@ -156,15 +160,6 @@ def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Co
     return Comparison(results, timings, (unit, len(np.unique(cluster))), channels)
 
 
-class _Measured(NamedTuple):
-    """Means over each row's targets, in nats, and the SQNR in dB."""
-
-    float_nll: Float[np.ndarray, " rows"]
-    kl: dict[Cell, Float[np.ndarray, " rows"]]
-    nll: dict[Cell, Float[np.ndarray, " rows"]]
-    sqnr: dict[Cell, float]
-
-
 def _steps(progress: Progress, subject: Subject, cells: int) -> Callable[[str], None]:
     """A function that reports one more step done."""
     calibration, evaluation = (
@@ -180,85 +175,42 @@ def _quantize(
     subject: Subject,
     recipes: dict[Cell, Recipe],
     stats: dict[str, Stats],
-    widths: dict[str, int],
     seed: int,
     step: Callable[[str], None],
-) -> tuple[dict[Cell, dict[str, Fitted]], dict[Cell, float], dict[Cell, dict[str, QuantizedSite]]]:
+) -> tuple[dict[Cell, dict[str, Fitted]], dict[Cell, float], dict[Cell, Quantized]]:
     """What each cell fits, in how many seconds, and the quantized sites."""
-    model, rows = subject.model, subject.calibration.tokens[:, :-1]
-    weights = {site: model.weights(site) for site in SITES}
+    rows = subject.calibration.tokens[:, :-1]
     fits: dict[Cell, dict[str, Fitted]] = {}
     seconds: dict[Cell, float] = {}
-    states: dict[Cell, dict[str, QuantizedSite]] = {}
+    quantized: dict[Cell, Quantized] = {}
     for cell, one in recipes.items():
         # A fit that does not look at the formats is the same under every rule.
         twin = next((other for other in fits if other[0] == cell[0]), None)
         if twin and "formats" not in one.needs:
             fits[cell], seconds[cell] = fits[twin], seconds[twin]
         else:
-            began = time.perf_counter()
-            key = jax.random.key(seed)
-            fits[cell] = jax.block_until_ready(fit_model(one, weights, stats, key))
-            seconds[cell] = time.perf_counter() - began
-        moved = None
-        if needs := getattr(one.rounding, "needs", None):
-            format = one.activation_format
-            moved = calibrate(model, rows, widths, needs=needs, fits=fits[cell], format=format)
-        states[cell] = quantize_model(one, weights, stats, fits[cell], moved)
-        step(f"fitted {cell[0]}, {cell[1]}")
-    return fits, seconds, states
+            fits[cell], seconds[cell] = fit(one, subject.model, stats, seed)
+        quantized[cell] = quantize(one, subject.model, rows, stats, fits[cell])
+        step(f"fitted {', '.join(cell)}")
+    return fits, seconds, quantized
 
 
-def _measure(
-    subject: Subject,
-    recipes: dict[Cell, Recipe],
-    states: dict[Cell, dict[str, QuantizedSite]],
-    step: Callable[[str], None],
-) -> _Measured:
-    """Runs every cell on every batch, beside the float model."""
-    model, tokens = subject.model, subject.evaluation.tokens
-    float_nll: list[np.ndarray] = []
-    kl: dict[Cell, list[np.ndarray]] = {cell: [] for cell in recipes}
-    nll: dict[Cell, list[np.ndarray]] = {cell: [] for cell in recipes}
-    sqnr: dict[Cell, float] = {}
-    for first in range(0, len(tokens), BATCH_ROWS):
-        batch = jnp.asarray(tokens[first : first + BATCH_ROWS])
-        log_p, batch_nll = float_log_probabilities(model, batch)
-        float_nll.append(np.asarray(batch_nll, np.float64))
-        step("evaluating the float model")
-        for cell, one in recipes.items():
-            format = one.activation_format
-            sums = row_divergence(model, states[cell], batch, log_p, format=format)
-            kl[cell].append(np.asarray(sums[0], np.float64))
-            nll[cell].append(np.asarray(sums[1], np.float64))
-            if first == 0:
-                by_site = linear_sqnr(model, states[cell], batch, format=format)
-                sqnr[cell] = float(np.mean(np.concatenate([v.ravel() for v in by_site.values()])))
-            step(f"evaluating {cell[0]}, {cell[1]}")
-
-    def means(sums: list[np.ndarray]) -> np.ndarray:
-        return np.concatenate(sums) / TARGETS
-
-    return _Measured(
-        means(float_nll),
-        {cell: means(sums) for cell, sums in kl.items()},
-        {cell: means(sums) for cell, sums in nll.items()},
-        sqnr,
-    )
-
-
-def _row(cell: Cell, rounding: str, measured: _Measured, cluster: np.ndarray) -> dict[str, Any]:
+def _row(
+    cell: Cell, rounding: str, measured: Measured[Cell], cluster: np.ndarray
+) -> dict[str, Any]:
     """A row of results.json.
 
     Raises:
       ValueError: The cell gave NaN or Inf.
     """
-    kl, nll = measured.kl[cell], measured.nll[cell]
+    kl, nll, float_nll = (
+        one / TARGETS for one in (measured.kl[cell], measured.nll[cell], measured.float_nll)
+    )
     difference, interval = None, None
     if cell[0] == BASELINE:
         difference, interval = 0.0, [0.0, 0.0]
     elif (baseline := measured.kl.get((BASELINE, cell[1]))) is not None:
-        difference, low, high = mean_interval(kl - baseline, cluster)
+        difference, low, high = mean_interval(kl - baseline / TARGETS, cluster)
         interval = [low, high] if np.isfinite(low) else None  # one cluster has no interval
     row = {
         "recipe": cell[0],
@@ -267,7 +219,7 @@ def _row(cell: Cell, rounding: str, measured: _Measured, cluster: np.ndarray) ->
         "kl": float(np.mean(kl)),
         "kl_difference": difference,
         "kl_difference_ci95": interval,
-        "excess_nll": float(np.mean(nll - measured.float_nll)),
+        "excess_nll": float(np.mean(nll - float_nll)),
         "perplexity": float(np.exp(np.mean(nll))),
         "sqnr_db": measured.sqnr[cell],
     }

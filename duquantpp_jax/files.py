@@ -42,13 +42,16 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def to_json(value: Any) -> bytes:
+def to_json(value: Any, *, indent: int | None = 1) -> bytes:
     """JSON text that is the same for the same value; NaN and Inf are refused.
+
+    Args:
+      indent: Of nested lines; None for a single line.
 
     Raises:
       ValueError: A number is not finite.
     """
-    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+    return (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode()
 
 
 def sha256(path: Path) -> str:

@@ -3,9 +3,8 @@ the numbers come from."""
 
 import importlib.metadata
 import platform
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -49,21 +48,13 @@ def load_subject(
     Raises:
       ValueError: Something is missing or wrong; one line that says what would be right.
     """
-    given = {"--text": text, "--calibration-text": calibration_text}
-    if model is not None and (missing := [name for name, value in given.items() if not value]):
-        raise ValueError(
-            f"--model needs {' and '.join(missing)}: text of the kind that the model was trained "
-            "on, to evaluate and to calibrate with"
-        )
+    check_texts(model, text, calibration_text)
     directory = model or testbed.directory()
-    calibration_targets = calibration_rows * TARGETS
     return Subject(
-        evaluation=_rows(text, directory, targets, testbed.evaluation_rows),
-        calibration=_rows(
-            calibration_text, directory, calibration_targets, testbed.calibration_rows
-        ),
+        evaluation=load_rows(model, text, targets, "evaluation"),
+        calibration=load_rows(model, calibration_text, calibration_rows * TARGETS, "calibration"),
         model=load(directory),
-        name="testbed" if model is None else model.resolve().name,
+        name=model_name(model),
         sha256=sha256(directory),
         files={
             "text": _name_and_hash(text),
@@ -72,12 +63,41 @@ def load_subject(
     )
 
 
-def _rows(
-    text: Path | None, directory: Path, targets: int, embedded: Callable[[], np.ndarray]
+def model_name(model: Path | None) -> str:
+    """What results call a model."""
+    return "testbed" if model is None else model.resolve().name
+
+
+def check_texts(model: Path | None, text: Path | None, calibration_text: Path | None) -> None:
+    """Raises ValueError where a model is given without text: the embedded rows are not its own."""
+    given = {"--text": text, "--calibration-text": calibration_text}
+    if model is not None and (missing := [name for name, value in given.items() if not value]):
+        raise ValueError(
+            f"--model needs {' and '.join(missing)}: text of the kind that the model was trained "
+            "on, to evaluate and to calibrate with"
+        )
+
+
+def load_rows(
+    model: Path | None, text: Path | None, targets: int, use: Literal["evaluation", "calibration"]
 ) -> Rows:
+    """The first rows of a text in a model's tokens; of the embedded rows where there is no text.
+
+    Args:
+      targets: Cut down to whole rows.
+      use: Which of the embedded rows.
+
+    Raises:
+      ValueError: The text cannot be read or is too short.
+    """
     if text is None:
-        tokens = embedded()
+        embedded = {
+            "evaluation": testbed.evaluation_rows,
+            "calibration": testbed.calibration_rows,
+        }
+        tokens = embedded[use]()
         return rows_for_targets(Rows(tokens, np.arange(len(tokens))), targets, "the embedded text")
+    directory = model or testbed.directory()
     content = read_text(text)
     bos = load_config(directory).bos_token_id
     if bos is None:

@@ -23,6 +23,10 @@ MAY_IMPORT = {
     "evaluation": {"core", "ptq", "models"},
     "subject": {"files", "models", "evaluation"},
     "analysis": {"core", "formats", "transforms", "ptq", "models", "evaluation"},
+    "ablation": {
+        *("core", "files", "formats", "transforms", "rounding", "recipes", "ptq", "models"),
+        *("calibration", "evaluation", "subject", "analysis"),
+    },
 }
 """Room -> rooms it may import. `compare`, `cli` and the package itself may import all."""
 
