@@ -5,7 +5,7 @@ A table made from config.json says which parameter, and which layer of it, every
 dtypes are held against it before an array is allocated. Whatever is wrong raises ValueError with
 one line that says what was wrong and what would be right.
 
-Source: the directory layout that transformers' `save_pretrained` writes for LlamaForCausalLM.
+Source: the directory layout that transformers' `save_pretrained` writes.
 """
 
 import hashlib
@@ -180,7 +180,7 @@ def sha256(directory: str | os.PathLike[str]) -> str:
 
 
 def save(model: Decoder, tokenizer_json: str, directory: str | os.PathLike[str]) -> None:
-    """Writes a Hugging Face Llama directory, its tensors rounded to bfloat16 (nearest, even).
+    """Writes a Hugging Face directory, its tensors rounded to bfloat16 (nearest, even).
 
     The files are written beside the place and renamed into it: killed at any moment, `directory`
     is whole or absent.
@@ -213,11 +213,12 @@ def _places(config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> dict[s
     """The table from checkpoint names to parameters."""
     places = {}
     for key, shape in shapes.items():
+        tensor = key if key.endswith(".bias") else f"{key}.weight"
         if "*" not in key:
-            places[f"{key}.weight"] = Place(key, ..., shape)
+            places[tensor] = Place(key, ..., shape)
             continue
         for layer in range(config.num_hidden_layers):
-            places[f"{key.replace('*', str(layer))}.weight"] = Place(key, layer, shape[1:])
+            places[tensor.replace("*", str(layer))] = Place(key, layer, shape[1:])
     return places
 
 

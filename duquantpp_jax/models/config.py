@@ -1,34 +1,24 @@
 """What a decoder is: the numbers of a Hugging Face `config.json`, checked field by field.
 
-A family is one entry of `FAMILIES`: the fields of config.json whose value this code takes for
-granted, each with the only value it may have. Whatever a family changes in the arithmetic is a
-field of `DecoderConfig` that the decoder reads; what is not supported is refused by name, never
-ignored, because a wrong rotary scaling or a missing bias only shows as a slightly worse model.
+A family (families.py) says what an architecture takes for granted. Whatever changes the arithmetic
+is a field of `DecoderConfig` that the decoder reads; what is not supported is refused by name,
+never ignored, because a wrong rotary scaling or a missing bias only shows as a slightly worse
+model.
 
-Source: the `config.json` of LlamaForCausalLM and its documented defaults (transformers 4 and 5).
+Source: the `config.json` of the architectures in families.py and their documented defaults, in the
+layouts of transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters).
 """
 
 import dataclasses
-import difflib
 import json
-import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
-_LLAMA = MappingProxyType(
-    {
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rope_scaling": None,
-        "partial_rotary_factor": 1.0,
-        "quantization_config": None,
-    }
-)
+from duquantpp_jax.models import fields as read
+from duquantpp_jax.models.families import FAMILIES, REFUSED, Family
+from duquantpp_jax.models.rope import Scaling, read_scaling, write_scaling
 
-FAMILIES: Mapping[str, Mapping[str, Any]] = MappingProxyType({"LlamaForCausalLM": _LLAMA})
-"""Architecture name to the fields that must have one value; that value is also their default."""
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +28,14 @@ class DecoderConfig:
     Fields without a default must stand in config.json. The defaults are those of the file format;
     `num_key_value_heads` falls back to `num_attention_heads` and `head_dim` to
     hidden_size / num_attention_heads, as config.json defines them.
+
+    Attributes:
+      rope_scaling: How rotary frequencies are rescaled, if they are.
+      biases: Linears that have a bias, by their name inside a layer.
+      qk_norm: Whether each head's query and key are RMS-normed before the rotation.
+      sliding_window: Positions that a layer with a window sees, the query's own among them.
+      layer_types: "sliding_attention" or "full_attention" for each layer; None where all layers
+        are alike.
     """
 
     hidden_size: int
@@ -54,6 +52,17 @@ class DecoderConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     architecture: str = "LlamaForCausalLM"
+    rope_scaling: Scaling | None = None
+    biases: tuple[str, ...] = ()
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] | None = None
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The sliding window of each layer; None for a layer that sees all that came before."""
+        types = self.layer_types or (_SLIDING,) * self.num_hidden_layers
+        return tuple(self.sliding_window if one == _SLIDING else None for one in types)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
@@ -71,37 +80,52 @@ class DecoderConfig:
             not supported, and what would be right.
         """
         architecture = _architecture(fields)
-        fields = _without_rope_parameters(fields)
-        for name, only in FAMILIES[architecture].items():
-            if fields.get(name, only) != only:
+        family = FAMILIES[architecture]
+        fields = {**family.defaults, **_without_rope_parameters(fields)}
+        for name, only in family.only.items():
+            if fields.get(name, only) not in (only, None):
                 raise ValueError(
-                    f"config.json: {name} = {_short(fields[name])} is not supported for "
-                    f"{architecture}: it must be {json.dumps(only)}{_HINTS.get(name, '')}"
+                    f"config.json: {name} = {read.short(fields[name])} is not supported for "
+                    f"{architecture}: it must be {json.dumps(only)}"
                 )
-        hidden, heads = _integer(fields, "hidden_size"), _integer(fields, "num_attention_heads")
+        hidden, heads = (
+            read.integer(fields, "hidden_size"),
+            read.integer(fields, "num_attention_heads"),
+        )
         if fields.get("head_dim") is None and hidden % heads:
             raise ValueError(
                 f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads "
                 f"{heads}: give head_dim or sizes that divide"
             )
-        vocab_size = _integer(fields, "vocab_size")
+        vocab_size = read.integer(fields, "vocab_size")
+        layers = read.integer(fields, "num_hidden_layers", below=10_000)
+        max_positions = read.integer(fields, "max_position_embeddings", cls.max_position_embeddings)
+        biases = family.biases
+        for name, linears in family.biases_if.items():
+            biases += linears if read.boolean(fields, name, False) else ()
+        sliding_window, layer_types = _windows(fields, family, layers)
         config = cls(
             hidden_size=hidden,
-            intermediate_size=_integer(fields, "intermediate_size"),
-            num_hidden_layers=_integer(fields, "num_hidden_layers", below=10_000),
+            intermediate_size=read.integer(fields, "intermediate_size"),
+            num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=_integer(fields, "num_key_value_heads", heads),
-            head_dim=_integer(fields, "head_dim", hidden // heads),
+            num_key_value_heads=read.integer(fields, "num_key_value_heads", heads),
+            head_dim=read.integer(fields, "head_dim", hidden // heads),
             vocab_size=vocab_size,
-            rms_norm_eps=_positive(fields, "rms_norm_eps"),
-            rope_theta=_positive(fields, "rope_theta", cls.rope_theta),
-            tie_word_embeddings=_boolean(fields, "tie_word_embeddings", cls.tie_word_embeddings),
-            max_position_embeddings=_integer(
-                fields, "max_position_embeddings", cls.max_position_embeddings
+            rms_norm_eps=read.positive(fields, "rms_norm_eps"),
+            rope_theta=read.positive(fields, "rope_theta", cls.rope_theta),
+            tie_word_embeddings=read.boolean(
+                fields, "tie_word_embeddings", cls.tie_word_embeddings
             ),
-            bos_token_id=_token(fields.get("bos_token_id"), "bos_token_id", vocab_size),
-            eos_token_id=_tokens(fields.get("eos_token_id"), "eos_token_id", vocab_size),
+            max_position_embeddings=max_positions,
+            bos_token_id=read.token(fields.get("bos_token_id"), "bos_token_id", vocab_size),
+            eos_token_id=read.tokens(fields.get("eos_token_id"), "eos_token_id", vocab_size),
             architecture=architecture,
+            rope_scaling=read_scaling(fields, max_positions),
+            biases=biases,
+            qk_norm=family.qk_norm,
+            sliding_window=sliding_window,
+            layer_types=layer_types,
         )
         if config.num_attention_heads % config.num_key_value_heads:
             raise ValueError(
@@ -117,20 +141,54 @@ class DecoderConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of a config.json that `from_dict` reads back as this configuration."""
-        fields = dataclasses.asdict(self)
-        fields.pop("architecture")
+        family = FAMILIES[self.architecture]
+        derived = ("architecture", "biases", "qk_norm", "sliding_window", "layer_types")
+        fields = {n: v for n, v in vars(self).items() if n not in derived}
+        fields["rope_scaling"] = write_scaling(self.rope_scaling)
+        fields |= {
+            name: set(linears) <= set(self.biases) for name, linears in family.biases_if.items()
+        }
+        if family.windows != "none":
+            fields["sliding_window"] = self.sliding_window
+        if family.windows == "listed":
+            types = [_FULL if window is None else _SLIDING for window in self.windows]
+            fields["use_sliding_window"] = self.sliding_window is not None
+            fields["layer_types"] = types
         return {
             "architectures": [self.architecture],
-            "model_type": "llama",
+            "model_type": family.model_type,
             **{name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()},
             "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
             "torch_dtype": "bfloat16",
         }
 
 
-_HINTS = {"quantization_config": " (the model is already quantized: give the float one)"}
+def _windows(
+    fields: Mapping[str, Any], family: Family, layers: int
+) -> tuple[int | None, tuple[str, ...] | None]:
+    """The sliding window and which layers have it, as `DecoderConfig` keeps them."""
+    if family.windows == "none":
+        return None, None
+    window = None
+    if fields.get("sliding_window") is not None:
+        window = read.integer(fields, "sliding_window")
+    if family.windows == "all":
+        return window, None
+    if not read.boolean(fields, "use_sliding_window", False):
+        window = None
+    types = fields.get("layer_types")
+    if types is None:
+        first = fields["max_window_layers"] and read.integer(fields, "max_window_layers")
+        types = [_FULL if layer < first else _SLIDING for layer in range(layers)]
+    elif types != [_FULL] * layers:
+        known = isinstance(types, list) and all(one in (_FULL, _SLIDING) for one in types)
+        if not (known and len(types) == layers and window is not None):
+            raise ValueError(
+                f"config.json: layer_types = {read.short(types)} is not supported: it must name "
+                f"{_FULL} or {_SLIDING} for each of {layers} layers, and the latter needs "
+                "use_sliding_window and a sliding_window"
+            )
+    return (window, tuple(types)) if window is not None and _SLIDING in types else (None, None)
 
 
 def _architecture(fields: Mapping[str, Any]) -> str:
@@ -139,14 +197,22 @@ def _architecture(fields: Mapping[str, Any]) -> str:
     supported = " or ".join(FAMILIES)
     if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
         raise ValueError(
-            f"config.json: architectures = {_short(names)} does not name one architecture: "
+            f"config.json: architectures = {read.short(names)} does not name one architecture: "
             f'it must be ["{supported}"]'
         )
-    if names[0] not in FAMILIES:
+    name = names[0]
+    if (quantization := fields.get("quantization_config")) is not None:
         raise ValueError(
-            f"config.json: architecture {_short(names[0])} is not supported: use {supported}"
+            f"config.json: quantization_config = {read.short(quantization)}: the model is already "
+            "quantized: give the float one it was made from"
         )
-    return names[0]
+    if name not in FAMILIES:
+        reasons = (f" (it is {why})" for part, why in REFUSED.items() if part in name.lower())
+        raise ValueError(
+            f"config.json: architecture {read.short(name)} is not supported"
+            f"{next(reasons, '')}: use {supported}"
+        )
+    return name
 
 
 def _without_rope_parameters(fields: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -156,81 +222,13 @@ def _without_rope_parameters(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     if nested is not None:
         if not isinstance(nested, dict):
             raise ValueError(
-                f"config.json: rope_parameters = {_short(nested)} is not an object: "
+                f"config.json: rope_parameters = {read.short(nested)} is not an object: "
                 'it must look like {"rope_type": "default", "rope_theta": 10000.0}'
             )
-        fields["rope_theta"] = nested.get("rope_theta", fields.get("rope_theta", 10000.0))
+        fields |= {n: nested[n] for n in ("rope_theta", "partial_rotary_factor") if n in nested}
         if nested.get("rope_type", "default") != "default":
             fields["rope_scaling"] = nested
     scaling = fields.get("rope_scaling")
     if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "default":
         fields["rope_scaling"] = None
     return fields
-
-
-_REQUIRED: Any = object()
-
-
-def _field(fields: Mapping[str, Any], name: str, default: Any) -> Any:
-    value = fields.get(name)
-    if value is not None:
-        return value
-    if default is not _REQUIRED:
-        return default
-    near = difflib.get_close_matches(name, [f for f in fields if isinstance(f, str)], 1, 0.85)
-    hint = f" (found {_short(near[0])})" if near and near[0] != name else ""
-    raise ValueError(f"config.json: {name} is missing{hint}: it must be a number above 0")
-
-
-def _integer(
-    fields: Mapping[str, Any], name: str, default: Any = _REQUIRED, below: int = 2**31
-) -> int:
-    value = _field(fields, name, default)
-    if type(value) is not int or not 0 < value < below:
-        raise ValueError(
-            f"config.json: {name} = {_short(value)} is out of place: "
-            f"it must be an integer above 0 and below {below}"
-        )
-    return value
-
-
-def _positive(fields: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> float:
-    value = _field(fields, name, default)
-    if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
-        raise ValueError(
-            f"config.json: {name} = {_short(value)} is out of place: "
-            "it must be a finite number above 0"
-        )
-    return float(value)
-
-
-def _boolean(fields: Mapping[str, Any], name: str, default: bool) -> bool:
-    value = _field(fields, name, default)
-    if type(value) is not bool:
-        raise ValueError(
-            f"config.json: {name} = {_short(value)} is out of place: it must be true or false"
-        )
-    return value
-
-
-def _token(value: Any, name: str, vocab_size: int) -> int | None:
-    if value is None or (type(value) is int and 0 <= value < vocab_size):
-        return value
-    raise ValueError(
-        f"config.json: {name} = {_short(value)} is out of place: "
-        f"it must be null or a token id below vocab_size {vocab_size}"
-    )
-
-
-def _tokens(value: Any, name: str, vocab_size: int) -> int | tuple[int, ...] | None:
-    """A token id, or the several that Llama 3 lists."""
-    if not isinstance(value, list):
-        return _token(value, name, vocab_size)
-    ids = (_token(one, name, vocab_size) for one in value)
-    return tuple(one for one in ids if one is not None)
-
-
-def _short(value: Any) -> str:
-    """A value for a message: one line, at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,22 +1,25 @@
-"""A Llama decoder that knows nothing of quantization: it calls a `linear` that is given to it.
+"""A decoder that knows nothing of quantization: it calls a `linear` that is given to it.
 
 A layer, with RMSNorm n(x) = x / sqrt(mean(x^2) + eps) * g, is
 
     q, k, v   = linear("attention_in", n1(x), (Wq, Wk, Wv))
-    a         = softmax(R(q) R(k)^T / sqrt(d) + causal mask) v       (R: rotary positions)
+    a         = softmax(R(q) R(k)^T / sqrt(d) + mask) v              (R: rotary positions)
     x        += linear("attention_out", a, (Wo,))
     up, gate  = linear("mlp_in", n2(x), (Wup, Wgate))
     x        += linear("mlp_out", silu(gate) * up, (Wdown,))
+
+and families add to it: a bias to what a `linear` gives out, a norm of each head's q and k before
+R, a mask that hides all but the last positions. They are listed in families.py.
 
 A *site* is one input that several weights may share; `linear` is called once a site. Calibration,
 capture and quantized evaluation are other `linear`s, so the model never changes. All layers are
 stacked on a leading axis and scanned: one compiled body, however deep the model.
 
-Source: Touvron et al., LLaMA (arXiv:2302.13971); Su et al., RoFormer (arXiv:2104.09864), in the
-half-rotation layout of Hugging Face checkpoints; Shazeer, GLU variants (arXiv:2002.05202);
-Ainslie et al., GQA (arXiv:2305.13245).
+Source: Touvron et al., LLaMA (arXiv:2302.13971); Shazeer, GLU variants (arXiv:2002.05202); Yang et
+al., Qwen2 (arXiv:2407.10671) and Qwen3 (arXiv:2505.09388) technical reports for biases and norms.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -25,10 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Integer, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, Int32, Integer, PRNGKeyArray
 from numpy.typing import DTypeLike
 
+from duquantpp_jax.models.attention import causal_attention, rotary
+from duquantpp_jax.models.cache import Cache, Store, written
 from duquantpp_jax.models.config import DecoderConfig
+from duquantpp_jax.models.rope import rotary_frequencies
 
 SITES = ("attention_in", "attention_out", "mlp_in", "mlp_out")
 """The sites of a layer in order of call."""
@@ -44,6 +50,7 @@ SITE_WEIGHTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 """The weights of each site in order, by their name inside a checkpoint's layer."""
 
 _ATTENTION_NORM, _MLP_NORM = "input_layernorm", "post_attention_layernorm"
+_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _EMBEDDING, _NORM, _HEAD, _LAYER = "model.embed_tokens", "model.norm", "lm_head", "model.layers.*."
 
 # Without it a GPU multiplies float32 in TF32, whose 10-bit mantissa errs like a quantizer.
@@ -64,7 +71,7 @@ def dense(site: str, x: Array, weights: tuple[Array, ...], state: Any) -> tuple[
 
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter, by checkpoint name without `.weight`.
+    """Shape of every parameter, by checkpoint name without `.weight` (biases keep `.bias`).
 
     In `model.layers.*.NAME` the star stands for the layer, which is the leading axis of the shape.
     """
@@ -82,6 +89,9 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         "mlp.gate_proj": (ffn, hidden),
         "mlp.down_proj": (hidden, ffn),
     }
+    layer |= {f"{name}.bias": layer[name][:1] for name in config.biases}
+    if config.qk_norm:
+        layer |= dict.fromkeys(_HEAD_NORMS, (config.head_dim,))
     shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (config.vocab_size, hidden)}
     shapes |= {_LAYER + name: (layers, *shape) for name, shape in layer.items()}
     shapes[_NORM] = (hidden,)
@@ -94,13 +104,17 @@ def random_parameters(config: DecoderConfig, key: PRNGKeyArray) -> dict[str, Flo
     """Parameters to start training from.
 
     Normal with standard deviation 0.02, divided by sqrt(2 layers) for the two matrices that write
-    to the residual stream; norms are 1. Source: Radford et al., GPT-2 (2019), section 2.3.
+    to the residual stream; norms are 1, biases 0. Source: Radford et al., GPT-2 (2019), section
+    2.3.
     """
     shapes = parameter_shapes(config)
     parameters = {}
     for one, (name, shape) in zip(jax.random.split(key, len(shapes)), shapes.items(), strict=True):
         if name.endswith("norm"):
             parameters[name] = jnp.ones(shape, jnp.float32)
+            continue
+        if name.endswith(".bias"):
+            parameters[name] = jnp.zeros(shape, jnp.float32)
             continue
         residual = name.endswith(("o_proj", "down_proj"))
         std = 0.02 / np.sqrt(2 * config.num_hidden_layers) if residual else 0.02
@@ -114,34 +128,6 @@ def rms_norm(
     """x / sqrt(mean(x^2) + eps) * gain, in float32. Source: arXiv:1910.07467, equation 4."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * gain
-
-
-def rotary(
-    x: Float[Array, "rows length *heads head_dim"], theta: float
-) -> Float32[Array, "rows length *heads head_dim"]:
-    """Rotates the pair (x_i, x_{i + d/2}) at position p by the angle p theta^(-2i/d)."""
-    length, half = x.shape[1], x.shape[-1] // 2
-    frequency = np.float32(theta ** (-np.arange(half) / half))
-    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequency
-    angle = angle.reshape(length, *(1,) * (x.ndim - 3), half)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def causal_attention(
-    q: Float[Array, "rows length kv_heads groups head_dim"],
-    k: Float[Array, "rows length kv_heads head_dim"],
-    v: Float[Array, "rows length kv_heads head_dim"],
-) -> Float[Array, "rows length kv_heads groups head_dim"]:
-    """softmax(q k^T / sqrt(d)) v over keys not after the query; softmax in float32."""
-    length, dim = q.shape[1], q.shape[-1]
-    scores = jnp.einsum(
-        "rqhgd,rkhd->rhgqk", q, k, precision=_HIGHEST, preferred_element_type=jnp.float32
-    )
-    visible = jnp.tri(length, dtype=bool)
-    weights = jax.nn.softmax(jnp.where(visible, scores / np.float32(dim**0.5), -jnp.inf))
-    return jnp.einsum("rhgqk,rkhd->rqhgd", weights.astype(v.dtype), v, precision=_HIGHEST)
 
 
 class Decoder(nnx.Module):
@@ -210,6 +196,8 @@ class Decoder(nnx.Module):
         tokens: Integer[Array, "rows length"],
         linear: Linear = dense,
         state: Mapping[str, Any] | None = None,
+        *,
+        store: Store | None = None,
     ) -> tuple[Float32[Array, "rows length vocab"], dict[str, Any]]:
         """Logits of the next token at every position, and what `linear` gave out.
 
@@ -222,6 +210,8 @@ class Decoder(nnx.Module):
             returns one output [rows, length, out] per weight, and any pytree `out`.
           state: For each site a pytree whose arrays have a leading layer axis; `linear` gets the
             slice of its layer. Sites left out get None.
+          store: Keys and values are seen as a cache of this kind would give them back, which is
+            what decoding token by token with `extend` sees.
 
         Returns:
           The logits, and `{site: out stacked over layers}`.
@@ -229,19 +219,56 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: `state` has a key that is no site.
         """
+        logits, outs, _ = self._run(tokens, linear, state, jnp.int32(0), store, None)
+        return logits, outs
+
+    def extend(
+        self,
+        tokens: Integer[Array, "rows length"],
+        cache: Cache,
+        linear: Linear = dense,
+        state: Mapping[str, Any] | None = None,
+    ) -> tuple[Float32[Array, "rows length vocab"], Cache]:
+        """Logits at further positions, and the cache with those positions in it.
+
+        Args:
+          tokens: What follows the positions that the cache holds: all of a prompt, or one token.
+          cache: Must have room for them: beyond its capacity, what it holds is overwritten.
+          linear, state: As for `__call__`.
+        """
+        start = cache.length
+        logits, _, held = self._run(tokens, linear, state, start, cache.store, cache.held)
+        return logits, Cache(held, start + tokens.shape[1], cache.store)
+
+    def _run(
+        self,
+        tokens: Integer[Array, "rows length"],
+        linear: Linear,
+        state: Mapping[str, Any] | None,
+        start: Int32[Array, ""],
+        store: Store | None,
+        held: Any,
+    ) -> tuple[Float32[Array, "rows length vocab"], dict[str, Any], Any]:
+        """Logits at positions from `start` on, what `linear` gave out, what is held after it."""
         config = self.config
         if unknown := set(state or ()) - set(SITES):
             raise ValueError(
                 f"state has {min(unknown)!r}, which is no site: use {', '.join(SITES)}"
             )
-        states = dict.fromkeys(SITES) | dict(state or {})
+        positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
 
-        def body(x: Array, scanned: Any) -> tuple[Array, dict[str, Any]]:
-            return self._layer(x, scanned[0], linear, scanned[1])
+        def body(x: Array, scanned: Any) -> tuple[Array, Any]:
+            layer, states, window, held = scanned
+            attend = functools.partial(
+                self._attend, layer=layer, positions=positions, window=window, store=store
+            )
+            return self._layer(x, layer, linear, states, attend, held)
 
         x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(jnp.float32)
         layers = {name: array[...] for name, array in self.layers.items()}
-        x, outs = jax.lax.scan(body, x, (layers, states), length=config.num_hidden_layers)
+        states = dict.fromkeys(SITES) | dict(state or {})
+        scanned = (layers, states, _windows(config), held)
+        x, (outs, held) = jax.lax.scan(body, x, scanned, length=config.num_hidden_layers)
         x = rms_norm(x, self.norm[...], config.rms_norm_eps).astype(self.dtype)
         head = self.embedding if self.head is None else self.head
         logits = jnp.einsum(
@@ -251,30 +278,77 @@ class Decoder(nnx.Module):
             precision=_HIGHEST,
             preferred_element_type=jnp.float32,
         )
-        return logits, outs
+        return logits, outs, held
 
     def _layer(
-        self, x: Float32[Array, "rows length k"], layer: dict[str, Array], linear: Linear, state
-    ) -> tuple[Float32[Array, "rows length k"], dict[str, Any]]:
+        self,
+        x: Float32[Array, "rows length k"],
+        layer: dict[str, Array],
+        linear: Linear,
+        state: Mapping[str, Any],
+        attend: Callable[..., Any],
+        held: Any,
+    ) -> tuple[Float32[Array, "rows length k"], tuple[dict[str, Any], Any]]:
         """One layer of the equations at the top of this file."""
         config, dtype = self.config, self.dtype
-        rows, length, _ = x.shape
-        kv_heads, head_dim = config.num_key_value_heads, config.head_dim
-        groups = config.num_attention_heads // kv_heads
         outs = {}
 
-        def at(site: str, x: Array) -> tuple[Array, ...]:
-            weights = tuple(layer[name].astype(dtype) for name in SITE_WEIGHTS[site])
+        def at(site: str, x: Array) -> list[Array]:
+            names = SITE_WEIGHTS[site]
+            weights = tuple(layer[name].astype(dtype) for name in names)
             ys, outs[site] = linear(site, x.astype(dtype), weights, state[site])
-            return ys
+            biases = (layer.get(f"{name}.bias") for name in names)
+            return [
+                y if b is None else y + b.astype(y.dtype) for y, b in zip(ys, biases, strict=True)
+            ]
 
         q, k, v = at("attention_in", rms_norm(x, layer[_ATTENTION_NORM], config.rms_norm_eps))
-        q = rotary(q.reshape(rows, length, kv_heads, groups, head_dim), config.rope_theta)
-        k = rotary(k.reshape(rows, length, kv_heads, head_dim), config.rope_theta)
-        v = v.reshape(rows, length, kv_heads, head_dim)
-        a = causal_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype))
-        (y,) = at("attention_out", a.reshape(rows, length, -1))
+        a, held = attend(q, k, v, held)
+        (y,) = at("attention_out", a)
         x = x + y.astype(jnp.float32)
         up, gate = at("mlp_in", rms_norm(x, layer[_MLP_NORM], config.rms_norm_eps))
         (y,) = at("mlp_out", jax.nn.silu(gate) * up)
-        return x + y.astype(jnp.float32), outs
+        return x + y.astype(jnp.float32), (outs, held)
+
+    def _attend(
+        self,
+        q: Float[Array, "rows length queries"],
+        k: Float[Array, "rows length keys"],
+        v: Float[Array, "rows length keys"],
+        held: Any,
+        *,
+        layer: dict[str, Array],
+        positions: Int32[Array, " length"],
+        window: Int32[Array, ""] | None,
+        store: Store | None,
+    ) -> tuple[Float[Array, "rows length queries"], Any]:
+        """Attention of all heads, and what is held with these positions written."""
+        config, dtype = self.config, self.dtype
+        rows, length, _ = q.shape
+        kv_heads, head_dim = config.num_key_value_heads, config.head_dim
+        q = q.reshape(rows, length, kv_heads, -1, head_dim)
+        k, v = (one.reshape(rows, length, kv_heads, head_dim) for one in (k, v))
+        if config.qk_norm:
+            q, k = (
+                rms_norm(one, layer[name], config.rms_norm_eps)
+                for one, name in zip((q, k), _HEAD_NORMS, strict=True)
+            )
+        frequencies = rotary_frequencies(config.rope_theta, head_dim, config.rope_scaling)
+        q, k = (rotary(one, positions, frequencies) for one in (q, k))
+        if config.rope_scaling is not None:
+            q, k = (np.float32(config.rope_scaling.magnitude()) * one for one in (q, k))
+        if store is not None:
+            q, k = store.move(q), store.move(k)
+            new = store.hold(k), store.hold(v.astype(jnp.float32))
+            held = None if held is None else written(held, new, positions[0])
+            k, v = (store.read(one) for one in held or new)
+        a = causal_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype), positions, window)
+        return a.reshape(rows, length, -1), held
+
+
+def _windows(config: DecoderConfig) -> Int32[np.ndarray, " layers"] | None:
+    """How far each layer sees back; None where all of them see everything."""
+    if not any(config.windows):
+        return None
+    everything = np.iinfo(np.int32).max
+    return np.asarray([window or everything for window in config.windows], np.int32)

@@ -162,22 +162,75 @@ def test_the_hash_is_of_the_bytes_and_not_of_the_place(directory, tiny_directory
 
 CONFIGS = {
     "another architecture": (
-        {"architectures": ["MistralForCausalLM"]},
-        ["MistralForCausalLM", "use LlamaForCausalLM"],
+        {"architectures": ["GPT2LMHeadModel"]},
+        ["GPT2LMHeadModel", "use LlamaForCausalLM"],
     ),
+    "experts": (
+        {"architectures": ["MixtralForCausalLM"]},
+        ["MixtralForCausalLM", "a mixture of experts", "use LlamaForCausalLM"],
+    ),
+    "more experts": (
+        {"architectures": ["Qwen3MoeForCausalLM"]},
+        ["Qwen3MoeForCausalLM", "a mixture of experts"],
+    ),
+    "Gemma": ({"architectures": ["Gemma2ForCausalLM"]}, ["Gemma2ForCausalLM", "softcapping"]),
     "no architecture": ({"architectures": ...}, ["architectures", "LlamaForCausalLM"]),
     "two architectures": ({"architectures": ["A", "B"]}, ["architectures"]),
-    "rope scaling": (
-        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-        ["rope_scaling", "llama3", "must be null"],
+    "unknown rope scaling": (
+        {"rope_scaling": {"type": "dynamic", "factor": 8.0}},
+        ["rope_scaling 'dynamic'", "linear, llama3, yarn"],
     ),
     "rope scaling as transformers 5 writes it": (
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}},
-        ["rope_scaling", "yarn"],
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e6}},
+        ["rope_scaling 'longrope'", "llama3"],
+    ),
+    "rope scaling of another type": ({"rope_scaling": "yarn"}, ["rope_scaling 'yarn'"]),
+    "rope scaling without a factor": (
+        {"rope_scaling": {"rope_type": "linear"}},
+        ["factor is missing"],
+    ),
+    "rope scaling with more than is known": (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}},
+        ["mscale = 0.7", "beta_fast"],
+    ),
+    "rope scaling out of order": (
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 4.0,
+                "high_freq_factor": 1.0,
+            }
+        },
+        ["low_freq_factor 4.0", "high_freq_factor 1.0"],
     ),
     "rope_parameters of another type": ({"rope_parameters": [1]}, ["rope_parameters"]),
-    "attention bias": ({"attention_bias": True}, ["attention_bias = True", "must be false"]),
-    "mlp bias": ({"mlp_bias": True}, ["mlp_bias = True", "must be false"]),
+    "partial rotary in rope_parameters": (
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        ["partial_rotary_factor = 0.5", "1.0"],
+    ),
+    "biases that are missing": ({"attention_bias": True}, ["self_attn.q_proj.bias is missing"]),
+    "bias of another type": ({"mlp_bias": 1}, ["mlp_bias = 1", "true or false"]),
+    "a bias that a family lacks": (
+        {"architectures": ["MistralForCausalLM"], "mlp_bias": True},
+        ["mlp_bias = True", "MistralForCausalLM", "must be false"],
+    ),
+    "layers of unknown attention": (
+        {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention", "linear"]},
+        ["layer_types", "'linear'", "sliding_attention"],
+    ),
+    "a sliding layer without a window": (
+        {"architectures": ["Qwen3ForCausalLM"], "layer_types": 2 * ["sliding_attention"]},
+        ["layer_types", "use_sliding_window"],
+    ),
+    "too few layer types": (
+        {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["full_attention"]},
+        ["layer_types", "2 layers"],
+    ),
+    "a window of nothing": (
+        {"architectures": ["MistralForCausalLM"], "sliding_window": 0},
+        ["sliding_window = 0", "above 0"],
+    ),
     "another activation": ({"hidden_act": "gelu"}, ["hidden_act = 'gelu'", "silu"]),
     "partial rotary": ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "1.0"]),
     "already quantized": (

@@ -1,0 +1,57 @@
+"""Rotary positions, and causal attention over all keys or the last few.
+
+    R(x)_i        = x_i cos(p w_i) - x_{i + d/2} sin(p w_i)              i < d/2, position p
+    R(x)_{i+d/2}  = x_{i + d/2} cos(p w_i) + x_i sin(p w_i)
+    a_p           = sum_s softmax_s(q_p k_s / sqrt(d)) v_s               over p - window < s <= p
+
+Source: Su et al., RoFormer (arXiv:2104.09864), in the half-rotation layout of Hugging Face
+checkpoints; Ainslie et al., GQA (arXiv:2305.13245); Jiang et al., Mistral 7B (arXiv:2310.06825),
+section 2, for the window.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
+
+# Without it a GPU multiplies float32 in TF32, whose 10-bit mantissa errs like a quantizer.
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def rotary(
+    x: Float[Array, "rows length *heads head_dim"],
+    positions: Int32[Array, " length"],
+    frequencies: Float32[np.ndarray, " pairs"],
+) -> Float32[Array, "rows length *heads head_dim"]:
+    """R(x): pair (x_i, x_{i + d/2}) turned by positions * frequencies_i."""
+    angle = positions.astype(jnp.float32)[:, None] * frequencies
+    angle = angle.reshape(len(positions), *(1,) * (x.ndim - 3), len(frequencies))
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def causal_attention(
+    q: Float[Array, "rows length kv_heads groups head_dim"],
+    k: Float[Array, "rows keys kv_heads head_dim"],
+    v: Float[Array, "rows keys kv_heads head_dim"],
+    positions: Int32[Array, " length"],
+    window: Int32[Array, ""] | None,
+) -> Float[Array, "rows length kv_heads groups head_dim"]:
+    """softmax(q k^T / sqrt(d)) v over keys not after the query; softmax in float32.
+
+    Args:
+      q: Queries at `positions`.
+      k, v: Keys and values at positions 0, 1, ...
+      window: How many of the last keys a query sees, its own among them; None for all.
+    """
+    scores = jnp.einsum(
+        "rqhgd,rkhd->rhgqk", q, k, precision=_HIGHEST, preferred_element_type=jnp.float32
+    )
+    keys = jnp.arange(k.shape[1], dtype=jnp.int32)
+    visible = keys <= positions[:, None]
+    if window is not None:
+        visible &= keys > positions[:, None] - window
+    scores = jnp.where(visible, scores / np.float32(q.shape[-1] ** 0.5), -jnp.inf)
+    weights = jax.nn.softmax(scores)
+    return jnp.einsum("rhgqk,rkhd->rqhgd", weights.astype(v.dtype), v, precision=_HIGHEST)

@@ -1,0 +1,82 @@
+"""Fields of a parsed config.json, each checked as it is read.
+
+Whatever is wrong raises ValueError with one line: the field, its value, what would be right.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any
+
+REQUIRED: Any = object()
+"""In place of a default: the field must be there."""
+
+
+def field(fields: Mapping[str, Any], name: str, default: Any = REQUIRED) -> Any:
+    """The value of a field; the default where it is missing or null."""
+    value = fields.get(name)
+    if value is not None:
+        return value
+    if default is not REQUIRED:
+        return default
+    near = difflib.get_close_matches(name, [f for f in fields if isinstance(f, str)], 1, 0.85)
+    hint = f" (found {short(near[0])})" if near and near[0] != name else ""
+    raise ValueError(f"config.json: {name} is missing{hint}: it must be a number above 0")
+
+
+def integer(
+    fields: Mapping[str, Any], name: str, default: Any = REQUIRED, below: int = 2**31
+) -> int:
+    """An integer above 0."""
+    value = field(fields, name, default)
+    if type(value) is not int or not 0 < value < below:
+        raise ValueError(
+            f"config.json: {name} = {short(value)} is out of place: "
+            f"it must be an integer above 0 and below {below}"
+        )
+    return value
+
+
+def positive(fields: Mapping[str, Any], name: str, default: Any = REQUIRED) -> float:
+    """A finite number above 0."""
+    value = field(fields, name, default)
+    if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
+        raise ValueError(
+            f"config.json: {name} = {short(value)} is out of place: "
+            "it must be a finite number above 0"
+        )
+    return float(value)
+
+
+def boolean(fields: Mapping[str, Any], name: str, default: Any = REQUIRED) -> bool:
+    """A truth value."""
+    value = field(fields, name, default)
+    if type(value) is not bool:
+        raise ValueError(
+            f"config.json: {name} = {short(value)} is out of place: it must be true or false"
+        )
+    return value
+
+
+def token(value: Any, name: str, vocab_size: int) -> int | None:
+    """A token id, or null."""
+    if value is None or (type(value) is int and 0 <= value < vocab_size):
+        return value
+    raise ValueError(
+        f"config.json: {name} = {short(value)} is out of place: "
+        f"it must be null or a token id below vocab_size {vocab_size}"
+    )
+
+
+def tokens(value: Any, name: str, vocab_size: int) -> int | tuple[int, ...] | None:
+    """A token id, or the several that Llama 3 lists."""
+    if not isinstance(value, list):
+        return token(value, name, vocab_size)
+    ids = (token(one, name, vocab_size) for one in value)
+    return tuple(one for one in ids if one is not None)
+
+
+def short(value: Any) -> str:
+    """A value for a message: one line, at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
