@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "kernels": {"core", "files", "formats", "transforms"},
     "models": {"core", "files"},
     "calibration": {"core", "ptq", "models"},
+    "layerwise": {"core", "transforms", "ptq", "models", "calibration"},
     "evaluation": {"core", "ptq", "models"},
     "subject": {"files", "models", "evaluation"},
     "analysis": {"core", "formats", "transforms", "ptq", "models", "evaluation"},

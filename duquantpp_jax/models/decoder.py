@@ -59,6 +59,9 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 Linear = Callable[[str, Array, tuple[Array, ...], Any], tuple[tuple[Array, ...], Any]]
 """`linear(site, x, weights, state) -> (one output per weight, out)`; see `Decoder.__call__`."""
 
+State = Mapping[str, Any] | tuple[Mapping[str, Any], ...]
+"""What `linear` gets at each site and layer; see `Decoder.__call__`."""
+
 
 def linear_names(site: str, layer: int) -> tuple[str, ...]:
     """Checkpoint names of a site's linears, e.g. `model.layers.3.mlp.down_proj`."""
@@ -195,7 +198,7 @@ class Decoder(nnx.Module):
         self,
         tokens: Integer[Array, "rows length"],
         linear: Linear = dense,
-        state: Mapping[str, Any] | None = None,
+        state: State | None = None,
         *,
         store: Store | None = None,
     ) -> tuple[Float32[Array, "rows length vocab"], dict[str, Any]]:
@@ -209,7 +212,8 @@ class Decoder(nnx.Module):
             `linear(site, x, weights, state)` with x [rows, length, in] and weights [out, in];
             returns one output [rows, length, out] per weight, and any pytree `out`.
           state: For each site a pytree whose arrays have a leading layer axis; `linear` gets the
-            slice of its layer. Sites left out get None.
+            slice of its layer. Sites left out get None. Where the pytrees of layers differ, a
+            tuple of such mappings, each for the next so many layers.
           store: Keys and values are seen as a cache of this kind would give them back, which is
             what decoding token by token with `extend` sees.
 
@@ -227,7 +231,7 @@ class Decoder(nnx.Module):
         tokens: Integer[Array, "rows length"],
         cache: Cache,
         linear: Linear = dense,
-        state: Mapping[str, Any] | None = None,
+        state: State | None = None,
     ) -> tuple[Float32[Array, "rows length vocab"], Cache]:
         """Logits at further positions, and the cache with those positions in it.
 
@@ -244,14 +248,15 @@ class Decoder(nnx.Module):
         self,
         tokens: Integer[Array, "rows length"],
         linear: Linear,
-        state: Mapping[str, Any] | None,
+        state: State | None,
         start: Int32[Array, ""],
         store: Store | None,
         held: Any,
     ) -> tuple[Float32[Array, "rows length vocab"], dict[str, Any], Any]:
         """Logits at positions from `start` on, what `linear` gave out, what is held after it."""
         config = self.config
-        if unknown := set(state or ()) - set(SITES):
+        runs = state if isinstance(state, tuple) else (state or {},)
+        if unknown := set().union(*runs) - set(SITES):
             raise ValueError(
                 f"state has {min(unknown)!r}, which is no site: use {', '.join(SITES)}"
             )
@@ -266,9 +271,18 @@ class Decoder(nnx.Module):
 
         x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(jnp.float32)
         layers = {name: array[...] for name, array in self.layers.items()}
-        states = dict.fromkeys(SITES) | dict(state or {})
-        scanned = (layers, states, _windows(config), held)
-        x, (outs, held) = jax.lax.scan(body, x, scanned, length=config.num_hidden_layers)
+        scanned = (layers, _windows(config), held)
+        given, first = [], 0
+        for run in runs:
+            count = config.num_hidden_layers
+            if len(runs) > 1:
+                count = jax.tree.leaves(run)[0].shape[0]
+            part = jax.tree.map(lambda a: a[first : first + count], scanned)  # noqa: B023
+            states = dict.fromkeys(SITES) | dict(run)
+            x, out = jax.lax.scan(body, x, (part[0], states, *part[1:]), length=count)
+            given.append(out)
+            first += count
+        outs, held = jax.tree.map(lambda *parts: jnp.concatenate(parts), *given)
         x = rms_norm(x, self.norm[...], config.rms_norm_eps).astype(self.dtype)
         head = self.embedding if self.head is None else self.head
         logits = jnp.einsum(

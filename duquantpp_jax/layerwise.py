@@ -1,0 +1,356 @@
+"""A model quantized layer after layer, one layer's weights and the hidden states in memory.
+
+    hidden_0 = embedding[tokens]
+    sites_l = quantize(layer l, Stats of what hidden_l gives its linears)
+    hidden_(l+1) = layer l (hidden_l)        float, or, if sequential, the layer as quantized
+
+With the float layers this is what `calibrate` and `quantize_model` do with the whole model at
+once. Sequential, each layer is fitted and rounded on what the layers before it, quantized, really
+give it, as in GPTQ; within a layer all sites are still calibrated on the float layer.
+"""
+
+import dataclasses
+import fnmatch
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int, Integer
+
+from duquantpp_jax.calibration import (
+    SAMPLE_LIMIT,
+    Formats,
+    calibrate_layer,
+    empty_stats,
+    padded_width,
+)
+from duquantpp_jax.core import Format, MXArray, Recipe
+from duquantpp_jax.models import (
+    SITE_WEIGHTS,
+    SITES,
+    Decoder,
+    DecoderConfig,
+    linear_names,
+    parameter_shapes,
+)
+from duquantpp_jax.models.lazy import LAYER, layer, window
+from duquantpp_jax.ptq import (
+    HIGHEST,
+    MixedLinear,
+    QuantizedSite,
+    fit_linear,
+    quantize_input,
+    quantize_linear,
+    widen,
+)
+from duquantpp_jax.transforms.basic import Identity
+
+BATCH_ROWS = 4
+"""Rows that run at once: what their attention takes stays below the weights of a large layer."""
+
+Parameters = Mapping[str, Float[Array | np.ndarray, "..."]]
+"""Of one layer, by name inside it."""
+
+State = dict[str, QuantizedSite] | tuple[dict[str, QuantizedSite], ...]
+"""Of all layers: stacked, or, where layers differ in what is quantized, stacked in runs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is done to which linears of a model.
+
+    Attributes:
+      config: Of the model.
+      recipes: The method of each site.
+      include: Patterns of the linears that are quantized, such as `*.mlp.*` or `model.layers.3.*`.
+      exclude: Of those, the ones that are left in float all the same.
+      pad: Widen inputs that blocks do not divide, with zeros (exact).
+      seed: For fits that draw.
+      sequential: Calibrate each layer on what the quantized layers before it give.
+    """
+
+    config: DecoderConfig
+    recipes: Mapping[str, Recipe]
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    pad: bool = False
+    seed: int = 0
+    sequential: bool = False
+
+    @property
+    def formats(self) -> Formats:
+        """The activation format of each site."""
+        return tuple((site, self.recipes[site].activation_format) for site in SITES)
+
+    @property
+    def linear(self) -> MixedLinear:
+        """What a model calls with the state of this plan."""
+        return MixedLinear(self.formats)
+
+    def chosen(self, site: str, number: int) -> tuple[bool, ...]:
+        """Which linears of a layer's site are quantized."""
+
+        def matches(name: str, patterns: tuple[str, ...]) -> bool:
+            return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+        return tuple(
+            matches(name, self.include) and not matches(name, self.exclude)
+            for name in linear_names(site, number)
+        )
+
+    def widths(self, number: int) -> dict[str, int]:
+        """Input width of each site of a layer that has a linear to quantize.
+
+        Raises:
+          ValueError: Blocks do not divide it and `pad` was not asked for; names the linear.
+        """
+        shapes = linear_shapes(self.config)
+        return {
+            site: padded_width(
+                linear_names(site, number)[self.chosen(site, number).index(True)],
+                shapes[SITE_WEIGHTS[site][0]][1],
+                max(recipe.weight_format.block_size, recipe.activation_format.block_size),
+                pad=self.pad,
+            )
+            for site, recipe in self.recipes.items()
+            if any(self.chosen(site, number))
+        }
+
+    def check(self) -> None:
+        """Raises ValueError where this cannot be carried out on such a model."""
+        layers = range(self.config.num_hidden_layers)
+        names = [name for n in layers for site in SITES for name in linear_names(site, n)]
+        for option, patterns in (("--include", self.include), ("--exclude", self.exclude)):
+            for pattern in patterns:
+                if not fnmatch.filter(names, pattern):
+                    raise ValueError(
+                        f"{option} {pattern!r} matches no linear: their names are like {names[0]}"
+                    )
+        if not any(self.widths(number) for number in layers):
+            raise ValueError("--include and --exclude leave nothing to quantize")
+
+
+def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """[out, in] of the linears of a layer, by name inside it."""
+    shapes = parameter_shapes(config)
+    return {
+        name: shapes[LAYER + name][1:]  # type: ignore[misc]
+        for names in SITE_WEIGHTS.values()
+        for name in names
+    }
+
+
+class QuantizedLayer(NamedTuple):
+    """A layer's sites, and a row of the report for each of its linears."""
+
+    sites: dict[str, QuantizedSite]
+    report: list[dict[str, Any]]
+
+
+def quantize_layer(
+    plan: Plan,
+    number: int,
+    parameters: Parameters,
+    hidden: Float32[np.ndarray, "rows length k"],
+    progress: Callable[[str], None] = lambda _: None,
+) -> QuantizedLayer:
+    """Quantizes a layer and takes `hidden` through it, in place.
+
+    Args:
+      plan: What is done.
+      number: Of the layer.
+      parameters: Of the layer, in any float type.
+      hidden: What the layer is given; on return, what the next is.
+      progress: Called with what is being done, whenever some of it is done.
+    """
+    widths = plan.widths(number)
+    parameters = {name: jnp.asarray(array) for name, array in parameters.items()}
+    rounding_needs = frozenset().union(
+        *(getattr(plan.recipes[site].rounding, "needs", frozenset()) for site in widths)
+    )
+
+    def stats_of(needs: frozenset[str], last: bool, **second_pass: Any) -> dict[str, Any]:
+        rows, length, _ = hidden.shape
+        return calibrate_layer(
+            plan.config,
+            number,
+            parameters,
+            hidden,
+            empty_stats(widths, rows, length, needs, SAMPLE_LIMIT),
+            batch_rows=BATCH_ROWS,
+            after=hidden if last and not plan.sequential else None,
+            progress=lambda: progress("calibrating"),
+            **second_pass,
+        )
+
+    needs = frozenset().union(*(plan.recipes[site].needs for site in widths))
+    stats = stats_of(needs, last=not rounding_needs)
+    weights = {site: _chosen_weights(plan, site, number, parameters) for site in widths}
+    fits = {}
+    for site in widths:
+        place = jax.random.fold_in(jax.random.key(plan.seed), SITES.index(site))
+        key = jax.random.split(place, plan.config.num_hidden_layers)[number]
+        fits[site] = fit_linear(plan.recipes[site], weights[site], stats[site], key)
+        progress("fitting")
+    moved = {}
+    if rounding_needs:
+        moved = stats_of(rounding_needs, last=True, fits=fits, formats=plan.formats)
+
+    sites, report = {}, []
+    for site, recipe in plan.recipes.items():
+        names, chosen = SITE_WEIGHTS[site], plan.chosen(site, number)
+        rounded = {}
+        transform: Any = Identity()
+        quantized = QuantizedSite(transform, ())
+        if site in widths:
+            given = weights.pop(site)
+            quantized = quantize_linear(recipe, given, stats[site], fits[site], moved.get(site))
+            rounded = dict(
+                zip(
+                    [n for n, c in zip(names, chosen, strict=True) if c],
+                    quantized.weights,
+                    strict=True,
+                )
+            )
+            energies = sensitivity(
+                stats[site].sample, given, quantized, format=recipe.activation_format
+            )
+            for name, (signal, error, weight_error) in zip(rounded, energies, strict=True):
+                report.append(
+                    {
+                        "linear": LAYER.replace("*", str(number)) + name,
+                        "bytes": storage_bytes(rounded[name]),
+                        "sqnr_db": _decibel(signal, error),
+                        "weight_error": float(weight_error) / max(float(signal), 1e-30),
+                    }
+                )
+        together = tuple(rounded.get(name, parameters[name]) for name in names)
+        sites[site] = dataclasses.replace(quantized, weights=together)
+        progress("rounding")
+    if plan.sequential:
+        _take_through(plan, number, parameters, sites, hidden, progress)
+    return QuantizedLayer(sites, report)
+
+
+def quantize_decoder(
+    plan: Plan, model: Decoder, tokens: Integer[np.ndarray, "rows length"]
+) -> State:
+    """Quantizes a model in memory, layer after layer.
+
+    Returns:
+      The state for `model(tokens, plan.linear, state)`.
+    """
+    plan.check()
+    hidden = np.array(model.embedding[...])[tokens]
+    parameters = {name: np.asarray(array[...]) for name, array in model.layers.items()}
+    layers = (
+        {name: array[number] for name, array in parameters.items()}
+        for number in range(plan.config.num_hidden_layers)
+    )
+    return stack_layers(
+        quantize_layer(plan, number, one, hidden).sites for number, one in enumerate(layers)
+    )
+
+
+def stack_layers(layers: Iterable[dict[str, QuantizedSite]]) -> State:
+    """The state that a decoder scans: layers stacked, a run for each stretch that are alike."""
+
+    def kind(one: dict[str, QuantizedSite]) -> Any:
+        shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(one)]
+        return jax.tree.structure(one), shapes
+
+    runs: list[list[dict[str, QuantizedSite]]] = []
+    for one in layers:
+        if not runs or kind(runs[-1][-1]) != kind(one):
+            runs.append([])
+        runs[-1].append(one)
+    stacked = tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *run) for run in runs)
+    return stacked[0] if len(stacked) == 1 else stacked
+
+
+def storage_bytes(q: MXArray) -> int:
+    """Bytes of an array as it is stored: packed codes, scales, tensor scale."""
+    scale = q.scales.size * q.scales.dtype.itemsize
+    return -(-q.elements.size * q.element.bits // 8) + scale + 4 * (q.tensor_scale is not None)
+
+
+@functools.partial(jax.jit, static_argnames="format")
+def sensitivity(
+    sample: Float[Array, "tokens k"],
+    weights: tuple[Float[Array, "_ k"], ...],
+    site: QuantizedSite,
+    *,
+    format: Format,
+) -> list[tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]]:
+    """What quantizing costs each linear alone, on a sample of its float input.
+
+    Returns:
+      For each linear the energies sum y^2, sum (y - y^)^2 and sum (x^ (W' - W^)^T)^2: of the
+      output, of its error, and of the part of it that rounding the weights alone gives; W' is
+      moved, W^ rounded, x^ the moved and quantized input.
+    """
+    width = sample.shape[-1]
+    seen = quantize_input(sample, site, format)
+
+    def one(w: Float[Array, "n k"], rounded: MXArray) -> tuple[Array, Array, Array]:
+        held = rounded.dequantize()
+        y = jnp.matmul(sample[:, : w.shape[-1]], w.T, precision=HIGHEST)
+        error = y - jnp.matmul(seen, held.T, precision=HIGHEST)
+        off = site.transform.weights(widen(w, width)) - held
+        rounding = jnp.matmul(seen, off.T, precision=HIGHEST)
+        return tuple(jnp.sum(jnp.square(v)) for v in (y, error, rounding))  # type: ignore[return-value]
+
+    return [one(w, q) for w, q in zip(weights, site.weights, strict=True)]  # type: ignore[arg-type]
+
+
+def _decibel(signal: Float[Array, ""], error: Float[Array, ""]) -> float | None:
+    """Signal to noise in dB; None where either is nothing."""
+    if not (signal > 0 and error > 0):
+        return None
+    return float(10 * np.log10(np.float64(signal) / np.float64(error)))
+
+
+def _chosen_weights(
+    plan: Plan, site: str, number: int, parameters: Mapping[str, Array]
+) -> tuple[Float32[Array, "_ k"], ...]:
+    chosen = zip(SITE_WEIGHTS[site], plan.chosen(site, number), strict=True)
+    return tuple(parameters[name].astype(jnp.float32) for name, wanted in chosen if wanted)
+
+
+def _take_through(
+    plan: Plan,
+    number: int,
+    parameters: Mapping[str, Array],
+    sites: dict[str, QuantizedSite],
+    hidden: Float32[np.ndarray, "rows length k"],
+    progress: Callable[[str], None],
+) -> None:
+    """Replaces the hidden states by what the quantized layer makes of them."""
+    for first in range(0, len(hidden), BATCH_ROWS):
+        batch = slice(first, first + BATCH_ROWS)
+        y = _forward(
+            jnp.asarray(hidden[batch]),
+            parameters,
+            window(plan.config, number),
+            sites,
+            config=plan.config,
+            linear=plan.linear,
+        )
+        hidden[batch] = np.asarray(y)
+        progress("running the quantized layer")
+
+
+@functools.partial(jax.jit, static_argnames=("config", "linear"))
+def _forward(
+    x: Float32[Array, "rows length k"],
+    parameters: Mapping[str, Float[Array, "..."]],
+    window: Int[Array, ""] | None,
+    sites: dict[str, QuantizedSite],
+    *,
+    config: DecoderConfig,
+    linear: MixedLinear,
+) -> Float32[Array, "rows length k"]:
+    return layer(config, x, parameters, window, linear, sites)[0]
