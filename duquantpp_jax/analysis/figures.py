@@ -41,16 +41,43 @@ def comparison(
     return figure
 
 
-def _kl(axes: Any, results: dict[str, Any], clusters: tuple[str, int]) -> None:
+def divergences(
+    results: dict[str, Any],
+    clusters: tuple[str, int],
+    baseline: str | None,
+    title: str = "scale rule",
+) -> Figure:
+    """KL of every recipe and scale rule alone, as in `comparison`; some may be missing.
+
+    Args:
+      results: As there.
+      clusters: As there.
+      baseline: What the differences are to.
+      title: Of the legend.
+    """
+    height = 1.2 + 0.28 * len(results["options"]["recipes"])
+    figure = Figure(figsize=(TWO_COLUMNS, height), layout="constrained")
+    _kl(figure.subplots(), results, clusters, baseline, title)
+    return figure
+
+
+def _kl(
+    axes: Any,
+    results: dict[str, Any],
+    clusters: tuple[str, int],
+    baseline: str | None = "block_hadamard",
+    title: str = "scale rule",
+) -> None:
     names, rules = results["options"]["recipes"], results["options"]["scale_rules"]
     for number, rule in enumerate(rules):
         rows = {row["recipe"]: row for row in results["rows"] if row["scale_rule"] == rule}
-        kl = np.array([rows[name]["kl"] for name in names])
-        bars = np.array([_interval_around(rows[name]) for name in names]).T
+        there = [name for name in names if name in rows]
+        kl = np.array([rows[name]["kl"] for name in there])
+        bars = np.array([_interval_around(rows[name]) for name in there]).reshape(-1, 2).T
         offset = 0.5 * (number / max(len(rules) - 1, 1) - 0.5)
         axes.errorbar(
             kl,
-            np.arange(len(names)) + offset,
+            np.array([names.index(name) for name in there]) + offset,
             xerr=bars,
             fmt=MARKERS[number % len(MARKERS)],
             color=COLORS[number % len(COLORS)],
@@ -66,10 +93,12 @@ def _kl(axes: Any, results: dict[str, Any], clusters: tuple[str, int]) -> None:
     axes.set_xlabel("KL(float || quantized), nats per token", fontsize=8)
     axes.set_title(
         f"{results['targets']:,} targets; bars: 95 % interval of the paired\n"
-        f"difference to block_hadamard, by {clusters[0]} ({clusters[1]})",
+        f"difference to {baseline}, by {clusters[0]} ({clusters[1]})"
+        if baseline
+        else f"{results['targets']:,} targets",
         fontsize=8,
     )
-    axes.legend(fontsize=7, title="scale rule", title_fontsize=7, frameon=False)
+    axes.legend(fontsize=7, title=title, title_fontsize=7, frameon=False)
 
 
 def _interval_around(row: dict[str, Any]) -> tuple[float, float]:
