@@ -1,15 +1,24 @@
-"""The known methods, a line each. A new one is one file in transforms/ and one line here."""
+"""The known methods, a line each. A new one is one file in transforms/ and one line here.
+
+A fit from outside the package needs no line: `module:NAME` names it wherever a recipe is named.
+"""
 
 import difflib
+import importlib
 from collections.abc import Iterable
+from typing import cast
 
 from duquantpp_jax.core import Fit, Format, Recipe, Rounding, ScaleRule
 from duquantpp_jax.formats import MXFP4, FP32Scale, Log256
 from duquantpp_jax.rounding.gptq import GPTQ
 from duquantpp_jax.rounding.rtn import rtn
 from duquantpp_jax.transforms.basic import FitIdentity, FitInTurn, FitSmooth
+from duquantpp_jax.transforms.dct import FitDct
 from duquantpp_jax.transforms.duquant import FitDuquantpp
+from duquantpp_jax.transforms.haar import FitHaar
 from duquantpp_jax.transforms.hadamard import FitHadamard
+from duquantpp_jax.transforms.pca import FitPca
+from duquantpp_jax.transforms.permutation import FitPermutation
 from duquantpp_jax.transforms.wush import FitWush
 
 _GREEDY = FitDuquantpp()
@@ -20,21 +29,38 @@ _RELEASED = FitDuquantpp(
     fresh_q=False,
     q_side="right",
     averaged=True,
+    polish=False,
 )
+_SEARCH_128 = FitDuquantpp(size=128)
 
 FITS: dict[str, Fit] = {
     "rtn": FitIdentity(),
     "block_hadamard": FitHadamard(),
     "random_hadamard": FitHadamard(random_signs=True),
+    "hadamard_128": FitHadamard(size=128),
+    "full_hadamard": FitHadamard(size=None),
+    "random_full_hadamard": FitHadamard(size=None, random_signs=True),
+    "gsr": FitHadamard(order="sequency"),
+    "gsr_128": FitHadamard(order="sequency", size=128),
+    "dct": FitDct(),
+    "haar": FitHaar(),
     "smooth": FitSmooth(),
     "smooth_hadamard": FitInTurn((FitSmooth(), FitHadamard())),
     "greedy": _GREEDY,
     "greedy_mse": FitDuquantpp(criterion="mse"),
+    "greedy_best_of_8": FitDuquantpp(seeds=8),
     "duquantpp": FitInTurn((FitSmooth(), _GREEDY)),
     "greedy_released": _RELEASED,
     "duquantpp_released": FitInTurn((FitSmooth(), _RELEASED)),
     "duquantpp_released_exact": FitInTurn((FitSmooth(weight_max="first", floor=1e-2), _RELEASED)),
+    "duquant": FitInTurn((FitSmooth(), _SEARCH_128, FitPermutation("zigzag", 128), _SEARCH_128)),
+    "zigzag_hadamard": FitInTurn((FitPermutation("zigzag"), FitHadamard())),
+    "mass_hadamard": FitInTurn((FitPermutation("mass"), FitHadamard())),
+    "permuted_hadamard": FitInTurn((FitPermutation("random"), FitHadamard())),
+    "pca": FitPca(),
+    "pca_hadamard": FitPca(hadamard=True),
     "wush": FitWush(),
+    "wush_conditioned": FitWush(max_condition=30.0),
 }
 """How each named recipe is fitted; all are rounded by any of ROUNDINGS, in any format."""
 
@@ -53,17 +79,44 @@ SCALE_RULES: dict[str, Format] = {
 def recipe(name: str, scale_rule: str, rounding: str = "rtn") -> Recipe:
     """W4A4 under one scale rule for both sides, by the names of this file.
 
+    Args:
+      name: Of FITS or ALIASES, or `module:NAME` for a fit that a module of yours holds.
+
     Raises:
       ValueError: An unknown name; says the nearest known one.
     """
-    name = ALIASES.get(name, name)
     format = SCALE_RULES[known("scale rule", scale_rule, SCALE_RULES)]
     return Recipe(
-        fit=FITS[known("recipe", name, [*FITS, *ALIASES])],
+        fit=find_fit(name),
         rounding=ROUNDINGS[known("rounding", rounding, ROUNDINGS)],
         weight_format=format,
         activation_format=format,
     )
+
+
+def find_fit(name: str) -> Fit:
+    """The fit of this name: of FITS or ALIASES, or `module:NAME`, which imports the module.
+
+    Raises:
+      ValueError: There is none.
+    """
+    if ":" not in name:
+        return FITS[ALIASES.get(name, known("recipe", name, [*FITS, *ALIASES]))]
+    module, _, attribute = name.partition(":")
+    try:
+        imported = importlib.import_module(module)
+    except Exception as error:  # whatever a module of the user's may raise
+        raise ValueError(
+            f"recipe {name!r}: cannot import {module} ({type(error).__name__}: {error}): "
+            "is it installed, or its directory in PYTHONPATH?"
+        ) from error
+    fit = getattr(imported, attribute, None)
+    if not callable(fit):
+        raise ValueError(
+            f"recipe {name!r}: module {module} has no fit {attribute} "
+            "(called as fit(weights, stats, recipe, key))"
+        )
+    return cast(Fit, fit)
 
 
 def known(kind: str, name: str, names: Iterable[str]) -> str:

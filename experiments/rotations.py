@@ -21,7 +21,12 @@ from duquantpp_jax.recipes import FITS
 RULES = ("floor", "even", "rceil", "mse", "log256", "fp32")
 SEEDED = (
     "random_hadamard",
+    "random_full_hadamard",
+    "haar",
+    "permuted_hadamard",
+    "duquant",
     "greedy",
+    "greedy_best_of_8",
     "greedy_mse",
     "duquantpp",
     "greedy_released",

@@ -32,7 +32,7 @@ def _site(width=64):
 
 @pytest.mark.parametrize("name", sorted(FITS))
 def test_a_quantized_linear_errs_like_its_format_and_no_more(name):
-    x, weights = _site()
+    x, weights = _site(128)
     one = recipe(name, "even")
     stats = stats_of(x)
     site = quantize_linear(one, weights, stats, fit_linear(one, weights, stats, KEY))

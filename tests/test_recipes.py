@@ -35,6 +35,7 @@ def test_the_released_setting_is_that_of_the_released_code():
         averaged=True,
         steps=128,
         size=32,
+        polish=False,
     )
     exact, same = FITS["duquantpp_released_exact"].fits
     assert same == greedy

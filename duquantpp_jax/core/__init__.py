@@ -20,10 +20,11 @@ from duquantpp_jax.core.arrays import (
 )
 from duquantpp_jax.core.recipe import Fit, Fitted, Recipe, Rounding, Weights, stack
 from duquantpp_jax.core.stats import Stats
-from duquantpp_jax.core.transform import Chain, Transform
+from duquantpp_jax.core.transform import Chain, Cost, Transform
 
 __all__ = [
     "Chain",
+    "Cost",
     "Element",
     "ElementRounding",
     "Fit",

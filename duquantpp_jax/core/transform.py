@@ -6,10 +6,35 @@ t.activations(x) @ t.weights(w).T == x @ w.T    for every x and w
 from __future__ import annotations
 
 import abc
+import dataclasses
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a transform costs while the model runs; what it does to weights is done offline.
+
+    Attributes:
+      multiply_adds: For each value of the input.
+      bytes: Of the arrays that are read to move the input of one layer, as they are stored.
+      fuses: Whether `fuse` can fold it into a norm or a preceding linear, where the model has one
+        that fits; it then costs nothing.
+    """
+
+    multiply_adds: float = 0.0
+    bytes: int = 0
+    fuses: bool = False
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.multiply_adds + other.multiply_adds,
+            self.bytes + other.bytes,
+            self.fuses and other.fuses,
+        )
 
 
 class Transform(abc.ABC):
@@ -42,6 +67,13 @@ class Transform(abc.ABC):
         del absmax
         return jnp.max(jnp.abs(moved), axis=0)
 
+    def cost(self, width: int) -> Cost:
+        """What moving inputs of this width costs online, for the transform of one layer.
+
+        Unless a transform says better, it is that of a matrix of all channels by all channels.
+        """
+        return Cost(width, sum(leaf.nbytes for leaf in jax.tree.leaves(self)))
+
     def then(self, other: Transform) -> Transform:
         """This transform followed by another: T_self T_other."""
         return Chain((self, other))
@@ -65,3 +97,6 @@ class Chain(Transform):
 
     def inverse(self) -> Transform:
         return Chain(tuple(link.inverse() for link in reversed(self.links)))
+
+    def cost(self, width: int) -> Cost:
+        return sum((link.cost(width) for link in self.links), Cost(fuses=True))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Key
 
-from duquantpp_jax.core import Chain, Fit, Fitted, Recipe, Stats, Transform, Weights, stack
+from duquantpp_jax.core import Chain, Cost, Fit, Fitted, Recipe, Stats, Transform, Weights, stack
 
 
 @struct.dataclass
@@ -34,6 +34,9 @@ class Identity(Transform):
         self, absmax: Float[Array, " k"], moved: Float[Array, "tokens k"]
     ) -> Float[Array, " k"]:
         return absmax
+
+    def cost(self, width: int) -> Cost:
+        return Cost(fuses=True)
 
 
 @struct.dataclass
@@ -55,6 +58,9 @@ class Smooth(Transform):
         self, absmax: Float[Array, " k"], moved: Float[Array, "tokens k"]
     ) -> Float[Array, " k"]:
         return absmax / jnp.abs(self.scale)
+
+    def cost(self, width: int) -> Cost:
+        return Cost(1.0, self.scale.nbytes, fuses=True)
 
 
 def links(transform: Transform) -> tuple[Transform, ...]:
@@ -81,7 +87,8 @@ class FitSmooth:
     """s_j = max |x_j|^alpha / max_i |w_ij|^(1 - alpha), each factor and s floored at 1e-5.
 
     Attributes:
-      alpha: Strength: 0 balances by the weights alone, 1 by the activations alone.
+      alpha: Strength: 0 balances by the weights alone, 1 by the activations alone. A number or an
+        array: another value compiles nothing anew.
       weight_max: Whose rows i the maximum is over: "all" linears that share the input, or the
         "first" of them (q_proj, up_proj), as the released DuQuant++ code has it.
       floor: Least |s_j|.
@@ -89,7 +96,7 @@ class FitSmooth:
     Source: arXiv 2211.10438, equation 4; floors of the code released with arXiv 2604.17789.
     """
 
-    alpha: float = 0.6
+    alpha: float | Float[Array, ""] = 0.6
     weight_max: Literal["all", "first"] = "all"
     floor: float = 1e-5
     needs = frozenset[str]()

@@ -14,7 +14,8 @@ and applied where the largest magnitude is, again and again. With X_0 the tokens
     d_k = channel of max |X_k|,   S_k = T with rows and columns 0 and d_k swapped,
     X_(k+1) = X_k S_k,            A_(k+1) = A_k S_k,
 
-and of A_0 = I, A_1, ..., A_steps the one whose X_k has the least criterion is kept.
+and of A_0 = I, A_1, ..., A_steps the one whose X_k has the least criterion is kept. DuQuant (2024)
+is this search on blocks of 128, a zigzag permutation (permutation.py), and the search again.
 
 Source: DuQuant, Lin et al., arXiv 2406.01721; DuQuant++, arXiv 2604.17789 and its released code,
 which takes as d_k not the channel but the row of the maximum, mod n.
@@ -30,7 +31,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from duquantpp_jax.core import Fitted, Format, Recipe, Stats, Weights
-from duquantpp_jax.transforms.block import BlockRotation
+from duquantpp_jax.transforms.block import BlockRotation, polished, rotation_size
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -40,9 +41,7 @@ def base_rotation(size: int) -> Float[np.ndarray, "size size"]:
     product = np.eye(size)
     for i in range(size - 1):
         cos, sin = 1 / np.sqrt(i + 2), np.sqrt((i + 1) / (i + 2))
-        givens = np.eye(size)
-        givens[i : i + 2, i : i + 2] = [[cos, -sin], [sin, cos]]
-        product = givens @ product
+        product[i : i + 2] = np.array([[cos, -sin], [sin, cos]]) @ product[i : i + 2]
     swap = np.r_[size - 1, 1 : size - 1, 0] if size > 1 else np.array([0])
     return product[np.ix_(swap, swap)]
 
@@ -82,7 +81,7 @@ def greedy_search(
 
     def look(x: Float[Array, "rows n"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
         """Where the largest magnitude is, d, and the criterion."""
-        maxima = jnp.max(jnp.abs(x), axis=0 if index == "channel" else 1)
+        maxima = _largest(jnp.abs(x)) if index == "channel" else jnp.max(jnp.abs(x), axis=1)
         d = jnp.argmax(maxima) % size
         match criterion:
             case "absmax":
@@ -109,6 +108,16 @@ def greedy_search(
     return best, least
 
 
+def _largest(x: Float[Array, "rows n"]) -> Float[Array, " n"]:
+    """The maximum over rows. On a CPU by halves: XLA makes vector code of those, not of jnp.max."""
+    if jax.default_backend() != "cpu":
+        return jnp.max(x, axis=0)
+    while (rows := x.shape[0]) > 1:
+        half = (rows + 1) // 2
+        x = jnp.maximum(x[:half], x[rows - half :])
+    return x[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class FitDuquantpp:
     """DuQuant++: the greedy search, for each block or for all blocks pooled.
@@ -120,7 +129,9 @@ class FitDuquantpp:
       q_side: Side of B on which diag(1, Q) stands.
       averaged: Search on the mean over calibration rows at each position, as released, rather
         than on a sample of tokens.
-      size: Rotation size.
+      size: Rotation size, or None for the full width (which wants one Q: `fresh_q=False`).
+      seeds: Searches with Q drawn anew, of which each block keeps the one of least criterion.
+      polish: Make the result orthogonal to the last bit; as released it has drifted by some 1e-6.
     """
 
     index: Literal["channel", "released"] = "channel"
@@ -130,7 +141,9 @@ class FitDuquantpp:
     q_side: Literal["left", "right"] = "left"
     averaged: bool = False
     steps: int = 128
-    size: int = 32
+    size: int | None = 32
+    seeds: int = 1
+    polish: bool = True
 
     @property
     def needs(self) -> frozenset[str]:
@@ -147,7 +160,14 @@ class FitDuquantpp:
             rows = stats.count / stats.position_sum.shape[0]
             tokens = stats.position_sum / rows
         format = recipe.activation_format if self.criterion == "mse" else None
-        return Fitted(BlockRotation(_fit_blocks(tokens, key, fit=self, format=format)))
+        rotation_size(self.size, tokens.shape[-1])
+        best, least = _fit_blocks(tokens, key, fit=self, format=format)
+        for seed in range(1, self.seeds):
+            other = jax.random.fold_in(key, seed)
+            rotations, criterion = _fit_blocks(tokens, other, fit=self, format=format)
+            best = jnp.where((criterion < least)[:, None, None], rotations, best)
+            least = jnp.minimum(criterion, least)
+        return Fitted(BlockRotation(polished(best) if self.polish else best))
 
 
 @functools.partial(jax.jit, static_argnames=("fit", "format"))
@@ -157,9 +177,11 @@ def _fit_blocks(
     *,
     fit: FitDuquantpp,
     format: Format | None,
-) -> Float[Array, "blocks n n"]:
+) -> tuple[Float[Array, "blocks n n"], Float[Array, " blocks"]]:
+    """The rotation of each block and its criterion."""
+    size = rotation_size(fit.size, tokens.shape[-1])
     draws = fit.steps if fit.fresh_q else 1
-    rotations = mixed_rotations(key, draws, fit.size, fit.q_side)
+    rotations = mixed_rotations(key, draws, size, fit.q_side)
     search = functools.partial(
         greedy_search,
         rotations=rotations,
@@ -169,10 +191,9 @@ def _fit_blocks(
         format=format,
     )
     if fit.sharing == "shared":
-        best, _ = search(tokens.reshape(-1, fit.size))
-        return best[None]
-    blocks = tokens.reshape(tokens.shape[0], -1, fit.size).swapaxes(0, 1)
+        best, least = search(tokens.reshape(-1, size))
+        return best[None], least[None]
+    blocks = tokens.reshape(tokens.shape[0], -1, size).swapaxes(0, 1)
     # A CPU keeps one block in its cache; a GPU wants many at once.
     at_once = None if jax.default_backend() == "cpu" else 64
-    best, _ = jax.lax.map(search, blocks, batch_size=at_once)
-    return best
+    return jax.lax.map(search, blocks, batch_size=at_once)

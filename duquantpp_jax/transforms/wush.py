@@ -7,6 +7,16 @@ value decomposition L_w^T L_x = U S V^T and a Hadamard matrix H, acting from the
 
 Both moved second moments are then H S H^T: equal to each other, and even over the channels.
 
+T T^T is the geometric mean of one moment and the other's inverse, so a channel far above the rest,
+or dead, makes T ill-conditioned, and rounding errors of one side are blown up by T^-1 of the other.
+Damping bounds that: with `max_condition` each block takes the least damping of a grid
+
+    damping, damping * 10^(1/4), damping * 10^(2/4), ...
+
+with which cond(T) = s_max / s_min is within the bound. (With more and more of it both moments
+become multiples of I, and cond(T) 1.) Blocks that are within it from the start are left as they
+are.
+
 Source: WUSH, arXiv 2512.00956.
 """
 
@@ -17,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from duquantpp_jax.core import Fitted, Recipe, Stats, Weights, stack
-from duquantpp_jax.transforms.block import BlockAffine
+from duquantpp_jax.transforms.block import BlockAffine, rotation_size
 from duquantpp_jax.transforms.hadamard import hadamard
 
 
@@ -38,32 +48,53 @@ def damped(
     return moments + ridge[..., None, None] * np.eye(n)
 
 
+def wush(
+    x_moments: Float[np.ndarray, "blocks n n"],
+    w_moments: Float[np.ndarray, "blocks n n"],
+    damping: float,
+) -> tuple[Float[np.ndarray, "blocks n n"], Float[np.ndarray, "blocks n n"]]:
+    """T^T of each block, which acts on x from the right, and its inverse."""
+    l_x = np.linalg.cholesky(damped(x_moments, damping))
+    l_w = np.linalg.cholesky(damped(w_moments, damping))
+    u, s, _ = np.linalg.svd(np.swapaxes(l_w, 1, 2) @ l_x)
+    h = np.asarray(hadamard(x_moments.shape[-1]), np.float64)
+    # T^T = L_w U S^(-1/2) H^T, and its inverse H S^(1/2) U^T L_w^-1.
+    forward = (l_w @ u / np.sqrt(s)[:, None, :]) @ h.T
+    back = h @ (np.sqrt(s)[:, :, None] * np.swapaxes(u, 1, 2)) @ np.linalg.inv(l_w)
+    return forward, back
+
+
 @dataclasses.dataclass(frozen=True)
 class FitWush:
     """WUSH in float64 on the host.
 
     Attributes:
-      damping: In units of the mean diagonal of each second moment.
+      damping: In units of the mean diagonal of each second moment; the least, if a bound is given.
+      max_condition: Bound on the condition number of each block's matrix, 1.01 or more.
       size: Side of the matrices, a power of two.
     """
 
     damping: float = 1e-3
     size: int = 32
+    max_condition: float | None = None
     needs = frozenset({"gram"})
 
     def __call__(
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
     ) -> Fitted:
         assert stats.gram is not None
+        rotation_size(self.size, weights[0].shape[-1])
         w = np.asarray(stack(weights), np.float64)
         x_gram = np.asarray(stats.gram, np.float64) / float(stats.count)
-        l_x = np.linalg.cholesky(damped(block_gram(x_gram, self.size), self.damping))
-        l_w = np.linalg.cholesky(damped(block_gram(w.T @ w / len(w), self.size), self.damping))
-        u, s, _ = np.linalg.svd(np.swapaxes(l_w, 1, 2) @ l_x)
-        h = np.asarray(hadamard(self.size), np.float64)
-        # T^T = L_w U S^(-1/2) H^T, and its inverse H S^(1/2) U^T L_w^-1.
-        forward = (l_w @ u / np.sqrt(s)[:, None, :]) @ h.T
-        back = h @ (np.sqrt(s)[:, :, None] * np.swapaxes(u, 1, 2)) @ np.linalg.inv(l_w)
+        x_moments, w_moments = (block_gram(m, self.size) for m in (x_gram, w.T @ w / len(w)))
+        forward, back = wush(x_moments, w_moments, self.damping)
+        if self.max_condition is not None:
+            if not self.max_condition >= 1.01:
+                raise ValueError(f"max_condition = {self.max_condition}: it must be 1.01 or more")
+            damping = self.damping
+            while len(beyond := np.flatnonzero(np.linalg.cond(forward) > self.max_condition)):
+                damping *= 10**0.25
+                forward[beyond], back[beyond] = wush(x_moments[beyond], w_moments[beyond], damping)
         return Fitted(
             BlockAffine(jnp.asarray(forward, jnp.float32), jnp.asarray(back, jnp.float32))
         )

@@ -1,4 +1,4 @@
-"""Hadamard, smoothing and WUSH against their defining properties."""
+"""Smoothing, WUSH and principal axes against their defining properties."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from duquantpp_jax.core import stack
-from duquantpp_jax.recipes import FITS, recipe
+from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.basic import FitSmooth
-from duquantpp_jax.transforms.hadamard import FitHadamard, hadamard
 from duquantpp_jax.transforms.wush import FitWush, damped
 from tests.conftest import stats_of
 
@@ -25,30 +24,6 @@ def _site(width=64):
 
 def _fit(fit, weights, x):
     return fit(weights, stats_of(x), recipe("rtn", "floor"), KEY).transform
-
-
-@pytest.mark.parametrize("size", [1, 2, 4, 32, 128])
-def test_hadamard_is_orthogonal_and_even(size):
-    h = np.asarray(hadamard(size), np.float64)
-    np.testing.assert_allclose(h @ h.T, np.eye(size), atol=1e-6)
-    np.testing.assert_allclose(np.abs(h), size**-0.5, rtol=1e-6)
-
-
-@pytest.mark.parametrize("size", [0, 12, 33])
-def test_hadamard_of_another_side_is_refused(size):
-    with pytest.raises(ValueError, match="power of two"):
-        hadamard(size)
-
-
-def test_random_signs_differ_by_block_and_follow_the_key():
-    weights, x = _site()
-    fit = FitHadamard(random_signs=True)
-    a = _fit(fit, weights, x).matrices
-    np.testing.assert_allclose(jnp.abs(a), 32**-0.5, rtol=1e-6)
-    assert bool(jnp.any(a[0] != a[1]))
-    b = fit(weights, stats_of(x), recipe("rtn", "floor"), jax.random.key(4)).transform.matrices
-    assert bool(jnp.any(a != b))
-    np.testing.assert_array_equal(a, _fit(fit, weights, x).matrices)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
@@ -109,14 +84,3 @@ def test_wush_survives_dead_and_massive_channels():
     wanted = x @ stack(weights).T
     error = jnp.linalg.norm(moved - wanted) / jnp.linalg.norm(wanted)
     assert float(error) < 1e-3
-
-
-@pytest.mark.parametrize("name", sorted(FITS))
-def test_every_recipe_keeps_the_float_function(name):
-    weights, x = _site()
-    transform = FITS[name](weights, stats_of(x), recipe(name, "floor"), KEY).transform
-    w = stack(weights)
-    wanted = x @ w.T
-    moved = transform.activations(x) @ transform.weights(w).T
-    error = jnp.linalg.norm(moved - wanted) / jnp.linalg.norm(wanted)
-    assert float(error) < 1e-4

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from duquantpp_jax.transforms.basic import Identity, Smooth
 from duquantpp_jax.transforms.block import BlockAffine, BlockRotation, lower
+from duquantpp_jax.transforms.kronecker import KroneckerRotation
+from duquantpp_jax.transforms.permutation import Permute
 
 WIDTH = 64
 
@@ -37,6 +39,21 @@ def _affine(count, size):
     return make
 
 
+def _kronecker(rng, *sides):
+    return KroneckerRotation(tuple(jnp.asarray(_orthogonal(rng, 1, n)[0]) for n in sides))
+
+
+def single(transform):
+    """The same with its float arrays in float32."""
+    real = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)  # noqa: E731
+    cast = lambda leaf: leaf.astype(jnp.float32) if real(leaf) else leaf  # noqa: E731
+    return jax.tree.map(cast, transform)
+
+
+def _lowers(name):
+    return not any(word in name for word in ("full width", "permutation", "kronecker"))
+
+
 TRANSFORMS = {
     "identity": lambda rng: Identity(),
     "smooth": _smooth,
@@ -46,6 +63,10 @@ TRANSFORMS = {
     "rotation, full width": _rotation(1, 64),
     "affine, one for all blocks": _affine(1, 32),
     "affine, one per block": _affine(2, 32),
+    "permutation": lambda rng: Permute(jnp.asarray(rng.permutation(WIDTH), jnp.int32)),
+    "signs": lambda rng: Smooth(jnp.asarray(rng.choice([-1.0, 1.0], WIDTH))),
+    "kronecker, full width": lambda rng: _kronecker(rng, 4, 16),
+    "kronecker, in blocks": lambda rng: _kronecker(rng, 2, 4, 2),
 }
 names = st.sampled_from(sorted(TRANSFORMS))
 seeds = st.integers(0, 2**32 - 1)
@@ -84,7 +105,7 @@ def test_chains_keep_the_product_in_float32_up_to_their_condition(chosen, seed):
     with jax.enable_x64(True):
         transform, x, w = _case(chosen, seed)
         condition = _condition(transform)
-    transform, x, w = jax.tree.map(lambda a: a.astype(jnp.float32), (transform, x, w))
+    transform, x, w = single((transform, x, w))
     moved = transform.activations(x) @ transform.weights(w).T
     # Each factor errs by at most (width + links) roundings of |x| |T| |T^-1| |w|.
     scale = float(jnp.max(jnp.linalg.norm(x, axis=-1)) * jnp.max(jnp.linalg.norm(w, axis=-1)))
@@ -115,7 +136,7 @@ def test_lowering_changes_the_form_not_the_map(chosen, seed):
     with jax.enable_x64(True):
         transform, x, w = _case(chosen, seed)
         tolerance = 1e-5 * _condition(transform)
-    transform, x, w = jax.tree.map(lambda a: a.astype(jnp.float32), (transform, x, w))
+    transform, x, w = single((transform, x, w))
     lowered = lower(transform, WIDTH, 32)
     for side in ("activations", "weights"):
         moved, wanted = (
@@ -127,17 +148,16 @@ def test_lowering_changes_the_form_not_the_map(chosen, seed):
 def test_all_that_lowers_has_one_structure():
     rng = np.random.default_rng(0)
     low = [
-        lower(jax.tree.map(lambda a: a.astype(jnp.float32), make(rng)), WIDTH, 32)
-        for name, make in TRANSFORMS.items()
-        if "full width" not in name
+        lower(single(make(rng)), WIDTH, 32) for name, make in TRANSFORMS.items() if _lowers(name)
     ]
     assert len({jax.tree.structure(one) for one in low}) == 1
     shapes = {tuple(leaf.shape for leaf in jax.tree.leaves(one)) for one in low}
     assert shapes == {((64,), (2, 32, 32), (2, 32, 32))}
 
 
-def test_a_rotation_larger_than_the_block_does_not_lower():
-    transform = _rotation(1, 64)(np.random.default_rng(0))
+@pytest.mark.parametrize("name", sorted(n for n in TRANSFORMS if not _lowers(n)))
+def test_what_mixes_channels_beyond_the_block_does_not_lower(name):
+    transform = TRANSFORMS[name](np.random.default_rng(0))
     assert lower(transform, WIDTH, 32) is transform
 
 

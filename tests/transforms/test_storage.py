@@ -15,7 +15,7 @@ from duquantpp_jax.core import Chain, Fitted, Transform
 from duquantpp_jax.transforms import storage
 from duquantpp_jax.transforms.basic import Identity, Smooth
 from duquantpp_jax.transforms.block import lower
-from tests.transforms.test_law import TRANSFORMS
+from tests.transforms.test_law import TRANSFORMS, single
 
 
 @struct.dataclass
@@ -36,8 +36,7 @@ class Scaled(Transform):
 
 
 def _made(name):
-    transform = TRANSFORMS[name](np.random.default_rng(0))
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), transform)
+    return single(TRANSFORMS[name](np.random.default_rng(0)))
 
 
 def _cases():

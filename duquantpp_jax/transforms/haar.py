@@ -1,0 +1,36 @@
+"""Random rotations, uniform over all orthogonal matrices (Haar's measure).
+
+With G of independent normal entries and G = Q U, U upper triangular with a positive diagonal, Q is
+uniform. The signs of the diagonal matter: without them Q depends on how QR was computed.
+
+Source: Mezzadri, How to generate random matrices from the classical compact groups,
+arXiv math-ph/0609050.
+"""
+
+import dataclasses
+
+import jax
+from jaxtyping import Array, Key
+
+from duquantpp_jax.core import Fitted, Recipe, Stats, Weights
+from duquantpp_jax.transforms.block import BlockRotation, polished, rotation_size
+
+
+@dataclasses.dataclass(frozen=True)
+class FitHaar:
+    """A random rotation for each block, drawn with the key.
+
+    Attributes:
+      size: Rotation size, or None for the full width.
+    """
+
+    size: int | None = 32
+    needs = frozenset[str]()
+
+    def __call__(
+        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
+    ) -> Fitted:
+        width = weights[0].shape[-1]
+        size = rotation_size(self.size, width)
+        # jax.random.orthogonal is this construction, the signs included.
+        return Fitted(BlockRotation(polished(jax.random.orthogonal(key, size, (width // size,)))))

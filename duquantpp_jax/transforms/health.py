@@ -1,0 +1,71 @@
+"""How far a fitted transform is from what it should be, in float64.
+
+condition            s_max(T) / s_min(T): by so much the rounding of one side may be blown up
+orthogonality_error  max |T T^T - I|
+law_error            max |T (T^-T)^T - I|: how far the two sides are from undoing each other
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from duquantpp_jax.core import Transform
+
+
+class Health(NamedTuple):
+    """The numbers at the top of this file; what is not finite shows as NaN or Inf."""
+
+    condition: float
+    orthogonality_error: float
+    law_error: float
+
+
+def matrices(
+    transform: Transform, width: int, size: int | None = None
+) -> tuple[Float[np.ndarray, "blocks r r"], Float[np.ndarray, "blocks r r"]]:
+    """T and T^-T in float64, as one matrix or as their diagonal blocks.
+
+    Args:
+      transform: Of one layer; its arrays are taken as they are and only computed with in float64.
+      width: Channels k.
+      size: Side of the diagonal blocks outside of which T is zero; None for one of side k.
+
+    Raises:
+      ValueError: T has entries outside the blocks.
+    """
+    size = width if size is None else size
+    with jax.enable_x64(True):
+        exact = jax.tree.map(
+            lambda leaf: (
+                leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+            ),
+            transform,
+        )
+        # Row i of the probe is the sum of the i-th unit vectors of all blocks.
+        probe = jnp.tile(jnp.eye(size, dtype=jnp.float64), (1, width // size))
+        factors = jnp.repeat(jnp.linspace(1.0, 2.0, width // size), size)
+        moved, back = (np.asarray(f(probe)) for f in (exact.activations, exact.weights))
+        scaled = np.asarray(exact.activations(probe * factors))
+    # Blocks that stay apart are scaled as their inputs are.
+    if size < width and not np.allclose(scaled, moved * factors, rtol=1e-9, atol=1e-9):
+        raise ValueError(f"the transform mixes channels beyond blocks of {size}: give no size")
+    t, t_back = (m.reshape(size, -1, size).swapaxes(0, 1) for m in (moved, back))
+    return t, t_back
+
+
+def health(transform: Transform, width: int, size: int | None = None) -> Health:
+    """Condition number, orthogonality error and error of the law; arguments as of `matrices`."""
+    t, back = matrices(transform, width, size)
+    eye = np.eye(t.shape[-1])
+    if not (np.isfinite(t).all() and np.isfinite(back).all()):
+        return Health(np.nan, np.nan, np.nan)
+    values = np.linalg.svd(t, compute_uv=False)
+    least = values.min()
+    return Health(
+        condition=float(values.max() / least) if least > 0 else float("inf"),
+        orthogonality_error=float(np.abs(t @ t.swapaxes(1, 2) - eye).max()),
+        law_error=float(np.abs(t @ back.swapaxes(1, 2) - eye).max()),
+    )

@@ -1,0 +1,60 @@
+"""Rotations that are Kronecker products, applied factor by factor and never as one matrix.
+
+    R = F_1 x F_2 x ... x F_m,    sides n_1, ..., n_m,    rotation size r = n_1 n_2 ... n_m
+
+With the r channels of a block laid out as an array of m axes, R applies each factor to its own
+axis: n_1 + ... + n_m multiply-adds a value in place of r. A Hadamard matrix of side 2^n is the
+product of n matrices of side 2, and this is the fast Walsh-Hadamard transform with several of its
+stages taken at once, as matrix units like it.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from duquantpp_jax.core import Cost, Transform
+from duquantpp_jax.transforms.block import transposed
+
+
+@struct.dataclass
+class KroneckerRotation(Transform):
+    """T = blockdiag(R, ..., R), R the Kronecker product of orthogonal factors.
+
+    Attributes:
+      factors: F_1, ..., F_m; the product of their sides divides the width.
+    """
+
+    factors: tuple[Float[Array, "*layers _ _"], ...]
+
+    @property
+    def size(self) -> int:
+        """The rotation size r."""
+        return math.prod(factor.shape[-1] for factor in self.factors)
+
+    def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
+        width = x.shape[-1]
+        if width % self.size:
+            raise ValueError(
+                f"a Kronecker product of side {self.size} moves any multiple of {self.size} "
+                f"channels: got {width}"
+            )
+        moved, after = x, self.size
+        for factor in self.factors:
+            side = factor.shape[-1]
+            after //= side
+            moved = moved.reshape(-1, side, after)
+            moved = jnp.einsum("bia,ij->bja", moved, factor, precision=jax.lax.Precision.HIGHEST)
+        return moved.reshape(x.shape)
+
+    def weights(self, w: Float[Array, "*outputs k"]) -> Float[Array, "*outputs k"]:
+        return self.activations(w)
+
+    def inverse(self) -> Transform:
+        return KroneckerRotation(tuple(transposed(factor) for factor in self.factors))
+
+    def cost(self, width: int) -> Cost:
+        sides = (factor.shape[-1] for factor in self.factors)
+        return Cost(float(sum(sides)), sum(factor.nbytes for factor in self.factors))

@@ -1,0 +1,49 @@
+"""Principal axes of each block (PCA, Karhunen-Loeve): the rotation that decorrelates its channels.
+
+With X_b the tokens of a block and V the eigenvectors of X_b^T X_b, largest eigenvalue first,
+
+    R_b = V      or      R_b = V H
+
+V concentrates the energy in few channels, which is right for coding each channel with a step of
+its own and wrong for a block that shares one scale; the Hadamard matrix H after it spreads what V
+has sorted, evenly.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from duquantpp_jax.core import Fitted, Recipe, Stats, Weights
+from duquantpp_jax.transforms.block import BlockRotation, rotation_size
+from duquantpp_jax.transforms.hadamard import hadamard
+from duquantpp_jax.transforms.wush import block_gram
+
+
+@dataclasses.dataclass(frozen=True)
+class FitPca:
+    """Eigenvectors of each block's second moment, in float64 on the host.
+
+    Attributes:
+      hadamard: Spread the axes by a Hadamard matrix.
+      size: Rotation size, or None for the full width.
+    """
+
+    hadamard: bool = False
+    size: int | None = 32
+    needs = frozenset({"gram"})
+
+    def __call__(
+        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
+    ) -> Fitted:
+        assert stats.gram is not None
+        size = rotation_size(self.size, weights[0].shape[-1])
+        _, v = np.linalg.eigh(block_gram(np.asarray(stats.gram, np.float64), size))
+        v = v[..., ::-1]
+        # An eigenvector has no sign of its own: its largest entry is made positive.
+        largest = np.argmax(np.abs(v), axis=-2, keepdims=True)
+        v = v * np.where(np.take_along_axis(v, largest, axis=-2) < 0, -1.0, 1.0)
+        if self.hadamard:
+            v = v @ np.asarray(hadamard(size), np.float64)
+        return Fitted(BlockRotation(jnp.asarray(v, jnp.float32)))
