@@ -1,14 +1,27 @@
-"""The evaluation protocol: from a text file to rows of tokens.
+"""The evaluation protocols: from a text file to rows of tokens.
 
-A file is documents separated by <|endoftext|> (or one document), split exactly there, nothing
-stripped, no special tokens added. Each document is encoded whole and its ids are cut into rows of
-511; an incomplete last row is dropped. Before each row stands the beginning-of-sequence token, so
-that 511 inputs predict 511 targets. Rows are taken round robin (the first of every document, then
-the second of every document, ...): any prefix covers all documents evenly.
+A row is `window` ids of text, before which the beginning-of-sequence token may stand; all its
+tokens but the last are inputs, all but the first are targets. Two protocols cut them:
+
+    documents   The file is documents separated by <|endoftext|> (or one document), split exactly
+                there. Each is encoded whole and cut into rows by itself. Rows are taken round robin
+                (the first of every document, then the second of every document, ...): any prefix
+                covers all documents evenly. `compare` does so, with 511 ids after a BOS, so that
+                511 inputs predict 511 targets.
+    stream      The file is encoded whole and cut into rows from its beginning, as papers do, with
+                2048 ids and no BOS, so that 2047 inputs predict 2047 targets.
+
+Nothing is stripped and no special tokens are added; an incomplete last row is dropped.
+
+Source: for `stream` the WikiText-2 evaluation of Frantar et al., GPTQ (arXiv:2210.17323). Its
+tokenizer call may put one BOS before the whole text; here there is none.
 """
 
+import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -17,19 +30,48 @@ from tokenizers import Tokenizer
 
 SEPARATOR = "<|endoftext|>"
 TARGETS = 511
-"""Targets of a row."""
+"""Targets of a row of `compare`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How a text becomes rows.
+
+    Attributes:
+      stream: Whether the text is one stream, and not documents.
+      window: Ids of text in a row.
+      bos: Whether the beginning-of-sequence token stands before each row.
+    """
+
+    stream: bool
+    window: int
+    bos: bool
+
+
+PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
+    {
+        "documents": Protocol(stream=False, window=TARGETS, bos=True),
+        "stream": Protocol(stream=True, window=2048, bos=False),
+    }
+)
+"""`compare`'s, and that of papers."""
 
 
 class Rows(NamedTuple):
-    """Rows of 512 tokens and the document that each comes from.
+    """Rows of tokens and the document that each comes from.
 
     Attributes:
-      tokens: The first 511 are inputs, the last 511 their targets.
+      tokens: All but the last are inputs, all but the first their targets.
       documents: Number of each row's document.
     """
 
-    tokens: Integer[np.ndarray, "rows 512"]
+    tokens: Integer[np.ndarray, "rows length"]
     documents: Integer[np.ndarray, " rows"]
+
+    @property
+    def targets(self) -> int:
+        """Targets of one row."""
+        return self.tokens.shape[1] - 1
 
     def take(self, rows: int) -> "Rows":
         """The first rows."""
@@ -53,24 +95,29 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise ValueError(f"cannot read {path} ({error.strerror}): give a text file") from None
 
 
-def rows_of_text(text: str, tokenizer: Tokenizer, bos: int) -> Rows:
-    """All whole rows of a text, round robin over its documents.
+def rows_of_text(
+    text: str, tokenizer: Tokenizer, bos: int | None, protocol: Protocol = PROTOCOLS["documents"]
+) -> Rows:
+    """All whole rows of a text.
 
     Args:
-      bos: The token that stands before each row.
+      bos: The token that stands before each row, if the protocol wants one.
     """
+    window, texts = protocol.window, [text] if protocol.stream else text.split(SEPARATOR)
     documents = [
         np.asarray(encoding.ids, np.int32)
-        for encoding in tokenizer.encode_batch(text.split(SEPARATOR), add_special_tokens=False)
+        for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)
     ]
+    before = np.asarray([bos] if protocol.bos else [], np.int32)
     tokens, numbers = [], []
-    for turn in range(max(len(ids) // TARGETS for ids in documents)):
+    for turn in range(max(len(ids) // window for ids in documents)):
         for number, ids in enumerate(documents):
-            row = ids[turn * TARGETS : (turn + 1) * TARGETS]
-            if len(row) == TARGETS:
-                tokens.append(np.concatenate([np.array([bos], np.int32), row]))
+            row = ids[turn * window : (turn + 1) * window]
+            if len(row) == window:
+                tokens.append(np.concatenate([before, row]))
                 numbers.append(number)
-    return Rows(np.array(tokens, np.int32).reshape(-1, TARGETS + 1), np.array(numbers, np.int32))
+    shape = (len(tokens), len(before) + window)
+    return Rows(np.array(tokens, np.int32).reshape(shape), np.array(numbers, np.int32))
 
 
 def rows_for_targets(rows: Rows, targets: int, source: str) -> Rows:
@@ -79,12 +126,13 @@ def rows_for_targets(rows: Rows, targets: int, source: str) -> Rows:
     Raises:
       ValueError: Fewer targets than one row, or more than there are.
     """
-    wanted, have = targets // TARGETS, len(rows.documents)
+    each, have = rows.targets, len(rows.documents)
+    wanted = targets // each
     if wanted < 1:
-        raise ValueError(f"{targets} targets are less than one row: give at least {TARGETS}")
+        raise ValueError(f"{targets} targets are less than one row: give at least {each}")
     if wanted > have:
         raise ValueError(
-            f"{source} has {have} whole rows of {TARGETS} targets ({have * TARGETS}), but "
+            f"{source} has {have} whole rows of {each} targets ({have * each}), but "
             f"{wanted} rows are wanted: give a longer text, or fewer than {targets} tokens"
         )
     return rows.take(wanted)

@@ -1,0 +1,99 @@
+"""Formats of the key-value cache: float32, bfloat16, MXFP8, MXFP4, with keys rotated or not.
+
+    k is kept as Q(k H),  v as Q(v),  and q is moved to q H:    (q H) (k H)^T = q k^T
+
+for an orthogonal H, so that rotating costs no accuracy by itself. Keys have a few large channels
+that are the same at every position; H = Hadamard / sqrt(d) spreads them over the head before they
+are rounded. MX blocks lie along each head's channels, so a token is held the same whether it comes
+alone or with others.
+
+Source: Ashkboos et al., QuaRot (arXiv:2404.00456), section 4, for rotated keys; OCP Microscaling
+Formats v1.0 for the blocks.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32
+
+from duquantpp_jax.core import Format, MXArray, ScaleRule
+from duquantpp_jax.formats import MXFP4, MXFP8
+from duquantpp_jax.formats.packing import pack_nibbles, unpack_nibbles
+from duquantpp_jax.models import Store
+from duquantpp_jax.recipes import known
+from duquantpp_jax.transforms.block import multiply_blocks
+from duquantpp_jax.transforms.hadamard import hadamard
+
+FORMATS: dict[str, Format | np.dtype] = {
+    "float32": jnp.dtype(jnp.float32),
+    "bf16": jnp.dtype(jnp.bfloat16),
+    "mxfp8": MXFP8(scale_rule=ScaleRule.RCEIL),
+    "mxfp4": MXFP4(scale_rule=ScaleRule.EVEN),
+}
+"""By the names of `--cache`. MXFP8 has E4M3 elements.
+
+The scale rules are those that cost least of floor, even and rceil on gutenberg-27m: under `floor`
+the largest of a block saturates at 448 whenever it lies in (448, 512) times its scale, and KL is
+1.6 times that of `rceil`, under which nothing saturates.
+"""
+
+
+def store(name: str, head_dim: int, *, rotate_keys: bool = False) -> Store:
+    """The store of a name in `FORMATS`.
+
+    Args:
+      head_dim: Channels of a head.
+      rotate_keys: Rotate queries and keys by a Hadamard matrix of side head_dim.
+
+    Raises:
+      ValueError: An unknown name, or a head that the format's blocks or the matrix do not fit.
+    """
+    format = FORMATS[known("cache format", name, FORMATS)]
+    if isinstance(format, Format) and head_dim % format.block_size:
+        raise ValueError(
+            f"head_dim {head_dim} is not a multiple of block {format.block_size}, which a cache "
+            f"in {name} needs: choose --cache bf16 or float32"
+        )
+    if rotate_keys and head_dim & (head_dim - 1):
+        raise ValueError(
+            f"--rotate-keys needs a head_dim that is a power of two, and this model's is "
+            f"{head_dim}: leave it out"
+        )
+    return HeadStore(format, rotate_keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadStore(Store):
+    """Each head of each position in one format by itself.
+
+    Attributes:
+      format: An MX format, or a float type.
+      rotate_keys: As in `store`.
+    """
+
+    format: Format | np.dtype
+    rotate_keys: bool = False
+
+    def move(self, x: Float[Array, "*batch head_dim"]) -> Float[Array, "*batch head_dim"]:
+        """x H."""
+        return multiply_blocks(x, hadamard(x.shape[-1])[None]) if self.rotate_keys else x
+
+    def hold(self, x: Float[Array, "rows length heads head_dim"]) -> MXArray | Array:
+        """Codes and scales, two codes a byte where they have four bits; or x in the float type."""
+        if not isinstance(self.format, Format):
+            return x.astype(self.format)
+        q = self.format.encode(x)
+        return _with_elements(q, pack_nibbles(q.elements)) if q.element.bits == 4 else q
+
+    def read(self, held: MXArray | Array) -> Float32[Array, "rows length heads head_dim"]:
+        """What is held, in float32."""
+        if isinstance(held, Array):
+            return held.astype(jnp.float32)
+        if held.element.bits == 4:
+            held = _with_elements(held, unpack_nibbles(held.elements))
+        return held.dequantize()
+
+
+def _with_elements(q: MXArray, elements: Array) -> MXArray:
+    return dataclasses.replace(q, elements=elements)
