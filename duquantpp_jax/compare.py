@@ -195,9 +195,7 @@ def _quantize(
     return fits, seconds, quantized
 
 
-def _row(
-    cell: Cell, rounding: str, measured: Measured[Cell], cluster: np.ndarray
-) -> dict[str, Any]:
+def _row(cell: Cell, rounding: str, measured: Measured, cluster: np.ndarray) -> dict[str, Any]:
     """A row of results.json.
 
     Raises:

@@ -10,7 +10,7 @@ compiled code, which is kept for as long as only arrays differ.
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -66,20 +66,20 @@ class FloatModel:
             yield batch, kept[0], kept[1]
 
 
-class Measured(NamedTuple, Generic[K]):
+class Measured(NamedTuple):
     """Sums over each row's targets, in nats, exact float32 values; and the SQNR in dB."""
 
     float_nll: Float[np.ndarray, " rows"]
-    kl: dict[K, Float[np.ndarray, " rows"]]
-    nll: dict[K, Float[np.ndarray, " rows"]]
-    sqnr: dict[K, float]
+    kl: dict[Any, Float[np.ndarray, " rows"]]
+    nll: dict[Any, Float[np.ndarray, " rows"]]
+    sqnr: dict[Any, float]
 
 
 def measure(
     float_model: FloatModel,
     quantized: Mapping[K, Quantized],
     step: Callable[[K | None], None] = lambda _: None,
-) -> Measured[K]:
+) -> Measured:
     """Runs every quantized model on every batch, beside the float model.
 
     Args:

@@ -9,7 +9,7 @@ measure it, record it, release it. Nothing else is shared, so any of them may di
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from duquantpp_jax.ablation import claims, records
 from duquantpp_jax.ablation.bench import CACHE_BYTES, Bench, order
@@ -23,22 +23,11 @@ Progress = Callable[[int, int, int], None]
 """Called with how many cells are finished, failed, and there in all."""
 
 
-class Executor(Protocol):
-    """Has cells measured by `work` in some processes, and returns when they are."""
-
-    def __call__(
-        self, cells: list[Cell], out: Path, cache_bytes: int, tick: Callable[[], None]
-    ) -> None:
-        """Args:
-        cells: Without record, in an order in which neighbours share.
-        out: Where records go.
-        cache_bytes: Of log-probabilities kept, in each process.
-        tick: To be called now and then.
-
-        Raises:
-          ValueError: Cells are left without record.
-        """
-        ...
+Executor = Callable[[list[Cell], Path, int, Callable[[], None]], None]
+"""Has cells without record measured by `work` in some processes, and returns when they are, or
+raises ValueError if some are left. Called with the cells, in an order in which neighbours share;
+the directory of records; the bound on log-probabilities kept, in each process; and a function to
+be called now and then."""
 
 
 class Outcome(NamedTuple):

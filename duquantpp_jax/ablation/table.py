@@ -105,7 +105,7 @@ def _pivot(cells: list[Cell], outcome: Outcome, layout: Layout) -> Pivot:
             for seed, cell in there.items()
             if cell in outcome.errors
         ],
-        "environments": _distinct(record["environment"] for record in every),
+        "environments": distinct(record["environment"] for record in every),
     }
 
 
@@ -167,7 +167,8 @@ def _correct(column: list[dict[str, Any]]) -> None:
         entry["significant"] = p <= 0.05
 
 
-def _distinct(values: Iterable[Any]) -> list[Any]:
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """The values without repetitions, in their order."""
     found: list[Any] = []
     for value in values:
         if value not in found:
@@ -217,7 +218,7 @@ def difference(entry: dict[str, Any]) -> str:
 
 def terminal(pivot: Pivot) -> Table:
     """The pivot for a terminal: KL, and the difference below it."""
-    table = Table(box=box.SIMPLE_HEAD, title=title(pivot), caption=legend(pivot))
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for column in pivot["columns"]:
         table.add_column(column, justify="right", no_wrap=True)
