@@ -23,7 +23,7 @@ from duquantpp_jax.core import Fitted, Format, Recipe, Stats
 from duquantpp_jax.evaluation.divergence import float_log_probabilities, row_divergence
 from duquantpp_jax.evaluation.sqnr import linear_sqnr
 from duquantpp_jax.evaluation.text import TARGETS, Rows
-from duquantpp_jax.models import SITES, Decoder, load, testbed
+from duquantpp_jax.models import SITES, Decoder, Store, load, testbed
 from duquantpp_jax.ptq import QuantizedSite, fit_model, quantize_model
 from duquantpp_jax.subject import check_texts, load_rows
 
@@ -31,8 +31,20 @@ CACHE_BYTES = 2 << 30
 """Default bound on log-probabilities kept, on the device that computes."""
 
 K = TypeVar("K")
-Quantized = tuple[dict[str, QuantizedSite], Format]
-"""The quantized sites of a model and the format of its activations."""
+
+
+class Quantized(NamedTuple):
+    """A model quantized.
+
+    Attributes:
+      state: The quantized sites; None where all linears stay in float.
+      format: Of the activations; None as well.
+      store: How keys and values are kept.
+    """
+
+    state: dict[str, QuantizedSite] | None
+    format: Format | None
+    store: Store | None = None
 
 
 class FloatModel:
@@ -67,7 +79,8 @@ class FloatModel:
 
 
 class Measured(NamedTuple):
-    """Sums over each row's targets, in nats, exact float32 values; and the SQNR in dB."""
+    """Sums over each row's targets, in nats, exact float32 values; and the SQNR in dB (of those
+    that have quantized linears)."""
 
     float_nll: Float[np.ndarray, " rows"]
     kl: dict[Any, Float[np.ndarray, " rows"]]
@@ -94,11 +107,11 @@ def measure(
     for number, (batch, log_p, batch_nll) in enumerate(float_model.batches()):
         float_nll.append(np.asarray(batch_nll, np.float64))
         step(None)
-        for key, (state, format) in quantized.items():
-            sums = row_divergence(model, state, batch, log_p, format=format)
+        for key, (state, format, store) in quantized.items():
+            sums = row_divergence(model, state, batch, log_p, format=format, store=store)
             kl[key].append(np.asarray(sums[0], np.float64))
             nll[key].append(np.asarray(sums[1], np.float64))
-            if number == 0:
+            if number == 0 and state is not None and format is not None:
                 by_site = linear_sqnr(model, state, batch, format=format)
                 sqnr[key] = float(np.mean(np.concatenate([v.ravel() for v in by_site.values()])))
             step(key)
@@ -137,7 +150,7 @@ def quantize(
         widths = {site: one.absmax.shape[-1] for site, one in stats.items()}
         moved = calibrate(model, rows, widths, needs=needs, fits=fits, format=format)
     weights = {site: model.weights(site) for site in SITES}
-    return quantize_model(recipe, weights, stats, fits, moved), format
+    return Quantized(quantize_model(recipe, weights, stats, fits, moved), format)
 
 
 class Found(NamedTuple):
@@ -146,7 +159,7 @@ class Found(NamedTuple):
     Attributes:
       kl, nll, float_nll: Sums over each row's targets, in nats.
       documents: Number of each row's document.
-      sqnr: In dB, mean over linears.
+      sqnr: In dB, mean over linears; None where all stay in float.
       seconds: To fit (of the cell that fitted what this one may share), and in all.
     """
 
@@ -154,7 +167,7 @@ class Found(NamedTuple):
     nll: Float32[np.ndarray, " rows"]
     float_nll: Float32[np.ndarray, " rows"]
     documents: Integer[np.ndarray, " rows"]
-    sqnr: float
+    sqnr: float | None
     seconds: dict[str, float]
 
 
@@ -182,7 +195,6 @@ class Bench:
           ValueError: Bad input, or a result that is NaN or Inf; one line.
         """
         began = time.perf_counter()
-        recipe = cell.method()
         model = self._latest("model", _of_model(cell), lambda: _model(cell))
         rows = self._latest("rows", _of_rows(cell), lambda: _evaluation(cell))
         float_model = self._latest(
@@ -190,15 +202,17 @@ class Bench:
             (_of_model(cell), _of_rows(cell), cell.batch_rows),
             lambda: FloatModel(model, rows.tokens, cell.batch_rows, self._cache_bytes),
         )
-        fits, fit_seconds, calibration, stats = self._fit(cell, recipe, model)
-        quantized = quantize(recipe, model, calibration, stats, fits)
-        found = measure(float_model, {cell: quantized})
+        quantized, fit_seconds = Quantized(None, None), 0.0
+        if recipe := cell.method():
+            fits, fit_seconds, calibration, stats = self._fit(cell, recipe, model)
+            quantized = quantize(recipe, model, calibration, stats, fits)
+        found = measure(float_model, {cell: quantized._replace(store=cell.store)})
         kl, nll = (np.asarray(one[cell], np.float32) for one in (found.kl, found.nll))
-        if not np.isfinite([np.sum(kl), np.sum(nll), found.sqnr[cell]]).all():
+        if not np.isfinite([np.sum(kl), np.sum(nll), *found.sqnr.values()]).all():
             raise ValueError("gave NaN or Inf: no result is reported")
         seconds = {"fit": fit_seconds, "total": time.perf_counter() - began}
         float_nll = np.asarray(found.float_nll, np.float32)
-        return Found(kl, nll, float_nll, rows.documents, found.sqnr[cell], seconds)
+        return Found(kl, nll, float_nll, rows.documents, found.sqnr.get(cell), seconds)
 
     def _fit(
         self, cell: Cell, recipe: Recipe, model: Decoder
@@ -227,7 +241,8 @@ def order(cells: list[Cell]) -> list[Cell]:
 
     def key(cell: Cell) -> tuple[str, ...]:
         parts = (_of_model(cell), _of_rows(cell), _of_calibration(cell), cell.pad)
-        return (*map(repr, parts), repr(cell.method().fit), f"{cell.seed:09d}")
+        recipe = cell.method()
+        return (*map(repr, parts), repr(recipe and recipe.fit), f"{cell.seed:09d}")
 
     return sorted(cells, key=key)  # stable: within a fit, as given
 

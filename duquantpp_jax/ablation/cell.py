@@ -14,15 +14,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from duquantpp_jax import files
 from duquantpp_jax.core import Element, Fit, Format, Recipe, Rounding
 from duquantpp_jax.evaluation.text import TARGETS
-from duquantpp_jax.models import Decoder, testbed
+from duquantpp_jax.models import Decoder, Store, testbed
 from duquantpp_jax.models import sha256 as model_sha256
-from duquantpp_jax.recipes import ALIASES, FITS, ROUNDINGS, SCALE_RULES, known
+from duquantpp_jax.recipes import ROUNDINGS, SCALE_RULES, find_fit, known
 
 SCHEMA = 1
 """Of a cell's configuration and record: results of another schema are measured anew."""
+FLOAT = "float"
+"""The scale rule of cells whose linears stay in float."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +36,11 @@ class Cell:
     Attributes:
       recipe: Name of the method in tables, and in duquantpp_jax.recipes unless `fit` is given.
       scale_rule: Name of the format in tables, and in duquantpp_jax.recipes unless both formats
-        are given.
+        are given; "float" leaves all linears as they are, so that only `store` is measured.
       fit: How the transform is fitted.
       rounding: How moved weights are rounded, or its name.
       weight_format, activation_format: Each, where given, in place of scale_rule's.
+      store: How keys and values are kept; None keeps them as they are.
       seed: For fits that draw random numbers.
       change: Called with the float model before anything else; what it gives is the float model.
         A frozen dataclass, so that it has a name and numbers.
@@ -56,6 +61,7 @@ class Cell:
     rounding: str | Rounding = "rtn"
     weight_format: Format | None = None
     activation_format: Format | None = None
+    store: Store | None = None
     seed: int = 0
     change: Callable[[Decoder], Decoder] | None = None
     model: Path | None = None
@@ -66,25 +72,23 @@ class Cell:
     batch_rows: int = 16
     pad: bool = False
 
-    def method(self) -> Recipe:
-        """The recipe that this cell measures.
+    def method(self) -> Recipe | None:
+        """The recipe that this cell measures; None where linears stay in float.
 
         Raises:
           ValueError: An unknown name; says the nearest known one.
         """
-        name, rounding = ALIASES.get(self.recipe, self.recipe), self.rounding
-        if isinstance(rounding, str):
-            rounding = ROUNDINGS[known("rounding", rounding, ROUNDINGS)]
         formats = (self.weight_format, self.activation_format)
+        if self.scale_rule == FLOAT and formats == (None, None):
+            return None
         weight_format, activation_format = (
             one or SCALE_RULES[known("scale rule", self.scale_rule, SCALE_RULES)] for one in formats
         )
-        return Recipe(
-            fit=self.fit or FITS[known("recipe", name, [*FITS, *ALIASES])],
-            rounding=rounding,
-            weight_format=weight_format,
-            activation_format=activation_format,
-        )
+        rounding = self.rounding
+        if isinstance(rounding, str):
+            rounding = ROUNDINGS[known("rounding", rounding, ROUNDINGS)]
+        fit = self.fit or find_fit(self.recipe)
+        return Recipe(fit, rounding, weight_format, activation_format)
 
     def configuration(self) -> dict[str, Any]:
         """What the result depends on, as JSON: equal for cells of equal results.
@@ -96,10 +100,8 @@ class Cell:
         method = self.method()
         return {
             "schema": SCHEMA,
-            "fit": canonical(method.fit),
-            "rounding": canonical(method.rounding),
-            "weight_format": canonical(method.weight_format),
-            "activation_format": canonical(method.activation_format),
+            "method": canonical(method),
+            "store": canonical(self.store),
             "seed": self.seed,
             "change": canonical(self.change),
             "model": _model_hash(self.model),
@@ -147,6 +149,8 @@ def canonical(value: Any) -> Any:
             return {str(key): canonical(one) for key, one in value.items()}
         case Path():
             return _text_hash(value)
+        case np.dtype():
+            return value.name
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"is": type(value).__qualname__} | fields

@@ -98,7 +98,7 @@ def _row(pivot: Pivot, entry: dict[str, Any]) -> str:
         (entry["difference"], table.difference(entry)),
         (entry["excess_nll"], f"{entry['excess_nll']:.4f}"),
         (entry["perplexity"], f"{entry['perplexity']:.3f}"),
-        (entry["sqnr_db"], f"{entry['sqnr_db']:.2f}"),
+        (entry["sqnr_db"], "" if entry["sqnr_db"] is None else f"{entry['sqnr_db']:.2f}"),
         (None, ", ".join(map(str, entry["seeds"]))),
         (entry["seconds"], f"{entry['seconds']:.1f}"),
     ]
@@ -108,7 +108,7 @@ def _row(pivot: Pivot, entry: dict[str, Any]) -> str:
         + "".join(
             f"<td>{_text(text)}</td>"
             if value is None
-            else f'<td data-value="{value!r}">{_text(text)}</td>'
+            else f'<td data-value="{value}">{_text(text)}</td>'
             for value, text in cells
         )
         + "</tr>"

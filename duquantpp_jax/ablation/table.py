@@ -141,8 +141,9 @@ def _entry(
         "p": None,
         "significant": None,
         **{
-            name: float(np.mean([record["metrics"][name] for record in records]))
+            name: None if None in values else float(np.mean(values))
             for name in ("excess_nll", "perplexity", "sqnr_db")
+            for values in [[record["metrics"][name] for record in records]]
         },
         "seconds": sum(record["seconds"]["total"] for record in records),
     }

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from duquantpp_jax.core import Format
-from duquantpp_jax.models import Decoder
+from duquantpp_jax.models import Decoder, Store, dense
 from duquantpp_jax.ptq import QuantizedLinear, QuantizedSite
 
 
@@ -28,23 +28,26 @@ def float_log_probabilities(
     return log_p, _row_nll(log_p, tokens)
 
 
-@functools.partial(jax.jit, static_argnames="format")
+@functools.partial(jax.jit, static_argnames=("format", "store"))
 def row_divergence(
     model: Decoder,
-    state: Mapping[str, QuantizedSite],
+    state: Mapping[str, QuantizedSite] | None,
     tokens: Integer[Array, "rows 512"],
     log_p: Float[Array, "rows 511 vocab"],
     *,
-    format: Format,
+    format: Format | None,
+    store: Store | None = None,
 ) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
     """Sums over each row's targets of KL(float || quantized) and of -log q_target, in nats.
 
     Args:
       state: The quantized sites, stacked over layers.
       log_p: As `float_log_probabilities` gives it.
-      format: Of the activations.
+      format: Of the activations; None leaves all linears in float.
+      store: How keys and values are kept; None keeps them as they are.
     """
-    logits, _ = model(tokens[:, :-1], QuantizedLinear(format), state)
+    linear = dense if format is None else QuantizedLinear(format)
+    logits, _ = model(tokens[:, :-1], linear, state, store=store)
     log_q = jax.nn.log_softmax(logits)
     kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=(1, 2))
     return kl, _row_nll(log_q, tokens)

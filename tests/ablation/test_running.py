@@ -4,11 +4,13 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from duquantpp_jax.ablation import Cell, bench, records, run, running
 from duquantpp_jax.ablation.bench import Bench, FloatModel, measure
+from duquantpp_jax.cache import HeadStore
 from duquantpp_jax.compare import CompareOptions, compare
 from duquantpp_jax.evaluation.divergence import row_divergence
 from duquantpp_jax.evaluation.text import TARGETS
@@ -217,3 +219,14 @@ def test_neighbours_share_the_fit(tiny):
         ["duquantpp"] * 2 + ["rtn"] * 2,
         ["rtn"] * 2 + ["duquantpp"] * 2,
     )
+
+
+def test_a_store_alone_is_measured_with_all_linears_in_float(tiny):
+    shared = Bench()
+    same, held = (
+        shared.run(tiny("float", "float", store=HeadStore(jnp.dtype(dtype))))
+        for dtype in ("float32", "bfloat16")
+    )
+    np.testing.assert_allclose(same.kl, 0, atol=1e-3)  # 511 targets of rounding errors in float32
+    assert held.kl.min() > 10 * np.abs(same.kl).max()
+    assert same.sqnr is None
