@@ -5,10 +5,12 @@ a traceback; Ctrl-C is exit code 130.
 """
 
 import contextlib
+import dataclasses
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import tyro
@@ -17,11 +19,29 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from duquantpp_jax import files
+from duquantpp_jax import files, report
+from duquantpp_jax.ablation.command import AblateOptions, ablate
 from duquantpp_jax.compare import BASELINE, CompareOptions, Comparison, compare, verdict
+from duquantpp_jax.evaluate import EvaluateOptions, evaluate, summary
 from duquantpp_jax.kernels import proof
+from duquantpp_jax.quantize import QuantizeOptions, dry_run, quantize
 
-COMMANDS = {"compare": CompareOptions, "kernels": proof.Options}
+
+@dataclasses.dataclass(frozen=True)
+class Ablate(AblateOptions):
+    __doc__ = AblateOptions.__doc__
+    _: dataclasses.KW_ONLY
+    file: tyro.conf.Positional[Path]
+    """Python file that defines CELLS, and maybe ROWS, COLUMNS and BASELINE."""
+
+
+COMMANDS = {
+    "compare": CompareOptions,
+    "ablate": Ablate,
+    "evaluate": EvaluateOptions,
+    "quantize": QuantizeOptions,
+    "kernels": proof.Options,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,7 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parse(sys.argv[1:] if arguments is None else arguments)
         if isinstance(options, proof.Options):
             return proof.run(options)
-        _run_compare(options)
+        if isinstance(options, Ablate):
+            return ablate(options.file, options)
+        if isinstance(options, EvaluateOptions):
+            _run_evaluate(options)
+        elif isinstance(options, QuantizeOptions):
+            _run_quantize(options)
+        else:
+            _run_compare(options)
     except (ValueError, OSError) as error:
         print("duquantpp: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -64,8 +91,9 @@ def _parse(arguments: Sequence[str]) -> Any:
     raise ValueError(f"{said} (see duquantpp --help)")
 
 
-def _run_compare(options: CompareOptions) -> None:
-    files.check_writable(options.out)
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, if that is a terminal: called with what is being done, steps done, all."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -78,12 +106,38 @@ def _run_compare(options: CompareOptions) -> None:
     )
     with bar:
         task = bar.add_task("loading", total=None)
-        comparison = compare(
-            options,
-            lambda what, done, total: bar.update(
-                task, description=what, completed=done, total=total
-            ),
+        yield lambda what, done, total: bar.update(
+            task, description=what, completed=done, total=total
         )
+
+
+def _run_evaluate(options: EvaluateOptions) -> None:
+    if options.out is not None:
+        files.check_writable(options.out.parent)
+    with _progress() as progress:
+        results = evaluate(options, progress)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(options.out, files.to_json(results))
+    Console(width=100).print(*summary(results))
+
+
+def _run_quantize(options: QuantizeOptions) -> None:
+    console = Console(width=100)
+    if options.dry_run:
+        found = dry_run(options)
+        console.print(report.table(found["linears"]), report.dry_line(found))
+        return
+    with _progress() as progress:
+        done = quantize(options, progress)
+    console.print(report.table(done["linears"]), report.quantized_line(done))
+    print(f"Written to {options.out}; report.json has every linear.")
+
+
+def _run_compare(options: CompareOptions) -> None:
+    files.check_writable(options.out)
+    with _progress() as progress:
+        comparison = compare(options, progress)
     _write(options, comparison)
     _print_table(comparison)
     print(verdict(comparison.results))

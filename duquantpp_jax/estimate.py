@@ -81,9 +81,11 @@ def estimate(plan: Plan, checkpoint: Checkpoint, rows: int, length: int) -> dict
 
 def packed_bytes(format: Format, n: int, k: int) -> int:
     """Bytes of weights [n, k] as they are stored."""
-    shaped = jax.eval_shape(lambda: format.encode(jnp.zeros((n, k), jnp.float32)))
-    scales = math.prod(shaped.scales.shape) * shaped.scales.dtype.itemsize
-    return -(-n * k * shaped.element.bits // 8) + scales + 4 * (shaped.tensor_scale is not None)
+    _, *scales = jax.eval_shape(
+        lambda: jax.tree.leaves(format.encode(jnp.zeros((n, k), jnp.float32)))
+    )
+    bits = format.element.bits  # type: ignore[attr-defined]
+    return -(-n * k * bits // 8) + sum(math.prod(s.shape) * s.dtype.itemsize for s in scales)
 
 
 def flops_per_second() -> float:

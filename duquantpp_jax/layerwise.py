@@ -280,12 +280,18 @@ def storage_bytes(q: MXArray) -> int:
 @functools.partial(jax.jit, static_argnames="format")
 def sensitivity(
     sample: Float[Array, "tokens k"],
-    weights: tuple[Float[Array, "_ k"], ...],
+    weights: tuple[Float[Array, "_ _"], ...],
     site: QuantizedSite,
     *,
     format: Format,
 ) -> list[tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]]:
     """What quantizing costs each linear alone, on a sample of its float input.
+
+    Args:
+      sample: Tokens, as wide as the quantized weights.
+      weights: In float; maybe narrower.
+      site: Quantized.
+      format: Of the activations.
 
     Returns:
       For each linear the energies sum y^2, sum (y - y^)^2 and sum (x^ (W' - W^)^T)^2: of the
@@ -295,7 +301,7 @@ def sensitivity(
     width = sample.shape[-1]
     seen = quantize_input(sample, site, format)
 
-    def one(w: Float[Array, "n k"], rounded: MXArray) -> tuple[Array, Array, Array]:
+    def one(w: Float[Array, "n _"], rounded: MXArray) -> tuple[Array, Array, Array]:
         held = rounded.dequantize()
         y = jnp.matmul(sample[:, : w.shape[-1]], w.T, precision=HIGHEST)
         error = y - jnp.matmul(seen, held.T, precision=HIGHEST)

@@ -93,7 +93,11 @@ def layer(
       window: As `window` gives it.
       linear, state: As in `Decoder.__call__`, for one layer.
     """
-    model, parameters = outline(config), dict(parameters)
+    model = outline(config)
+    parameters = {  # the weights are widened where they are used, one site at a time
+        name: array if array.ndim > 1 else array.astype(jnp.float32)
+        for name, array in parameters.items()
+    }
     positions = jnp.arange(x.shape[1], dtype=jnp.int32)
     attend = functools.partial(
         model._attend, layer=parameters, positions=positions, window=window, store=None

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -124,7 +125,7 @@ def read_layer(path: Path) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSi
         weights = tuple(
             from_tensors(prefix + name, arrays[name], tensors)
             if name in arrays
-            else tensors[f"{prefix}{name}.weight"]
+            else jnp.asarray(tensors[f"{prefix}{name}.weight"])
             for name in SITE_WEIGHTS[site]
         )
         sites[site] = QuantizedSite(fitted.transform, weights, fitted.clip, fitted.scale_offset)

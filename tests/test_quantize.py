@@ -1,0 +1,271 @@
+"""Quantizing a checkpoint: what is written is what was computed, killed or not."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from duquantpp_jax import cli, files
+from duquantpp_jax.layerwise import quantize_decoder
+from duquantpp_jax.loading import load_any
+from duquantpp_jax.models import load, save
+from duquantpp_jax.quantize import QuantizeOptions, calibration_tokens, job_of, quantize
+from duquantpp_jax.quantized import Quantized, load_quantized
+from tests.conftest import byte_tokenizer, tiny_decoder
+
+TOKENS = np.asarray(jax.random.randint(jax.random.key(4), (2, 24), 0, 257))
+RUN = jax.jit(lambda model, tokens, state, linear: model(tokens, linear, state)[0],
+              static_argnames="linear")  # fmt: skip
+
+
+def options_of(model, out, **more):
+    return QuantizeOptions(**{"model": model, "out": out, "rows": 4, **more})
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def three_layers(tmp_path_factory):
+    """A tiny model of three layers, with a generation config beside it."""
+    directory = tmp_path_factory.mktemp("models") / "three"
+    save(tiny_decoder(num_hidden_layers=3), byte_tokenizer().to_str(), directory)
+    (directory / "generation_config.json").write_text('{"temperature": 0.6}')
+    return directory
+
+
+@pytest.fixture(scope="module")
+def quantized(three_layers, tmp_path_factory):
+    """It, quantized without interruption."""
+    out = tmp_path_factory.mktemp("quantized") / "whole"
+    quantize(options_of(three_layers, out, recipe="duquantpp", rounding="gptq"))
+    return out
+
+
+def test_a_reloaded_model_gives_the_logits_of_the_one_in_memory_bit_for_bit(three_layers, tmp_path):
+    options = options_of(three_layers, tmp_path / "q", recipe="smooth_hadamard",
+                         weight_format=("mxfp4", "mlp_out=mxfp8"), exclude=("*.1.mlp.up_proj",),
+                         activation_format=("mxfp8", "attention_out=bf16"))  # fmt: skip
+    quantize(options)
+    tokens, source = calibration_tokens(options)
+    model = load(three_layers)
+    plan = job_of(options, tokens, source).plan(model.config)
+    state = quantize_decoder(plan, model, tokens)
+    wanted = RUN(model, TOKENS, state, plan.linear)
+    decoder, linear, again = load_any(tmp_path / "q")
+    np.testing.assert_array_equal(RUN(decoder, TOKENS, again, linear), wanted)
+    assert len(again) == 3  # runs: layer 1 differs from both its neighbours
+
+
+def test_the_directory_has_what_the_float_one_has(three_layers, quantized):
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (quantized / name).read_bytes() == (three_layers / name).read_bytes()
+    fields = json.loads((quantized / "config.json").read_text())
+    assert fields.pop("quantization_config")["quant_method"] == "duquantpp_jax"
+    assert fields == json.loads((three_layers / "config.json").read_text())
+    index = json.loads((quantized / "model.safetensors.index.json").read_text())
+    for name, file in index["weight_map"].items():
+        assert name in load_file(quantized / file)
+    assert not list(quantized.glob("hidden-*"))
+
+
+def test_the_report_has_every_linear(quantized):
+    report = json.loads((quantized / "report.json").read_text())
+    assert len(report["linears"]) == 3 * 7
+    for row in report["linears"]:
+        assert set(row) == {"linear", "bytes", "sqnr_db", "weight_error"}
+    kept = sum((quantized / f"layer-0000{n}.safetensors").stat().st_size for n in range(3))
+    assert sum(row["bytes"] for row in report["linears"]) < kept
+
+
+def test_quantizing_again_changes_nothing(three_layers, quantized):
+    before = contents(quantized)
+    quantize(options_of(three_layers, quantized, recipe="duquantpp", rounding="gptq"))
+    assert contents(quantized) == before
+
+
+class Killed(BaseException):
+    """In place of a signal: nothing after it runs, not even what tidies up."""
+
+
+def killed_at(moment, patch):
+    """Makes the `moment`-th step of writing files the last: some write half a file first."""
+    count = [0]
+
+    def dies(real, half):
+        def step(*arguments, **options):
+            count[0] += 1
+            if count[0] > moment:
+                raise Killed
+            if count[0] == moment:
+                if half:
+                    real(*arguments, **options)
+                raise Killed
+            return real(*arguments, **options)
+
+        return step
+
+    patch.setattr(os, "replace", dies(os.replace, half=moment % 2 == 0))
+    patch.setattr("duquantpp_jax.files.os.fsync", dies(os.fsync, half=False))
+    # A process that is gone unlinks no temporary file.
+    unlink = type(files.Path()).unlink
+    patch.setattr(
+        "pathlib.Path.unlink",
+        lambda path, **more: None if count[0] >= moment else unlink(path, **more),
+    )
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_with_the_same_bytes(three_layers, quantized, tmp_path):
+    out, kills, moments = tmp_path / "q", 0, random.Random(0)
+    options = options_of(three_layers, out, recipe="duquantpp", rounding="gptq")
+    while kills < 20:
+        with pytest.MonkeyPatch.context() as patch:
+            killed_at(moments.randint(1, 12), patch)
+            try:
+                quantize(options)
+            except Killed:
+                kills += 1
+            else:
+                assert contents(out) == contents(quantized)
+                shutil.rmtree(out)
+        if out.exists() and kills % 7 == 0:  # and what was kept so far is not all that counts
+            for path in out.glob("hidden-*"):
+                path.unlink()
+    quantize(options)
+    assert contents(out) == contents(quantized)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_taken_up_by_the_next(three_layers, tmp_path):
+    out, whole = tmp_path / "q", tmp_path / "whole"
+    quantize(options_of(three_layers, whole))
+    command = [sys.executable, "-m", "duquantpp_jax.cli", "quantize", "--model", str(three_layers)]
+    command += ["--out", str(out), "--rows", "4"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "layer-00000.safetensors").exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(timeout=60) == -signal.SIGKILL
+    with pytest.raises(ValueError, match="is not finished"):
+        load_quantized(out)
+    subprocess.run(command, capture_output=True, check=True)
+    assert contents(out) == contents(whole)
+
+
+def test_another_job_is_not_mixed_into_a_directory_unless_it_is_overwritten(
+    three_layers, tmp_path, capsys
+):
+    out = tmp_path / "q"
+    quantize(options_of(three_layers, out))
+    before = contents(out)
+    arguments = ["quantize", "--model", str(three_layers), "--out", str(out), "--rows", "4"]
+    assert_one_line(cli.main([*arguments, "--seed", "1"]), capsys, "was begun with seed 0, not 1")
+    assert contents(out) == before
+    assert cli.main([*arguments, "--seed", "1", "--overwrite"]) == 0
+    assert Quantized(out).job.seed == 1
+
+
+def test_a_dry_run_writes_nothing_and_knows_the_sizes(three_layers, tmp_path, capsys):
+    arguments = ["quantize", "--model", str(three_layers), "--out", str(tmp_path / "q")]
+    assert cli.main([*arguments, "--dry-run", "--recipe", "duquantpp"]) == 0
+    assert "Nothing was written" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def assert_one_line(code, capsys, says):
+    printed = capsys.readouterr()
+    assert code == 2
+    assert printed.out == ""
+    assert printed.err.startswith("duquantpp: ")
+    assert printed.err.count("\n") == 1
+    assert says in printed.err
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--weight-format", "mxfp5"), "unknown format 'mxfp5': did you mean"),
+        (("--weight-format", "bf16"), "unknown format 'bf16'"),
+        (("--activation-format", "mlp_inn=mxfp8"), "unknown site 'mlp_inn': did you mean mlp_in?"),
+        (("--weight-format", "mxfp8", "--scale-rule", "log256"), "mxfp8 has no scale rule"),
+        (("--exclude", "*.nothing"), "--exclude '*.nothing' matches no linear"),
+        (("--rows", "0"), "at least one row"),
+        (("--recipe", "duqantpp"), "did you mean duquantpp?"),
+    ],
+)
+def test_a_bad_option_is_one_line(more, says, three_layers, tmp_path, capsys):
+    arguments = ["quantize", "--model", str(three_layers), "--out", str(tmp_path / "q"), *more]
+    assert_one_line(cli.main(arguments), capsys, says)
+    assert not (tmp_path / "q").exists()
+
+
+def test_a_width_off_the_block_is_refused_and_padded_exactly_on_demand(tmp_path, capsys):
+    save(tiny_decoder(intermediate_size=88), byte_tokenizer().to_str(), tmp_path / "odd")
+    arguments = ["quantize", "--model", str(tmp_path / "odd"), "--out", str(tmp_path / "q")]
+    arguments += ["--rows", "4"]
+    says = "model.layers.0.mlp.down_proj has input width 88"
+    assert_one_line(cli.main(arguments), capsys, says)
+    assert cli.main([*arguments, "--pad"]) == 0
+    decoder, linear, state = load_quantized(tmp_path / "q")
+    assert np.isfinite(RUN(decoder, TOKENS, state, linear)).all()
+
+
+def test_a_quantized_model_is_refused_where_a_float_one_is_wanted(quantized, tmp_path, capsys):
+    text = tmp_path / "text"
+    text.write_text("a" * 9999)
+    for command in (
+        ["quantize", "--model", str(quantized), "--out", str(tmp_path / "q")],
+        ["compare", "--model", str(quantized), "--text", str(text), "--calibration-text", str(text),
+         "--out", str(tmp_path / "c")],
+    ):  # fmt: skip
+        assert_one_line(cli.main(command), capsys, "already quantized")
+
+
+def test_a_newer_schema_is_refused(quantized, tmp_path):
+    newer = tmp_path / "newer"
+    shutil.copytree(quantized, newer)
+    described = json.loads((newer / "quantization.json").read_text())
+    (newer / "quantization.json").write_text(json.dumps(described | {"schema": 2}))
+    with pytest.raises(
+        ValueError, match=r"has schema 2, and this version reads 1: install a newer"
+    ):
+        load_any(newer)
+
+
+def test_a_full_disk_is_one_line_and_the_finished_layers_are_kept(
+    three_layers, quantized, tmp_path, monkeypatch, capsys
+):
+    arguments = ["quantize", "--model", str(three_layers), "--out", str(tmp_path / "q")]
+    arguments += ["--rows", "4", "--recipe", "duquantpp", "--rounding", "gptq"]
+
+    def full(tensors, path, metadata):
+        if "layer-00001" in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        save_file(tensors, path, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("duquantpp_jax.quantized.storage.save_file", full)
+        assert_one_line(cli.main(arguments), capsys, "No space left on device")
+    assert sorted(path.name for path in (tmp_path / "q").iterdir()) == [
+        *("hidden-00001.safetensors", "layer-00000.safetensors", "quantization.json"),
+    ]
+    assert cli.main(arguments) == 0
+    assert contents(tmp_path / "q") == contents(quantized)
+
+
+def test_files_that_are_not_ours_are_left_alone(three_layers, tmp_path, capsys):
+    (tmp_path / "notes").write_text("mine")
+    arguments = ["quantize", "--model", str(three_layers), "--out", str(tmp_path), "--overwrite"]
+    assert_one_line(cli.main(arguments), capsys, "holds other files")
+    assert (tmp_path / "notes").read_text() == "mine"
