@@ -23,6 +23,7 @@ from duquantpp_jax import files, report
 from duquantpp_jax.ablation.command import AblateOptions, ablate
 from duquantpp_jax.compare import BASELINE, CompareOptions, Comparison, compare, verdict
 from duquantpp_jax.evaluate import EvaluateOptions, evaluate, summary
+from duquantpp_jax.export import ExportOptions, export
 from duquantpp_jax.kernels import proof
 from duquantpp_jax.quantize import QuantizeOptions, dry_run, quantize
 
@@ -40,6 +41,7 @@ COMMANDS = {
     "ablate": Ablate,
     "evaluate": EvaluateOptions,
     "quantize": QuantizeOptions,
+    "export": ExportOptions,
     "kernels": proof.Options,
 }
 
@@ -56,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _run_evaluate(options)
         elif isinstance(options, QuantizeOptions):
             _run_quantize(options)
+        elif isinstance(options, ExportOptions):
+            with _progress() as progress:
+                notes = export(options, progress)
+            print("\n".join([*notes, f"Written to {options.out}."]))
         else:
             _run_compare(options)
     except (ValueError, OSError) as error:

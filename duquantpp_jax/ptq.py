@@ -48,7 +48,7 @@ class QuantizedSite:
     """
 
     transform: Transform
-    weights: tuple[MXArray | Float[Array, "*layers n k"], ...]
+    weights: tuple[MXArray | Float[Array, "*layers _ _"], ...]
     clip: Float[Array, "*layers blocks"] | None = None
     scale_offset: Int[Array, "*layers blocks"] | None = None
 

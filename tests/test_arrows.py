@@ -31,6 +31,10 @@ MAY_IMPORT = {
         *("files", "models", "evaluation", "subject", "recipes", "layerwise", "quantized"),
         "estimate",
     },
+    "export": {
+        *("core", "files", "formats", "transforms", "ptq", "models", "layerwise", "quantize"),
+        "quantized",
+    },
     "evaluation": {"core", "ptq", "models"},
     "loading": {"models", "quantized"},
     "cache": {"core", "formats", "transforms", "recipes", "models"},
