@@ -7,6 +7,8 @@ Command: python -m experiments.rotations --model DIR --text FILE --calibration-t
     [--rounding rtn|gptq] --out FILE
   Without --model: the embedded model. Recipes that draw random numbers run once for each seed, the
   others once. Every seed's file holds what `duquantpp compare` would write.
+  The same cells as a grid that can be killed and resumed, over all recipes there are by now:
+  duquantpp ablate experiments/rotations.py --table [--workers N] [--report FILE.html]
 Cost: see the files' `seconds`; 12 recipes x 6 rules on gutenberg-27m are minutes on one GPU.
 Last result: see experiments/README.md.
 """
@@ -15,25 +17,16 @@ import argparse
 from pathlib import Path
 
 from duquantpp_jax import files
+from duquantpp_jax.ablation import Cell
 from duquantpp_jax.compare import BASELINE, CompareOptions, compare, verdict
 from duquantpp_jax.recipes import FITS
+from experiments.seeding import draws, seeded
 
 RULES = ("floor", "even", "rceil", "mse", "log256", "fp32")
-SEEDED = (
-    "random_hadamard",
-    "random_full_hadamard",
-    "haar",
-    "permuted_hadamard",
-    "duquant",
-    "greedy",
-    "greedy_best_of_8",
-    "greedy_mse",
-    "duquantpp",
-    "greedy_released",
-    "duquantpp_released",
-    "duquantpp_released_exact",
-)
+SEEDED = tuple(name for name, fit in FITS.items() if draws(fit))
 """Recipes whose fit draws random numbers."""
+
+CELLS = [cell for name in FITS for rule in RULES for cell in seeded(Cell(name, rule))]
 
 
 def main() -> None:

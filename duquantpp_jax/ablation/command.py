@@ -2,7 +2,7 @@
 
 The file is Python and says
 
-    CELLS      the grid: an iterable of cells
+    CELLS      the grid: an iterable of cells, or a function of the options that gives one
     ROWS       what names a cell's row in the table: a field of Cell, or a function of the cell
     COLUMNS    its column
     BASELINE   the row that the others of a column are compared with
@@ -29,6 +29,7 @@ from duquantpp_jax.ablation import report, running, table
 from duquantpp_jax.ablation.cell import Cell
 from duquantpp_jax.ablation.executors import Processes, Slurm, gpus
 from duquantpp_jax.ablation.running import Executor
+from duquantpp_jax.recipes import known
 
 SCHEMA = 1
 
@@ -41,7 +42,9 @@ class AblateOptions:
       model: Hugging Face directory; without it, the embedded model.
       text: UTF-8 texts to evaluate on; a table for each.
       calibration_text: UTF-8 texts to calibrate on; every cell that names none runs with each.
+      data: Further data, where the file asks for it.
       tokens: Targets to evaluate on, in place of what the cells say.
+      only: Rows (besides the baseline) and columns of the table to run, by name; all without it.
       workers: Processes, GPUs or jobs that measure at once.
       executor: Where: this process (or, with several workers, processes that share its cores),
         one process for each GPU, or Slurm jobs (extra slurm).
@@ -56,7 +59,9 @@ class AblateOptions:
     model: Path | None = None
     text: tuple[Path, ...] = ()
     calibration_text: tuple[Path, ...] = ()
+    data: Path | None = None
     tokens: int | None = None
+    only: tuple[str, ...] = ()
     workers: int = 1
     executor: Literal["processes", "gpus", "slurm"] = "processes"
     slurm: tuple[str, ...] = ()
@@ -80,12 +85,8 @@ def ablate_module(module: ModuleType, options: AblateOptions) -> int:
     """Runs the grid of a module; see `ablate`."""
     name = _name(module)
     out = options.out or Path("ablate-out") / name
-    if not isinstance(getattr(module, "CELLS", None), Iterable):
-        raise ValueError(
-            f"{name} defines no CELLS: give an iterable of duquantpp_jax.ablation.Cell"
-        )
-    cells = grid(module.CELLS, options)
     layout = layout_of(module)
+    cells = _only(options.only, grid(cells_of(module, options), options), layout)
     for place in (out, options.summary, options.report):
         if place is not None:
             files.check_writable(place if place is out else place.parent)
@@ -121,6 +122,22 @@ def ablate_module(module: ModuleType, options: AblateOptions) -> int:
     return 1 if outcome.errors else 0
 
 
+def cells_of(module: ModuleType, options: AblateOptions) -> list[Cell]:
+    """The module's cells as it defines them.
+
+    Raises:
+      ValueError: It defines none.
+    """
+    cells = getattr(module, "CELLS", None)
+    if callable(cells):
+        cells = cells(options)
+    if not isinstance(cells, Iterable):
+        raise ValueError(
+            f"{_name(module)} defines no CELLS: give an iterable of duquantpp_jax.ablation.Cell"
+        )
+    return list(cells)
+
+
 def grid(cells: Iterable[Cell], options: AblateOptions) -> list[Cell]:
     """The cells with the options where they leave something open, each configuration once."""
     given: list[Cell] = []
@@ -142,6 +159,25 @@ def grid(cells: Iterable[Cell], options: AblateOptions) -> list[Cell]:
                 )
             )
     return list({cell.digest: cell for cell in given}.values())
+
+
+def _only(names: tuple[str, ...], cells: list[Cell], layout: table.Layout) -> list[Cell]:
+    """The cells in the named rows, or the baseline's, and in the named columns; in all where no
+    row, or no column, is named.
+
+    Raises:
+      ValueError: A name is of neither kind.
+    """
+    places = [layout.place(cell) for cell in cells]
+    for axis in (0, 1):
+        there = {place[axis] for place in places}
+        if wanted := there.intersection(names):
+            wanted.add(str(layout.baseline))
+            cells = [cell for cell in cells if layout.place(cell)[axis] in wanted]
+    known_names = {name for place in places for name in place}
+    for name in names:
+        known("row or column", name, sorted(known_names))
+    return cells
 
 
 def layout_of(module: ModuleType) -> table.Layout:
@@ -188,9 +224,10 @@ def main(module: ModuleType, arguments: list[str] | None = None) -> None:
         description=(module.__doc__ or "").partition("\n")[0],
         epilog="Each option is explained by `duquantpp ablate --help`.",
     )
-    for name in ("--model", "--out", "--summary", "--report"):
+    for name in ("--model", "--data", "--out", "--summary", "--report"):
         parser.add_argument(name, type=Path)
-    for name, kind in (("--text", Path), ("--calibration-text", Path), ("--slurm", str)):
+    several = {"--text": Path, "--calibration-text": Path, "--only": str, "--slurm": str}
+    for name, kind in several.items():
         parser.add_argument(name, type=kind, nargs="+", default=())
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--workers", type=int, default=1)
@@ -198,7 +235,7 @@ def main(module: ModuleType, arguments: list[str] | None = None) -> None:
     parser.add_argument("--cache-gib", type=float, default=2.0)
     parser.add_argument("--table", action="store_true")
     given = vars(parser.parse_args(arguments))
-    for name in ("text", "calibration_text", "slurm"):
+    for name in ("text", "calibration_text", "only", "slurm"):
         given[name] = tuple(given[name])
     try:
         sys.exit(ablate_module(module, AblateOptions(**given)))

@@ -1,0 +1,99 @@
+"""Which part of the greedy search matters, and how far is it from random rotations, best of N?
+
+Hypothesis: a fresh Q each step and one rotation for each block; the rest is within seeds. A search
+  that keeps the best of 128 rotations it stumbles over may be little better than the best of 128
+  drawn at random.
+Method: from the paper's setting (channel index, largest magnitude, a rotation for each block, fresh
+  Q, pooled tokens, 128 steps, no smoothing) one thing is changed at a time. `random, best of N`
+  draws N rotations and keeps for each block the one with the least largest magnitude: the same
+  criterion on the same tokens, no search.
+Command: duquantpp ablate experiments/greedy.py --table
+  or python -m experiments.greedy --table, with --model DIR --text FILE --calibration-text FILE for
+  another model than the embedded one.
+Cost: 104 cells.
+Last result: not yet run.
+"""
+
+import dataclasses
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from duquantpp_jax.ablation import Cell
+from duquantpp_jax.ablation.command import main
+from duquantpp_jax.core import Fitted, Recipe, Stats, Weights
+from duquantpp_jax.recipes import FITS
+from duquantpp_jax.transforms.block import BlockRotation
+from duquantpp_jax.transforms.duquant import FitDuquantpp
+from experiments.seeding import seeded
+
+
+@dataclasses.dataclass(frozen=True)
+class FitBestOf:
+    """For each block, of `count` uniformly random rotations the one with the least max |x R|.
+
+    The draws serve all blocks, as the greedy search's do.
+    """
+
+    count: int
+    size: int = 32
+    needs = frozenset[str]()
+    draws = True
+
+    def __call__(
+        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
+    ) -> Fitted:
+        rotations = jax.random.orthogonal(key, self.size, (self.count,))
+        return Fitted(BlockRotation(_best_of(stats.sample, rotations)))
+
+
+@jax.jit
+def _best_of(
+    tokens: Float[Array, "tokens k"], rotations: Float[Array, "count n n"]
+) -> Float[Array, "blocks n n"]:
+    size = rotations.shape[-1]
+    blocks = tokens.reshape(tokens.shape[0], -1, size).swapaxes(0, 1)
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+    def best(block: Float[Array, "tokens n"]) -> Float[Array, "n n"]:
+        largest = jax.lax.map(lambda r: jnp.max(jnp.abs(product(block, r))), rotations)
+        return rotations[jnp.argmin(largest)]
+
+    return jax.lax.map(best, blocks)
+
+
+_PAPER = FitDuquantpp()
+_CHANGES = {
+    "released index": {"index": "released"},
+    "criterion range": {"criterion": "range"},
+    "criterion mse": {"criterion": "mse"},
+    "one for all blocks": {"sharing": "shared"},
+    "one Q": {"fresh_q": False},
+    "one Q, right": {"fresh_q": False, "q_side": "right"},
+    "averaged tokens": {"averaged": True},
+    "8 steps": {"steps": 8},
+    "32 steps": {"steps": 32},
+    "512 steps": {"steps": 512},
+    "best of 8 searches": {"seeds": 8},
+}
+_FITS = {
+    "block_hadamard": FITS["block_hadamard"],
+    "random_hadamard": FITS["random_hadamard"],
+    "haar": FITS["haar"],
+    "paper": _PAPER,
+    **{name: dataclasses.replace(_PAPER, **change) for name, change in _CHANGES.items()},
+    **{f"random, best of {n}": FitBestOf(n) for n in (8, 128, 1024)},
+}
+CELLS = [
+    cell
+    for name, fit in _FITS.items()
+    for rule in ("floor", "even")
+    for cell in seeded(Cell(name, rule, fit=fit))
+]
+BASELINE = "paper"
+
+if __name__ == "__main__":
+    main(sys.modules[__name__])

@@ -1,0 +1,81 @@
+"""In what format can keys and values be kept, and does rotating them help?
+
+Hypothesis: keys have a few large channels, the same at every position, which a rotation of the head
+  spreads; values have none, so rotating them gains nothing. In 8 bits neither matters.
+Method: keys and values as a cache would give them back, blocks of 32 along each head; rotated by a
+  Hadamard matrix of the head's width: not at all, the keys (and the queries, so that scores stay),
+  or both (values are turned back when they are read). Linears in float, or in MXFP4 after a block
+  Hadamard rotation. NVFP4 is left out: its second scale would depend on tokens still to come. The
+  baseline of a column is its format without rotation.
+Command: duquantpp ablate experiments/kv_cache.py --table
+  or python -m experiments.kv_cache --table, with --model DIR --text FILE --calibration-text FILE
+  for another model than the embedded one.
+Cost: 30 cells.
+Last result: not yet run.
+"""
+
+import dataclasses
+import sys
+
+from jaxtyping import Array, Float, Float32
+
+from duquantpp_jax.ablation import Cell
+from duquantpp_jax.ablation.command import main
+from duquantpp_jax.cache import HeadStore
+from duquantpp_jax.core import Format, MXArray, ScaleRule
+from duquantpp_jax.formats import E2M3, E4M3, MX, MXFP4
+from duquantpp_jax.recipes import FITS
+from duquantpp_jax.transforms.block import multiply_blocks
+from duquantpp_jax.transforms.hadamard import hadamard
+
+
+@dataclasses.dataclass(frozen=True)
+class RotatedStore(HeadStore):
+    """Each head rotated when it is put away and turned back when it is read."""
+
+    def hold(self, x: Float[Array, "rows length heads head_dim"]) -> MXArray | Array:
+        """Q(x H)."""
+        return super().hold(multiply_blocks(x, hadamard(x.shape[-1])[None]))
+
+    def read(self, held: MXArray | Array) -> Float32[Array, "rows length heads head_dim"]:
+        """Q(x H) H^T, and Sylvester's H is symmetric."""
+        x = super().read(held)
+        return multiply_blocks(x, hadamard(x.shape[-1]).T[None])
+
+
+FORMATS = {
+    "mxfp4 floor": MXFP4(scale_rule=ScaleRule.FLOOR),
+    "mxfp4 even": MXFP4(scale_rule=ScaleRule.EVEN),
+    "mxfp6 e2m3": MX(E2M3, scale_rule=ScaleRule.EVEN),
+    "mxfp8 e4m3 floor": MX(E4M3, scale_rule=ScaleRule.FLOOR),
+    "mxfp8 e4m3 rceil": MX(E4M3, scale_rule=ScaleRule.RCEIL),
+}
+LINEARS = {"float": {}, "even": {"fit": FITS["block_hadamard"]}}
+"""The scale rule of the linears, and how they are rotated."""
+
+
+def _stores(format: Format) -> dict[str, HeadStore]:
+    return {
+        "none": HeadStore(format),
+        "keys": HeadStore(format, rotate_keys=True),
+        "keys and values": RotatedStore(format),
+    }
+
+
+CELLS = [
+    Cell(rotation, rule, store=store, **fields)
+    for rule, fields in LINEARS.items()
+    for format in FORMATS.values()
+    for rotation, store in _stores(format).items()
+]
+BASELINE = "none"
+
+
+def COLUMNS(cell: Cell) -> str:
+    """The format of the cache, and that of the linears."""
+    (name,) = (name for name, format in FORMATS.items() if cell.store.format == format)
+    return f"{name}, linears {'float' if cell.scale_rule == 'float' else 'mxfp4'}"
+
+
+if __name__ == "__main__":
+    main(sys.modules[__name__])

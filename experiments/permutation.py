@@ -1,0 +1,59 @@
+"""Does it help to permute channels before a block rotation?
+
+Hypothesis: DuQuant++ says no (each block has its own scale), PeRQ says it is vital (a rotation
+  cannot move mass between blocks). Spreading the outliers over blocks costs the blocks that had
+  none, so zigzag may lose where few blocks have outliers, and help where many sit in one.
+Method: no permutation, zigzag, mass-balancing or random, then no rotation or one of side 32.
+Command: duquantpp ablate experiments/permutation.py --table
+  or python -m experiments.permutation --table, with --model DIR --text FILE
+  --calibration-text FILE for another model than the embedded one.
+Cost: 60 cells. Online, a permutation that cannot be fused is a gather.
+Last result: not yet run.
+"""
+
+import sys
+
+from duquantpp_jax.ablation import Cell
+from duquantpp_jax.ablation.command import main
+from duquantpp_jax.recipes import FITS
+from duquantpp_jax.transforms.basic import FitInTurn
+from duquantpp_jax.transforms.permutation import FitPermutation
+from experiments.seeding import seeded
+
+ROTATIONS = {
+    "none": FITS["rtn"],
+    "hadamard": FITS["block_hadamard"],
+    "smooth_hadamard": FITS["smooth_hadamard"],
+    "greedy": FITS["greedy"],
+}
+PERMUTATIONS = ("none", "zigzag", "mass", "random")
+
+
+def _fit(permutation: str, rotation: str):
+    fit = ROTATIONS[rotation]
+    # Smoothing comes first in FITS; a permutation before or after it is the same map.
+    return fit if permutation == "none" else FitInTurn((FitPermutation(permutation), fit))
+
+
+CELLS = [
+    cell
+    for permutation in PERMUTATIONS
+    for rotation in ROTATIONS
+    for rule in ("floor", "even")
+    for cell in seeded(Cell(f"{permutation}+{rotation}", rule, fit=_fit(permutation, rotation)))
+]
+BASELINE = "none"
+
+
+def ROWS(cell: Cell) -> str:
+    """The permutation."""
+    return cell.recipe.partition("+")[0]
+
+
+def COLUMNS(cell: Cell) -> str:
+    """The rotation and the scale rule."""
+    return f"{cell.recipe.partition('+')[2]}, {cell.scale_rule}"
+
+
+if __name__ == "__main__":
+    main(sys.modules[__name__])

@@ -1,0 +1,64 @@
+"""Is a rotation as large as the block of the format, 32, the best one?
+
+Hypothesis: DuQuant++ says so: a larger rotation spreads an outlier over blocks that had none, a
+  smaller one leaves it to fewer channels. For a rotation that does not look at the data, larger
+  ones make all blocks more alike, which helps if the mean block is what matters.
+Method: sizes 8 to 512 and the full width of every site, blocks of 32. `duquantpp` draws one Q a
+  search at every size, since 128 of them at full width would be most of the cost.
+Command: duquantpp ablate experiments/rotation_size.py --table
+  or python -m experiments.rotation_size --table, with --model DIR --text FILE
+  --calibration-text FILE for another model than the embedded one.
+Cost: 160 cells; a size that does not divide a width is reported as failed (512 on the embedded
+  model). Online, size r costs r multiply-adds a value unless it is a fast Hadamard transform.
+Last result: not yet run.
+"""
+
+import sys
+
+from duquantpp_jax.ablation import Cell
+from duquantpp_jax.ablation.command import main
+from duquantpp_jax.transforms.basic import FitInTurn, FitSmooth
+from duquantpp_jax.transforms.duquant import FitDuquantpp
+from duquantpp_jax.transforms.haar import FitHaar
+from duquantpp_jax.transforms.hadamard import FitHadamard
+from experiments.seeding import seeded
+
+SIZES = (8, 16, 32, 64, 128, 256, 512, None)
+RULES = ("floor", "even")
+
+
+def _name(size: int | None) -> str:
+    return "full" if size is None else str(size)
+
+
+def _fits(size: int | None):
+    return {
+        "hadamard": FitHadamard(size=size),
+        "random hadamard": FitHadamard(size=size, random_signs=True),
+        "haar": FitHaar(size=size),
+        "duquantpp": FitInTurn((FitSmooth(), FitDuquantpp(size=size, fresh_q=False))),
+    }
+
+
+CELLS = [
+    cell
+    for size in SIZES
+    for name, fit in _fits(size).items()
+    for rule in RULES
+    for cell in seeded(Cell(f"{name} {_name(size)}", rule, fit=fit))
+]
+BASELINE = "32"
+
+
+def ROWS(cell: Cell) -> str:
+    """The rotation size."""
+    return cell.recipe.rpartition(" ")[2]
+
+
+def COLUMNS(cell: Cell) -> str:
+    """The method and the scale rule."""
+    return f"{cell.recipe.rpartition(' ')[0]}, {cell.scale_rule}"
+
+
+if __name__ == "__main__":
+    main(sys.modules[__name__])
