@@ -12,20 +12,22 @@ Formats v1.0 for the blocks.
 """
 
 import dataclasses
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from duquantpp_jax.core import Format, MXArray, ScaleRule
-from duquantpp_jax.formats import MXFP4, MXFP8
+from duquantpp_jax.core import MXArray, ScaleRule
+from duquantpp_jax.formats import MX, MXFP4, MXFP8
 from duquantpp_jax.formats.packing import pack_nibbles, unpack_nibbles
 from duquantpp_jax.models import Store
 from duquantpp_jax.recipes import known
 from duquantpp_jax.transforms.block import multiply_blocks
 from duquantpp_jax.transforms.hadamard import hadamard
 
-FORMATS: dict[str, Format | np.dtype] = {
+FORMATS: dict[str, MX | np.dtype] = {
     "float32": jnp.dtype(jnp.float32),
     "bf16": jnp.dtype(jnp.bfloat16),
     "mxfp8": MXFP8(scale_rule=ScaleRule.RCEIL),
@@ -50,7 +52,7 @@ def store(name: str, head_dim: int, *, rotate_keys: bool = False) -> Store:
       ValueError: An unknown name, or a head that the format's blocks or the matrix do not fit.
     """
     format = FORMATS[known("cache format", name, FORMATS)]
-    if isinstance(format, Format) and head_dim % format.block_size:
+    if isinstance(format, MX) and head_dim % format.block_size:
         raise ValueError(
             f"head_dim {head_dim} is not a multiple of block {format.block_size}, which a cache "
             f"in {name} needs: choose --cache bf16 or float32"
@@ -72,28 +74,27 @@ class HeadStore(Store):
       rotate_keys: As in `store`.
     """
 
-    format: Format | np.dtype
+    format: MX | np.dtype
     rotate_keys: bool = False
 
     def move(self, x: Float[Array, "*batch head_dim"]) -> Float[Array, "*batch head_dim"]:
         """x H."""
         return multiply_blocks(x, hadamard(x.shape[-1])[None]) if self.rotate_keys else x
 
-    def hold(self, x: Float[Array, "rows length heads head_dim"]) -> MXArray | Array:
-        """Codes and scales, two codes a byte where they have four bits; or x in the float type."""
-        if not isinstance(self.format, Format):
+    def hold(self, x: Float[Array, "rows length heads head_dim"]) -> Any:
+        """Bytes of codes (two a byte where they have four bits) and of scales; or x as a float."""
+        if not isinstance(self.format, MX):
             return x.astype(self.format)
         q = self.format.encode(x)
-        return _with_elements(q, pack_nibbles(q.elements)) if q.element.bits == 4 else q
+        codes = pack_nibbles(q.codes()) if q.element.bits == 4 else q.codes()
+        return codes, q.scale_bytes()
 
-    def read(self, held: MXArray | Array) -> Float32[Array, "rows length heads head_dim"]:
+    def read(self, held: Any) -> Float32[Array, "rows length heads head_dim"]:
         """What is held, in float32."""
-        if isinstance(held, Array):
+        if not isinstance(self.format, MX):
             return held.astype(jnp.float32)
-        if held.element.bits == 4:
-            held = _with_elements(held, unpack_nibbles(held.elements))
-        return held.dequantize()
-
-
-def _with_elements(q: MXArray, elements: Array) -> MXArray:
-    return dataclasses.replace(q, elements=elements)
+        element, (codes, scale_bytes) = self.format.element, held
+        codes = unpack_nibbles(codes) if element.bits == 4 else codes
+        scales = jax.lax.bitcast_convert_type(scale_bytes, jnp.float8_e8m0fnu)
+        q = MXArray(codes, scales, element=element, block_size=self.format.block_size)
+        return q.dequantize()

@@ -24,6 +24,7 @@ from duquantpp_jax.ablation.command import AblateOptions, ablate
 from duquantpp_jax.compare import BASELINE, CompareOptions, Comparison, compare, verdict
 from duquantpp_jax.evaluate import EvaluateOptions, evaluate, summary
 from duquantpp_jax.export import ExportOptions, export
+from duquantpp_jax.generate import GenerateOptions, continued
 from duquantpp_jax.kernels import proof
 from duquantpp_jax.quantize import QuantizeOptions, dry_run, quantize
 
@@ -40,6 +41,7 @@ COMMANDS = {
     "compare": CompareOptions,
     "ablate": Ablate,
     "evaluate": EvaluateOptions,
+    "generate": GenerateOptions,
     "quantize": QuantizeOptions,
     "export": ExportOptions,
     "kernels": proof.Options,
@@ -56,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return ablate(options.file, options)
         if isinstance(options, EvaluateOptions):
             _run_evaluate(options)
+        elif isinstance(options, GenerateOptions):
+            print(continued(options))
         elif isinstance(options, QuantizeOptions):
             _run_quantize(options)
         elif isinstance(options, ExportOptions):

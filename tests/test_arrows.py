@@ -40,6 +40,8 @@ MAY_IMPORT = {
     "cache": {"core", "formats", "transforms", "recipes", "models"},
     "subject": {"files", "models", "evaluation"},
     "evaluate": {"files", "cache", "evaluation", "loading", "models", "recipes", "subject"},
+    "generation": {"models"},
+    "generate": {"cache", "evaluate", "generation", "loading", "models"},
     "analysis": {"core", "formats", "transforms", "ptq", "models", "evaluation"},
     "ablation": {
         *("core", "files", "formats", "transforms", "rounding", "recipes", "ptq", "models"),

@@ -34,7 +34,8 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def hold(self, x: Float[Array, "rows length heads head_dim"]) -> Any:
-        """What is kept of x: a pytree of arrays that begin with [rows, length]."""
+        """What is kept of x: a pytree of arrays that begin with [rows, length]; zeros must read as
+        finite numbers, as a cache is filled with them."""
 
     @abc.abstractmethod
     def read(self, held: Any) -> Float[Array, "rows length heads head_dim"]:

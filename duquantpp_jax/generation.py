@@ -1,0 +1,128 @@
+"""Text token by token: a prompt is read at once into a cache, then each token extends it by one.
+
+    z = logits of the last position / temperature, all but the chosen few set to -inf
+    next ~ softmax(z)            temperature 0: next = argmax z
+
+Chosen are the top_k largest, and of those the fewest whose probabilities reach top_p. Prefill and
+the loop over new tokens are one compiled program, which ends early when every row has ended.
+
+Source: Holtzman et al., The Curious Case of Neural Text Degeneration (arXiv:1904.09751), for top-p.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float32, Int32, Integer, Key
+
+from duquantpp_jax.models import Decoder, Linear, Store, empty_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+      temperature: 0 takes the likeliest token.
+      top_k: Draw from so many of the likeliest; 0 for all.
+      top_p: Draw from the fewest of the likeliest that have this probability together.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"a temperature of {self.temperature}: give 0 or a positive number")
+        if self.top_k < 0:
+            raise ValueError(f"a top_k of {self.top_k}: give 0 for all tokens, or how many")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"a top_p of {self.top_p}: give a probability above 0, at most 1")
+
+
+GREEDY = Sampling()
+
+
+def draw(
+    logits: Float32[Array, "rows vocab"], sampling: Sampling, key: Key[Array, ""]
+) -> Int32[Array, " rows"]:
+    """The next token of each row; see the equations at the top of this file."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / jnp.float32(sampling.temperature)
+    if sampling.top_k or sampling.top_p < 1:
+        logits = jnp.where(_chosen(logits, sampling), logits, -jnp.inf)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
+
+
+def _chosen(logits: Float32[Array, "rows vocab"], sampling: Sampling) -> Bool[Array, "rows vocab"]:
+    """Which tokens may be drawn: those as large as the last that is in; ties are in together."""
+    descending = -jnp.sort(-logits, axis=-1)
+    if sampling.top_k:
+        descending = descending[:, : sampling.top_k]
+    probability = jax.nn.softmax(descending)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    last = jnp.sum(before < sampling.top_p, axis=-1, keepdims=True) - 1
+    return logits >= jnp.take_along_axis(descending, last, axis=-1, mode="clip")
+
+
+@functools.partial(jax.jit, static_argnames=("linear", "store", "new", "sampling"))
+def generate(
+    model: Decoder,
+    prompt: Integer[Array, "rows length"],
+    key: Key[Array, ""],
+    *,
+    store: Store,
+    new: int,
+    linear: Linear,
+    state: Any = None,
+    sampling: Sampling = GREEDY,
+) -> tuple[Int32[Array, "rows new"], Int32[Array, " rows"]]:
+    """Continues each row of a prompt.
+
+    Args:
+      prompt: Rows of one length, at least one token.
+      key: For drawing.
+      store: How keys and values are kept.
+      new: Tokens to generate, at least 1.
+      linear, state: As for `Decoder.__call__`.
+
+    Returns:
+      The new tokens, and how many of each row count: an end-of-sequence token is the last that
+      does, and zeros follow it.
+    """
+    rows, length = prompt.shape
+    ends = model.config.eos_token_id
+    ends = jnp.asarray([ends] if isinstance(ends, int) else ends or (), jnp.int32)
+    keys = jax.random.split(key, new)
+
+    cache = empty_cache(model.config, store, rows, length + new - 1)
+    logits, cache = model.extend(prompt, cache, linear, state)
+    token = draw(logits[:, -1], sampling, keys[0])
+    out = jnp.zeros((rows, new), jnp.int32).at[:, 0].set(token)
+    ended = jnp.isin(token, ends)
+
+    def running(carry: Any) -> Bool[Array, ""]:
+        done, _, _, ended, _ = carry
+        return (done < new) & ~jnp.all(ended)
+
+    def step(carry: Any) -> Any:
+        done, out, counts, ended, cache = carry
+        last = jax.lax.dynamic_slice_in_dim(out, done - 1, 1, axis=1)
+        logits, cache = model.extend(last, cache, linear, state)
+        token = jnp.where(ended, 0, draw(logits[:, -1], sampling, keys[done]))
+        out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], done, axis=1)
+        return (
+            done + 1,
+            out,
+            counts + (~ended).astype(jnp.int32),
+            ended | jnp.isin(token, ends),
+            cache,
+        )
+
+    carry = (jnp.int32(1), out, jnp.ones(rows, jnp.int32), ended, cache)
+    _, out, counts, _, _ = jax.lax.while_loop(running, step, carry)
+    return out, counts
