@@ -10,6 +10,7 @@ from typing import cast
 
 from duquantpp_jax.core import Fit, Format, Recipe, Rounding, ScaleRule
 from duquantpp_jax.formats import MXFP4, FP32Scale, Log256
+from duquantpp_jax.rounding.clip import SCALE, Search
 from duquantpp_jax.rounding.gptq import GPTQ
 from duquantpp_jax.rounding.rtn import rtn
 from duquantpp_jax.transforms.basic import FitIdentity, FitInTurn, FitSmooth
@@ -31,7 +32,7 @@ _RELEASED = FitDuquantpp(
     averaged=True,
     polish=False,
 )
-_SEARCH_128 = FitDuquantpp(size=128)
+_SEARCH_128 = FitDuquantpp(size=128, fresh_q=False)
 
 FITS: dict[str, Fit] = {
     "rtn": FitIdentity(),
@@ -60,13 +61,21 @@ FITS: dict[str, Fit] = {
     "pca": FitPca(),
     "pca_hadamard": FitPca(hadamard=True),
     "wush": FitWush(),
-    "wush_conditioned": FitWush(max_condition=30.0),
+    "wush_conditioned": FitWush(max_condition=10.0),
 }
 """How each named recipe is fitted; all are rounded by any of ROUNDINGS, in any format."""
 
 ALIASES = {"identity": "rtn"}
 
-ROUNDINGS: dict[str, Rounding] = {"rtn": rtn, "gptq": GPTQ()}
+ROUNDINGS: dict[str, Rounding] = {
+    "rtn": rtn,
+    "clip": Search(),
+    "clip_row": Search(per="row"),
+    "scale": SCALE,
+    "gptq": GPTQ(),
+    "gptq_clip": GPTQ(search=Search()),
+    "gptq_scale": GPTQ(search=SCALE),
+}
 
 SCALE_RULES: dict[str, Format] = {
     **{rule.value: MXFP4(scale_rule=rule) for rule in ScaleRule},

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from duquantpp_jax.core import Format, MXArray, Stats
 from duquantpp_jax.formats.elements import encode
+from duquantpp_jax.rounding.clip import Search
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -29,9 +30,12 @@ class GPTQ:
 
     Attributes:
       damping: Added to H's diagonal, in units of its mean.
+      search: Of each block's scale when the block is reached, weighted by H's diagonal; what it
+        shares per row, it shares per block here.
     """
 
     damping: float = 0.01
+    search: Search | None = None
     needs = frozenset({"gram"})
 
     def __call__(self, w: Float[Array, "n k"], format: Format, stats: Stats) -> MXArray:
@@ -43,7 +47,7 @@ class GPTQ:
         if stats.gram is None:
             raise ValueError("GPTQ needs the Gram matrix of the moved input: calibrate for it")
         gram = stats.gram / jnp.maximum(stats.count, 1).astype(jnp.float32)
-        return gptq(w, format, gram, self.damping)
+        return gptq(w, format, gram, self.damping, self.search)
 
 
 def gptq(
@@ -51,6 +55,7 @@ def gptq(
     format: Format,
     gram: Float[Array, "k k"],
     damping: float | Float[Array, ""] = 0.01,
+    search: Search | None = None,
 ) -> MXArray:
     """W rounded to the format, columns in order, each block's scale chosen when it is reached.
 
@@ -60,19 +65,25 @@ def gptq(
         the block of columns.
       gram: X^T X / tokens of the moved and quantized input.
       damping: In units of the mean of gram's diagonal.
+      search: As in `GPTQ`.
     """
     rows, width = w.shape
     size = format.block_size
     h = damped(gram, damping)
     u = inverse_factor(h)
-    nearest = format.encode(w)
+    importance = jnp.diagonal(gram)
+    nearest = search.encode(w, format, importance) if search else format.encode(w)
     given = {} if nearest.tensor_scale is None else {"tensor_scale": nearest.tensor_scale}
 
     def block(w: Float[Array, "n k"], first: Array) -> tuple[Array, MXArray]:
         part = jax.lax.dynamic_slice_in_dim(w, first, size, axis=1)
         u_rows = jax.lax.dynamic_slice_in_dim(u, first, size, axis=0)
         u_part = jax.lax.dynamic_slice_in_dim(u_rows, first, size, axis=1)
-        grid = format.encode(part, **given)
+        if search is None:
+            grid = format.encode(part, **given)
+        else:
+            own = jax.lax.dynamic_slice_in_dim(importance, first, size)
+            grid = search.encode(part, format, own, **given)
         scale = grid.limit()[:, 0] / jnp.float32(grid.element.max)
 
         def column(part: Float[Array, "n size"], j: Array) -> tuple[Array, tuple[Array, Array]]:

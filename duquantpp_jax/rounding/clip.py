@@ -1,0 +1,85 @@
+"""Searching the scale of each block: rounding with the one, of a few, that costs the output least.
+
+With h = diag(H) of the moved input, the mean square of each channel, and Q_c the format with its
+scale chosen from c times the block's largest magnitude (clip), or times 2^c (scale),
+
+    c of a block = argmin over c of  sum_j h_j (w_j - Q_c(w)_j)^2,
+
+or of a row, with the sum over all its blocks. The first c changes nothing and wins ties, so no
+block (or row) ends with a larger error than round-to-nearest has. A power-of-two scale only moves
+when c takes the block's maximum over a border; so for MX formats `scale` sees all that `clip` can
+do to a block, and scales above the rule's besides.
+
+Source: clipping by weighted squared error as in AWQ, Lin et al., arXiv 2306.00978; offsets of MX
+scales as in `scale_offset` of core/arrays.py.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from duquantpp_jax.core import Format, MXArray, Stats
+
+Importance = Float[Array, " k"]
+"""Weight of each channel's squared error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """The rounding.
+
+    Attributes:
+      option: What of `Format.quantize` is searched.
+      candidates: Its values; the first changes nothing.
+      per: What shares one.
+    """
+
+    option: Literal["clip", "scale_offset"] = "clip"
+    candidates: tuple[float | int, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+    per: Literal["block", "row"] = "block"
+
+    def __call__(self, w: Float[Array, "n k"], format: Format, stats: Stats) -> MXArray:
+        """See the top of this file; the mean squares are those of the sample."""
+        return self.encode(w, format, jnp.mean(jnp.square(stats.sample), axis=0)).stored()
+
+    def encode(
+        self, w: Float[Array, "n k"], format: Format, importance: Importance, **given: Any
+    ) -> MXArray:
+        """The weight with the least error of all candidates, its elements as codes.
+
+        Args:
+          w: The moved weight.
+          format: Of the weight.
+          importance: h.
+          given: Other options of `Format.quantize`.
+        """
+        kind = jnp.int32 if self.option == "scale_offset" else jnp.float32
+        best = format.encode(w, **given)
+        least = self._error(w, best, importance)
+        for candidate in self.candidates[1:]:
+            other = format.encode(w, **given, **{self.option: jnp.asarray(candidate, kind)})
+            error = self._error(w, other, importance)
+            better = error < least
+            least = jnp.where(better, error, least)
+            chosen = jnp.broadcast_to(better, best.scales.shape)
+            wide = jnp.repeat(chosen, best.block_size, axis=-1)
+            best = dataclasses.replace(
+                best,
+                elements=jnp.where(wide, other.elements, best.elements),
+                scales=jnp.where(chosen, other.scales, best.scales),
+            )
+        return best
+
+    def _error(
+        self, w: Float[Array, "n k"], q: MXArray, importance: Importance
+    ) -> Float[Array, "n _"]:
+        """Of each block, or of each row."""
+        weighted = importance * jnp.square(w - q.dequantize())
+        error = jnp.sum(weighted.reshape(*q.scales.shape, q.block_size), axis=-1)
+        return error if self.per == "block" else jnp.sum(error, axis=-1, keepdims=True)
+
+
+SCALE = Search("scale_offset", (0, -1, 1))
+"""The power of two that the rule gives, half of it, or twice."""
