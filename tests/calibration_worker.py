@@ -1,0 +1,46 @@
+"""Calibrates over several devices and, under jax.distributed, several processes; saves the Stats.
+
+    python -m tests.calibration_worker FILE [PROCESS PROCESSES PORT]
+
+JAX's own flags say how many devices a process has.
+"""
+
+import sys
+
+import jax
+import numpy as np
+
+from duquantpp_jax.calibration import calibrate, rows_mesh, site_widths
+from tests.conftest import tiny_decoder
+
+
+def main() -> None:
+    file, *place = sys.argv[1:]
+    if place:
+        process, processes, port = map(int, place)
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"localhost:{port}", processes, process)
+    model = tiny_decoder()
+    tokens = np.random.default_rng(0).integers(0, 257, (20, 24), np.int32)
+    stats = calibrate(
+        model,
+        tokens,
+        site_widths(model, 32),
+        needs=frozenset({"gram", "positions"}),
+        batch_rows=8,  # the last batch of 4 is one that 8 devices do not divide
+        mesh=rows_mesh() if jax.device_count() > 1 else None,
+    )
+    np.savez(file, devices=jax.device_count(), **flat(stats))
+
+
+def flat(stats) -> dict[str, np.ndarray]:
+    """The arrays of every site by name."""
+    return {
+        f"{site}.{name}": np.asarray(getattr(one, name))
+        for site, one in stats.items()
+        for name in ("count", "absmax", "sample", "gram", "position_sum")
+    }
+
+
+if __name__ == "__main__":
+    main()
