@@ -27,7 +27,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from duquantpp_jax.core import Chain, Transform
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder
@@ -151,7 +151,7 @@ def _of_value_heads(link: Smooth | Permute, model: Decoder) -> Transform | None:
         config.head_dim,
     )
 
-    def agreed(values: np.ndarray) -> Float[np.ndarray, "layers kv d"] | None:
+    def agreed(values: np.ndarray) -> np.ndarray | None:
         grouped = values.reshape(len(values), kv_heads, heads // kv_heads, side)
         return grouped[:, :, 0] if np.all(grouped == grouped[:, :, :1]) else None
 

@@ -25,7 +25,7 @@ class Cost:
         that fits; it then costs nothing.
     """
 
-    multiply_adds: float = 0.0
+    multiply_adds: int = 0
     bytes: int = 0
     fuses: bool = False
 

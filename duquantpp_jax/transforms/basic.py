@@ -60,7 +60,7 @@ class Smooth(Transform):
         return absmax / jnp.abs(self.scale)
 
     def cost(self, width: int) -> Cost:
-        return Cost(1.0, self.scale.nbytes, fuses=True)
+        return Cost(1, self.scale.nbytes, fuses=True)
 
 
 def links(transform: Transform) -> tuple[Transform, ...]:

@@ -1,8 +1,11 @@
 """How far a fitted transform is from what it should be, in float64.
 
-condition            s_max(T) / s_min(T): by so much the rounding of one side may be blown up
-orthogonality_error  max |T T^T - I|
-law_error            max |T (T^-T)^T - I|: how far the two sides are from undoing each other
+    condition            s_max(T) / s_min(T): by so much rounding of one side may be blown up
+    orthogonality_error  max |T T^T - I|
+    law_error            max |T (T^-T)^T - I|: how far the two sides are from undoing each other
+
+Of a transform that keeps blocks apart each is the largest over blocks: what a block of the format
+sees. The condition is bounded where it is chosen: `FitWush(max_condition=...)`.
 """
 
 from typing import NamedTuple
@@ -37,6 +40,9 @@ def matrices(
       ValueError: T has entries outside the blocks.
     """
     size = width if size is None else size
+    # Row i of the probe is the sum of the i-th unit vectors of all blocks.
+    probe = np.tile(np.eye(size), (1, width // size))
+    factors = np.repeat(np.linspace(1.0, 2.0, width // size), size)
     with jax.enable_x64(True):
         exact = jax.tree.map(
             lambda leaf: (
@@ -44,11 +50,14 @@ def matrices(
             ),
             transform,
         )
-        # Row i of the probe is the sum of the i-th unit vectors of all blocks.
-        probe = jnp.tile(jnp.eye(size, dtype=jnp.float64), (1, width // size))
-        factors = jnp.repeat(jnp.linspace(1.0, 2.0, width // size), size)
-        moved, back = (np.asarray(f(probe)) for f in (exact.activations, exact.weights))
-        scaled = np.asarray(exact.activations(probe * factors))
+        moved, back, scaled = (
+            np.asarray(f(jnp.asarray(p)))
+            for f, p in (
+                (exact.activations, probe),
+                (exact.weights, probe),
+                (exact.activations, probe * factors),
+            )
+        )
     # Blocks that stay apart are scaled as their inputs are.
     if size < width and not np.allclose(scaled, moved * factors, rtol=1e-9, atol=1e-9):
         raise ValueError(f"the transform mixes channels beyond blocks of {size}: give no size")
@@ -62,10 +71,8 @@ def health(transform: Transform, width: int, size: int | None = None) -> Health:
     eye = np.eye(t.shape[-1])
     if not (np.isfinite(t).all() and np.isfinite(back).all()):
         return Health(np.nan, np.nan, np.nan)
-    values = np.linalg.svd(t, compute_uv=False)
-    least = values.min()
     return Health(
-        condition=float(values.max() / least) if least > 0 else float("inf"),
+        condition=float(np.linalg.cond(t).max()),
         orthogonality_error=float(np.abs(t @ t.swapaxes(1, 2) - eye).max()),
         law_error=float(np.abs(t @ back.swapaxes(1, 2) - eye).max()),
     )

@@ -57,4 +57,4 @@ class KroneckerRotation(Transform):
 
     def cost(self, width: int) -> Cost:
         sides = (factor.shape[-1] for factor in self.factors)
-        return Cost(float(sum(sides)), sum(factor.nbytes for factor in self.factors))
+        return Cost(sum(sides), sum(factor.nbytes for factor in self.factors))

@@ -54,7 +54,7 @@ class Permute(Transform):
         return self.activations(absmax)
 
     def cost(self, width: int) -> Cost:
-        return Cost(0.0, self.order.nbytes, fuses=True)
+        return Cost(0, self.order.nbytes, fuses=True)
 
 
 def zigzag(values: Float[np.ndarray, " k"], size: int) -> Int[np.ndarray, " k"]:

@@ -7,7 +7,8 @@ import pytest
 
 from duquantpp_jax.core import stack
 from duquantpp_jax.recipes import recipe
-from duquantpp_jax.transforms.basic import FitSmooth
+from duquantpp_jax.transforms.basic import FitSmooth, _smooth_scale
+from duquantpp_jax.transforms.pca import FitPca
 from duquantpp_jax.transforms.wush import FitWush, damped
 from tests.conftest import stats_of
 
@@ -58,6 +59,17 @@ def test_smoothing_floors_dead_channels():
     assert float(released[5]) == pytest.approx(1e-2)
 
 
+def test_another_alpha_compiles_nothing():
+    weights, x = _site()
+    compiled = _smooth_scale._cache_size
+    _fit(FitSmooth(alpha=0.3), weights, x), _fit(FitSmooth(alpha=jnp.float32(0.3)), weights, x)
+    before = compiled()
+    for alpha in (0.4, 0.7, jnp.float32(0.1), jnp.float32(0.9)):
+        wanted = _fit(FitSmooth(alpha=alpha), weights, x).scale
+        np.testing.assert_allclose(wanted, _fit(FitSmooth(alpha=float(alpha)), weights, x).scale)
+    assert compiled() == before
+
+
 @pytest.mark.parametrize("damping", [1e-6, 1e-3])
 def test_wush_makes_both_damped_second_moments_equal_and_even(damping):
     weights, x = _site()
@@ -84,3 +96,42 @@ def test_wush_survives_dead_and_massive_channels():
     wanted = x @ stack(weights).T
     error = jnp.linalg.norm(moved - wanted) / jnp.linalg.norm(wanted)
     assert float(error) < 1e-3
+
+
+@pytest.mark.parametrize("bound", [1.01, 2.0, 5.0])
+def test_conditioned_wush_takes_the_least_damping_that_meets_the_bound(bound):
+    weights, x = _site()
+    x = x.at[..., 7].multiply(1150.0)
+    matrices = np.asarray(_fit(FitWush(max_condition=bound), weights, x).matrices, np.float64)
+    assert np.all(np.linalg.cond(matrices) <= bound * (1 + 1e-5))
+    dampings = 1e-3 * 10 ** (np.arange(60) / 4)
+    for block in (0, 1):
+        for damping in dampings:
+            same = np.asarray(_fit(FitWush(damping=damping), weights, x).matrices[block])
+            if np.linalg.cond(np.asarray(same, np.float64)) <= bound:
+                break
+        np.testing.assert_allclose(matrices[block], same, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bound", [1.0, 0.0, float("nan")])
+def test_a_condition_that_cannot_be_met_is_refused(bound):
+    weights, x = _site()
+    with pytest.raises(ValueError, match=r"it must be 1\.01 or more"):
+        _fit(FitWush(max_condition=bound), weights, x)
+
+
+def test_principal_axes_decorrelate_each_block_largest_first():
+    weights, x = _site()
+    moved = np.asarray(_fit(FitPca(), weights, x).activations(x), np.float64).reshape(-1, 2, 32)
+    for block in (0, 1):
+        moment = moved[:, block].T @ moved[:, block]
+        variances = np.diag(moment)
+        assert np.all(np.diff(variances) <= 0)
+        np.testing.assert_allclose(moment, np.diag(variances), atol=1e-5 * variances[0])
+
+
+def test_hadamard_after_the_principal_axes_makes_channels_alike():
+    weights, x = _site()
+    moved = np.asarray(_fit(FitPca(hadamard=True), weights, x).activations(x), np.float64)
+    energy = np.mean(moved.reshape(-1, 2, 32) ** 2, axis=0)
+    np.testing.assert_allclose(energy, energy.mean(axis=1, keepdims=True) * np.ones(32), rtol=1e-4)

@@ -127,3 +127,61 @@ def test_averaged_calibration_searches_the_mean_over_rows():
         pooled(weights, mean, one, key).transform.matrices,
         atol=1e-5,
     )
+
+
+def test_the_best_of_several_seeds_is_at_most_the_first_for_every_block():
+    x = jax.random.t(jax.random.key(0), 3.0, (1, 100, 64))
+    one, key = recipe("greedy", "floor"), jax.random.key(2)
+    kept = {}
+    for seeds in (1, 4):
+        fit = FitDuquantpp(steps=12, seeds=seeds)
+        transform = fit((jnp.ones((3, 64)),), stats_of(x), one, key).transform
+        moved = transform.activations(x[0])
+        kept[seeds] = np.abs(moved).reshape(100, 2, 32).max(axis=(0, 2))
+    assert np.all(kept[4] <= kept[1] * (1 + 1e-5))
+    assert np.any(kept[4] < kept[1])
+
+
+@pytest.mark.parametrize("size", [8, 16, 64, None])
+def test_rotations_of_any_size_search_their_own_blocks(size):
+    x = jax.random.t(jax.random.key(0), 3.0, (1, 40, 64))
+    fit = FitDuquantpp(steps=10, size=size, fresh_q=False, polish=False)
+    key = jax.random.key(2)
+    transform = fit((jnp.ones((3, 64)),), stats_of(x), recipe("greedy", "floor"), key).transform
+    side = size or 64
+    assert transform.matrices.shape == (64 // side, side, side)
+    rotations = np.asarray(mixed_rotations(key, 1, side, "left"), np.float64)
+    for block in range(64 // side):
+        tokens = np.asarray(x[0, :, block * side : (block + 1) * side], np.float64)
+        wanted, _ = replay(tokens, rotations, 10, "channel", CRITERIA["absmax"])
+        np.testing.assert_allclose(transform.matrices[block], wanted, atol=1e-5)
+
+
+def test_polishing_moves_no_entry_by_more_than_the_drift_it_takes_away():
+    x = jax.random.t(jax.random.key(0), 3.0, (1, 100, 64))
+    raw, polished = (
+        FitDuquantpp(polish=polish)(
+            (jnp.ones((3, 64)),), stats_of(x), recipe("greedy", "floor"), jax.random.key(2)
+        ).transform.matrices
+        for polish in (False, True)
+    )
+    drift = orthogonality_error(raw)
+    assert orthogonality_error(polished) < 2e-7 < drift
+    assert float(jnp.max(jnp.abs(raw - polished))) < 2 * drift
+
+
+def orthogonality_error(matrices):
+    m = np.asarray(matrices, np.float64)
+    return np.abs(m @ m.swapaxes(1, 2) - np.eye(m.shape[-1])).max()
+
+
+def test_duquant_is_the_search_a_zigzag_and_the_search_again():
+    x = jax.random.t(jax.random.key(0), 3.0, (2, 32, 256))
+    weights, key, one = (jnp.ones((3, 256)),), jax.random.key(2), recipe("duquant", "floor")
+    smooth, first, zigzag, second = FITS["duquant"](weights, stats_of(x), one, key).transform.links
+    assert first.matrices.shape == second.matrices.shape == (2, 128, 128)
+    moved = first.activations(smooth.activations(x))
+    maxima = np.max(np.abs(moved), axis=(0, 1))
+    for block in maxima[np.asarray(zigzag.order)].reshape(2, 128):
+        # Maxima of rotated channels are the sample's, here of all tokens.
+        np.testing.assert_array_equal(block, np.sort(block)[::-1])
