@@ -7,7 +7,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from duquantpp_jax.core import Stats
 from duquantpp_jax.models import Decoder, DecoderConfig, random_parameters, save
@@ -78,6 +78,7 @@ def byte_tokenizer() -> Tokenizer:
     vocabulary["<|endoftext|>"] = 256
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
