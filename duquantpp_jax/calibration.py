@@ -60,7 +60,7 @@ def padded_width(name: str, width: int, block_size: int, *, pad: bool) -> int:
     return widened
 
 
-def rows_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def rows_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """Devices in a line, over which the rows of a batch are spread; all there are if not given.
 
     Under jax.distributed these are the devices of all processes, each of which calls `calibrate`
@@ -148,7 +148,7 @@ def _fold(
     mesh: Mesh | None,
 ) -> dict[str, Stats]:
     state = {site: (stats[site], fits[site] if fits else None) for site in stats}
-    _, folded = model(batch, _folding(first, formats), state)
+    _, folded = model(batch, _folding(jnp.asarray(first), formats), state)
     if mesh is not None:
         folded = jax.lax.with_sharding_constraint(folded, NamedSharding(mesh, P()))
     return folded
@@ -214,11 +214,11 @@ def _fold_layer(
     state = dict.fromkeys(SITES) | {
         site: (stats[site], fits[site] if fits else None) for site in stats
     }
-    y, folded = layer(config, x, parameters, window, _folding(first, formats), state)
+    y, folded = layer(config, x, parameters, window, _folding(jnp.asarray(first), formats), state)
     return y, {site: folded[site] for site in stats}
 
 
-def _folding(first: Int[Array, ""] | np.int32, formats: Formats | None) -> Linear:
+def _folding(first: Int[Array, ""], formats: Formats | None) -> Linear:
     """The float linear, which folds its input into the Stats of its site on the way."""
 
     def linear(

@@ -200,35 +200,20 @@ def quantize_layer(
         moved = stats_of(rounding_needs, last=True, fits=fits, formats=plan.formats)
 
     sites, report = {}, []
-    for site, recipe in plan.recipes.items():
-        names, chosen = SITE_WEIGHTS[site], plan.chosen(site, number)
-        rounded = {}
-        transform: Any = Identity()
-        quantized = QuantizedSite(transform, ())
+    for site in SITES:
+        quantized = QuantizedSite(Identity(), ())
         if site in widths:
-            given = weights.pop(site)
-            quantized = quantize_linear(recipe, given, stats[site], fits[site], moved.get(site))
-            rounded = dict(
-                zip(
-                    [n for n, c in zip(names, chosen, strict=True) if c],
-                    quantized.weights,
-                    strict=True,
-                )
+            given, sample = weights.pop(site), stats[site].sample
+            quantized = quantize_linear(
+                plan.recipes[site], given, stats[site], fits[site], moved.get(site)
             )
-            energies = sensitivity(
-                stats[site].sample, given, quantized, format=recipe.activation_format
-            )
-            for name, (signal, error, weight_error) in zip(rounded, energies, strict=True):
-                report.append(
-                    {
-                        "linear": LAYER.replace("*", str(number)) + name,
-                        "bytes": storage_bytes(rounded[name]),
-                        "sqnr_db": _decibel(signal, error),
-                        "weight_error": float(weight_error) / max(float(signal), 1e-30),
-                    }
-                )
-        together = tuple(rounded.get(name, parameters[name]) for name in names)
-        sites[site] = dataclasses.replace(quantized, weights=together)
+            report += _report(plan, site, number, sample, given, quantized)
+        rounded = iter(quantized.weights)
+        each = tuple(
+            next(rounded) if wanted else parameters[name]
+            for name, wanted in zip(SITE_WEIGHTS[site], plan.chosen(site, number), strict=True)
+        )
+        sites[site] = dataclasses.replace(quantized, weights=each)
         progress("rounding")
     if plan.sequential:
         _take_through(plan, number, parameters, sites, hidden, progress)
@@ -310,6 +295,33 @@ def sensitivity(
         return tuple(jnp.sum(jnp.square(v)) for v in (y, error, rounding))  # type: ignore[return-value]
 
     return [one(w, q) for w, q in zip(weights, site.weights, strict=True)]  # type: ignore[arg-type]
+
+
+def _report(
+    plan: Plan,
+    site: str,
+    number: int,
+    sample: Float[Array, "tokens k"],
+    weights: tuple[Float[Array, "_ _"], ...],
+    quantized: QuantizedSite,
+) -> list[dict[str, Any]]:
+    """A row for each quantized linear of a site."""
+    format = plan.recipes[site].activation_format
+    chosen = plan.chosen(site, number)
+    names = [name for name, c in zip(linear_names(site, number), chosen, strict=True) if c]
+    energies = sensitivity(sample, weights, quantized, format=format)
+    return [
+        {
+            "linear": name,
+            "bytes": storage_bytes(rounded),
+            "sqnr_db": _decibel(signal, error),
+            "weight_error": float(weight_error) / max(float(signal), 1e-30),
+        }
+        for name, rounded, (signal, error, weight_error) in zip(
+            names, quantized.weights, energies, strict=True
+        )
+        if isinstance(rounded, MXArray)
+    ]
 
 
 def _decibel(signal: Float[Array, ""], error: Float[Array, ""]) -> float | None:

@@ -203,11 +203,11 @@ def job_of(
 
 def _by_site(given: tuple[str, ...], names: tuple[str, ...], scale_rule: str) -> dict[str, str]:
     """The format of each site: the last that names it, or all."""
-    formats = dict.fromkeys(SITES, names[0])
+    formats: dict[str, str] = dict.fromkeys(SITES, names[0])
     for one in given:
         site, equals, name = one.rpartition("=")
         format_named(known("format", name, names), scale_rule)
-        formats |= {known("site", site, SITES): name} if equals else dict.fromkeys(SITES, name)
+        formats |= dict.fromkeys([known("site", site, SITES)] if equals else SITES, name)
     return formats
 
 
@@ -248,7 +248,9 @@ def _layers(
     for path in out.glob(".*"):  # what a killed run was writing
         path.unlink()
     first, hidden = _resume(out, count)
-    if hidden is None and first < count:
+    if first == count:
+        return
+    if hidden is None:
         hidden = checkpoint.embed(tokens)
     steps = steps_of_layer(plan, len(tokens))
     done = itertools.count(first * steps + 1)

@@ -4,9 +4,11 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from experiments import position_zero, rotations, tables
+from duquantpp_jax.models import load
+from experiments import position_zero, rotations, synthetic_checkpoint, tables
 
 RESULTS = Path(rotations.__file__).parent / "results"
 
@@ -41,6 +43,19 @@ def _run(seed, kl):
     row["kl_difference_ci95"] = [-0.03, 0.01]
     options = {"recipes": ["r"], "scale_rules": ["floor"], "seed": seed}
     return {"rows": [row], "options": options, "model": {"name": "m"}}
+
+
+def test_a_synthetic_checkpoint_is_one_that_can_be_read(tmp_path):
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    small |= {"num_key_value_heads": 2, "vocab_size": 300, "bos_token_id": 1}
+    shapes = synthetic_checkpoint.SHAPES | small
+    synthetic_checkpoint.write(tmp_path / "a", layers=2, seed=0, shapes=shapes)
+    model = load(tmp_path / "a")
+    assert model.config.num_hidden_layers == 2
+    w = np.asarray(model.weights("mlp_in")[0])
+    assert np.std(w) == pytest.approx(0.02, rel=0.05)
+    assert np.any(w[0] != w[1])
+    assert np.all(np.asarray(model.norm[...]) == 1)
 
 
 def test_a_table_shows_the_mean_and_spread_of_seeds():

@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from duquantpp_jax import cli, files
+from duquantpp_jax.export import ExportOptions, export
 from duquantpp_jax.layerwise import quantize_decoder
 from duquantpp_jax.loading import load_any
 from duquantpp_jax.models import load, save
@@ -48,7 +49,7 @@ def three_layers(tmp_path_factory):
 def quantized(three_layers, tmp_path_factory):
     """It, quantized without interruption."""
     out = tmp_path_factory.mktemp("quantized") / "whole"
-    quantize(options_of(three_layers, out, recipe="duquantpp", rounding="gptq"))
+    quantize(options_of(three_layers, out, recipe="smooth_hadamard", rounding="gptq"))
     return out
 
 
@@ -90,7 +91,7 @@ def test_the_report_has_every_linear(quantized):
 
 def test_quantizing_again_changes_nothing(three_layers, quantized):
     before = contents(quantized)
-    quantize(options_of(three_layers, quantized, recipe="duquantpp", rounding="gptq"))
+    quantize(options_of(three_layers, quantized, recipe="smooth_hadamard", rounding="gptq"))
     assert contents(quantized) == before
 
 
@@ -128,7 +129,7 @@ def killed_at(moment, patch):
 @pytest.mark.slow
 def test_killed_twenty_times_it_ends_with_the_same_bytes(three_layers, quantized, tmp_path):
     out, kills, moments = tmp_path / "q", 0, random.Random(0)
-    options = options_of(three_layers, out, recipe="duquantpp", rounding="gptq")
+    options = options_of(three_layers, out, recipe="smooth_hadamard", rounding="gptq")
     while kills < 20:
         with pytest.MonkeyPatch.context() as patch:
             killed_at(moments.randint(1, 12), patch)
@@ -161,6 +162,9 @@ def test_a_process_that_is_killed_is_taken_up_by_the_next(three_layers, tmp_path
         load_quantized(out)
     subprocess.run(command, capture_output=True, check=True)
     assert contents(out) == contents(whole)
+    for model, exported in ((out, "a"), (whole, "b")):
+        export(ExportOptions(model, "compressed-tensors", tmp_path / exported))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_another_job_is_not_mixed_into_a_directory_unless_it_is_overwritten(
@@ -178,7 +182,7 @@ def test_another_job_is_not_mixed_into_a_directory_unless_it_is_overwritten(
 
 def test_a_dry_run_writes_nothing_and_knows_the_sizes(three_layers, tmp_path, capsys):
     arguments = ["quantize", "--model", str(three_layers), "--out", str(tmp_path / "q")]
-    assert cli.main([*arguments, "--dry-run", "--recipe", "duquantpp"]) == 0
+    assert cli.main([*arguments, "--dry-run"]) == 0
     assert "Nothing was written" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
@@ -247,7 +251,7 @@ def test_a_full_disk_is_one_line_and_the_finished_layers_are_kept(
     three_layers, quantized, tmp_path, monkeypatch, capsys
 ):
     arguments = ["quantize", "--model", str(three_layers), "--out", str(tmp_path / "q")]
-    arguments += ["--rows", "4", "--recipe", "duquantpp", "--rounding", "gptq"]
+    arguments += ["--rows", "4", "--recipe", "smooth_hadamard", "--rounding", "gptq"]
 
     def full(tensors, path, metadata):
         if "layer-00001" in str(path):

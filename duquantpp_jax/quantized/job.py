@@ -96,7 +96,10 @@ class Job:
         names = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, Mapping) or set(fields) != names:
             raise ValueError(f"a job has the fields {', '.join(sorted(names))}, and no others")
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
+        given: dict[str, Any] = {
+            name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()
+        }
+        return cls(**given)
 
     def plan(self, config: DecoderConfig) -> Plan:
         """What the job does to a model.
