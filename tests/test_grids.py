@@ -196,8 +196,8 @@ def test_a_file_runs_to_its_table_its_summary_and_its_page(
 
     # Again, by argparse and only one row and the baseline: nothing is left to do.
     module = importlib.import_module(file.stem)
+    out = ["--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stop:
-        out = ["--out", str(tmp_path / "out")]
         main(module, [*_arguments(tiny_directory, tiny_text), *out, "--only", "rtn"])
     assert stop.value.code == 0
     assert "2 of 2 cells finished, 0 failed" in capsys.readouterr().out

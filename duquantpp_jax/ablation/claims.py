@@ -48,6 +48,13 @@ def held(directory: Path, name: str) -> Iterator[bool]:
             claim.unlink(missing_ok=True)
 
 
+def forget(directory: Path, names: set[str]) -> None:
+    """Removes claims on work that is recorded: of processes killed before they released them."""
+    for claim in directory.glob("*.*"):
+        if claim.name.partition(".")[0] in names:
+            claim.unlink(missing_ok=True)
+
+
 def _acquire(directory: Path, name: str) -> Path | None:
     generation = 0
     while True:

@@ -51,10 +51,10 @@ def page(name: str, about: str, pivots: list[Pivot], outcome: Outcome) -> str:
       outcome: For the configuration of every cell.
     """
     parts = [_section(pivot) for pivot in pivots]
-    configurations = {
-        cell.digest: {"cell": record["cell"], "configuration": record["configuration"]}
-        for cell, record in outcome.records.items()
-    }
+    configurations = [
+        {name: record[name] for name in ("cell", "subject", "configuration")}
+        for record in outcome.records.values()
+    ]
     environments = table.distinct(one for pivot in pivots for one in pivot["environments"])
     return "".join(
         [

@@ -78,6 +78,7 @@ def run(
     left = [cell for cell in grid if not records.path_of(out, cell).exists()]
     if left:
         (executor or in_process)(order(left), out, cache_bytes, tick)
+    claims.forget(out / CLAIMS, {cell.digest for cell in grid if records.is_recorded(out, cell)})
     return outcome(grid, out)
 
 

@@ -1,0 +1,102 @@
+"""How much faster is a grid than its cells one by one, and how does its time grow?
+
+The grid is 8 transforms x 3 scale rules on the embedded model. Its rival are the same cells as
+separate `duquantpp compare` processes (one recipe, one rule each); a few of them are timed and the
+mean counts for all; --separate 24 times all. Then the grid again, with half the
+cells and with half the tokens. Each grid runs in a process of its own, from imports on, as a user
+would start it; none finds anything compiled.
+Goal: at least 4 times faster on 2 cores at 16,352 targets.
+Command: python -m experiments.bench_ablation [--tokens N] [--separate N] [--recipes N]
+Cost: 10 minutes on 2 CPU cores.
+Last result: not yet run.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from duquantpp_jax.ablation import Cell
+from duquantpp_jax.evaluation.text import TARGETS
+
+RECIPES = (
+    "rtn",
+    "block_hadamard",
+    "random_hadamard",
+    "smooth",
+    "smooth_hadamard",
+    "greedy",
+    "duquantpp",
+    "wush",
+)
+RULES = ("floor", "even", "log256")
+CELLS = [Cell(recipe, rule) for recipe in RECIPES for rule in RULES]
+BASELINE = "block_hadamard"
+
+
+def _seconds(command: list[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def grid_seconds(cells: list[Cell], tokens: int, workers: int) -> float:
+    """Of one `duquantpp ablate`, from nothing."""
+    with tempfile.TemporaryDirectory() as place:
+        only = sorted({cell.recipe for cell in cells})
+        given = ["--tokens", str(tokens), "--out", place, "--workers", str(workers), "--only"]
+        return _seconds(["experiments.bench_ablation", "--grid", *given, *only])
+
+
+def compare_seconds(cell: Cell, tokens: int) -> float:
+    """Of one `duquantpp compare` of one recipe and one rule."""
+    with tempfile.TemporaryDirectory() as place:
+        given = ["--recipes", cell.recipe, "--scale-rules", cell.scale_rule]
+        more = ["--tokens", str(tokens), "--out", str(Path(place) / "out")]
+        return _seconds(["duquantpp_jax.cli", "compare", *given, *more])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=32 * TARGETS)
+    parser.add_argument("--separate", type=int, default=6, help="processes to time")
+    parser.add_argument(
+        "--recipes", type=int, default=len(RECIPES), help="of the grid, to shrink it"
+    )
+    parser.add_argument("--workers", type=int, default=1)
+    given = parser.parse_args()
+    cells = [cell for cell in CELLS if cell.recipe in RECIPES[: given.recipes]]
+
+    stride = max(1, len(cells) // given.separate)
+    timed = cells[::stride][: given.separate]
+    separate = [compare_seconds(cell, given.tokens) for cell in timed]
+    each = sum(separate) / len(separate)
+    print(
+        f"{len(timed)} of {len(cells)} cells as separate compare processes: {each:.1f} s each "
+        f"({min(separate):.1f} to {max(separate):.1f}), all {each * len(cells):.0f} s",
+        flush=True,
+    )
+    whole = grid_seconds(cells, given.tokens, given.workers)
+    ratio = each * len(cells) / whole
+    print(f"{len(cells)} cells as a grid: {whole:.1f} s, {ratio:.1f} times faster", flush=True)
+    half = [cell for cell in cells if cell.recipe in RECIPES[: max(2, given.recipes // 2)]]
+    some, short = (
+        grid_seconds(half, given.tokens, given.workers),
+        grid_seconds(cells, given.tokens // 2, given.workers),
+    )
+    print(f"{len(half)} cells, {given.tokens:,} targets: {some:.1f} s", flush=True)
+    print(f"{len(cells)} cells, {given.tokens // 2:,} targets: {short:.1f} s")
+    print(
+        f"a cell more {(whole - some) / max(len(cells) - len(half), 1):.2f} s; "
+        f"1,000 targets more {1000 * (whole - short) / (given.tokens / 2) / len(cells):.2f} s a cell"
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--grid"]:
+        from duquantpp_jax.ablation import command
+
+        command.main(sys.modules[__name__], sys.argv[2:])
+    main()
