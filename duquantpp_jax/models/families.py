@@ -37,9 +37,9 @@ class Family:
 
     model_type: str
     only: Mapping[str, Any]
-    defaults: Mapping[str, Any] = MappingProxyType({})
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     biases: tuple[str, ...] = ()
-    biases_if: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    biases_if: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     qk_norm: bool = False
     windows: Literal["none", "all", "listed"] = "none"
 

@@ -24,6 +24,7 @@ from duquantpp_jax.core import Fitted, MXArray
 from duquantpp_jax.formats.storage import from_tensors, to_tensors
 from duquantpp_jax.layerwise import Parameters, QuantizedLayer
 from duquantpp_jax.models import SITE_WEIGHTS, SITES
+from duquantpp_jax.models.shards import one_line
 from duquantpp_jax.ptq import QuantizedSite
 from duquantpp_jax.quantized.job import SCHEMA
 from duquantpp_jax.transforms.storage import from_arrays, to_arrays
@@ -46,7 +47,9 @@ def write_tensors(path: Path, tensors: Tensors, about: Mapping[str, Any]) -> Non
         with files.whole(path) as temporary:
             save_file(ordered, temporary, metadata)
     except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from None
+        raise OSError(
+            f"cannot write {path} ({one_line(error)}): make room and run the same command again"
+        ) from None
 
 
 def read_about(path: Path) -> dict[str, Any]:
