@@ -88,10 +88,9 @@ def main() -> None:
     )
     print(f"{len(half)} cells, {given.tokens:,} targets: {some:.1f} s", flush=True)
     print(f"{len(cells)} cells, {given.tokens // 2:,} targets: {short:.1f} s")
-    print(
-        f"a cell more {(whole - some) / max(len(cells) - len(half), 1):.2f} s; "
-        f"1,000 targets more {1000 * (whole - short) / (given.tokens / 2) / len(cells):.2f} s a cell"
-    )
+    cell = (whole - some) / max(len(cells) - len(half), 1)
+    target = (whole - short) / (given.tokens / 2) / len(cells)
+    print(f"a cell more {cell:.2f} s; 1,000 targets more {1000 * target:.2f} s a cell")
 
 
 if __name__ == "__main__":

@@ -38,7 +38,17 @@ document.querySelectorAll("th").forEach(th => th.addEventListener("click", () =>
 }));
 """
 
-_HEADINGS = ("", "", "KL", "difference", "excess NLL", "PPL", "SQNR dB", "seeds", "seconds")
+_HEADINGS = (
+    "row",
+    "column",
+    "KL",
+    "difference",
+    "excess NLL",
+    "PPL",
+    "SQNR dB",
+    "seeds",
+    "seconds",
+)
 
 
 def page(name: str, about: str, pivots: list[Pivot], outcome: Outcome) -> str:

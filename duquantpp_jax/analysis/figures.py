@@ -57,7 +57,12 @@ def divergences(
     """
     height = 1.2 + 0.28 * len(results["options"]["recipes"])
     figure = Figure(figsize=(TWO_COLUMNS, height), layout="constrained")
-    _kl(figure.subplots(), results, clusters, baseline, title)
+    axes = figure.subplots()
+    _kl(axes, results, clusters, baseline, title)
+    # Beside the axes: with many columns it would hide what it explains.
+    axes.legend(
+        fontsize=7, title=title, title_fontsize=7, frameon=False, loc=(1.02, 0), borderaxespad=0
+    )
     return figure
 
 

@@ -1,6 +1,7 @@
 """What figures draw are the numbers."""
 
 import numpy as np
+import pytest
 
 from duquantpp_jax.analysis import figures
 
@@ -52,3 +53,28 @@ def test_without_a_baseline_no_bar_is_drawn():
     for container in figure.axes[0].containers:
         _, _, (bars,) = container.lines
         assert all(np.ptp(segment[:, 0]) == 0 for segment in bars.get_segments())
+
+
+def test_divergences_are_drawn_where_they_are_and_left_out_where_they_are_not():
+    rows = [
+        {"recipe": r, "scale_rule": s, "kl": kl, "kl_difference": d, "kl_difference_ci95": ci}
+        for r, s, kl, d, ci in (
+            ("a", "floor", 0.2, None, None),
+            ("b", "floor", 0.1, -0.1, [-0.15, -0.05]),
+            ("b", "even", 0.3, None, None),
+        )
+    ]
+    results = {
+        "targets": 511,
+        "options": {"recipes": ["a", "b"], "scale_rules": ["floor", "even"]},
+        "rows": rows,
+    }
+    figure = figures.divergences(results, ("row", 1), "a", "column")
+    (axes,) = figure.axes
+    floor, even = (container.lines[0] for container in axes.containers)
+    assert floor.get_xdata().tolist() == [0.2, 0.1]
+    assert even.get_xdata().tolist() == [0.3]
+    assert [round(y) for y in even.get_ydata()] == [1]
+    ends = axes.containers[0].lines[2][0].get_segments()[1]
+    assert ends[:, 0].tolist() == pytest.approx([0.05, 0.15])
+    assert "difference to a" in axes.get_title()
