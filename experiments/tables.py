@@ -4,7 +4,7 @@ With --beside, one table whose columns are the rules that all files share; the R
   python -m experiments.tables --beside experiments/results/rotations_testbed.json \\
     experiments/results/rotations_gutenberg27m_128rows.json
 A FILE is a results.json of `duquantpp compare`, or a list of them as experiments/rotations.py
-writes it. Where a recipe has several seeds a cell is their mean, with the least and the largest.
+writes it; or a summary of `duquantpp ablate`, whose tables are printed as they are. Where a recipe has several seeds a cell is their mean, with the least and the largest.
 The difference to block_hadamard is that of the first seed, with its 95 % interval.
 """
 
@@ -12,6 +12,8 @@ import argparse
 import json
 from pathlib import Path
 from typing import Any
+
+from duquantpp_jax.ablation import table as pivots
 
 
 def cells(runs: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -98,6 +100,12 @@ def main() -> None:
         print(beside([read(path) for path in arguments.files]))
         return
     for path in arguments.files:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "tables" in content:
+            for pivot in content["tables"]:
+                said = f"{pivots.title(pivot)}. {pivots.legend(pivot)}."
+                print(f"\n{said}\n\n{pivots.markdown(pivot)}")
+            continue
         runs = read(path)
         first = runs[0]
         print(

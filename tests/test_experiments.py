@@ -64,6 +64,21 @@ def test_a_table_shows_the_mean_and_spread_of_seeds():
     assert "| r | 0.1000 | -0.0100 ± 0.0200 |" in tables.table([_run(0, 0.1)])
 
 
+def test_a_summary_of_a_grid_is_printed_as_it_is(tmp_path, monkeypatch, capsys):
+    entry = {"row": "r", "column": "c", "seeds": [0], "kl": 0.1, "difference": None}
+    pivot = {
+        **{"model": "m", "text": "t", "targets": 511, "float_perplexity": 9.0, "clusters": None},
+        **{"rows": ["r"], "columns": ["c"], "baseline": None, "entries": [entry]},
+    }
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps({"tables": [pivot]}), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["tables", str(path)])
+    tables.main()
+    said = capsys.readouterr().out
+    assert "m, t, 511 targets, float perplexity 9.000" in said
+    assert "| r | 0.1000 |  |" in said
+
+
 def test_the_readmes_table_is_that_of_the_results():
     names = ("rotations_testbed.json", "rotations_gutenberg27m_128rows.json")
     table = tables.beside([tables.read(RESULTS / name) for name in names])

@@ -8,7 +8,6 @@ from typing import Any
 from duquantpp_jax.ablation import table
 from duquantpp_jax.ablation.running import Outcome
 from duquantpp_jax.ablation.table import Pivot
-from duquantpp_jax.analysis import figures
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em;
@@ -126,6 +125,8 @@ def _row(pivot: Pivot, entry: dict[str, Any]) -> str:
 
 
 def _figure(pivot: Pivot) -> str:
+    from duquantpp_jax.analysis import figures  # matplotlib, which nothing else here needs
+
     results = {
         "targets": pivot["targets"],
         "options": {"recipes": pivot["rows"], "scale_rules": pivot["columns"]},
