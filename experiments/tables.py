@@ -4,8 +4,9 @@ With --beside, one table whose columns are the rules that all files share; the R
   python -m experiments.tables --beside experiments/results/rotations_testbed.json \\
     experiments/results/rotations_gutenberg27m_128rows.json
 A FILE is a results.json of `duquantpp compare`, or a list of them as experiments/rotations.py
-writes it; or a summary of `duquantpp ablate`, whose tables are printed as they are. Where a recipe has several seeds a cell is their mean, with the least and the largest.
-The difference to block_hadamard is that of the first seed, with its 95 % interval.
+writes it; or a summary of `duquantpp ablate`, whose tables are printed as they are. Where a recipe
+has several seeds a cell is their mean, with the least and the largest. The difference to
+block_hadamard is that of the first seed, with its 95 % interval.
 """
 
 import argparse
