@@ -20,7 +20,8 @@ from duquantpp_jax.models import SITE_WEIGHTS, SITES, linear_names
 from duquantpp_jax.models.lazy import Checkpoint
 from duquantpp_jax.ptq import HIGHEST
 
-GIB = 2**30
+RUNTIME = 2**29
+"""Bytes of a Python process that has imported JAX and compiled a few programs, roughly."""
 
 
 def estimate(plan: Plan, checkpoint: Checkpoint, rows: int, length: int) -> dict[str, Any]:
@@ -67,14 +68,15 @@ def estimate(plan: Plan, checkpoint: Checkpoint, rows: int, length: int) -> dict
     scores = 4.0 * BATCH_ROWS * config.num_attention_heads * length**2
     activations = 4.0 * BATCH_ROWS * length * config.intermediate_size
     embedding = 2.0 * config.vocab_size * config.hidden_size
-    # A layer in bf16; of its largest site float32 copies before and after moving, and codes.
-    working = 2.0 * parameters + 14.0 * largest + stats_bytes + 3 * (scores + activations)
+    # A layer in bf16, read and on the device; of its largest site float32 copies before and after
+    # moving, and codes.
+    working = 4.0 * parameters + 14.0 * largest + stats_bytes + 3 * (scores + activations)
     return {
         "linears": linears,
         "bytes": sum(one["bytes"] for one in linears),
         "float_bytes": sum(2 * one["parameters"] for one in linears),
         "layers": config.num_hidden_layers,
-        "memory_bytes": hidden + max(working, 2 * embedding),
+        "memory_bytes": RUNTIME + hidden + max(working, 2 * embedding),
         "seconds": flops / flops_per_second(),
     }
 

@@ -218,8 +218,7 @@ def begin(out: Path, job: Job, *, overwrite: bool) -> bool:
       ValueError: It belongs to another job; says what differs.
     """
     if is_quantized(out) and overwrite:
-        for path in out.iterdir():
-            path.unlink()
+        _remove(out, CONFIG, "*.safetensors", INDEX, REPORT, JOB)
     if is_quantized(out):
         described = read_json(out / JOB)
         begun = Job.from_dict(described.get("job", {}))
@@ -245,8 +244,8 @@ def _layers(
 ) -> None:
     """Writes the layers that are not finished."""
     count = checkpoint.config.num_hidden_layers
-    for path in out.glob(".*"):  # what a killed run was writing
-        path.unlink()
+    # What a killed run was writing; safetensors has a temporary name of its own, .tmpXXXXXX.
+    _remove(out, ".*.safetensors.*", ".*.json.*", ".tmp??????")
     first, hidden = _resume(out, count)
     if first == count:
         return
@@ -274,17 +273,27 @@ def _layers(
         _hidden_file(out, number).unlink(missing_ok=True)
 
 
+def _remove(directory: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        for path in directory.glob(pattern):
+            path.unlink()
+
+
 def _hidden_file(out: Path, number: int) -> Path:
     return out / f"hidden-{number:05d}.safetensors"
 
 
 def _resume(out: Path, count: int) -> tuple[int, Float32[np.ndarray, "rows length k"] | None]:
     """The first layer that is left to do, and what it is given, if that has been stored."""
-    for number in reversed(range(count)):
-        path = _hidden_file(out, number)
-        if path.is_file():
+    finished = 0
+    while finished < count and (out / layer_file(finished)).is_file():
+        finished += 1
+    if finished == count and not _hidden_file(out, count - 1).is_file():
+        return count, None
+    for number in range(min(finished, count - 1), 0, -1):
+        if (path := _hidden_file(out, number)).is_file():
             return number, load_file(path)["hidden"]
-    return (count if (out / layer_file(count - 1)).is_file() else 0), None
+    return 0, None
 
 
 def steps_of_layer(plan: Plan, rows: int) -> int:
