@@ -103,7 +103,7 @@ def ablate_module(module: ModuleType, options: AblateOptions) -> int:
         )
     pivots = table.pivots(outcome, layout)
     if options.table:
-        console = Console(width=None if sys.stdout.isatty() else 200)
+        console = Console(width=1000)  # a wide table is wrapped by the terminal, not cut short
         for pivot in pivots:
             print(f"{table.title(pivot)}\n{table.legend(pivot)}")
             console.print(table.terminal(pivot))
