@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -209,6 +210,7 @@ def test_a_file_runs_to_its_table_its_summary_and_its_page(
         (None, (), "is no Python file"),
         ("x = 1", (), "defines no CELLS"),
         ("CELLS = (", (), "is not Python"),
+        ("import nowhere_at_all", (), "raises ModuleNotFoundError"),
         (GRID, ("--only", "rnt"), "unknown row or column 'rnt': did you mean rtn?"),
         (GRID, ("--model", "nowhere"), "nowhere"),
         (GRID, ("--executor", "slurm", "--slurm", "x"), "no NAME=VALUE"),
@@ -231,5 +233,7 @@ def test_a_bad_grid_is_one_line(content, more, says, tmp_path, capsys):
 
 def test_a_file_with_the_name_of_another_module_is_refused(tmp_path, capsys):
     (tmp_path / "json.py").write_text(GRID, encoding="utf-8")
+    before = list(sys.path)
     assert cli.main(["ablate", str(tmp_path / "json.py")]) == 2
     assert "rename it" in capsys.readouterr().err
+    assert sys.path == before  # or worker processes would import it in place of the other

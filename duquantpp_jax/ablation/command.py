@@ -194,10 +194,10 @@ def load(file: Path) -> ModuleType:
     """Imports a file as a module that worker processes can import too.
 
     A file in a package is imported under its full name, another under its own, with its directory
-    on the path, as Python itself would run it.
+    on the path.
 
     Raises:
-      ValueError: There is no such file, or another module has its name.
+      ValueError: There is no such file, it fails, or another module has its name.
     """
     path = file.resolve()
     if not path.is_file() or path.suffix != ".py":
@@ -206,15 +206,22 @@ def load(file: Path) -> ModuleType:
     while (root / "__init__.py").exists():
         parts.insert(0, root.name)
         root = root.parent
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
     name = ".".join(parts)
+    # Last on the path, where nothing beside the file hides a module that Python or others have.
+    known_before = list(sys.path)
+    if str(root) not in sys.path:
+        sys.path.append(str(root))
     try:
         module = importlib.import_module(name)
-    except SyntaxError as error:
-        raise ValueError(f"{file} is not Python ({error.msg}, line {error.lineno})") from None
-    if Path(module.__file__ or "").resolve() != path:
-        raise ValueError(f"{file} has the name of another module ({name}): rename it")
+        if Path(module.__file__ or "").resolve() != path:
+            raise ValueError(f"{file} has the name of another module ({name}): rename it")
+    except Exception as error:
+        sys.path[:] = known_before
+        if isinstance(error, SyntaxError):
+            raise ValueError(f"{file} is not Python ({error.msg}, line {error.lineno})") from None
+        if isinstance(error, ValueError):
+            raise
+        raise ValueError(f"{file} raises {type(error).__name__}: {error}") from error
     return module
 
 
