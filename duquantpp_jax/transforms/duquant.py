@@ -21,10 +21,8 @@ Source: DuQuant, Lin et al., arXiv 2406.01721; DuQuant++, arXiv 2604.17789 and i
 which takes as d_k not the channel but the row of the maximum, mod n.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
-import os
 from typing import Literal
 
 import jax
@@ -163,33 +161,13 @@ class FitDuquantpp:
             tokens = stats.position_sum / rows
         format = recipe.activation_format if self.criterion == "mse" else None
         rotation_size(self.size, tokens.shape[-1])
-        search = functools.partial(_fit_in_parts, tokens, fit=self, format=format)
-        best, least = search(key)
+        best, least = _fit_blocks(tokens, key, fit=self, format=format)
         for seed in range(1, self.seeds):
-            rotations, criterion = search(jax.random.fold_in(key, seed))
+            other = jax.random.fold_in(key, seed)
+            rotations, criterion = _fit_blocks(tokens, other, fit=self, format=format)
             best = jnp.where((criterion < least)[:, None, None], rotations, best)
             least = jnp.minimum(criterion, least)
         return Fitted(BlockRotation(polished(best) if self.polish else best))
-
-
-def _fit_in_parts(
-    tokens: Float[Array, "tokens k"],
-    key: Key[Array, ""],
-    *,
-    fit: FitDuquantpp,
-    format: Format | None,
-) -> tuple[Float[Array, "blocks n n"], Float[Array, " blocks"]]:
-    """`_fit_blocks`, its blocks dealt to the cores of a CPU: XLA runs a loop on one of them."""
-    search = functools.partial(_fit_blocks, key=key, fit=fit, format=format)
-    if fit.sharing == "shared" or jax.default_backend() != "cpu":
-        return search(tokens)
-    blocks = tokens.shape[-1] // rotation_size(fit.size, tokens.shape[-1])
-    cores = max(n for n in range(1, (os.cpu_count() or 1) + 1) if blocks % n == 0)
-    with concurrent.futures.ThreadPoolExecutor(cores) as pool:
-        parts = jnp.split(tokens, cores, axis=-1)
-        found = pool.map(lambda part: jax.block_until_ready(search(part)), parts)
-        rotations, criteria = zip(*found, strict=True)
-    return jnp.concatenate(rotations), jnp.concatenate(criteria)
 
 
 @functools.partial(jax.jit, static_argnames=("fit", "format"))
