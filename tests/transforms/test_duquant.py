@@ -9,6 +9,7 @@ import pytest
 
 from duquantpp_jax.core import Stats
 from duquantpp_jax.recipes import FITS, recipe
+from duquantpp_jax.transforms import duquant
 from duquantpp_jax.transforms.duquant import (
     FitDuquantpp,
     base_rotation,
@@ -66,6 +67,26 @@ def test_the_kept_criterion_is_that_of_the_moved_tokens_and_at_most_the_first():
         best, least = greedy_search(x, rotations, steps=16, criterion=criterion, format=format)
         np.testing.assert_allclose(score(x @ best), least, rtol=1e-3)
         assert float(least) <= float(score(x))
+
+
+@pytest.mark.parametrize("tokens", ["normal", "tails", "massive", "duplicate", "dead", "nan"])
+def test_rows_that_are_left_out_change_no_bit(tokens, monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (67, 8))
+    x = {
+        "normal": x,
+        "tails": jax.random.t(jax.random.key(0), 2.0, (67, 8)),
+        "massive": x.at[5, 3].set(1150.0),
+        "duplicate": x.at[33:66].set(x[:33]),
+        "dead": x.at[9:].set(0.0),
+        "nan": x.at[5, 3].set(jnp.nan),
+    }[tokens]
+    rotations = mixed_rotations(jax.random.key(1), 20, 8, "left")
+    found = []
+    for many in (1, 10**9):
+        monkeypatch.setattr(duquant, "MANY_ROWS", many)
+        found.append(greedy_search(x, rotations, steps=20))
+    for few, all_rows in zip(*found, strict=True):
+        np.testing.assert_array_equal(few, all_rows)
 
 
 def test_no_step_is_taken_where_none_helps():
