@@ -4,15 +4,15 @@ Question: how long does the greedy search take for every block of one Llama-3-8B
 4096, 4096 and 14336 wide; 2048 pooled tokens, 128 steps), as a ratio to a loop in NumPy that does
 the same, and how does it grow?
 Hypothesis: on a CPU twice as fast, bound by the matrix product of each step, 2048 x 32 by 32 x 32
-(29 of the 37 us of a step that takes all rows, on one core: XLA does not split products this small);
-on a GPU, which takes 64 blocks at once, 20 times, and 32 layers in less than a minute.
+(29 of the 37 us of a step that takes all rows, on one core: XLA splits no product so small); on a
+GPU, which takes 64 blocks at once, 20 times, and 32 layers in less than a minute.
 Command: python -m experiments.bench_fit [--widths 4096 4096 4096 14336] [--tokens 2048]
     [--steps 128] [--plain-blocks 8] [--no-growth]
 Cost: about a minute on two idle cores.
-Last result, 2026-11-25, 2 idle cores, jax 0.12.0.1: one layer of 832 blocks 2.49 s, 32 layers 79.8 s
-(32 times one layer), 3.0 ms a block against 7.7 of the loop in NumPy: 2.57 times as fast; on tokens
-without tails 5.2 ms a block, 1.5 times as fast. Four times the width takes 4.4 times as long, the
-tokens 2.1, the steps 3.7. Not measured on a GPU yet.
+Last result, 2026-11-25, 2 idle cores, jax 0.12.0.1: one layer of 832 blocks 2.49 s, so 32 layers
+79.8 s; 3.0 ms a block against 7.7 of the loop in NumPy: 2.57 times as fast; on tokens without tails
+5.2 ms a block, 1.5 times as fast. Four times the width takes 4.4 times as long, the tokens 2.1, the
+steps 3.7. Not measured on a GPU yet.
 
 On a CPU the search takes only rows whose norm is above the least criterion, since no rotation can
 make the others matter; how many that are is up to the tokens. Of the rows of 2048 tokens of

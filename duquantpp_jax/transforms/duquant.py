@@ -122,7 +122,7 @@ def greedy_search(
         return search(x)
     # No rotation makes an entry larger than the norm of its row, so rows whose norm is below the
     # least criterion never matter: try a few of the largest rows, then more.
-    norms = jnp.linalg.norm(x, axis=1)
+    norms = jnp.nan_to_num(jnp.linalg.norm(x, axis=1), nan=jnp.inf, posinf=jnp.inf)
     order = jnp.argsort(-norms)
     x, norms = x[order], norms[order]
 
