@@ -16,7 +16,7 @@ steps 3.7. Not measured on a GPU yet.
 
 On a CPU the search takes only rows whose norm is above the least criterion, since no rotation can
 make the others matter; how many that are is up to the tokens. Of the rows of 2048 tokens of
-gutenberg-27m it needs 5 to 30 % before o_proj, 2 to 8 % before down_proj and 83 to 99 % before
+gutenberg-27m it needs 5 to 27 % before o_proj, 2 to 8 % before down_proj and 83 to 100 % before
 q/k/v and up/gate (medians over blocks of layers 0, 1, 4, 7). The tokens here need 25 %.
 
 The loop in NumPy is timed on a few blocks of the same tokens, with its rotations given, and
