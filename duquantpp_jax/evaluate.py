@@ -91,7 +91,8 @@ def evaluate(
     predictor = Predictor(*load_any(options.model))
     config = predictor.model.config
     protocol = _protocol(options, config)
-    rows = rows_of_text(text, load_tokenizer(options.model), config.bos_token_id, protocol)
+    tokenizer = load_tokenizer(options.model, config)
+    rows = rows_of_text(text, tokenizer, config.bos_token_id, protocol)
     every = max(1, len(rows.documents)) * rows.targets  # of no rows one is wanted, and refused
     rows = rows_for_targets(rows, options.tokens or every, str(options.text))
     reference = None

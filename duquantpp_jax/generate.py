@@ -51,7 +51,7 @@ def continued(options: GenerateOptions) -> str:
     """
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     model, linear, state = load_any(options.model)
-    config, tokenizer = model.config, load_tokenizer(options.model)
+    config, tokenizer = model.config, load_tokenizer(options.model, model.config)
     store = cache.store(options.cache, config.head_dim, rotate_keys=options.rotate_keys)
     prompt = tokenizer.encode(options.prompt).ids
     if options.bos:

@@ -109,6 +109,23 @@ def test_a_reference_of_another_vocabulary_and_a_missing_bos_are_refused(
     assert "give --no-bos" in capsys.readouterr().err
 
 
+def test_a_quantized_directory_is_taken_like_a_float_one(
+    tiny_directory, tiny_text, tmp_path, capsys
+):
+    quantized, out = tmp_path / "quantized", tmp_path / "results.json"
+    model = ("--model", str(tiny_directory), "--recipe", "block_hadamard", "--out", str(quantized))
+    assert cli.main(["quantize", *model]) == 0
+    more = ("--reference", tiny_directory, "--cache", "bf16", "--window", 60, "--tokens", 600)
+    assert cli.main(arguments(quantized, tiny_text, *more, "--out", out)) == 0
+    results = json.loads(out.read_text())
+    assert results["kl"]["value"] > 0.01
+    assert results["model"]["sha256"] != results["reference"]["sha256"]
+    capsys.readouterr()
+    command = ["generate", "--model", str(quantized), "--prompt", "ab", "--max-new-tokens", "3"]
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.startswith("ab")
+
+
 # duquantpp generate.
 
 

@@ -55,15 +55,7 @@ def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
     Raises:
       ValueError: there is none, it is no JSON object, or it is not supported.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory: give a Hugging Face model directory")
-    if not (directory / _CONFIG).is_file():
-        raise ValueError(
-            f"{directory} has no config.json: give a Hugging Face model directory, "
-            "which has config.json, *.safetensors and tokenizer.json"
-        )
-    fields = read_json(directory / _CONFIG)
+    fields = read_json(_config_file(directory))
     try:
         return DecoderConfig.from_dict(fields)
     except ValueError as error:
@@ -136,14 +128,19 @@ def load(directory: str | os.PathLike[str]) -> Decoder:
     return Decoder(config, {key: jnp.asarray(array) for key, array in arrays.items()})
 
 
-def load_tokenizer(directory: str | os.PathLike[str]) -> Tokenizer:
+def load_tokenizer(
+    directory: str | os.PathLike[str], config: DecoderConfig | None = None
+) -> Tokenizer:
     """The tokenizer in `directory`/tokenizer.json.
+
+    Args:
+      config: Of the model; read from the directory if not given.
 
     Raises:
       ValueError: there is none, it cannot be read, or it has ids that the model has not.
     """
     path = Path(directory) / _TOKENIZER
-    config = load_config(directory)
+    config = config or load_config(directory)
     if not path.is_file():
         raise ValueError(f"{directory} has no tokenizer.json: add the model's own")
     try:
@@ -168,10 +165,9 @@ def sha256(directory: str | os.PathLike[str]) -> str:
     Raises:
       ValueError: as `load`, where the files themselves are missing or misnamed.
     """
-    directory = Path(directory)
-    load_config(directory)
+    directory, config = Path(directory), _config_file(directory)
     total = hashlib.sha256()
-    files = {_CONFIG: directory / _CONFIG}
+    files = {_CONFIG: config}
     files |= {shard.name: shard for shard in shard_files(directory)}
     for name, path in sorted(files.items()):
         with path.open("rb") as file:
@@ -207,6 +203,18 @@ def save(model: Decoder, tokenizer_json: str, directory: str | os.PathLike[str])
         partial.replace(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _config_file(directory: str | os.PathLike[str]) -> Path:
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory: give a Hugging Face model directory")
+    if not (directory / _CONFIG).is_file():
+        raise ValueError(
+            f"{directory} has no config.json: give a Hugging Face model directory, "
+            "which has config.json, *.safetensors and tokenizer.json"
+        )
+    return directory / _CONFIG
 
 
 def _places(config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Place]:
