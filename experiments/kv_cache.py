@@ -16,13 +16,14 @@ Last result: not yet run.
 
 import dataclasses
 import sys
+from typing import Any
 
 from jaxtyping import Array, Float, Float32
 
 from duquantpp_jax.ablation import Cell
 from duquantpp_jax.ablation.command import main
 from duquantpp_jax.cache import HeadStore
-from duquantpp_jax.core import Format, MXArray, ScaleRule
+from duquantpp_jax.core import Format, ScaleRule
 from duquantpp_jax.formats import E2M3, E4M3, MX, MXFP4
 from duquantpp_jax.recipes import FITS
 from duquantpp_jax.transforms.block import multiply_blocks
@@ -33,11 +34,11 @@ from duquantpp_jax.transforms.hadamard import hadamard
 class RotatedStore(HeadStore):
     """Each head rotated when it is put away and turned back when it is read."""
 
-    def hold(self, x: Float[Array, "rows length heads head_dim"]) -> MXArray | Array:
+    def hold(self, x: Float[Array, "rows length heads head_dim"]) -> Any:
         """Q(x H)."""
         return super().hold(multiply_blocks(x, hadamard(x.shape[-1])[None]))
 
-    def read(self, held: MXArray | Array) -> Float32[Array, "rows length heads head_dim"]:
+    def read(self, held: Any) -> Float32[Array, "rows length heads head_dim"]:
         """Q(x H) H^T, and Sylvester's H is symmetric."""
         x = super().read(held)
         return multiply_blocks(x, hadamard(x.shape[-1]).T[None])

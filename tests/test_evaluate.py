@@ -1,6 +1,8 @@
 """`duquantpp evaluate` as a user types it: its results, its protocols, bad input in one line."""
 
 import json
+import pathlib
+import shlex
 
 import numpy as np
 import pytest
@@ -109,6 +111,7 @@ def test_a_reference_of_another_vocabulary_and_a_missing_bos_are_refused(
     assert "give --no-bos" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_quantized_directory_is_taken_like_a_float_one(
     tiny_directory, tiny_text, tmp_path, capsys
 ):
@@ -124,6 +127,31 @@ def test_a_quantized_directory_is_taken_like_a_float_one(
     command = ["generate", "--model", str(quantized), "--prompt", "ab", "--max-new-tokens", "3"]
     assert cli.main(command) == 0
     assert capsys.readouterr().out.startswith("ab")
+
+
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "evaluate.md"
+
+
+def test_the_documented_costs_of_a_cache_are_the_recorded_ones():
+    place = PAGE.parent.parent / "experiments" / "results" / "kv_cache_gutenberg27m_128rows.json"
+    recorded = json.loads(place.read_text())
+    assert len(recorded) == 5
+    for one in recorded:
+        assert one["targets"] == 65_408
+        name = one["options"]["cache"] + ", keys rotated" * one["options"]["rotate_keys"]
+        kl, (low, high) = one["kl"]["value"], one["kl"]["ci95"]
+        assert f"| {name} | {kl:.5f} ± {(high - low) / 2:.5f} |" in PAGE.read_text()
+        if one["options"]["cache"] == "mxfp8":
+            assert high < 0.002
+
+
+def test_the_documented_commands_are_what_the_command_line_takes():
+    lines = [one for one in PAGE.read_text().splitlines() if one.startswith("duquantpp ")]
+    commands = [shlex.split(one)[1:] for line in lines for one in line.split(" && ")]
+    assert [one[0] for one in commands] == ["evaluate", "generate", "quantize", "evaluate"]
+    for command in commands:
+        cli._parse(command)
+    assert cli._parse(commands[-1]).protocol == "stream"
 
 
 # duquantpp generate.

@@ -271,7 +271,7 @@ class Decoder(nnx.Module):
 
         x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(jnp.float32)
         layers = {name: array[...] for name, array in self.layers.items()}
-        scanned = (layers, _windows(config), held)
+        scanned = (layers, layer_windows(config), held)
         given, first = [], 0
         for run in runs:
             count = config.num_hidden_layers
@@ -360,7 +360,7 @@ class Decoder(nnx.Module):
         return a.reshape(rows, length, -1), held
 
 
-def _windows(config: DecoderConfig) -> Int32[np.ndarray, " layers"] | None:
+def layer_windows(config: DecoderConfig) -> Int32[np.ndarray, " layers"] | None:
     """How far each layer sees back; None where all of them see everything."""
     if not any(config.windows):
         return None

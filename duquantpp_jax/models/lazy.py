@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, Int32, Integer
 
 from duquantpp_jax.models.checkpoint import Headers, headers
 from duquantpp_jax.models.config import DecoderConfig
-from duquantpp_jax.models.decoder import Decoder, Linear, _windows, parameter_shapes
+from duquantpp_jax.models.decoder import Decoder, Linear, layer_windows, parameter_shapes
 from duquantpp_jax.models.shards import read_stored
 
 LAYER = "model.layers.*."
@@ -108,7 +108,7 @@ def layer(
 
 def window(config: DecoderConfig, number: int) -> Int32[Array, ""] | None:
     """How far a layer sees back; None where all layers see everything."""
-    windows = _windows(config)
+    windows = layer_windows(config)
     return None if windows is None else jnp.asarray(windows[number])
 
 
