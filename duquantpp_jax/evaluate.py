@@ -94,7 +94,8 @@ def evaluate(
     tokenizer = load_tokenizer(options.model, config)
     rows = rows_of_text(text, tokenizer, config.bos_token_id, protocol)
     every = max(1, len(rows.documents)) * rows.targets  # of no rows one is wanted, and refused
-    rows = rows_for_targets(rows, options.tokens or every, str(options.text))
+    targets = every if options.tokens is None else options.tokens
+    rows = rows_for_targets(rows, targets, str(options.text))
     reference = None
     if options.reference is not None:
         reference = predictor
@@ -142,7 +143,7 @@ def _protocol(options: EvaluateOptions, config: DecoderConfig) -> Protocol:
             "give --no-bos"
         )
     room = config.max_position_embeddings - bos
-    window = options.window or min(preset.window, room)
+    window = min(preset.window, room) if options.window is None else options.window
     if not 2 - bos <= window <= room:
         raise ValueError(
             f"--window {window} is out of range: this model has {config.max_position_embeddings} "

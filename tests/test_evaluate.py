@@ -80,6 +80,8 @@ BAD = {
     "unknown protocol": (("--protocol", "steam"), "did you mean stream?"),
     "window too long": (("--window", "2048"), "--window 2048 is out of range"),
     "window of nothing": (("--no-bos", "--window", "1"), "2 to 2048 ids"),
+    "window of zero": (("--window", "0"), "1 to 2047 ids"),
+    "no tokens": (("--tokens", "0"), "0 targets are less than one row"),
     "unknown cache": (("--cache", "fp8"), "unknown cache format 'fp8'"),
     "heads that blocks do not divide": (("--cache", "mxfp8"), "head_dim 16"),
     "rotation without a cache": (("--rotate-keys",), "give --cache too"),

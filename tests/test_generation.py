@@ -58,8 +58,8 @@ def error(got, wanted):
 @STORES
 def test_decoding_gives_the_logits_of_the_full_forward_pass(name, rotated, model, tokens):
     """Both sum the same products in another order: about sqrt(n) 2^-24 for sums of n terms, n at
-    most 96, in some ten sums one after another: 6e-6. A key or value that lies that close to a tie
-    could be rounded the other way, but these do not: there are 3,072, each with a chance of 1e-5.
+    most 96, in some ten sums one after another: 6e-6. A key or value that close to a tie could be
+    rounded the other way, which would show; none of these 3,072 is.
     """
     store = cache.store(name, 32, rotate_keys=rotated)
     got, _ = decoded(model, tokens, store)
