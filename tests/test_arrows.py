@@ -35,6 +35,8 @@ MAY_IMPORT = {
         *("core", "files", "formats", "transforms", "ptq", "models", "layerwise", "quantize"),
         "quantized",
     },
+    "learning": {"core", "formats", "transforms", "ptq", "models"},
+    "asymmetric": {"core", "formats", "rounding", "ptq", "models"},
     "evaluation": {"core", "ptq", "models"},
     "loading": {"models", "quantized"},
     "cache": {"core", "formats", "transforms", "recipes", "models"},

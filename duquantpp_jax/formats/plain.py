@@ -1,6 +1,6 @@
 """The format that quantizes nothing: 16-bit activations beside quantized weights (W4A16).
 
-    fake_quantize(x) = x rounded to bfloat16
+fake_quantize(x) = x rounded to bfloat16
 """
 
 import dataclasses

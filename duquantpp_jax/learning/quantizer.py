@@ -1,0 +1,79 @@
+"""Rounding that gradients pass through, to the numbers and to the scales of their blocks.
+
+With q = s e the held value of x, s its block's scale and e its element,
+
+    dq/dx = 1 where x lies in the block's range, 0 beyond;
+    dq/d(log s) = q - x where x lies in the range, q beyond,
+
+the second because rounding passes straight through in q = s round(x / s). A power of two has no
+derivative; log s is taken to follow log(amax) + log(clip) + offset log 2 with slope one, as it does
+on average over where amax lies between two powers of two.
+
+Source: straight-through, Bengio et al., arXiv 1308.3432; the scale's gradient, Esser et al.,
+LSQ, arXiv 1902.08153.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from duquantpp_jax.core import Format
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def learnable_quantize(
+    format: Format,
+    through_amax: bool,
+    x: Float[Array, "*batch k"],
+    log_scale: Float[Array, "*offsets"] | None,
+) -> Float[Array, "*batch k"]:
+    """x as the format holds it.
+
+    Args:
+      format: Of which the scales are powers of two.
+      through_amax: Whether the largest magnitude of a block gets the gradient of its scale.
+      x: In float32.
+      log_scale: Learned offset of each block's log2 scale, one for each block of the last axes;
+        rounded to an integer where it is applied.
+    """
+    return _forward(format, through_amax, x, log_scale)[0]
+
+
+def _forward(format: Format, through_amax: bool, x: Array, log_scale: Array | None):
+    del through_amax
+    options = {} if log_scale is None else {"scale_offset": integer(log_scale)}
+    held = format.encode(x, **options)
+    q = held.dequantize()
+    return q, (x, q, jnp.abs(x) <= held.limit(), log_scale)
+
+
+def _backward(format: Format, through_amax: bool, kept, g: Array):
+    x, q, inside, log_scale = kept
+    along = jnp.where(inside, q - x, q) * g
+    blocks = (*x.shape[:-1], -1, format.block_size)
+    along = jnp.sum(along.reshape(blocks), axis=-1)
+    g_x = jnp.where(inside, g, jnp.zeros_like(g))
+    if through_amax:
+        magnitude = jnp.abs(x.reshape(blocks))
+        amax = jnp.max(magnitude, axis=-1, keepdims=True)
+        largest = magnitude == amax
+        share = (along / jnp.maximum(jnp.sum(largest, axis=-1), 1).astype(x.dtype))[..., None]
+        safe = jnp.where(amax > 0, amax, jnp.ones_like(amax))
+        to_largest = jnp.where(largest, share * jnp.sign(x.reshape(blocks)) / safe, 0.0)
+        g_x = g_x + to_largest.reshape(x.shape)
+    g_log = None
+    if log_scale is not None:
+        g_log = jnp.sum(
+            along.reshape(-1, *log_scale.shape), axis=0, dtype=log_scale.dtype
+        ) * jnp.log(jnp.asarray(2, log_scale.dtype))
+    return g_x, g_log
+
+
+learnable_quantize.defvjp(_forward, _backward)
+
+
+def integer(log_scale: Float[Array, "*offsets"]) -> Array:
+    """The offset that is applied."""
+    return jnp.round(log_scale).astype(jnp.int32)

@@ -1,0 +1,42 @@
+"""Coordinate descent: never above where it starts; at its end no single code can be bettered."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from duquantpp_jax.formats import MXFP4
+from duquantpp_jax.rounding.descent import descend
+from duquantpp_jax.rounding.gptq import damped, gptq, weighted_error
+
+
+def _case():
+    random = np.random.default_rng(0)
+    x = random.standard_normal((300, 64)) @ random.standard_normal((64, 64))
+    w = jnp.asarray(random.standard_normal((12, 64)), jnp.float32)
+    gram = jnp.asarray(x.T @ x / len(x), jnp.float32)
+    return w, gram, damped(gram, 0.01)
+
+
+def test_no_pass_raises_the_error():
+    w, gram, h = _case()
+    rounded = jax.jit(lambda w, gram: gptq(w, MXFP4(), gram))(w, gram)
+    before = np.asarray(weighted_error(w, rounded, h))
+    for passes in (1, 3):
+        after = np.asarray(weighted_error(w, descend(w, rounded, h, passes), h))
+        assert (after <= before * (1 + 1e-6)).all()
+        assert after.sum() < 0.95 * before.sum()
+        before = after
+
+
+def test_at_the_end_no_other_element_of_a_column_is_better():
+    w, gram, h = _case()
+    rounded = descend(w, gptq(w, MXFP4(), gram), h, 30)
+    q = np.asarray(rounded.dequantize(), np.float64)
+    scale = np.asarray(rounded.limit(), np.float64) / 6
+    h = np.asarray(h, np.float64)
+    error = np.asarray(w, np.float64) - q
+    elements = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    for value in np.concatenate([elements, -elements]):
+        step = value * scale - q
+        change = step**2 * np.diag(h) - 2 * step * (error @ h)
+        assert change.min() > -1e-4 * np.diag(h).mean()
