@@ -85,6 +85,12 @@ def test_the_readmes_table_is_that_of_the_results():
     assert table in (RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("rounding_*.json")), ids=lambda p: p.stem)
+def test_the_readmes_tables_of_roundings_are_those_of_the_results(path):
+    readme = (RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
+    assert tables.table(tables.read(path)) in readme
+
+
 @pytest.mark.parametrize(
     "path",
     sorted([*RESULTS.glob("rotations_*.json"), *RESULTS.glob("gptq_*.json")]),

@@ -194,20 +194,20 @@ def held_out_loss(
     moves: Moves,
     formats: tuple[Format, Format],
 ) -> float:
-    """Mean KL over the targets of whole batches of the rows."""
+    """Mean KL over the targets of all rows.
+
+    Raises:
+      ValueError: There are no rows.
+    """
+    if not len(rows):
+        raise ValueError("no rows are held out: give some to choose the best step by")
     model = computing_in(model, jnp.bfloat16)
-    losses = [
-        _loss(
-            model,
-            start,
-            learned,
-            jnp.asarray(rows[i : i + batch_rows]),
-            moves=moves,
-            formats=formats,
-        )
-        for i in range(0, len(rows) - batch_rows + 1, batch_rows)
-    ]
-    return float(np.mean([float(one) for one in losses]))
+    total = 0.0
+    for first in range(0, len(rows), batch_rows):
+        batch = jnp.asarray(rows[first : first + batch_rows])
+        loss = _loss(model, start, learned, batch, moves=moves, formats=formats)
+        total += len(batch) * float(loss)
+    return total / len(rows)
 
 
 @functools.partial(

@@ -9,7 +9,7 @@ import pytest
 
 from duquantpp_jax.calibration import calibrate, site_widths
 from duquantpp_jax.formats import MXFP4
-from duquantpp_jax.learning.model import batches, learn_model
+from duquantpp_jax.learning.model import batches, held_out_loss, learn_model
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.models import SITES, load, testbed
 from duquantpp_jax.ptq import QuantizedLinear, quantize_model
@@ -103,6 +103,20 @@ def test_every_pass_takes_every_row_once():
             np.sort(order[2 * number : 2 * number + 2].ravel()), range(10)
         )
     assert not np.array_equal(order[:2], order[2:4])
+
+
+def test_held_out_loss_weighs_rows_alike_and_wants_some(model):
+    start, moves = _hadamard(model), Moves(None)
+    learned = {site: moves.init(start[site], model.weights(site)) for site in SITES}
+    rows = testbed.calibration_rows()[:3, :64]
+
+    def loss(rows, batch_rows):
+        static = {"moves": moves, "formats": FORMATS}
+        return held_out_loss(model, start, learned, rows, batch_rows, **static)
+
+    assert loss(rows, 2) == pytest.approx((2 * loss(rows[:2], 2) + loss(rows[2:], 2)) / 3)
+    with pytest.raises(ValueError, match="no rows are held out"):
+        loss(rows[:0], 2)
 
 
 def test_too_few_rows_are_refused():
