@@ -15,7 +15,8 @@ Command: python -m experiments.beat_hadamard --model DIR --text FILE [--transfer
 Cost: 50 to 90 ms a step on half an H100 for gutenberg-27m; a minute or two to compile each cell.
 Last result, 2026-11-25, search only: one seed, floor, gutenberg-27m, 128 rows of gutenberg_valid,
   H100s shared by two to four runs; KL, and on WikiText-2 where measured. The numbers come from the
-  script of the search that this file replaces; not yet confirmed with three seeds and 512 rows. RTN Hadamard is .1191 here, Hadamard with GPTQ .0974.
+  script of the search that this file replaces; not yet confirmed with three seeds and 512
+  rows. RTN Hadamard is .1191 here, Hadamard with GPTQ .0974.
   a  affine from WUSH, 400 steps on calibration text        .0920  (.1760)
      the same, 1,500 steps, 22,000 rows more                .0872  (.1705)
      and gradients through the block's amax                 .0870  (.1671)
