@@ -101,9 +101,18 @@ def quantize_asymmetric(
 
 
 def fitted_width(fitted: Fitted) -> int:
-    """Width of a site, from its transform's blocks stacked over layers."""
-    _, blocks, side, _ = jax.tree.leaves(fitted.transform)[-1].shape
-    return blocks * side
+    """Width of a site, from its transform's blocks stacked over layers.
+
+    Raises:
+      ValueError: The transform is not made of blocks.
+    """
+    shape = jax.tree.leaves(fitted.transform)[-1].shape
+    if len(shape) != 4:
+        raise ValueError(
+            f"{type(fitted.transform).__name__} is not made of blocks of channels: asymmetric "
+            "calibration takes transforms that are"
+        )
+    return shape[1] * shape[2]
 
 
 def _stats(gram: Float[Array, "k k"], tokens: int) -> Stats:

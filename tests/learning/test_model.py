@@ -47,33 +47,25 @@ def _hadamard(model):
 )
 def test_held_out_loss_falls_and_the_best_is_kept(model, moves, rate):
     rows = testbed.calibration_rows()[:20, :128]
-    schedule = optax.constant_schedule(rate)
-    learning = learn_model(
-        model,
-        _hadamard(model),
-        moves,
-        FORMATS,
-        rows[:16],
-        rows[16:],
-        jax.random.key(0),
-        steps=8,
-        rates={"transform": schedule, "weights": optax.constant_schedule(1e-4)},
-        batch_rows=4,
-        check_every=4,
-    )
-    still = learn_model(
-        model,
-        _hadamard(model),
-        moves,
-        FORMATS,
-        rows[:16],
-        rows[16:],
-        jax.random.key(0),
-        steps=4,
-        rates={},
-        batch_rows=4,
-        check_every=4,
-    )
+
+    def learn(steps, rates):
+        return learn_model(
+            model,
+            _hadamard(model),
+            moves,
+            FORMATS,
+            rows[:16],
+            rows[16:],
+            jax.random.key(0),
+            steps=steps,
+            rates=rates,
+            batch_rows=4,
+            check_every=4,
+        )
+
+    constant = optax.constant_schedule
+    learning = learn(8, {"transform": constant(rate), "weights": constant(1e-4)})
+    still = learn(4, {})
     best = min(loss for _, _, loss in learning.history)
     assert best < still.history[-1][2]
     assert [step for step, _, _ in learning.history] == [4, 8]
