@@ -39,7 +39,7 @@ def pytest_terminal_summary(terminalreporter):
     marks = {
         (report.nodeid, value)
         for report in reports
-        for name, value in report.user_properties
+        for name, value in getattr(report, "user_properties", ())  # a skipped module has none
         if name == DATA_VARIABLE
     }
     read, skipped = (sum(value == kind for _, value in marks) for kind in ("read", "skipped"))
