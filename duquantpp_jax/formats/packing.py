@@ -65,10 +65,10 @@ def unpack_nibbles(
     return codes[..., :width]
 
 
-def pack_elements(q: MXArray) -> UInt8[Array, "*batch bytes"]:
-    """The elements of an array of four-bit elements, two a byte along the last axis.
+def pack_blocks(q: MXArray) -> UInt8[Array, "*blocks bytes"]:
+    """The elements of an array of four-bit elements, two a byte, block by block.
 
-    `pack_elements(format.encode(x))` in one jit goes from numbers to bytes in one pass.
+    `pack_blocks(format.encode(x))` in one jit goes from numbers to bytes in one pass.
 
     Raises:
       ValueError: The elements have another size, or a block is half a byte too long.
@@ -77,9 +77,19 @@ def pack_elements(q: MXArray) -> UInt8[Array, "*batch bytes"]:
         raise ValueError(f"elements of {q.element.bits} bits are not packed in nibbles")
     if q.block_size % 2:
         raise ValueError(f"a block of {q.block_size} leaves half a byte: use pack_nibbles")
-    blocks = q.codes().reshape(*q.scales.shape, q.block_size)
-    # Packed in blocks, as they come: XLA's CPU code is slow where one loop also flattens them.
-    packed = jax.lax.optimization_barrier(pack_nibbles(blocks))
+    # XLA's CPU code is slow where one loop also puts the blocks in a row: two loops, by a barrier.
+    # jax 0.10 drops it; there, flatten outside of jit what jit gave.
+    packed = pack_nibbles(q.codes().reshape(*q.scales.shape, q.block_size))
+    return jax.lax.optimization_barrier(packed)
+
+
+def pack_elements(q: MXArray) -> UInt8[Array, "*batch bytes"]:
+    """`pack_blocks` with the blocks in a row, as they lie in memory.
+
+    Raises:
+      ValueError: As there.
+    """
+    packed = pack_blocks(q)
     *batch, count, size = packed.shape
     return packed.reshape(*batch, count * size)
 
