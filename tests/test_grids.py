@@ -25,7 +25,7 @@ from tests.conftest import stats_of, tiny_decoder
 PLACE = pathlib.Path(experiments.__file__).parent
 QUESTIONS = (
     *("rotations", "rotation_size", "greedy", "permutation", "smoothing"),
-    *("calibration", "formats", "gptq", "kv_cache", "outliers"),
+    *("calibration", "formats", "gptq", "rounding", "kv_cache", "outliers"),
 )
 
 

@@ -1,0 +1,42 @@
+"""By how much does GPTQ lower the KL of a recipe, and how surely?
+
+Hypothesis: for every recipe, under both rules; by more where the weights are what limits (block
+  Hadamard) than where the activations are (plain rounding).
+Method: each recipe with weights rounded to nearest and by GPTQ (Hessian from the float model's
+  activations, moved and quantized, damping 1 %), the same seed for both. A column is one recipe
+  under one rule and the baseline its rounding to nearest, so that a difference is that of the
+  rounding alone, row by row of the text. `gptq.py` compares recipes with each other.
+Command: duquantpp ablate experiments/rounding.py --table
+  or python -m experiments.rounding --table, with --model DIR --text FILE --calibration-text FILE
+  for another model than the embedded one.
+Cost: 20 cells, half of them with a second calibration.
+Last result: not yet run.
+"""
+
+import sys
+
+from duquantpp_jax.ablation import Cell
+from duquantpp_jax.ablation.command import main
+
+RECIPES = ("identity", "block_hadamard", "smooth_hadamard", "duquantpp", "duquantpp_released")
+CELLS = [
+    Cell(recipe, rule, rounding=rounding)
+    for recipe in RECIPES
+    for rule in ("floor", "even")
+    for rounding in ("rtn", "gptq")
+]
+BASELINE = "rtn"
+
+
+def ROWS(cell: Cell) -> str:
+    """How weights are rounded."""
+    return cell.rounding
+
+
+def COLUMNS(cell: Cell) -> str:
+    """The recipe and the scale rule."""
+    return f"{cell.recipe}, {cell.scale_rule}"
+
+
+if __name__ == "__main__":
+    main(sys.modules[__name__])
