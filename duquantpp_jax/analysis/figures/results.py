@@ -1,21 +1,21 @@
-"""Figures from results: functions that take numbers and return a matplotlib Figure.
+"""Results: KL with its paired intervals, and what recipes do to one site's channels."""
 
-No global state: figures are made without pyplot. Colours are Okabe and Ito's, which colour-blind
-readers can tell apart.
-"""
-
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X")
-DASHES = ("-", (0, (4, 2)), (2, (4, 2)), (0, (1, 1.5)))
-"""Line styles, so that of lines on top of each other both are seen."""
-TWO_COLUMNS = 7.2
-"""Width in inches of a figure across a paper's two columns."""
+from duquantpp_jax.analysis.figures.style import (
+    COLORS,
+    DASHES,
+    MARKERS,
+    TWO_COLUMNS,
+    Columns,
+    blank,
+    given,
+)
 
 
 def comparison(
@@ -46,6 +46,8 @@ def divergences(
     clusters: tuple[str, int],
     baseline: str | None,
     title: str = "scale rule",
+    *,
+    columns: Columns = 2,
 ) -> Figure:
     """KL of every recipe and scale rule alone, as in `comparison`; some may be missing.
 
@@ -56,13 +58,30 @@ def divergences(
       title: Of the legend.
     """
     height = 1.2 + 0.28 * len(results["options"]["recipes"])
-    figure = Figure(figsize=(TWO_COLUMNS, height), layout="constrained")
+    figure = blank(columns, height)
     axes = figure.subplots()
     _kl(axes, results, clusters, baseline, title)
     # Beside the axes: with many columns it would hide what it explains.
     axes.legend(
         fontsize=7, title=title, title_fontsize=7, frameon=False, loc=(1.02, 0), borderaxespad=0
     )
+    return figure
+
+
+def channels(
+    maxima: Mapping[str, Float[Array | np.ndarray, " k"]],
+    *,
+    title: str = "",
+    columns: Columns = 1,
+) -> Figure:
+    """The largest magnitude of each channel, from the largest channel to the least; log2 both ways.
+
+    Args:
+      maxima: By name; "before" is drawn broad and grey, to lie under the others.
+      title: E.g. the site's name.
+    """
+    figure = blank(columns, 2.6)
+    _channels(figure.subplots(), title, given("maxima", maxima))
     return figure
 
 
@@ -113,7 +132,7 @@ def _interval_around(row: dict[str, Any]) -> tuple[float, float]:
     return row["kl_difference"] - low, high - row["kl_difference"]
 
 
-def _channels(axes: Any, site: str, maxima: dict[str, Float[np.ndarray, " k"]]) -> None:
+def _channels(axes: Any, site: str, maxima: Mapping[str, Float[np.ndarray, " k"]]) -> None:
     for number, (name, values) in enumerate(maxima.items()):
         before = name == "before"
         axes.plot(

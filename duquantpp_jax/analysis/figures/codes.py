@@ -1,0 +1,84 @@
+"""What quantized numbers are stored as: exponents of the scales, codes of the elements."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, UInt8
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from duquantpp_jax.analysis.figures import style
+from duquantpp_jax.formats.elements import E2M1
+
+
+def scale_exponents(
+    scale_bytes: Mapping[str, UInt8[Array | np.ndarray, "..."]],
+    *,
+    title: str = "",
+    columns: style.Columns = 1,
+) -> Figure:
+    """How many blocks have which scale 2^E, E = byte - 127: a bar for every integer.
+
+    Args:
+      scale_bytes: Method -> E8M0 byte of each block, as `MXArray.scale_bytes` gives it.
+
+    Raises:
+      ValueError: No method, an empty one, or byte 255, which is NaN.
+    """
+    exponents = {
+        name: array.ravel().astype(np.int64) - 127
+        for name, array in style.given("scale bytes", scale_bytes).items()
+    }
+    low, high = (f(np.concatenate(list(exponents.values()))) for f in (np.min, np.max))
+    if high > 127:
+        raise ValueError("a scale byte is 255, which stands for NaN: give blocks of finite numbers")
+    values = np.arange(low, high + 1)
+    figure = style.blank(columns, 2.4)
+    axes = figure.subplots()
+    counts = {name: np.bincount(e - low, minlength=len(values)) for name, e in exponents.items()}
+    _bars(axes, values, counts)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+    axes.xaxis.set_major_formatter(lambda exponent, _: f"$2^{{{round(exponent)}}}$")
+    style.label(axes, "scale of the block", "blocks", title)
+    style.legend(axes)
+    return figure
+
+
+def code_occupancy(
+    codes: Mapping[str, UInt8[Array | np.ndarray, "..."]],
+    *,
+    title: str = "",
+    columns: style.Columns = 1,
+) -> Figure:
+    """Which share of elements has each of the 16 codes of E2M1, in the order of their values.
+
+    Args:
+      codes: Method -> code of each element, as `MXArray.codes` gives it.
+
+    Raises:
+      ValueError: No method, an empty one, or a code beyond 15.
+    """
+    shares = {}
+    order = np.r_[np.arange(15, 7, -1), np.arange(8)]
+    for name, array in style.given("codes", codes).items():
+        if array.max() > 15:
+            raise ValueError(f"code {array.max()} of {name!r} is not one of E2M1: they end at 15")
+        shares[name] = np.bincount(array.ravel(), minlength=16)[order] / array.size
+    figure = style.blank(columns, 2.4)
+    axes = figure.subplots()
+    _bars(axes, np.arange(16), shares)
+    axes.set_xticks(range(16), [f"{v:g}" for v in np.asarray(E2M1.decode(jnp.uint8(order)))])
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    style.label(axes, "element", "share of elements", title)
+    style.legend(axes)
+    return figure
+
+
+def _bars(axes: Any, at: np.ndarray, heights: Mapping[str, np.ndarray]) -> None:
+    """Bars of several methods side by side around each integer."""
+    width = 0.8 / len(heights)
+    for number, (name, values, look) in enumerate(style.one_by_one(heights)):
+        offset = width * (number - (len(heights) - 1) / 2)
+        axes.bar(at + offset, values, width, color=look["color"], label=name)

@@ -1,0 +1,126 @@
+"""Over the layers of a model: largest magnitudes of channels or blocks, and SQNR of linears."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float
+from matplotlib import colormaps
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from duquantpp_jax.analysis.figures import style
+
+MOST_CELLS = 512
+"""Most cells of a heat map in a row: more would be finer than print."""
+
+
+def amax_map(
+    amax: Mapping[str, Float[Array | np.ndarray, "layers _"]],
+    *,
+    block_size: int | None = None,
+    title: str = "",
+    columns: style.Columns = 2,
+) -> Figure:
+    """Largest |x| of every channel, or of every block of channels, by layer: a heat map a site.
+
+    Colours are log2, the same in all panels; grey is zero. More than 512 in a row are made coarse
+    by their maximum.
+
+    Args:
+      amax: Site -> largest magnitude of each channel, e.g. `Stats.absmax`.
+      block_size: Channels that share a scale, to show the maxima of blocks; None for channels.
+
+    Raises:
+      ValueError: No site, NaN or Inf, or a width that blocks do not divide.
+    """
+    maps = {site: _blocks(site, a, block_size) for site, a in style.given("maxima", amax).items()}
+    low, high = style.powers_of_two(np.concatenate([a.ravel() for a in maps.values()]))
+    figure = style.blank(columns, 0.7 + 0.75 * len(maps))
+    panels = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
+    cells: Any = None
+    for axes, (site, values) in zip(panels, maps.items(), strict=True):
+        layers, width = values.shape
+        starts = np.linspace(0, width, min(width, MOST_CELLS), endpoint=False).astype(np.int64)
+        cells = axes.pcolormesh(
+            np.append(starts, width),
+            np.arange(layers + 1) - 0.5,
+            np.maximum.reduceat(values, starts, axis=1),
+            norm=LogNorm(low, high),
+            cmap=colormaps["cividis"].with_extremes(bad="#BBBBBB"),
+            rasterized=True,
+        )
+        axes.invert_yaxis()
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        style.label(axes, y="layer", title=site)
+    panels[-1].set_xlabel("channel" if block_size is None else f"block of {block_size} channels")
+    panels[-1].xaxis.label.set_fontsize(style.LABEL_SIZE)
+    figure.suptitle(title, fontsize=style.LABEL_SIZE)
+    bar = figure.colorbar(cells, ax=list(panels), pad=0.02)
+    bar.set_label("largest |x|", fontsize=style.LABEL_SIZE)
+    bar.ax.tick_params(labelsize=style.TICK_SIZE)
+    style.log2_ticks(bar.ax.yaxis, low, high)
+    return figure
+
+
+def sqnr(
+    methods: Mapping[str, Mapping[str, Float[Array | np.ndarray, "layers linears"]]],
+    *,
+    title: str = "",
+    columns: style.Columns = 2,
+) -> Figure:
+    """SQNR in dB by layer, a panel for each site, a line for each method.
+
+    The line is the mean over the linears of the site, the shade runs from the least to the largest.
+
+    Args:
+      methods: Method -> site -> SQNR of each linear, as `evaluation.sqnr.linear_sqnr` gives it.
+
+    Raises:
+      ValueError: No method, NaN or Inf, or methods that do not have the same sites.
+    """
+    checked = {name: style.given(f"SQNR ({name})", sites) for name, sites in methods.items()}
+    if not checked:
+        raise ValueError("no methods to draw: give at least one")
+    sites = list(next(iter(checked.values())))
+    for name, one in checked.items():
+        if list(one) != sites:
+            raise ValueError(f"{name} has sites {list(one)}: give all methods the sites {sites}")
+    across = len(sites) if columns == 2 else min(2, len(sites))
+    down = -(-len(sites) // across)
+    figure = style.blank(columns, 0.7 + 1.6 * down)
+    panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, site in zip(panels, sites, strict=False):
+        for number, (name, one, look) in enumerate(style.one_by_one(checked)):
+            values = one[site]
+            layers = np.arange(len(values))
+            marker = style.MARKERS[number % len(style.MARKERS)]
+            axes.plot(layers, values.mean(axis=1), label=name, marker=marker, ms=3, lw=1, **look)
+            axes.fill_between(
+                layers, values.min(axis=1), values.max(axis=1), color=look["color"], alpha=0.2, lw=0
+            )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        axes.grid(linewidth=0.3)
+        style.label(axes, "layer", title=site)
+    for axes in panels[len(sites) :]:
+        axes.set_axis_off()
+    for axes in panels[::across]:
+        axes.set_ylabel("SQNR, dB", fontsize=style.LABEL_SIZE)
+    style.legend(panels[0])
+    figure.suptitle(title, fontsize=style.LABEL_SIZE)
+    return figure
+
+
+def _blocks(
+    site: str, amax: Float[np.ndarray, "layers k"], block_size: int | None
+) -> Float[np.ndarray, "layers n"]:
+    if block_size is None:
+        return amax
+    layers, width = amax.shape
+    if width % block_size:
+        raise ValueError(
+            f"{site}: a width of {width} is not a multiple of block {block_size}: "
+            "choose another block"
+        )
+    return amax.reshape(layers, -1, block_size).max(axis=-1)

@@ -1,0 +1,70 @@
+"""A roofline: what a kernel may reach, by what it computes for each byte that it moves.
+
+    FLOP/s <= min(peak, bandwidth * FLOP/byte)
+
+Source: Williams, Waterman and Patterson, Roofline, CACM 52(4), 2009.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from duquantpp_jax.analysis.figures import style
+
+
+def roofline(
+    peaks: Mapping[str, float],
+    bandwidth: float,
+    kernels: Mapping[str, tuple[float, float]],
+    *,
+    title: str = "",
+    columns: style.Columns = 1,
+) -> Figure:
+    """Roofs of one memory and several units, and kernels as points below them; log2 both ways.
+
+    Args:
+      peaks: Unit -> FLOP/s, e.g. {"MXFP4": 9e15, "bfloat16": 2.25e15}.
+      bandwidth: Of the memory, bytes/s.
+      kernels: Name -> (FLOP for each byte moved, FLOP/s reached or predicted; say which in the
+        name or the title).
+
+    Raises:
+      ValueError: Nothing is given, or a number is not positive.
+    """
+    if not peaks:
+        raise ValueError("no peaks: give at least one roof")
+    numbers = [*peaks.values(), bandwidth, *(v for point in kernels.values() for v in point)]
+    if not all(np.isfinite(v) and v > 0 for v in numbers):
+        raise ValueError("a roofline is of positive finite numbers: FLOP/s, bytes/s, FLOP/byte")
+    ridges = [peak / bandwidth for peak in peaks.values()]
+    intensities = np.array([*ridges, *(x for x, _ in kernels.values())])
+    low, high = intensities.min() / 4, intensities.max() * 4
+    figure = style.blank(columns, 2.8)
+    axes = figure.subplots()
+    for number, (name, peak) in enumerate(peaks.items()):
+        x = np.array([low, peak / bandwidth, high])
+        axes.plot(
+            x,
+            np.minimum(peak, bandwidth * x) / 1e12,
+            color="#555555",
+            linestyle=style.DASHES[number % len(style.DASHES)],
+            linewidth=1.2,
+            label=f"{name}: {peak / 1e12:,.0f} TFLOP/s, {bandwidth / 1e12:g} TB/s",
+        )
+    for number, (name, (x, y)) in enumerate(kernels.items()):
+        axes.plot(
+            [x],
+            [y / 1e12],
+            marker=style.MARKERS[number % len(style.MARKERS)],
+            color=style.COLORS[number % len(style.COLORS)],
+            linestyle="none",
+            markersize=5,
+            label=name,
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.grid(linewidth=0.3)
+    style.label(axes, "FLOP per byte moved", "TFLOP/s", title)
+    style.legend(axes)
+    return figure

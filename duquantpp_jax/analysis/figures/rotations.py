@@ -1,0 +1,87 @@
+"""Rotations: the matrix as an image, and what happens to it while it is learned."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float, Integer
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from duquantpp_jax.analysis.figures import style
+
+
+def rotation(
+    matrices: Mapping[str, Float[Array | np.ndarray, "r r"]],
+    *,
+    title: str = "",
+    columns: style.Columns = 2,
+) -> Figure:
+    """Matrices as images, side by side, in one set of colours symmetric about zero.
+
+    Args:
+      matrices: Name -> matrix R of x R: rows are channels going in, columns those coming out.
+
+    Raises:
+      ValueError: No matrix, or NaN or Inf.
+    """
+    arrays = style.given("matrices", matrices)
+    top = max(float(np.abs(matrix).max()) for matrix in arrays.values())
+    width = (style.WIDTHS[columns] - 0.7) / len(arrays)
+    figure = style.blank(columns, 0.75 + width)
+    panels = figure.subplots(1, len(arrays), squeeze=False)[0]
+    image: Any = None
+    for axes, (name, matrix) in zip(panels, arrays.items(), strict=True):
+        image = axes.imshow(matrix, cmap="PuOr", norm=Normalize(-top, top), interpolation="nearest")
+        style.label(axes, "channel out", title=name)
+    panels[0].set_ylabel("channel in", fontsize=style.LABEL_SIZE)
+    figure.suptitle(title, fontsize=style.LABEL_SIZE)
+    bar = figure.colorbar(image, ax=list(panels), pad=0.02)
+    bar.set_label("R", fontsize=style.LABEL_SIZE)
+    bar.ax.tick_params(labelsize=style.TICK_SIZE)
+    return figure
+
+
+def training(
+    steps: Integer[Array | np.ndarray, " checks"],
+    losses: Mapping[str, Float[Array | np.ndarray, " checks"]],
+    orthogonality: Mapping[str, Float[Array | np.ndarray, " checks"]] | None = None,
+    *,
+    loss: str = "KL, nats per target",
+    title: str = "",
+    columns: style.Columns = 1,
+) -> Figure:
+    """Losses over training and, below them, how far rotations are from orthogonal.
+
+    Args:
+      steps: Of each check.
+      losses: E.g. {"training": ..., "held out": ...}.
+      orthogonality: Name -> max |R^T R - I| at each check, on a log10 axis.
+      loss: What the losses are, with their unit.
+
+    Raises:
+      ValueError: No loss, NaN or Inf, or numbers that are not one for each step.
+    """
+    at = np.asarray(steps)
+    kinds = [style.given("losses", losses)]
+    if orthogonality is not None:
+        kinds.append(style.given("distances", orthogonality))
+    for lines in kinds:
+        for name, values in lines.items():
+            if len(values) != len(at):
+                raise ValueError(
+                    f"{name} has {len(values)} numbers for {len(at)} steps: give one for each"
+                )
+    figure = style.blank(columns, 0.7 + 1.6 * len(kinds))
+    panels = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, lines, y in zip(panels, kinds, (loss, "max |R$^T$R $-$ I|"), strict=False):
+        for name, values, look in style.one_by_one(lines):
+            axes.plot(at, values, label=name, linewidth=1.2, **look)
+        axes.grid(linewidth=0.3)
+        style.label(axes, y=y)
+        style.legend(axes)
+    panels[-1].set_xlabel("step", fontsize=style.LABEL_SIZE)
+    if orthogonality is not None:
+        panels[1].set_yscale("log")
+    panels[0].set_title(title, fontsize=style.LABEL_SIZE)
+    return figure

@@ -1,0 +1,123 @@
+"""What all figures share: widths of a paper's columns, sizes of type, colours, log2 axes, files.
+
+No global state: figures are made without pyplot, and every size is given where something is drawn.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; colour maps run evenly in
+lightness (cividis) or to both sides of white (PuOr).
+"""
+
+import io
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeVar, cast
+
+import matplotlib
+import numpy as np
+from jaxtyping import Array, Float
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogFormatterMathtext, NullLocator
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+DASHES = ("-", (0, (4, 2)), (2, (4, 2)), (0, (1, 1.5)))
+"""Line styles, so that of lines on top of each other both are seen."""
+LABEL_SIZE, TICK_SIZE = 8, 7
+"""Points, on paper."""
+TWO_COLUMNS = 7.2
+"""Width in inches of a figure across a paper's two columns."""
+WIDTHS = {1: 3.5, 2: TWO_COLUMNS}
+
+Columns = Literal[1, 2]
+"""How many of a paper's two columns a figure is wide."""
+
+V = TypeVar("V")
+
+
+def blank(columns: int, height: float) -> Figure:
+    """An empty figure of a column's width.
+
+    Args:
+      columns: 1 (3.5 inches) or 2 (7.2 inches).
+      height: In inches.
+
+    Raises:
+      ValueError: Another number of columns.
+    """
+    if columns not in WIDTHS:
+        raise ValueError(f"columns = {columns}: a figure is 1 or 2 columns wide")
+    return Figure(figsize=(WIDTHS[columns], height), layout="constrained")
+
+
+def label(axes: Any, x: str = "", y: str = "", title: str = "") -> None:
+    """Labels in the sizes of all figures."""
+    axes.set_xlabel(x, fontsize=LABEL_SIZE)
+    axes.set_ylabel(y, fontsize=LABEL_SIZE)
+    axes.set_title(title, fontsize=LABEL_SIZE)
+    axes.tick_params(labelsize=TICK_SIZE)
+
+
+def legend(axes: Any, **options: Any) -> None:
+    """A legend without a frame."""
+    axes.legend(fontsize=TICK_SIZE, title_fontsize=TICK_SIZE, frameon=False, **options)
+
+
+def one_by_one(named: Mapping[str, V]) -> Iterable[tuple[str, V, dict[str, Any]]]:
+    """Name, value, and a colour and dashes of its own, for each of what is drawn in one axes."""
+    for number, (name, value) in enumerate(named.items()):
+        look = {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number % len(DASHES)]}
+        yield name, value, look
+
+
+def given(what: str, named: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays as NumPy has them.
+
+    Raises:
+      ValueError: There is none, or one is empty or has NaN or Inf.
+    """
+    arrays = {name: np.asarray(array) for name, array in named.items()}
+    if not arrays:
+        raise ValueError(f"no {what} to draw: give at least one")
+    for name, array in arrays.items():
+        if not array.size:
+            raise ValueError(f"{what} of {name!r} are empty: give at least one number")
+        if not np.all(np.isfinite(array)):
+            raise ValueError(f"{what} of {name!r} have NaN or Inf: only finite numbers are drawn")
+    return arrays
+
+
+def powers_of_two(values: Float[np.ndarray | Array, " n"]) -> tuple[float, float]:
+    """The nearest powers of two around all positive values (1 and 2 where there are none).
+
+    They differ, so that they serve as limits of an axis.
+    """
+    positive = np.asarray(values, np.float64)
+    positive = positive[positive > 0]
+    if not positive.size:
+        return 1.0, 2.0
+    low, high = np.floor(np.log2(positive.min())), np.ceil(np.log2(positive.max()))
+    return float(2**low), float(2 ** max(high, low + 1))
+
+
+def log2_ticks(axis: Any, low: float, high: float, most: int = 8) -> None:
+    """Ticks at powers of two alone, evenly spaced, at most so many."""
+    first, last = int(np.ceil(np.log2(low))), int(np.floor(np.log2(high)))
+    step = max(1, -(-(last - first + 1) // most))
+    axis.set_major_locator(FixedLocator(list(2.0 ** np.arange(first, last + 1, step))))
+    axis.set_major_formatter(LogFormatterMathtext(base=2))
+    axis.set_minor_locator(NullLocator())
+
+
+def picture(figure: Figure, format: Literal["png", "svg", "pdf"], dpi: int = 200) -> bytes:
+    """The figure as a file's bytes: the same each time, text of svg and pdf kept as text.
+
+    Args:
+      dpi: Of a png, and of surfaces and point clouds inside the others.
+    """
+    unstamped = {
+        "png": {"Software": None},
+        "svg": {"Date": None, "Creator": None},
+        "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+    }
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "figure", "pdf.fonttype": 42}
+    written = io.BytesIO()
+    with matplotlib.rc_context(cast(Any, settings)):
+        figure.savefig(written, format=format, dpi=dpi, metadata=unstamped[format])
+    return written.getvalue()
