@@ -29,6 +29,7 @@ def logits(model, plan, state):
     return jax.jit(lambda m, t, s: m(t, plan.linear, s)[0])(model, TOKENS, state)
 
 
+@pytest.mark.slow
 def test_layer_by_layer_is_all_at_once_but_for_the_order_of_sums():
     model, plan = tiny_decoder(), plan_of("random_hadamard", "gptq", seed=5)
     state = quantize_decoder(plan, model, TOKENS)

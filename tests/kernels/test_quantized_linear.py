@@ -107,6 +107,7 @@ def test_transforms_that_mix_blocks_are_refused(layer):
         quantized_linear(x, weights, Identity(), implementation="mosaic_sm100")
 
 
+@pytest.mark.slow
 @interpreter.needs_interpreter
 def test_the_two_kernels_fit_each_other(layer):
     """rotate_quantize's tiles are what scaled_matmul reads, edges of both included."""

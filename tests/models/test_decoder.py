@@ -196,6 +196,7 @@ def test_any_integer_tokens_do(kind):
     np.testing.assert_array_equal(model(jnp.asarray(tokens.astype(kind)))[0], wanted)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_the_slope_along_every_parameter():
     graph, state = nnx.split(a_model(a_config(tied=False)))
     tokens = jnp.asarray(some_tokens())
