@@ -52,7 +52,7 @@ from duquantpp_jax.calibration import calibrate, site_widths
 from duquantpp_jax.core import Fitted, Recipe, Stats
 from duquantpp_jax.evaluation.divergence import float_log_probabilities, row_divergence
 from duquantpp_jax.evaluation.text import TARGETS, Rows, read_text, rows_of_text
-from duquantpp_jax.learning.model import learn_model
+from duquantpp_jax.learning.model import at_rates, learn_model
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.models import SITES, Decoder, load_config, load_tokenizer, testbed
 from duquantpp_jax.ptq import QuantizedSite, fit_model, quantize_model
@@ -140,7 +140,7 @@ class Bench:
                 name: optax.warmup_cosine_decay_schedule(0, peak, max(1, steps // 20), steps + 1)
                 for name, peak in zip(names, attempt.rates, strict=True)
             }
-            fits, history = learn_model(
+            fits, _, history = learn_model(
                 self.model,
                 start,
                 attempt.moves,
@@ -149,7 +149,7 @@ class Bench:
                 self.held_out,
                 key,
                 steps=steps,
-                rates=rates,
+                optimizer=at_rates(rates),
                 report=lambda *check: say(*check, flush=True),
             )
         learned = time.perf_counter() - began

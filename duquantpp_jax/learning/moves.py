@@ -1,12 +1,15 @@
 """What an optimiser moves at a site, and the `linear` of a model that learns.
 
-    y = Q(x T) @ Q(W')^T
+    y = Q(x T) @ Q(clamp(W'))^T
 
     weights = "fixed"    W' = W T^-T, W as the checkpoint has it
     weights = "given"    W' = (W + D) T^-T, D learned: a moving T rounds every weight anew
     weights = "moved"    W' = W T0^-T + D, D learned where it is rounded: T moves the input alone
 
-Q rounds in the forward pass and lets gradients through (quantizer.py).
+Q rounds in the forward pass and lets gradients through (quantizer.py). Clips are learned as their
+logarithms, one for each block of channels or one for the site. That of the activations is the
+format's: what lies beyond saturates. That of the weights clamps each row's part of a block to the
+clip times its largest magnitude, so that any rounding may follow.
 """
 
 import dataclasses
@@ -20,7 +23,12 @@ from jaxtyping import Array, Float
 from duquantpp_jax.core import Fitted, Format, Weights
 from duquantpp_jax.learning.quantizer import integer, learnable_quantize
 from duquantpp_jax.transforms.block import BlockAffine
-from duquantpp_jax.transforms.learned import Parameters, Parametrization
+from duquantpp_jax.transforms.learned import (
+    Parameters,
+    Parametrization,
+    check_condition,
+    settled,
+)
 
 
 @struct.dataclass
@@ -31,11 +39,18 @@ class Learned:
       transform: Parameters of the transform.
       weights: Added to each weight, where weights learn.
       log_scale: Added to the log2 of each activation block's scale, where that learns.
+      log_clip, log_weight_clip: Logarithms of the clips, where they learn.
     """
 
     transform: Parameters | None
     weights: Weights | None
     log_scale: Float[Array, "*layers blocks"] | None
+    log_clip: Float[Array, "*layers clips"] | None
+    log_weight_clip: Float[Array, "*layers clips"] | None
+
+
+PARTS = tuple(field.name for field in dataclasses.fields(Learned))
+"""Names of what may learn at rates of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,35 +61,72 @@ class Moves:
       transform: How the transform is parametrised, or None: it stays where it starts.
       weights: See the head of this file.
       scale_offset: Whether powers of two for the activations' scales are learned.
-      through_amax: As in `learnable_quantize`, for activations and weights.
+      clip, weight_clip: Whether clips are learned, and what shares one.
+      through_amax: As in `learnable_quantize`, for activations and weights (and always for those
+        that are clipped).
       round_weights: Whether weights are rounded while learning.
+      max_condition: Bound on the condition number of each block's matrix, kept at every check.
     """
 
     transform: Parametrization | None
     weights: Literal["fixed", "given", "moved"] = "fixed"
     scale_offset: bool = False
+    clip: Literal["site", "block"] | None = None
+    weight_clip: Literal["site", "block"] | None = None
     through_amax: bool = False
     round_weights: bool = True
+    max_condition: float | None = None
 
     def init(self, start: BlockAffine, weights: Weights) -> Learned:
-        """Nothing moved yet, of one site or of all layers stacked."""
+        """Nothing moved yet, of one site or of all layers stacked.
+
+        Raises:
+          ValueError: The start is beyond `max_condition`.
+        """
+        if self.max_condition is not None:
+            check_condition(start, self.max_condition)
         still = self.weights == "fixed"
+        blocks = start.matrices.shape[:-2]
+
+        def zeros(per: str | None) -> Array | None:
+            shape = {None: None, "site": (*blocks[:-1], 1), "block": blocks}[per]
+            return None if shape is None else jnp.zeros(shape, jnp.float32)
+
         return Learned(
             self.transform.init(start) if self.transform else None,
             None if still else tuple(jnp.zeros_like(w) for w in weights),
-            jnp.zeros(start.matrices.shape[:-2], jnp.float32) if self.scale_offset else None,
+            zeros("block" if self.scale_offset else None),
+            zeros(self.clip),
+            zeros(self.weight_clip),
         )
 
+    def bounded(self, start: BlockAffine, learned: Learned) -> Learned:
+        """Brought within `max_condition`."""
+        if self.max_condition is None or self.transform is None or learned.transform is None:
+            return learned
+        parameters = self.transform.bounded(start, learned.transform, self.max_condition)
+        return dataclasses.replace(learned, transform=parameters)
+
     def fitted(self, start: BlockAffine, learned: Learned, weights: Weights) -> Fitted:
-        """What has been learned at one site, as a fit gives it."""
-        transform = self.moved_transform(start, learned)
-        if self.weights == "given":
-            weights = _plus(weights, learned.weights)
-        elif self.weights == "moved":
-            moved = self.moved_weights(start, transform, learned, weights)
-            weights = tuple(transform.inverse().weights(w) for w in moved)
-        offset = None if learned.log_scale is None else integer(learned.log_scale)
-        return Fitted(transform, None if self.weights == "fixed" else weights, scale_offset=offset)
+        """What has been learned, as a fit gives it; of one site or of all layers stacked."""
+        transform = settled(self.moved_transform(start, learned), self.transform)
+
+        def held(start: BlockAffine, t: BlockAffine, learned: Learned, ws: Weights) -> Weights:
+            if self.weights == "given" and self.weight_clip is None:
+                return _plus(ws, learned.weights)
+            moved = self.moved_weights(start, t, learned, ws)
+            return tuple(t.inverse().weights(w) for w in moved)
+
+        blocks, clip = start.matrices.shape[:-2], learned.log_clip
+        if len(blocks) == 2:
+            held = jax.vmap(held)
+        still = self.weights == "fixed" and self.weight_clip is None
+        return Fitted(
+            transform,
+            None if still else held(start, transform, learned, weights),
+            None if clip is None else jnp.broadcast_to(jnp.exp(clip), blocks),
+            None if learned.log_scale is None else integer(learned.log_scale),
+        )
 
     def moved_transform(self, start: BlockAffine, learned: Learned) -> BlockAffine:
         """T."""
@@ -85,14 +137,41 @@ class Moves:
     def moved_weights(
         self, start: BlockAffine, transform: BlockAffine, learned: Learned, weights: Weights
     ) -> Weights:
-        """W'."""
+        """clamp(W')."""
         match self.weights:
             case "fixed":
-                return tuple(transform.weights(w) for w in weights)
+                moved = tuple(transform.weights(w) for w in weights)
             case "given":
-                return tuple(transform.weights(w) for w in _plus(weights, learned.weights))
+                moved = tuple(transform.weights(w) for w in _plus(weights, learned.weights))
             case "moved":
-                return _plus(tuple(start.weights(w) for w in weights), learned.weights)
+                moved = _plus(tuple(start.weights(w) for w in weights), learned.weights)
+        if learned.log_weight_clip is None:
+            return moved
+        size = start.matrices.shape[-1]
+        return tuple(_clamped(w, jnp.exp(learned.log_weight_clip), size) for w in moved)
+
+    def quantized_input(
+        self, format: Format, transform: BlockAffine, learned: Learned, x: Float[Array, "*tokens k"]
+    ) -> Float[Array, "*tokens k"]:
+        """Q(x T)."""
+        x = transform.activations(x)
+        through = self.through_amax or self.clip is not None
+        return learnable_quantize(format, through, x, learned.log_scale, learned.log_clip)
+
+    def quantized_weights(
+        self,
+        format: Format,
+        start: BlockAffine,
+        transform: BlockAffine,
+        learned: Learned,
+        weights: Weights,
+    ) -> Weights:
+        """Q(clamp(W')), or clamp(W') where weights are not rounded."""
+        moved = self.moved_weights(start, transform, learned, weights)
+        if not self.round_weights:
+            return moved
+        through = self.through_amax or self.weight_clip is not None
+        return tuple(learnable_quantize(format, through, w) for w in moved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +192,10 @@ class LearningLinear:
         moves, (start, learned) = self.moves, state
         weights = tuple(w.astype(jnp.float32) for w in weights)
         transform = moves.moved_transform(start, learned)
-        x = transform.activations(x.astype(jnp.float32))
-        amax = moves.through_amax
-        x = learnable_quantize(self.activation_format, amax, x, learned.log_scale)
-        moved = moves.moved_weights(start, transform, learned, weights)
-        if moves.round_weights:
-            moved = tuple(learnable_quantize(self.weight_format, amax, w, None) for w in moved)
-        return tuple(product(x, w) for w in moved), None
+        x = x.astype(jnp.float32)
+        x = moves.quantized_input(self.activation_format, transform, learned, x)
+        weights = moves.quantized_weights(self.weight_format, start, transform, learned, weights)
+        return tuple(product(x, w) for w in weights), None
 
 
 @jax.custom_vjp
@@ -144,6 +220,15 @@ product.defvjp(_product_forward, _product_backward)
 def _bfloat16(equation: str, a: Array, b: Array) -> Array:
     a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _clamped(
+    w: Float[Array, "n k"], clip: Float[Array, " clips"], size: int
+) -> Float[Array, "n k"]:
+    """Each row's part of a block within `clip` times its largest magnitude."""
+    blocks = w.reshape(*w.shape[:-1], -1, size)
+    limit = clip[:, None] * jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
+    return jnp.clip(blocks, -limit, limit).reshape(w.shape)
 
 
 def _plus(weights: Weights, moved: Weights | None) -> Weights:

@@ -17,6 +17,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from duquantpp_jax.core import Format
@@ -27,7 +28,8 @@ def learnable_quantize(
     format: Format,
     through_amax: bool,
     x: Float[Array, "*batch k"],
-    log_scale: Float[Array, "*offsets"] | None,
+    log_scale: Float[Array, "*offsets"] | None = None,
+    log_clip: Float[Array, "*clips"] | None = None,
 ) -> Float[Array, "*batch k"]:
     """x as the format holds it.
 
@@ -37,20 +39,25 @@ def learnable_quantize(
       x: In float32.
       log_scale: Learned offset of each block's log2 scale, one for each block of the last axes;
         rounded to an integer where it is applied.
+      log_clip: Learned logarithm of the clip, one for each of the same blocks, or one for all.
     """
-    return _forward(format, through_amax, x, log_scale)[0]
+    return _forward(format, through_amax, x, log_scale, log_clip)[0]
 
 
-def _forward(format: Format, through_amax: bool, x: Array, log_scale: Array | None):
+def _forward(
+    format: Format, through_amax: bool, x: Array, log_scale: Array | None, log_clip: Array | None
+):
     del through_amax
     options = {} if log_scale is None else {"scale_offset": integer(log_scale)}
+    if log_clip is not None:
+        options["clip"] = jnp.exp(log_clip)
     held = format.encode(x, **options)
     q = held.dequantize()
-    return q, (x, q, jnp.abs(x) <= held.limit(), log_scale)
+    return q, (x, q, jnp.abs(x) <= held.limit(), log_scale, log_clip)
 
 
 def _backward(format: Format, through_amax: bool, kept, g: Array):
-    x, q, inside, log_scale = kept
+    x, q, inside, log_scale, log_clip = kept
     along = jnp.where(inside, q - x, q) * g
     blocks = (*x.shape[:-1], -1, format.block_size)
     along = jnp.sum(along.reshape(blocks), axis=-1)
@@ -63,12 +70,16 @@ def _backward(format: Format, through_amax: bool, kept, g: Array):
         safe = jnp.where(amax > 0, amax, jnp.ones_like(amax))
         to_largest = jnp.where(largest, share * jnp.sign(x.reshape(blocks)) / safe, 0.0)
         g_x = g_x + to_largest.reshape(x.shape)
-    g_log = None
-    if log_scale is not None:
-        g_log = jnp.sum(
-            along.reshape(-1, *log_scale.shape), axis=0, dtype=log_scale.dtype
-        ) * jnp.log(jnp.asarray(2, log_scale.dtype))
-    return g_x, g_log
+    to_scale = None if log_scale is None else _summed(along, log_scale) * np.float32(np.log(2))
+    return g_x, to_scale, None if log_clip is None else _summed(along, log_clip)
+
+
+def _summed(along: Array, like: Array) -> Array:
+    """Summed over all that share a number of `like`."""
+    axes = tuple(range(along.ndim - like.ndim))
+    summed = jnp.sum(along, axis=axes, dtype=like.dtype)
+    alone = tuple(axis for axis, size in enumerate(like.shape) if size == 1)
+    return jnp.sum(summed, axis=alone, keepdims=True)
 
 
 learnable_quantize.defvjp(_forward, _backward)

@@ -59,8 +59,8 @@ def rotation_size(size: int | None, width: int) -> int:
 
 
 def polished(
-    matrices: Float[Array | np.ndarray, "blocks r r"],
-) -> Float[Array, "blocks r r"]:
+    matrices: Float[Array | np.ndarray, "*layers blocks r r"],
+) -> Float[Array, "*layers blocks r r"]:
     """The matrices made orthogonal up to float32: one step of Newton and Schulz in float64.
 
     R (3 I - R^T R) / 2 has the error 3/4 e^2 where R^T R = I + E, |E| = e: matrices that have

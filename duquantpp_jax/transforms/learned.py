@@ -4,12 +4,17 @@ With M0 the matrix where learning starts, and all parameters zero there,
 
     expm          R = M0 expm(A - A^T)                       orthogonal where M0 is
     cayley        R = M0 (I - K)^-1 (I + K),  K = A - A^T    orthogonal where M0 is
+                    = M0 (2 (I - K)^-1 - I)
     affine        M = M0 + D                                 its inverse by solving
     affine_expm   M = expm(S) M0                             M^-1 = M0^-1 expm(-S)
     affine_lu     M = M0 (I + L) diag(exp(d)) (I + U)        L, U strictly triangular
 
 M0 stays a factor because a rotation far from it can be out of reach from the identity: Sylvester's
 H32 has 16 eigenvalues -1, where Cayley's map has its pole.
+
+Since zero parameters are the start, a bound on the condition number is kept by drawing parameters
+towards zero. What has been learned is settled in float64 on the host: rotations are made orthogonal
+to the last bit of float32, inverses of other matrices computed anew.
 
 Sources: SpinQuant, arXiv 2405.16406 (Cayley); FlatQuant, arXiv 2410.09426 (affine).
 """
@@ -19,13 +24,20 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from duquantpp_jax.core import Transform
 from duquantpp_jax.transforms.basic import Smooth, links
-from duquantpp_jax.transforms.block import BlockAffine, lower
+from duquantpp_jax.transforms.block import BlockAffine, lower, polished
+from duquantpp_jax.transforms.inverse import inverse
 
 HIGHEST = jax.lax.Precision.HIGHEST
+
+_LOOSER = 1 + 1e-5
+"""So much float32 may be beyond a bound on the condition number."""
+_DRIFT = 1e-4
+"""So far from orthogonal a rotation may be before it is polished, to be no other matrix."""
 
 Parameters = dict[str, Float[Array, "*layers blocks r r"]]
 """What the optimiser moves; zero where learning starts."""
@@ -35,6 +47,8 @@ class Parametrization(abc.ABC):
     """A map from unconstrained arrays to the matrices of the blocks."""
 
     names: tuple[str, ...]
+    rotates = False
+    """Whether it is a rotation wherever the start is one."""
 
     def init(self, start: BlockAffine) -> Parameters:
         """The parameters of `start` itself: zeros."""
@@ -44,12 +58,32 @@ class Parametrization(abc.ABC):
     def transform(self, start: BlockAffine, parameters: Parameters) -> BlockAffine:
         """The transform that the parameters name."""
 
+    def bounded(
+        self, start: BlockAffine, parameters: Parameters, max_condition: float
+    ) -> Parameters:
+        """The parameters of each block times the largest .9^n with which s_max / s_min of its
+        matrix is within a bound, in which the start must lie (`check_condition`)."""
+
+        def beyond(parameters: Parameters) -> Bool[Array, "*layers blocks"]:
+            return _condition(self.transform(start, parameters)) > _LOOSER * max_condition
+
+        def shrunk(carry: tuple[Array, Parameters]) -> tuple[Array, Parameters]:
+            far = beyond(carry[1])[..., None, None]
+            less = {name: jnp.where(far, 0.9 * a, a) for name, a in carry[1].items()}
+            return carry[0] + 1, less
+
+        def unfinished(carry: tuple[Array, Parameters]) -> Bool[Array, ""]:
+            return (carry[0] < 300) & jnp.any(beyond(carry[1]))  # .9^300 is nothing to float32
+
+        return jax.lax.while_loop(unfinished, shrunk, (jnp.int32(0), parameters))[1]
+
 
 @dataclasses.dataclass(frozen=True)
 class Expm(Parametrization):
     """R = M0 expm(A - A^T)."""
 
     names = ("a",)
+    rotates = True
 
     def transform(self, start: BlockAffine, parameters: Parameters) -> BlockAffine:
         a = parameters["a"]
@@ -61,11 +95,12 @@ class Cayley(Parametrization):
     """R = M0 (I - K)^-1 (I + K), K = A - A^T."""
 
     names = ("a",)
+    rotates = True
 
     def transform(self, start: BlockAffine, parameters: Parameters) -> BlockAffine:
         k = parameters["a"] - _t(parameters["a"])
         eye = jnp.eye(k.shape[-1], dtype=k.dtype)
-        return _rotated(start, jnp.linalg.solve(eye - k, eye + k))
+        return _rotated(start, 2 * inverse(eye - k) - eye)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +111,7 @@ class Affine(Parametrization):
 
     def transform(self, start: BlockAffine, parameters: Parameters) -> BlockAffine:
         matrices = start.matrices + parameters["d"]
-        return BlockAffine(matrices, jnp.linalg.inv(matrices))
+        return BlockAffine(matrices, inverse(matrices))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +171,33 @@ def block_affine(transform: Transform, width: int, size: int) -> BlockAffine:
         f"{type(transform).__name__} is not made of matrices of side {size}: "
         "learning starts from transforms that are"
     )
+
+
+def check_condition(start: BlockAffine, max_condition: float) -> None:
+    """Raises ValueError unless each matrix has a condition number within the bound."""
+    found = float(np.linalg.cond(np.asarray(start.matrices, np.float64)).max())
+    if not found <= _LOOSER * max_condition:
+        raise ValueError(
+            f"max_condition = {max_condition:g}, but learning starts from matrices with condition "
+            f"number {found:.4g}: give a larger bound or a start within it (FitWush has one)"
+        )
+
+
+def settled(transform: BlockAffine, parametrization: Parametrization | None) -> BlockAffine:
+    """What has been learned, exact to float32; see the top of this file."""
+    matrices = np.asarray(transform.matrices, np.float64)
+    eye = np.eye(matrices.shape[-1])
+    off = np.abs(matrices @ np.swapaxes(matrices, -1, -2) - eye).max()
+    if parametrization is not None and parametrization.rotates and off < _DRIFT:
+        rotations = polished(matrices)
+        return BlockAffine(rotations, _t(rotations))
+    inverses = jnp.asarray(np.linalg.inv(matrices), jnp.float32)
+    return BlockAffine(transform.matrices, inverses)
+
+
+def _condition(transform: BlockAffine) -> Float[Array, "*layers blocks"]:
+    s = jnp.linalg.svd(transform.matrices, compute_uv=False)
+    return s[..., 0] / s[..., -1]
 
 
 def _rotated(start: BlockAffine, rotation: Float[Array, "*blocks r r"]) -> BlockAffine:

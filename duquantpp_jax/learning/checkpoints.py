@@ -1,0 +1,91 @@
+"""Where learning stands, in one safetensors file that appears whole or not at all.
+
+Arrays are named by their path in the state; the settings that they follow from are in the file's
+metadata, and a file of other settings is refused.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from duquantpp_jax import files
+
+FORMAT = "duquantpp_jax learning 1"
+HISTORY, START_LOSS = "history", "start_loss"
+
+History = list[tuple[int, float, float]]
+
+
+def digest(tree: Any) -> str:
+    """A hash of the arrays of a tree."""
+    found = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        found.update(np.ascontiguousarray(leaf).tobytes())
+    return found.hexdigest()
+
+
+def save(
+    path: Path, state: Any, start_loss: float, history: History, settings: Mapping[str, str]
+) -> None:
+    """Writes a state, a pytree of arrays.
+
+    Args:
+      start_loss, history: As of `training.Trained`.
+      settings: By name, what must be the same where learning goes on.
+
+    Raises:
+      OSError: The file cannot be written.
+    """
+    tensors = {name: np.asarray(leaf) for name, leaf in _named(state)}
+    tensors[HISTORY] = np.asarray(history, np.float64).reshape(-1, 3)
+    tensors[START_LOSS] = np.asarray(start_loss, np.float64)
+    contiguous = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+    metadata = {"format": FORMAT, **settings}
+    files.write_whole(path, safetensors.numpy.save(contiguous, metadata))
+
+
+def load(path: Path, like: Any, settings: Mapping[str, str]) -> tuple[Any, float, History]:
+    """The state, the loss at the start and the history that `save` wrote.
+
+    Args:
+      like: A state of the same structure and shapes.
+
+    Raises:
+      ValueError: The file is no such checkpoint, or of other settings or shapes.
+    """
+    again = "remove it to begin anew, or give another path"
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file ({error}): {again}") from None
+    for name, value in {"format": FORMAT, **settings}.items():
+        if metadata.get(name) != value:
+            raise ValueError(f"{path} is a checkpoint of another {name}: {again}")
+    wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in _named(like)}
+    found = {
+        name: (tensor.shape, tensor.dtype)
+        for name, tensor in tensors.items()
+        if name not in (HISTORY, START_LOSS)
+    }
+    if found != wanted:
+        wrong = next(n for n in wanted | found if wanted.get(n) != found.get(n))
+        raise ValueError(f"{path} holds another state (at {wrong}): {again}")
+    leaves = [jnp.asarray(tensors[name]) for name in wanted]
+    state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    history = [(int(step), loss, held) for step, loss, held in tensors[HISTORY].tolist()]
+    return state, float(tensors[START_LOSS]), history
+
+
+def _named(state: Any) -> list[tuple[str, Any]]:
+    """The arrays of a state, by where they sit."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]

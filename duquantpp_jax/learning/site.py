@@ -1,0 +1,179 @@
+"""Learning at one site, on what calibration keeps of its input: nothing of the model is needed.
+
+With x^ = Q(x T) T^-1 and W^ = Q(W') T^T, both brought back to where they came from, and x, W as
+they are, the loss is the mean over tokens of
+
+    activations    |x - x^|^2 / E|x|^2
+    both           that, and |W - W^|^2 / |W|^2
+    output         |x W^T - x^ W^^T|^2 / E|x W^T|^2
+
+the last two as means over the linears that share the site. Of a rotation the first is the plain
+error of the format, |x T - Q(x T)|^2; of another matrix that error alone would reward shrinking.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Key
+
+from duquantpp_jax.core import Fit, Fitted, Format, Recipe, Stats, Weights
+from duquantpp_jax.learning.moves import Learned, LearningLinear, Moves
+from duquantpp_jax.learning.training import Objective, train
+from duquantpp_jax.models import dense
+from duquantpp_jax.transforms.block import BlockAffine
+from duquantpp_jax.transforms.learned import block_affine
+
+Kind = Literal["activations", "both", "output"]
+
+
+@struct.dataclass
+class SiteError(Objective):
+    """The losses at the top of this file, of a batch of tokens.
+
+    Attributes:
+      weights: Of the linears that share the input.
+      start: The transform that learning starts from.
+      energies: Mean square norms of x and of each output over the calibration tokens.
+      moves: What learns.
+      formats: Of activations and of weights.
+      kind: Which loss.
+    """
+
+    weights: Weights
+    start: BlockAffine
+    energies: tuple[Float[Array, ""], ...]
+    moves: Moves = struct.field(pytree_node=False)
+    formats: tuple[Format, Format] = struct.field(pytree_node=False)
+    kind: Kind = struct.field(pytree_node=False)
+
+    @classmethod
+    def of(
+        cls,
+        weights: Weights,
+        start: BlockAffine,
+        tokens: Float[Array, "tokens k"],
+        moves: Moves,
+        formats: tuple[Format, Format],
+        kind: Kind,
+    ) -> "SiteError":
+        """The objective whose energies are those of `tokens`."""
+        ys, _ = dense("", tokens, weights, None)
+        energies = tuple(_positive(_energy(one)) for one in (tokens, *ys))
+        return cls(weights, start, energies, moves, formats, kind)
+
+    def loss(self, learned: Learned, batch: Float[Array, "tokens k"]) -> Float[Array, ""]:
+        """See the top of this file."""
+        if self.kind == "output":
+            linear = LearningLinear(self.moves, *self.formats)
+            wanted, _ = dense("", batch, self.weights, None)
+            ys, _ = linear("", batch, self.weights, (self.start, learned))
+            return _mean(
+                [_energy(a - b) / e for a, b, e in zip(wanted, ys, self.energies[1:], strict=True)]
+            )
+        transform = self.moves.moved_transform(self.start, learned)
+        back = transform.inverse()
+        held = self.moves.quantized_input(self.formats[0], transform, learned, batch)
+        loss = _energy(batch - back.activations(held)) / self.energies[0]
+        if self.kind == "activations":
+            return loss
+        rounded = self.moves.quantized_weights(
+            self.formats[1], self.start, transform, learned, self.weights
+        )
+        return loss + _mean(
+            [
+                _energy(w - back.weights(held)) / _positive(_energy(w))
+                for w, held in zip(self.weights, rounded, strict=True)
+            ]
+        )
+
+    def bounded(self, learned: Learned) -> Learned:
+        """Within `Moves.max_condition`."""
+        return self.moves.bounded(self.start, learned)
+
+
+@dataclasses.dataclass(frozen=True)
+class FitLearned:
+    """What lowers a loss at one site, learned on the token sample but for its last tokens, which
+    choose the best step.
+
+    Attributes:
+      moves: What learns.
+      start: Where the transform starts: any fit that lowers to matrices of one block.
+      kind: Which loss of this file.
+      optimizer: From a learning rate to an optimiser of optax.
+      rate: Its peak; warmed up over a tenth of the steps, then down a cosine to zero.
+      steps: Updates.
+      batch_tokens: Tokens of a batch, or all that there are if those are fewer.
+      check_every: Steps between measurements of the held-out loss.
+      held_out: Share of the sample that is held out.
+    """
+
+    moves: Moves
+    start: Fit
+    kind: Kind = "output"
+    optimizer: Callable[[optax.Schedule], optax.GradientTransformation] = optax.adam
+    rate: float = 1e-2
+    steps: int = 100
+    batch_tokens: int = 256
+    check_every: int = 20
+    held_out: float = 0.125
+    draws = True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The formats, whose error it lowers, and what the start needs."""
+        return frozenset({"formats"}) | getattr(self.start, "needs", frozenset())
+
+    def __call__(
+        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
+    ) -> Fitted:
+        tokens, width = stats.sample, weights[0].shape[-1]
+        held = max(1, round(self.held_out * len(tokens)))
+        if held >= len(tokens):
+            raise ValueError(
+                f"{len(tokens)} tokens cannot be learned from and held out: give more calibration"
+            )
+        first = self.start(weights, stats, recipe, jax.random.fold_in(key, 0)).transform
+        start = block_affine(first, width, recipe.activation_format.block_size)
+        formats = (recipe.activation_format, recipe.weight_format)
+        rows = tokens[:-held]
+        found = train(
+            SiteError.of(weights, start, rows, self.moves, formats, self.kind),
+            self.moves.init(start, weights),
+            rows,
+            tokens[-held:],
+            jax.random.fold_in(key, 1),
+            steps=self.steps,
+            optimizer=_optimizer(self.optimizer, self.rate, self.steps),
+            batch_rows=min(self.batch_tokens, len(rows)),
+            check_every=self.check_every,
+        )
+        return self.moves.fitted(start, found.learned, weights)
+
+
+@functools.cache
+def _optimizer(
+    make: Callable[[optax.Schedule], optax.GradientTransformation], rate: float, steps: int
+) -> optax.GradientTransformation:
+    """One object for one setting: compiled code is kept for as long as it is the same."""
+    warm = max(1, steps // 10)
+    return make(optax.warmup_cosine_decay_schedule(0.0, rate, warm, max(steps, warm + 1)))
+
+
+def _energy(x: Float[Array, "rows k"]) -> Float[Array, ""]:
+    """Mean square norm of a row."""
+    return jnp.mean(jnp.sum(jnp.square(x), axis=-1))
+
+
+def _positive(energy: Float[Array, ""]) -> Float[Array, ""]:
+    return jnp.where(energy > 0, energy, 1.0)
+
+
+def _mean(losses: list[Float[Array, ""]]) -> Float[Array, ""]:
+    return jnp.mean(jnp.stack(losses))

@@ -1,0 +1,256 @@
+"""The one loop that learns, whatever is learned and whatever is made small.
+
+    learned <- learned + optimiser(gradient of the objective on a batch)
+
+Batches are drawn with a key, without replacement within a pass over the rows. After every
+`check_every` steps what is learned is brought within its bounds, the loss on held-out rows is
+measured, and what is least there, the start included, is kept. With a checkpoint, a run that was
+killed goes on from the last check to the bits that it would have had.
+"""
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Integer, Key
+
+from duquantpp_jax.learning import checkpoints
+
+Rows = Any
+"""A pytree of arrays whose leading axes are the rows that batches are drawn from."""
+
+
+class Objective(abc.ABC):
+    """What is made small: a pytree whose arrays are given and whose static fields are choices."""
+
+    @abc.abstractmethod
+    def loss(self, learned: Any, batch: Rows) -> Float[Array, ""]:
+        """Mean over the rows of a batch."""
+
+    def bounded(self, learned: Any) -> Any:
+        """What is learned, brought within its bounds."""
+        return learned
+
+
+@struct.dataclass
+class Progress:
+    """Where learning stands; all that is needed to go on.
+
+    Attributes:
+      step: Steps taken.
+      learned: What moves.
+      optimizer: Its state.
+      best: What had the least held-out loss so far.
+      best_loss: That loss.
+      waited: Checks since then.
+    """
+
+    step: Int[Array, ""]
+    learned: Any
+    optimizer: optax.OptState
+    best: Any
+    best_loss: Float[Array, ""]
+    waited: Int[Array, ""]
+
+
+class Trained(NamedTuple):
+    """What training gives.
+
+    Attributes:
+      learned: That of the least held-out loss.
+      start_loss: Held-out loss before the first step.
+      history: (step, training loss since the last, held-out loss) of every check.
+    """
+
+    learned: Any
+    start_loss: float
+    history: list[tuple[int, float, float]]
+
+
+def train(
+    objective: Objective,
+    learned: Any,
+    rows: Rows,
+    held_out: Rows,
+    key: Key[Array, ""],
+    *,
+    steps: int,
+    optimizer: optax.GradientTransformation,
+    batch_rows: int = 16,
+    check_every: int = 100,
+    patience: int | None = None,
+    report: Callable[[int, float, float], None] = lambda *_: None,
+    checkpoint: Path | None = None,
+    mesh: Mesh | None = None,
+) -> Trained:
+    """Learns what makes the objective small.
+
+    Args:
+      objective: What is made small.
+      learned: Where learning starts.
+      rows: To learn from.
+      held_out: To choose by; never test text.
+      key: For the order of the batches.
+      steps: Updates.
+      optimizer: Any of optax, its learning rate and schedule included. Compiled code is kept for
+        as long as it is the same object.
+      batch_rows: Rows of a batch.
+      check_every: Steps between checks.
+      patience: Stop after so many checks without a new best; None is never.
+      report: Called at every check.
+      checkpoint: A file, written at every check; a run that finds it goes on from there. What is
+        learned, the key, the rows, the static choices and the numbers of steps must be the same,
+        which is checked, and so must the arrays of the objective and the optimiser, which is not.
+      mesh: Devices in a line, over which each batch is spread; everything else is on each. The
+        result is that of one device but for the order of float additions.
+
+    Raises:
+      ValueError: Too few rows, or none held out; devices that do not divide the batch; a
+        checkpoint of other settings.
+    """
+    if mesh is not None and batch_rows % mesh.size:
+        raise ValueError(
+            f"a batch of {batch_rows} rows cannot be spread over {mesh.size} devices: "
+            f"give a multiple of {mesh.size}"
+        )
+    place = functools.partial(_everywhere, mesh=mesh)
+    objective, learned, rows = place(objective), place(learned), place(rows)
+    state = Progress(
+        step=jnp.int32(0),
+        learned=learned,
+        optimizer=optimizer.init(learned),
+        best=learned,
+        best_loss=jnp.float32(held_out_loss(objective, learned, held_out, batch_rows, mesh)),
+        waited=jnp.int32(0),
+    )
+    start_loss, history = float(state.best_loss), []
+    settings = {}
+    if checkpoint is not None:
+        settings = {
+            "objective": repr(_choices(objective)),
+            "pace": f"{steps} steps, batches of {batch_rows}, checked every {check_every}",
+            "key": checkpoints.digest(jax.random.key_data(key)),
+            "rows": checkpoints.digest((rows, held_out)),
+        }
+        if checkpoint.exists():
+            state, start_loss, history = checkpoints.load(checkpoint, state, settings)
+    order = batches(key, _count(rows), batch_rows, steps)
+    state = jax.tree.map(jnp.copy, place(state))  # for it is given away
+    while (first := int(state.step)) < steps and (patience is None or state.waited < patience):
+        part = jnp.asarray(order[first : first + check_every])
+        state, losses = _advance(objective, state, rows, part, optimizer=optimizer, mesh=mesh)
+        loss = held_out_loss(objective, state.learned, held_out, batch_rows, mesh)
+        if loss < float(state.best_loss):
+            best = jax.tree.map(jnp.copy, state.learned)
+            found = {"best": best, "best_loss": jnp.float32(loss), "waited": jnp.int32(0)}
+            state = dataclasses.replace(state, **found)
+        else:
+            state = dataclasses.replace(state, waited=state.waited + 1)
+        history.append((int(state.step), float(jnp.mean(losses)), loss))
+        if checkpoint is not None:
+            checkpoints.save(checkpoint, state, start_loss, history, settings)
+        report(*history[-1])
+    return Trained(state.best, start_loss, history)
+
+
+def held_out_loss(
+    objective: Objective, learned: Any, rows: Rows, batch_rows: int, mesh: Mesh | None = None
+) -> float:
+    """Mean of the objective over all rows.
+
+    Raises:
+      ValueError: There are no rows.
+    """
+    count = _count(rows)
+    if not count:
+        raise ValueError("no rows are held out: give some to choose the best step by")
+    total = 0.0
+    for first in range(0, count, batch_rows):
+        batch = jax.tree.map(lambda a: jnp.asarray(a[first : first + batch_rows]), rows)  # noqa: B023
+        if mesh is not None:
+            whole = _count(batch) % mesh.size
+            batch = jax.device_put(batch, NamedSharding(mesh, P()) if whole else _rows_of(mesh))
+        total += _count(batch) * float(_loss(objective, learned, batch))
+    return total / count
+
+
+def batches(
+    key: Key[Array, ""], rows: int, batch_rows: int, steps: int
+) -> Integer[np.ndarray, "steps batch"]:
+    """Rows of every batch: pass after pass over all rows, each in an order of its own."""
+    if rows < batch_rows:
+        raise ValueError(f"{rows} rows are less than a batch of {batch_rows}: give more text")
+    per_pass = rows // batch_rows
+    passes = [
+        np.asarray(jax.random.permutation(jax.random.fold_in(key, number), rows))
+        for number in range(-(-steps // per_pass))
+    ]
+    order = np.concatenate([one[: per_pass * batch_rows] for one in passes])
+    return order.reshape(-1, batch_rows)[:steps]
+
+
+@functools.partial(jax.jit, static_argnames=("optimizer", "mesh"), donate_argnames="state")
+def _advance(
+    objective: Objective,
+    state: Progress,
+    rows: Rows,
+    order: Integer[Array, "steps batch"],
+    *,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None,
+) -> tuple[Progress, Float[Array, " steps"]]:
+    """One chunk of steps."""
+    update = optax.with_extra_args_support(optimizer).update
+
+    def step(state: Progress, number: Integer[Array, " batch"]) -> tuple[Progress, Array]:
+        batch = jax.tree.map(lambda a: a[number], rows)
+        if mesh is not None:
+            batch = jax.lax.with_sharding_constraint(batch, _rows_of(mesh))
+        loss = functools.partial(objective.loss, batch=batch)
+        value, gradient = jax.value_and_grad(loss)(state.learned)
+        extra = {"value": value, "grad": gradient, "value_fn": loss}
+        with jax.numpy_dtype_promotion("standard"):  # optax counts on it
+            updates, kept = update(gradient, state.optimizer, state.learned, **extra)
+            learned = optax.apply_updates(state.learned, updates)
+        state = dataclasses.replace(state, step=state.step + 1, learned=learned, optimizer=kept)
+        return state, value
+
+    state, losses = jax.lax.scan(step, state, order)
+    return dataclasses.replace(state, learned=objective.bounded(state.learned)), losses
+
+
+@jax.jit
+def _loss(objective: Objective, learned: Any, batch: Rows) -> Float[Array, ""]:
+    return objective.loss(learned, batch)
+
+
+def _choices(objective: Objective) -> dict[str, Any]:
+    """The static fields."""
+    fields = dataclasses.fields(objective)  # type: ignore[arg-type]
+    static = [f.name for f in fields if not f.metadata.get("pytree_node", True)]
+    return {name: getattr(objective, name) for name in static}
+
+
+def _count(rows: Rows) -> int:
+    return len(jax.tree.leaves(rows)[0])
+
+
+def _rows_of(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P(mesh.axis_names[0]))
+
+
+def _everywhere(tree: Any, *, mesh: Mesh | None) -> Any:
+    """The tree on every device of the mesh."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, tree)
+    return jax.device_put(tree, NamedSharding(mesh, P()))

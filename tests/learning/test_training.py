@@ -1,0 +1,185 @@
+"""The loop that learns: batches, the best, any optimiser, killed and resumed, over devices."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import struct
+
+from duquantpp_jax.learning.training import Objective, batches, held_out_loss, train
+
+KEY = jax.random.key(0)
+ADAM = optax.adam(1e-2)
+
+
+@struct.dataclass
+class Line(Objective):
+    """Least squares: the least loss is reached by a unique w."""
+
+    scale: jax.Array
+    power: float = struct.field(pytree_node=False, default=2.0)
+
+    def loss(self, learned, batch):
+        x, y = batch
+        return jnp.mean(jnp.abs(self.scale * (x @ learned["w"] - y)) ** self.power)
+
+
+class Killed(Exception):
+    """Stands for whatever ends a run between two checks."""
+
+
+@pytest.fixture(scope="module")
+def rows():
+    x = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    return x, x @ np.float32([1.0, -2.0, 0.5, 3.0])
+
+
+def run(rows, optimizer=ADAM, key=KEY, objective=None, **options):
+    x, y = rows
+    options = {"steps": 40, "batch_rows": 8, "check_every": 10} | options
+    return train(
+        objective or Line(jnp.float32(1.0)),
+        {"w": jnp.zeros(4)},
+        (x[:40], y[:40]),
+        (x[40:], y[40:]),
+        key,
+        optimizer=optimizer,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        ADAM,
+        optax.sgd(1e-2, momentum=0.9),
+        optax.chain(
+            optax.clip_by_global_norm(1.0),
+            optax.scale_by_adam(),
+            optax.scale_by_learning_rate(optax.cosine_decay_schedule(0.2, 40)),
+        ),
+        optax.lbfgs(),
+    ],
+    ids=["adam", "momentum", "schedule", "lbfgs"],
+)
+def test_any_optimizer_ends_below_the_start_on_held_out_rows(rows, optimizer):
+    found = run(rows, optimizer)
+    least = min(loss for _, _, loss in found.history)
+    assert least < found.start_loss
+    x, y = rows
+    kept = held_out_loss(Line(jnp.float32(1.0)), found.learned, (x[40:], y[40:]), 8)
+    assert kept == pytest.approx(least, rel=1e-6)
+    assert [step for step, _, _ in found.history] == [10, 20, 30, 40]
+
+
+def test_where_learning_only_harms_the_start_is_kept(rows):
+    found = run(rows, optax.sgd(-1e-2))
+    assert min(loss for _, _, loss in found.history) > found.start_loss
+    np.testing.assert_array_equal(found.learned["w"], np.zeros(4))
+
+
+def test_it_stops_when_patience_is_over(rows):
+    assert len(run(rows, optax.sgd(-1e-2), patience=2).history) == 2
+    assert len(run(rows, patience=2).history) == 4
+
+
+def killing(after):
+    """A report that kills the run at its `after`-th check, and the steps that it has seen."""
+    seen = []
+
+    def report(step, *_):
+        seen.append(step)
+        if len(seen) == after:
+            raise Killed
+
+    return report, seen
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(rows, tmp_path):
+    whole = run(rows)
+    place = tmp_path / "state.safetensors"
+    report, _ = killing(2)
+    with pytest.raises(Killed):
+        run(rows, checkpoint=place, report=report)
+    report, seen = killing(3)
+    resumed = run(rows, checkpoint=place, report=report)
+    assert seen == [30, 40]
+    np.testing.assert_array_equal(resumed.learned["w"], whole.learned["w"])
+    assert (resumed.start_loss, resumed.history) == (whole.start_loss, whole.history)
+
+    report, seen = killing(1)
+    finished = run(rows, checkpoint=place, report=report)
+    assert seen == []
+    np.testing.assert_array_equal(finished.learned["w"], whole.learned["w"])
+    assert list(tmp_path.iterdir()) == [place]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"key": jax.random.key(1)}, "another key"),
+        ({"steps": 50}, "another pace"),
+        ({"check_every": 20}, "another pace"),
+        ({"objective": Line(jnp.float32(1.0), power=4.0)}, "another objective"),
+        ({"optimizer": optax.sgd(1e-2)}, "another state"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(rows, tmp_path, changes, says):
+    place = tmp_path / "state.safetensors"
+    run(rows, checkpoint=place)
+    with pytest.raises(ValueError, match=f"{says}.*remove it to begin anew"):
+        run(rows, checkpoint=place, **changes)
+
+
+def test_a_checkpoint_of_other_rows_and_a_file_that_is_none_are_refused(rows, tmp_path):
+    place = tmp_path / "state.safetensors"
+    run(rows, checkpoint=place)
+    x, y = rows
+    with pytest.raises(ValueError, match="another rows"):
+        run((2 * x, y), checkpoint=place)
+    place.write_bytes(b"not this")
+    with pytest.raises(ValueError, match="not a safetensors file"):
+        run(rows, checkpoint=place)
+
+
+def test_every_pass_takes_every_row_once():
+    order = batches(KEY, 10, 5, 6)
+    assert order.shape == (6, 5)
+    for number in range(3):
+        np.testing.assert_array_equal(
+            np.sort(order[2 * number : 2 * number + 2].ravel()), range(10)
+        )
+    assert not np.array_equal(order[:2], order[2:4])
+
+
+def test_held_out_loss_weighs_rows_alike_and_wants_some(rows):
+    learned, (x, y) = {"w": jnp.ones(4)}, rows
+
+    def loss(*part):
+        return held_out_loss(Line(jnp.float32(1.0)), learned, (x[slice(*part)], y[slice(*part)]), 2)
+
+    assert loss(0, 3) == pytest.approx((2 * loss(0, 2) + loss(2, 3)) / 3)
+    with pytest.raises(ValueError, match="no rows are held out"):
+        loss(0, 0)
+
+
+def test_too_few_rows_are_refused():
+    with pytest.raises(ValueError, match="less than a batch of 16"):
+        batches(KEY, 10, 16, 6)
+
+
+@pytest.mark.slow
+def test_eight_devices_learn_what_one_learns():
+    program = pathlib.Path(__file__).with_name("sharded.py")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(program.parents[2])}
+    done = subprocess.run(
+        [sys.executable, str(program)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "8 devices agree"
