@@ -2,7 +2,7 @@
 
     surface                                |X| over tokens and channels, before and after
     amax_map, sqnr                         over the layers of a model
-    error_histogram, _ecdf, _scatter       errors of blocks
+    block_errors, error_*                  errors of blocks
     scale_exponents, code_occupancy        what is stored
     comparison, divergences, channels      results of `compare` and of grids
     rotation, training                     a rotation, and its learning
@@ -13,7 +13,12 @@ All take `columns`, 1 or 2: how many of a paper's two columns the figure is wide
 """
 
 from duquantpp_jax.analysis.figures.codes import code_occupancy, scale_exponents
-from duquantpp_jax.analysis.figures.errors import error_ecdf, error_histogram, error_scatter
+from duquantpp_jax.analysis.figures.errors import (
+    block_errors,
+    error_ecdf,
+    error_histogram,
+    error_scatter,
+)
 from duquantpp_jax.analysis.figures.layers import amax_map, sqnr
 from duquantpp_jax.analysis.figures.results import channels, comparison, divergences
 from duquantpp_jax.analysis.figures.roofline import roofline
@@ -23,6 +28,7 @@ from duquantpp_jax.analysis.figures.surface import surface
 
 __all__ = [
     "amax_map",
+    "block_errors",
     "channels",
     "code_occupancy",
     "comparison",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from duquantpp_jax.analysis.figures import style
 from duquantpp_jax.formats.elements import E2M1
@@ -40,9 +40,11 @@ def scale_exponents(
     counts = {name: np.bincount(e - low, minlength=len(values)) for name, e in exponents.items()}
     _bars(axes, values, counts)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-    axes.xaxis.set_major_formatter(lambda exponent, _: f"$2^{{{round(exponent)}}}$")
+    axes.xaxis.set_major_formatter(FuncFormatter(style.power_of_two))
+    axes.set_yscale("log")  # one block among thousands is what is looked for
+    axes.set_ylim(bottom=0.5)
     style.label(axes, "scale of the block", "blocks", title)
-    style.legend(axes)
+    style.legend_below(figure, axes)
     return figure
 
 
@@ -69,10 +71,11 @@ def code_occupancy(
     figure = style.blank(columns, 2.4)
     axes = figure.subplots()
     _bars(axes, np.arange(16), shares)
-    axes.set_xticks(range(16), [f"{v:g}" for v in np.asarray(E2M1.decode(jnp.uint8(order)))])
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    values = [f"{value:g}" for value in np.asarray(E2M1.decode(jnp.uint8(order)))]
+    axes.set_xticks(range(16), values, rotation=90 if columns == 1 else 0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0, symbol=" %"))
     style.label(axes, "element", "share of elements", title)
-    style.legend(axes)
+    style.legend_below(figure, axes)
     return figure
 
 

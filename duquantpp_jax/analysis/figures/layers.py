@@ -42,24 +42,23 @@ def amax_map(
     cells: Any = None
     for axes, (site, values) in zip(panels, maps.items(), strict=True):
         layers, width = values.shape
-        starts = np.linspace(0, width, min(width, MOST_CELLS), endpoint=False).astype(np.int64)
+        starts = style.starts(width, MOST_CELLS)
         cells = axes.pcolormesh(
-            np.append(starts, width),
+            np.append(starts, width) - 0.5,
             np.arange(layers + 1) - 0.5,
             np.maximum.reduceat(values, starts, axis=1),
             norm=LogNorm(low, high),
-            cmap=colormaps["cividis"].with_extremes(bad="#BBBBBB"),
+            cmap=colormaps["viridis"].with_extremes(bad="#BBBBBB"),
             rasterized=True,
         )
         axes.invert_yaxis()
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        axes.set_xticks(range(0, width, 2 ** max(0, int(np.ceil(np.log2(width / 8))))))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
         style.label(axes, y="layer", title=site)
-    panels[-1].set_xlabel("channel" if block_size is None else f"block of {block_size} channels")
-    panels[-1].xaxis.label.set_fontsize(style.LABEL_SIZE)
+    across = "channel" if block_size is None else f"block of {block_size} channels"
+    panels[-1].set_xlabel(across, fontsize=style.LABEL_SIZE)
     figure.suptitle(title, fontsize=style.LABEL_SIZE)
-    bar = figure.colorbar(cells, ax=list(panels), pad=0.02)
-    bar.set_label("largest |x|", fontsize=style.LABEL_SIZE)
-    bar.ax.tick_params(labelsize=style.TICK_SIZE)
+    bar = style.colorbar(figure, cells, panels, "largest |x|")
     style.log2_ticks(bar.ax.yaxis, low, high)
     return figure
 
@@ -72,7 +71,7 @@ def sqnr(
 ) -> Figure:
     """SQNR in dB by layer, a panel for each site, a line for each method.
 
-    The line is the mean over the linears of the site, the shade runs from the least to the largest.
+    The line is the mean over the linears of the site, dots beside it are the linears.
 
     Args:
       methods: Method -> site -> SQNR of each linear, as `evaluation.sqnr.linear_sqnr` gives it.
@@ -89,25 +88,28 @@ def sqnr(
             raise ValueError(f"{name} has sites {list(one)}: give all methods the sites {sites}")
     across = len(sites) if columns == 2 else min(2, len(sites))
     down = -(-len(sites) // across)
-    figure = style.blank(columns, 0.7 + 1.6 * down)
+    figure = style.blank(columns, 0.8 + 1.5 * down)
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, site in zip(panels, sites, strict=False):
         for number, (name, one, look) in enumerate(style.one_by_one(checked)):
             values = one[site]
             layers = np.arange(len(values))
             marker = style.MARKERS[number % len(style.MARKERS)]
-            axes.plot(layers, values.mean(axis=1), label=name, marker=marker, ms=3, lw=1, **look)
-            axes.fill_between(
-                layers, values.min(axis=1), values.max(axis=1), color=look["color"], alpha=0.2, lw=0
-            )
+            mean = values.mean(axis=1)
+            axes.plot(layers, mean, label=name, marker=marker, markersize=3, linewidth=1, **look)
+            beside = layers + 0.12 * (number + 1 - (len(checked) + 1) / 2)
+            axes.plot(beside, values, ".", color=look["color"], markersize=2, alpha=0.7)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.grid(linewidth=0.3)
-        style.label(axes, "layer", title=site)
+        style.label(axes, title=site)
     for axes in panels[len(sites) :]:
         axes.set_axis_off()
     for axes in panels[::across]:
         axes.set_ylabel("SQNR, dB", fontsize=style.LABEL_SIZE)
-    style.legend(panels[0])
+    for axes in panels[max(0, len(sites) - across) : len(sites)]:
+        axes.set_xlabel("layer", fontsize=style.LABEL_SIZE)
+        axes.tick_params(labelbottom=True)
+    style.legend_below(figure, panels[0])
     figure.suptitle(title, fontsize=style.LABEL_SIZE)
     return figure
 

@@ -10,11 +10,13 @@ from matplotlib.figure import Figure
 from duquantpp_jax.analysis.figures.style import (
     COLORS,
     DASHES,
+    LABEL_SIZE,
     MARKERS,
-    TWO_COLUMNS,
     Columns,
     blank,
     given,
+    legend,
+    legend_below,
 )
 
 
@@ -34,10 +36,13 @@ def comparison(
       channels: A site's name, and channel maxima under "before" and by recipe.
       clusters: What intervals are clustered by, and how many clusters there are.
     """
-    figure = Figure(figsize=(TWO_COLUMNS, 3.2), layout="constrained")
+    figure = blank(2, 3.2)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    _kl(left, results, clusters)
-    _channels(right, *channels)
+    _kl(left, results, clusters, "block_hadamard")
+    legend(left, title="scale rule")
+    site, maxima = channels
+    _channels(right, maxima, site)
+    right.legend(fontsize=6.5, frameon=False)
     return figure
 
 
@@ -56,15 +61,21 @@ def divergences(
       clusters: As there.
       baseline: What the differences are to.
       title: Of the legend.
+
+    Raises:
+      ValueError: Another number of columns than 1 or 2.
     """
     height = 1.2 + 0.28 * len(results["options"]["recipes"])
     figure = blank(columns, height)
     axes = figure.subplots()
-    _kl(axes, results, clusters, baseline, title)
-    # Beside the axes: with many columns it would hide what it explains.
-    axes.legend(
-        fontsize=7, title=title, title_fontsize=7, frameon=False, loc=(1.02, 0), borderaxespad=0
-    )
+    _kl(axes, results, clusters, baseline)
+    # Legends are outside the axes: with many columns they would hide what they explain.
+    if columns == 1:
+        figure.suptitle(axes.get_title(), fontsize=LABEL_SIZE)  # wider than the axes
+        axes.set_title("")
+        legend_below(figure, axes, title=title)
+    else:
+        legend(axes, title=title, loc=(1.02, 0), borderaxespad=0)
     return figure
 
 
@@ -79,9 +90,14 @@ def channels(
     Args:
       maxima: By name; "before" is drawn broad and grey, to lie under the others.
       title: E.g. the site's name.
+
+    Raises:
+      ValueError: No maxima, NaN or Inf.
     """
     figure = blank(columns, 2.6)
-    _channels(figure.subplots(), title, given("maxima", maxima))
+    axes = figure.subplots()
+    _channels(axes, given("maxima", maxima), title)
+    legend(axes)
     return figure
 
 
@@ -89,8 +105,7 @@ def _kl(
     axes: Any,
     results: dict[str, Any],
     clusters: tuple[str, int],
-    baseline: str | None = "block_hadamard",
-    title: str = "scale rule",
+    baseline: str | None,
 ) -> None:
     names, rules = results["options"]["recipes"], results["options"]["scale_rules"]
     for number, rule in enumerate(rules):
@@ -110,19 +125,18 @@ def _kl(
             linewidth=1,
             label=rule,
         )
-    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=LABEL_SIZE)
     axes.invert_yaxis()
     axes.grid(axis="x", linewidth=0.3)
-    axes.tick_params(axis="x", labelsize=8)
-    axes.set_xlabel("KL(float || quantized), nats per token", fontsize=8)
+    axes.tick_params(axis="x", labelsize=LABEL_SIZE)
+    axes.set_xlabel("KL(float || quantized), nats per token", fontsize=LABEL_SIZE)
     axes.set_title(
         f"{results['targets']:,} targets; bars: 95 % interval of the paired\n"
         f"difference to {baseline}, by {clusters[0]} ({clusters[1]})"
         if baseline
         else f"{results['targets']:,} targets",
-        fontsize=8,
+        fontsize=LABEL_SIZE,
     )
-    axes.legend(fontsize=7, title=title, title_fontsize=7, frameon=False)
 
 
 def _interval_around(row: dict[str, Any]) -> tuple[float, float]:
@@ -132,7 +146,7 @@ def _interval_around(row: dict[str, Any]) -> tuple[float, float]:
     return row["kl_difference"] - low, high - row["kl_difference"]
 
 
-def _channels(axes: Any, site: str, maxima: Mapping[str, Float[np.ndarray, " k"]]) -> None:
+def _channels(axes: Any, maxima: Mapping[str, Float[np.ndarray, " k"]], title: str) -> None:
     for number, (name, values) in enumerate(maxima.items()):
         before = name == "before"
         axes.plot(
@@ -145,8 +159,7 @@ def _channels(axes: Any, site: str, maxima: Mapping[str, Float[np.ndarray, " k"]
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    axes.set_xlabel("channels, largest first", fontsize=8)
-    axes.set_ylabel("largest |x| of the channel", fontsize=8)
-    axes.set_title(site, fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.legend(fontsize=6.5, frameon=False)
+    axes.set_xlabel("channels, largest first", fontsize=LABEL_SIZE)
+    axes.set_ylabel("largest |x| of the channel", fontsize=LABEL_SIZE)
+    axes.set_title(title, fontsize=LABEL_SIZE)
+    axes.tick_params(labelsize=LABEL_SIZE)

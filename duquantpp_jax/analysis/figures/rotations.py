@@ -27,18 +27,20 @@ def rotation(
     """
     arrays = style.given("matrices", matrices)
     top = max(float(np.abs(matrix).max()) for matrix in arrays.values())
-    width = (style.WIDTHS[columns] - 0.7) / len(arrays)
-    figure = style.blank(columns, 0.75 + width)
+    side = min(2.5, (style.blank(columns, 1).get_figwidth() - 1.2) / len(arrays) - 0.3)
+    figure = style.blank(columns, 0.9 + side)
     panels = figure.subplots(1, len(arrays), squeeze=False)[0]
     image: Any = None
     for axes, (name, matrix) in zip(panels, arrays.items(), strict=True):
-        image = axes.imshow(matrix, cmap="PuOr", norm=Normalize(-top, top), interpolation="nearest")
+        norm = Normalize(-top, top)
+        image = axes.imshow(matrix, cmap="PuOr", norm=norm, interpolation="nearest")
+        ticks = range(0, len(matrix), max(1, len(matrix) // 4))
+        axes.set_xticks(ticks)
+        axes.set_yticks(ticks)
         style.label(axes, "channel out", title=name)
     panels[0].set_ylabel("channel in", fontsize=style.LABEL_SIZE)
     figure.suptitle(title, fontsize=style.LABEL_SIZE)
-    bar = figure.colorbar(image, ax=list(panels), pad=0.02)
-    bar.set_label("R", fontsize=style.LABEL_SIZE)
-    bar.ax.tick_params(labelsize=style.TICK_SIZE)
+    style.colorbar(figure, image, panels, "entry of the matrix")
     return figure
 
 
@@ -74,7 +76,7 @@ def training(
                 )
     figure = style.blank(columns, 0.7 + 1.6 * len(kinds))
     panels = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, lines, y in zip(panels, kinds, (loss, "max |R$^T$R $-$ I|"), strict=False):
+    for axes, lines, y in zip(panels, kinds, (loss, r"max $|R^\top R - I|$"), strict=False):
         for name, values, look in style.one_by_one(lines):
             axes.plot(at, values, label=name, linewidth=1.2, **look)
         axes.grid(linewidth=0.3)

@@ -2,7 +2,7 @@
 
 No global state: figures are made without pyplot, and every size is given where something is drawn.
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; colour maps run evenly in
-lightness (cividis) or to both sides of white (PuOr).
+lightness (viridis) or to both sides of white (PuOr).
 """
 
 import io
@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import matplotlib
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int64
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogFormatterMathtext, NullLocator
 
@@ -21,9 +21,8 @@ DASHES = ("-", (0, (4, 2)), (2, (4, 2)), (0, (1, 1.5)))
 """Line styles, so that of lines on top of each other both are seen."""
 LABEL_SIZE, TICK_SIZE = 8, 7
 """Points, on paper."""
-TWO_COLUMNS = 7.2
-"""Width in inches of a figure across a paper's two columns."""
-WIDTHS = {1: 3.5, 2: TWO_COLUMNS}
+WIDTHS = {1: 3.5, 2: 7.2}
+"""Inches, by columns of a paper."""
 
 Columns = Literal[1, 2]
 """How many of a paper's two columns a figure is wide."""
@@ -59,6 +58,31 @@ def legend(axes: Any, **options: Any) -> None:
     axes.legend(fontsize=TICK_SIZE, title_fontsize=TICK_SIZE, frameon=False, **options)
 
 
+def legend_below(figure: Figure, axes: Any, **options: Any) -> None:
+    """One legend for all axes, below them, where it hides nothing; in as many columns as fit."""
+    handles, names = axes.get_legend_handles_labels()
+    longest = 30 + 0.6 * TICK_SIZE * max(map(len, names), default=0)  # points, the sample included
+    across = max(1, int(figure.get_figwidth() * 72 / longest))
+    figure.legend(
+        handles,
+        names,
+        loc="outside lower center",
+        ncols=min(across, len(names)),
+        fontsize=TICK_SIZE,
+        title_fontsize=TICK_SIZE,
+        frameon=False,
+        **options,
+    )
+
+
+def colorbar(figure: Figure, drawn: Any, panels: Iterable[Any], text: str, **options: Any) -> Any:
+    """A bar of colours beside all panels; returns it."""
+    bar = figure.colorbar(drawn, ax=list(panels), pad=0.02, **options)
+    bar.set_label(text, fontsize=LABEL_SIZE)
+    bar.ax.tick_params(labelsize=TICK_SIZE)
+    return bar
+
+
 def one_by_one(named: Mapping[str, V]) -> Iterable[tuple[str, V, dict[str, Any]]]:
     """Name, value, and a colour and dashes of its own, for each of what is drawn in one axes."""
     for number, (name, value) in enumerate(named.items()):
@@ -83,7 +107,12 @@ def given(what: str, named: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def powers_of_two(values: Float[np.ndarray | Array, " n"]) -> tuple[float, float]:
+def starts(size: int, most: int) -> Int64[np.ndarray, " parts"]:
+    """Where the parts begin that divide `size` things as evenly as can be, into at most `most`."""
+    return np.arange(min(size, most)) * size // min(size, most)
+
+
+def powers_of_two(values: Float[Array | np.ndarray, " n"]) -> tuple[float, float]:
     """The nearest powers of two around all positive values (1 and 2 where there are none).
 
     They differ, so that they serve as limits of an axis.
@@ -96,20 +125,32 @@ def powers_of_two(values: Float[np.ndarray | Array, " n"]) -> tuple[float, float
     return float(2**low), float(2 ** max(high, low + 1))
 
 
-def log2_ticks(axis: Any, low: float, high: float, most: int = 8) -> None:
+def power_of_two(exponent: float, _: int | None = None) -> str:
+    """2^exponent as the label of a tick."""
+    return f"$2^{{{exponent:g}}}$"
+
+
+def log2_axis(axes: Any, which: Literal["x", "y"], low: float, high: float, most: int = 7) -> None:
+    """A log2 axis between two numbers, with at most so many ticks."""
+    getattr(axes, f"set_{which}scale")("log", base=2)
+    getattr(axes, f"set_{which}lim")(low, high)
+    log2_ticks(getattr(axes, f"{which}axis"), low, high, most)
+
+
+def log2_ticks(axis: Any, low: float, high: float, most: int = 7) -> None:
     """Ticks at powers of two alone, evenly spaced, at most so many."""
     first, last = int(np.ceil(np.log2(low))), int(np.floor(np.log2(high)))
-    step = max(1, -(-(last - first + 1) // most))
+    step = -(-(last - first + 1) // most)
     axis.set_major_locator(FixedLocator(list(2.0 ** np.arange(first, last + 1, step))))
     axis.set_major_formatter(LogFormatterMathtext(base=2))
     axis.set_minor_locator(NullLocator())
 
 
 def picture(figure: Figure, format: Literal["png", "svg", "pdf"], dpi: int = 200) -> bytes:
-    """The figure as a file's bytes: the same each time, text of svg and pdf kept as text.
+    """The figure as a file's bytes: without a date, text of svg and pdf kept as text.
 
     Args:
-      dpi: Of a png, and of surfaces and point clouds inside the others.
+      dpi: Of a png, and of surfaces, heat maps and clouds of points inside the others.
     """
     unstamped = {
         "png": {"Software": None},

@@ -2,7 +2,7 @@
 
 Surfaces are made coarse by the maximum over rectangles of tokens and channels,
 
-    s_ij = max |x_tc|  over t in rectangle row i, c in rectangle column j,
+    s_ij = max |x_tc|  over t in row i of rectangles, c in column j,
 
 since a mean would take away the very thing that is looked for.
 """
@@ -14,45 +14,69 @@ import numpy as np
 from jaxtyping import Array, Float
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from duquantpp_jax.analysis.figures import style
 
 POINTS = (64, 96)
 """Most points of a surface along tokens and channels: more cannot be told apart on paper."""
+MARGIN = 0.4
+"""Inches to the right of each surface, for the labels of its z axis."""
 
 
 def surface(
     inputs: Mapping[str, Float[Array | np.ndarray, "tokens k"]],
     *,
+    log2: bool = False,
     title: str = "",
     points: tuple[int, int] = POINTS,
     columns: style.Columns = 2,
 ) -> Figure:
-    """|X| over token and channel, a panel for each input, all on one linear z axis.
+    """|X| over token and channel, a panel for each input, all on one z axis.
 
     Args:
       inputs: By name, e.g. {"before": x, "Hadamard": t.activations(x)}; in units of x.
+      log2: Whether z is log2 |x|, from the least point (or 2^-16 of the largest) up, so that what
+        lies below an outlier is seen too; if not it is |x|, from zero.
       title: Above all panels, e.g. the site's name.
       points: Most points along tokens and channels; each is the maximum of what it stands for.
 
     Raises:
       ValueError: No input, an empty one, or one with NaN or Inf.
     """
-    arrays = {name: coarse(np.abs(x), points) for name, x in style.given("inputs", inputs).items()}
-    top = max(float(z.max()) for z, _, _ in arrays.values())
-    figure = style.blank(columns, 0.5 + style.WIDTHS[columns] / len(arrays) * 0.85)
-    figure.suptitle(title, fontsize=style.LABEL_SIZE)
-    for number, (name, (z, tokens, channels)) in enumerate(arrays.items()):
-        axes: Any = figure.add_subplot(1, len(arrays), number + 1, projection="3d")
+    surfaces = {n: coarse(np.abs(x), points) for n, x in style.given("inputs", inputs).items()}
+    heights = {name: z for name, (z, _, _) in surfaces.items()}
+    low, high = 0.0, float(max(z.max() for z in heights.values())) or 1.0
+    if log2:
+        least = min(float(z.min()) for z in heights.values())
+        heights = {n: np.log2(np.maximum(z, high * 2.0**-16)) for n, z in heights.items()}
+        low, high = np.log2(style.powers_of_two(np.array([max(least, high * 2.0**-16), high])))
+    width = style.WIDTHS[columns] / len(surfaces)
+    figure = style.blank(columns, min(width, 3.0) * 0.9 + 0.3)
+    figure.set_layout_engine("none")  # it does not see the labels of axes in 3-D
+    figure.suptitle(title, fontsize=style.LABEL_SIZE, y=0.98, va="top")
+    for number, (name, (_, tokens, channels)) in enumerate(surfaces.items()):
+        left = (number + 0.02) / len(surfaces)
+        across = (width - MARGIN) / style.WIDTHS[columns]
+        axes: Any = figure.add_axes((left, 0.06, across, 0.84), projection="3d")
         x, y = np.meshgrid(channels, tokens)
+        z = heights[name]
         drawn = axes.plot_surface(
-            x, y, z, rstride=1, cstride=1, cmap="cividis", norm=Normalize(0, top), linewidth=0
+            x,
+            y,
+            z,
+            rstride=1,
+            cstride=1,
+            cmap="viridis",
+            norm=Normalize(low, high),
+            linewidth=0,
+            antialiased=False,  # or the plain is covered with seams between facets
         )
         drawn.set_array(_corner_maxima(z).ravel())
         drawn.set_rasterized(True)
-        axes.set_zlim(0, top)
-        style.label(axes, "channel", "token", name)
-        axes.set_zlabel("|x|", fontsize=style.LABEL_SIZE)
+        axes.set_zlim(low, high)
+        axes.set_box_aspect(None, zoom=1.1)
+        _label(axes, name, log2=log2, ticks=4 if width > 2 else 3)
     return figure
 
 
@@ -64,16 +88,26 @@ def coarse(
     Returns:
       The maxima, and the first token and first channel of each rectangle.
     """
-    starts = [
-        np.linspace(0, size, min(size, most), endpoint=False).astype(np.int64)
-        for size, most in zip(magnitudes.shape, points, strict=True)
-    ]
-    over_tokens = np.maximum.reduceat(magnitudes, starts[0], axis=0)
-    maxima = np.maximum.reduceat(over_tokens, starts[1], axis=1)
-    return maxima, starts[0].astype(np.float64), starts[1].astype(np.float64)
+    tokens, channels = (
+        style.starts(size, most) for size, most in zip(magnitudes.shape, points, strict=True)
+    )
+    maxima = np.maximum.reduceat(np.maximum.reduceat(magnitudes, tokens), channels, axis=1)
+    return maxima, tokens.astype(np.float64), channels.astype(np.float64)
 
 
 def _corner_maxima(z: Float[np.ndarray, "i j"]) -> Float[np.ndarray, "i-1 j-1"]:
     """The largest corner of each facet: matplotlib's own colour is their mean, which would paint
     a peak of one point like the plain around it."""
     return np.max([z[:-1, :-1], z[1:, :-1], z[:-1, 1:], z[1:, 1:]], axis=0)
+
+
+def _label(axes: Any, name: str, *, log2: bool, ticks: int) -> None:
+    axes.set_title(name, fontsize=style.LABEL_SIZE, y=1.05, pad=0)
+    axes.set_xlabel("channel", fontsize=style.LABEL_SIZE, labelpad=-8)
+    axes.set_ylabel("token", fontsize=style.LABEL_SIZE, labelpad=-6)
+    axes.set_zlabel("|x|", fontsize=style.LABEL_SIZE, labelpad=-9)
+    axes.tick_params(labelsize=style.TICK_SIZE, pad=-3)
+    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, nbins=ticks))
+    if log2:
+        axes.zaxis.set_major_formatter(FuncFormatter(style.power_of_two))
