@@ -51,3 +51,25 @@ def test_slopes_are_those_of_the_docstring(x):
     sign = np.sign(np.take_along_axis(blocks, at, -1))
     np.put_along_axis(expected, at, sign * (along / amax)[..., None], -1)
     np.testing.assert_allclose(through.reshape(6, 2, 32), expected, atol=1e-5)
+
+
+def test_a_clip_is_that_of_the_format_and_gets_the_slope_of_its_scales(x):
+    format = MXFP4()
+    g = jax.random.normal(jax.random.key(1), x.shape)
+    log_clip = jnp.log(jnp.array([0.6, 0.9]))
+    held = learnable_quantize(format, False, x, None, log_clip)
+    np.testing.assert_array_equal(held, format.fake_quantize(x, clip=jnp.exp(log_clip)))
+
+    def slope(log_clip):
+        value = lambda c: jnp.sum(g * learnable_quantize(format, False, x, None, c))  # noqa: E731
+        return jax.grad(value)(log_clip)
+
+    def along(clip):
+        q = format.encode(x, clip=clip)
+        x64, held = (np.asarray(a, np.float64) for a in (x, q.dequantize()))
+        inside = np.abs(x64) <= np.asarray(q.limit())
+        return (np.where(inside, held - x64, held) * np.asarray(g)).reshape(6, 2, 32).sum((0, 2))
+
+    np.testing.assert_allclose(slope(log_clip), along(jnp.exp(log_clip)), rtol=1e-5)
+    one = jnp.log(jnp.array([0.6]))
+    np.testing.assert_allclose(slope(one), [along(jnp.exp(one)).sum()], rtol=1e-5)

@@ -9,7 +9,13 @@ from duquantpp_jax.core import Chain
 from duquantpp_jax.transforms.basic import Smooth
 from duquantpp_jax.transforms.block import BlockAffine, BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard
-from duquantpp_jax.transforms.learned import PARAMETRIZATIONS, block_affine
+from duquantpp_jax.transforms.inverse import inverse
+from duquantpp_jax.transforms.learned import (
+    PARAMETRIZATIONS,
+    block_affine,
+    check_condition,
+    settled,
+)
 from duquantpp_jax.transforms.permutation import Permute
 
 
@@ -50,6 +56,64 @@ def test_rotations_stay_orthogonal(name):
         parametrization.transform(_start(), _moved(parametrization, 0.5)).matrices, np.float64
     )
     assert np.abs(r @ np.swapaxes(r, 1, 2) - np.eye(8)).max() < 3e-6
+
+
+@pytest.mark.parametrize("name", ["affine", "affine_expm", "affine_lu"])
+def test_a_bound_on_the_condition_draws_back_what_is_beyond_and_nothing_else(name):
+    parametrization, bound = PARAMETRIZATIONS[name], 3.0
+    far = {
+        key: a.at[0].multiply(0.01).at[1:].multiply(4.0)
+        for key, a in _moved(parametrization, 0.1).items()
+    }
+
+    def condition(parameters):
+        return np.linalg.cond(
+            np.asarray(parametrization.transform(_start(), parameters).matrices, np.float64)
+        )
+
+    before = condition(far)
+    assert before[0] < bound
+    assert np.all(before[1:] > bound)
+    near = parametrization.bounded(_start(), far, bound)
+    assert np.all(condition(near) <= bound * (1 + 2e-5))
+    for key, a in near.items():
+        np.testing.assert_array_equal(a[0], far[key][0])
+    less = {key: a / 0.9 for key, a in near.items()}
+    assert np.all(condition(less)[1:] > bound)
+
+
+def test_a_start_beyond_the_bound_is_refused():
+    stretched = BlockAffine(_start().matrices.at[1, 0].multiply(7.0), _start().inverses)
+    check_condition(_start(), 1.0)
+    check_condition(stretched, 7.0)
+    with pytest.raises(ValueError, match=r"max_condition = 6, .* condition number 7"):
+        check_condition(stretched, 6.0)
+
+
+def test_what_is_settled_is_exact_to_float32():
+    off = 1e-5 * jax.random.normal(jax.random.key(2), (3, 8, 8))
+    drifted = BlockAffine(_start().matrices + off, _start().inverses)
+    rotation = settled(drifted, PARAMETRIZATIONS["cayley"])
+    r = np.asarray(rotation.matrices, np.float64)
+    assert np.abs(r @ np.swapaxes(r, 1, 2) - np.eye(8)).max() < 2e-7
+    np.testing.assert_array_equal(rotation.inverses, jnp.swapaxes(rotation.matrices, 1, 2))
+    affine = settled(drifted, PARAMETRIZATIONS["affine"])
+    np.testing.assert_array_equal(affine.matrices, drifted.matrices)
+    product = np.asarray(affine.matrices, np.float64) @ np.asarray(affine.inverses, np.float64)
+    assert np.abs(product - np.eye(8)).max() < 2e-7
+
+
+def test_inverses_and_their_derivative_are_those_of_lapack():
+    m = jax.random.normal(jax.random.key(3), (5, 8, 8)).at[0, 0, 0].set(0.0)  # wants a pivot
+    g = jax.random.normal(jax.random.key(4), m.shape)
+    wanted = np.linalg.inv(np.asarray(m, np.float64))
+    found, back = jax.vjp(inverse, m)
+    bound = (
+        8 * 2.0**-24 * np.linalg.cond(m)[:, None, None] * np.abs(wanted).max((1, 2), keepdims=True)
+    )
+    assert np.all(np.abs(found - wanted) <= bound)
+    t = np.swapaxes(wanted, 1, 2)
+    np.testing.assert_allclose(back(g)[0], -t @ np.asarray(g, np.float64) @ t, rtol=1e-3, atol=1e-4)
 
 
 def test_smoothing_becomes_part_of_the_matrices():
