@@ -35,9 +35,6 @@ from duquantpp_jax.transforms.block import BlockAffine
 Parameters = Mapping[str, Float[Array | np.ndarray, "..."]]
 """Of one block, by name inside it."""
 
-Hidden = Float32[np.ndarray, "rows length k"]
-"""Hidden states of all rows, on the host."""
-
 
 @struct.dataclass
 class BlockError(Objective):
@@ -88,8 +85,8 @@ def learn_blocks(
     blocks: Iterable[tuple[Parameters, Mapping[str, BlockAffine]]],
     moves: Moves,
     formats: tuple[Format, Format],
-    rows: Hidden,
-    held_out: Hidden,
+    rows: Float32[np.ndarray, "rows length k"],
+    held_out: Float32[np.ndarray, "held length k"],
     key: Key[Array, ""],
     *,
     steps: int,
@@ -200,8 +197,11 @@ def learn_model_by_blocks(
 
 
 def _run(
-    objective: BlockError, learned: dict[str, Learned] | None, hidden: Hidden, batch_rows: int
-) -> Hidden:
+    objective: BlockError,
+    learned: dict[str, Learned] | None,
+    hidden: Float32[np.ndarray, "rows length k"],
+    batch_rows: int,
+) -> Float32[np.ndarray, "rows length k"]:
     """Hidden states after the block, float or as learned."""
     parts = [hidden[first : first + batch_rows] for first in range(0, len(hidden), batch_rows)]
     return np.concatenate([np.asarray(_forward(objective, learned, jnp.asarray(h))) for h in parts])

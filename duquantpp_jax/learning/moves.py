@@ -46,7 +46,7 @@ class Learned:
     weights: Weights | None
     log_scale: Float[Array, "*layers blocks"] | None
     log_clip: Float[Array, "*layers clips"] | None
-    log_weight_clip: Float[Array, "*layers clips"] | None
+    log_weight_clip: Float[Array, "*layers weight_clips"] | None
 
 
 PARTS = tuple(field.name for field in dataclasses.fields(Learned))

@@ -1,0 +1,145 @@
+"""Learning block by block: the memory of one block, each given what its prefix says."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from duquantpp_jax.calibration import calibrate, site_widths
+from duquantpp_jax.formats import MXFP4
+from duquantpp_jax.learning.blocks import learn_blocks, learn_model_by_blocks
+from duquantpp_jax.learning.model import at_rates
+from duquantpp_jax.learning.moves import Moves
+from duquantpp_jax.models import SITES, dense
+from duquantpp_jax.models.lazy import layer
+from duquantpp_jax.ptq import QuantizedLinear, layer_of, quantize_model
+from duquantpp_jax.recipes import recipe
+from duquantpp_jax.transforms.block import BlockAffine
+from duquantpp_jax.transforms.learned import Cayley
+from tests.conftest import tiny_decoder
+
+FORMATS = (MXFP4(), MXFP4())
+MOVES = Moves(Cayley())
+KEY = jax.random.key(3)
+OPTIMIZER = at_rates({"transform": optax.constant_schedule(1e-2)})
+OPTIONS = {"steps": 6, "check_every": 3, "optimizer": OPTIMIZER}
+TOKENS = np.random.default_rng(0).integers(0, 257, (12, 17)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_decoder()
+
+
+def start(model, seed=0):
+    """Random rotations."""
+    found = {}
+    for number, site in enumerate(SITES):
+        layers, _, width = model.weights(site)[0].shape
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        r = jax.random.orthogonal(key, 32, (layers, width // 32))
+        found[site] = BlockAffine(r, jnp.swapaxes(r, -1, -2))
+    return found
+
+
+def learn(model, starts, **options):
+    return learn_model_by_blocks(
+        model, starts, MOVES, FORMATS, TOKENS[:8], TOKENS[8:], KEY, **(OPTIONS | options)
+    )
+
+
+def blocks_of(model, starts, asked=None, **options):
+    """`learn_blocks` of the same, saying in `asked` which blocks it has asked for."""
+    arrays = {name: array[...] for name, array in model.layers.items()}
+    embedding = np.asarray(model.embedding[...])
+    hidden = embedding[TOKENS[:8, :-1]], embedding[TOKENS[8:, :-1]]
+
+    def blocks():
+        for number in range(2):
+            if asked is not None:
+                asked.append(number)
+            yield layer_of((arrays, starts), number)
+
+    return learn_blocks(model.config, blocks(), MOVES, FORMATS, *hidden, KEY, **options)
+
+
+@pytest.fixture(scope="module")
+def learned(model):
+    return learn_model_by_blocks(
+        model, start(model), MOVES, FORMATS, TOKENS[:8], TOKENS[8:], KEY, **OPTIONS
+    )
+
+
+@pytest.mark.slow
+def test_held_out_loss_falls_and_is_that_of_the_quantized_blocks(model, learned):
+    least = min(loss for _, _, loss in learned.history)
+    assert least < learned.start_loss
+    assert [step for step, _, _ in learned.history] == [3, 6]
+
+    one = recipe("rtn", "floor")
+    weights = {site: model.weights(site) for site in SITES}
+    stats = calibrate(model, TOKENS[8:, :-1], site_widths(model, 32))
+    state = quantize_model(one, weights, stats, learned.fits)
+    plain = hidden = model.embedding[...][TOKENS[8:, :-1]]
+    losses = []
+    for number in range(2):
+        arrays = {name: array[...][number] for name, array in model.layers.items()}
+        block = jax.jit(functools.partial(layer, model.config), static_argnums=(3,))
+        plain, _ = block(plain, arrays, None, dense, dict.fromkeys(SITES))
+        rounding = QuantizedLinear(FORMATS[0])
+        hidden, _ = block(hidden, arrays, None, rounding, layer_of(state, number))
+        off = jnp.sum((hidden - plain) ** 2, axis=-1) / jnp.sum(plain**2, axis=-1)
+        losses.append(float(jnp.mean(off)))
+    assert np.mean(losses) <= min(learned.start_loss, 1.05 * least)
+
+
+@pytest.mark.slow
+def test_blocks_know_of_those_before_exactly_if_the_prefix_is_quantized(model):
+    other = start(model)
+    for site, one in start(model, seed=1).items():
+        first = lambda a, b: jnp.stack([b[0], a[1]])  # noqa: E731
+        other[site] = jax.tree.map(first, other[site], one)
+
+    def second_loss(starts, prefix):
+        _, (_, trained) = blocks_of(model, starts, prefix=prefix, **OPTIONS | {"steps": 3})
+        return trained.start_loss
+
+    for prefix in ("float", "quantized"):
+        same = second_loss(start(model), prefix) == second_loss(other, prefix)
+        assert same == (prefix == "float")
+
+
+@pytest.mark.slow
+def test_blocks_are_asked_for_one_at_a_time_and_a_killed_run_goes_on(model, learned, tmp_path):
+    asked = []
+
+    def run(**options):
+        return blocks_of(model, start(model), asked, checkpoint=tmp_path, **options)
+
+    running = run(**OPTIONS)
+    next(running)
+    assert asked == [0]
+    assert [path.name for path in tmp_path.iterdir()] == ["block_0.safetensors"]
+    running.close()  # killed between two blocks
+
+    class Killed(Exception):
+        pass
+
+    steps = []
+
+    def report(step, *_):
+        steps.append(step)
+        raise Killed
+
+    with pytest.raises(Killed):  # and within the second
+        list(run(report=report, **OPTIONS))
+    seen = lambda step, *_: steps.append(step)  # noqa: E731
+    (_, _), (fits, _) = run(report=seen, **OPTIONS)
+    assert steps == [3, 6]
+    for site in SITES:
+        np.testing.assert_array_equal(
+            fits[site].transform.matrices, learned.fits[site].transform.matrices[1]
+        )
