@@ -17,6 +17,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @jax.custom_jvp
+@jax.jit
 def inverse(matrices: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
     """The inverse of each matrix; not finite where there is none."""
     n = matrices.shape[-1]
