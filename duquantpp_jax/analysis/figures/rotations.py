@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from duquantpp_jax.analysis.figures import style
 
@@ -27,8 +28,8 @@ def rotation(
     """
     arrays = style.given("matrices", matrices)
     top = max(float(np.abs(matrix).max()) for matrix in arrays.values())
-    side = min(2.5, (style.blank(columns, 1).get_figwidth() - 1.2) / len(arrays) - 0.3)
-    figure = style.blank(columns, 0.9 + side)
+    side = min(2.5, (style.width(columns) - 1.2) / len(arrays) - 0.3)
+    figure = style.blank(columns, 1.1 + side)
     panels = figure.subplots(1, len(arrays), squeeze=False)[0]
     image: Any = None
     for axes, (name, matrix) in zip(panels, arrays.items(), strict=True):
@@ -40,14 +41,15 @@ def rotation(
         style.label(axes, "channel out", title=name)
     panels[0].set_ylabel("channel in", fontsize=style.LABEL_SIZE)
     figure.suptitle(title, fontsize=style.LABEL_SIZE)
-    style.colorbar(figure, image, panels, "entry of the matrix")
+    bar = style.colorbar(figure, image, panels, "entry of the matrix")
+    bar.ax.yaxis.set_major_locator(MaxNLocator(nbins=5))
     return figure
 
 
 def training(
     steps: Integer[Array | np.ndarray, " checks"],
-    losses: Mapping[str, Float[Array | np.ndarray, " checks"]],
-    orthogonality: Mapping[str, Float[Array | np.ndarray, " checks"]] | None = None,
+    losses: Mapping[str, Float[Array | np.ndarray, " _"]],
+    orthogonality: Mapping[str, Float[Array | np.ndarray, " _"]] | None = None,
     *,
     loss: str = "KL, nats per target",
     title: str = "",
@@ -57,7 +59,7 @@ def training(
 
     Args:
       steps: Of each check.
-      losses: E.g. {"training": ..., "held out": ...}.
+      losses: Name -> loss at each check, e.g. {"training": ..., "held out": ...}.
       orthogonality: Name -> max |R^T R - I| at each check, on a log10 axis.
       loss: What the losses are, with their unit.
 

@@ -21,28 +21,30 @@ DASHES = ("-", (0, (4, 2)), (2, (4, 2)), (0, (1, 1.5)))
 """Line styles, so that of lines on top of each other both are seen."""
 LABEL_SIZE, TICK_SIZE = 8, 7
 """Points, on paper."""
-WIDTHS = {1: 3.5, 2: 7.2}
-"""Inches, by columns of a paper."""
-
 Columns = Literal[1, 2]
 """How many of a paper's two columns a figure is wide."""
 
 V = TypeVar("V")
 
 
-def blank(columns: int, height: float) -> Figure:
-    """An empty figure of a column's width.
-
-    Args:
-      columns: 1 (3.5 inches) or 2 (7.2 inches).
-      height: In inches.
+def width(columns: int) -> float:
+    """Inches of a figure that is 1 or 2 columns of a paper wide.
 
     Raises:
       ValueError: Another number of columns.
     """
-    if columns not in WIDTHS:
+    if columns not in (1, 2):
         raise ValueError(f"columns = {columns}: a figure is 1 or 2 columns wide")
-    return Figure(figsize=(WIDTHS[columns], height), layout="constrained")
+    return 3.5 if columns == 1 else 7.2
+
+
+def blank(columns: int, height: float) -> Figure:
+    """An empty figure, its height in inches.
+
+    Raises:
+      ValueError: As `width`.
+    """
+    return Figure(figsize=(width(columns), height), layout="constrained")
 
 
 def label(axes: Any, x: str = "", y: str = "", title: str = "") -> None:

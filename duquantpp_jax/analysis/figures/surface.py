@@ -20,8 +20,8 @@ from duquantpp_jax.analysis.figures import style
 
 POINTS = (64, 96)
 """Most points of a surface along tokens and channels: more cannot be told apart on paper."""
-MARGIN = 0.4
-"""Inches to the right of each surface, for the labels of its z axis."""
+MARGINS = (0.12, 0.2, 0.39, 0.32)
+"""Inches left of each surface, below it, right of it (labels of the z axis) and above."""
 
 
 def surface(
@@ -51,14 +51,16 @@ def surface(
         least = min(float(z.min()) for z in heights.values())
         heights = {n: np.log2(np.maximum(z, high * 2.0**-16)) for n, z in heights.items()}
         low, high = np.log2(style.powers_of_two(np.array([max(least, high * 2.0**-16), high])))
-    width = style.WIDTHS[columns] / len(surfaces)
-    figure = style.blank(columns, min(width, 3.0) * 0.9 + 0.3)
+    across = style.width(columns) / len(surfaces)
+    down = min(across, 3.0) * 0.9 + 0.3
+    left, below, right, above = MARGINS
+    figure = style.blank(columns, down)
     figure.set_layout_engine("none")  # it does not see the labels of axes in 3-D
     figure.suptitle(title, fontsize=style.LABEL_SIZE, y=0.98, va="top")
     for number, (name, (_, tokens, channels)) in enumerate(surfaces.items()):
-        left = (number + 0.02) / len(surfaces)
-        across = (width - MARGIN) / style.WIDTHS[columns]
-        axes: Any = figure.add_axes((left, 0.06, across, 0.84), projection="3d")
+        box = (number * across + left, below, across - left - right, down - below - above)
+        page = (style.width(columns), down) * 2
+        axes: Any = figure.add_axes(tuple(np.divide(box, page)), projection="3d")
         x, y = np.meshgrid(channels, tokens)
         z = heights[name]
         drawn = axes.plot_surface(
@@ -75,8 +77,8 @@ def surface(
         drawn.set_array(_corner_maxima(z).ravel())
         drawn.set_rasterized(True)
         axes.set_zlim(low, high)
-        axes.set_box_aspect(None, zoom=1.1)
-        _label(axes, name, log2=log2, ticks=4 if width > 2 else 3)
+        axes.set_box_aspect(None, zoom=1.08)
+        _label(axes, name, log2=log2, ticks=4 if across > 2 else 3)
     return figure
 
 

@@ -78,3 +78,23 @@ def test_divergences_are_drawn_where_they_are_and_left_out_where_they_are_not():
     ends = axes.containers[0].lines[2][0].get_segments()[1]
     assert ends[:, 0].tolist() == pytest.approx([0.05, 0.15])
     assert "difference to a" in axes.get_title()
+
+
+def test_in_one_column_divergences_are_the_same_numbers_and_the_title_spans_the_page():
+    one, two = (figures.divergences(_results(), ("row", 2), "rtn", columns=c) for c in (1, 2))
+    for narrow, wide in zip(one.axes[0].containers, two.axes[0].containers, strict=True):
+        np.testing.assert_array_equal(narrow.lines[0].get_xdata(), wide.lines[0].get_xdata())
+    assert one.get_suptitle() == two.axes[0].get_title()
+    assert one.axes[0].get_title() == ""
+    assert [text.get_text() for text in one.legends[0].get_texts()] == list(RULES)
+
+
+def test_channels_alone_are_the_sorted_maxima_on_log2_axes():
+    maxima = {"before": np.array([1.0, 8.0, 2.0]), "rtn": np.array([4.0, 1.0, 2.0])}
+    (axes,) = figures.channels(maxima, title="a site").axes
+    for (name, values), line in zip(maxima.items(), axes.lines, strict=True):
+        np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3])
+        np.testing.assert_array_equal(line.get_ydata(), np.sort(values)[::-1])
+        assert line.get_label() == name
+    assert axes.get_title() == "a site"
+    assert [axis.get_transform().base for axis in (axes.xaxis, axes.yaxis)] == [2, 2]
