@@ -10,6 +10,8 @@ from typing import cast
 
 from duquantpp_jax.core import Fit, Format, Recipe, Rounding, ScaleRule
 from duquantpp_jax.formats import MXFP4, FP32Scale, Log256
+from duquantpp_jax.learning.moves import Moves
+from duquantpp_jax.learning.site import FitLearned
 from duquantpp_jax.rounding.clip import SCALE, Search
 from duquantpp_jax.rounding.gptq import GPTQ
 from duquantpp_jax.rounding.rtn import rtn
@@ -18,6 +20,7 @@ from duquantpp_jax.transforms.dct import FitDct
 from duquantpp_jax.transforms.duquant import FitDuquantpp
 from duquantpp_jax.transforms.haar import FitHaar
 from duquantpp_jax.transforms.hadamard import FitHadamard
+from duquantpp_jax.transforms.learned import Affine, Cayley
 from duquantpp_jax.transforms.pca import FitPca
 from duquantpp_jax.transforms.permutation import FitPermutation
 from duquantpp_jax.transforms.wush import FitWush
@@ -32,6 +35,8 @@ _RELEASED = FitDuquantpp(
     averaged=True,
     polish=False,
 )
+_ROTATION = Moves(Cayley(), through_amax=True)
+_AFFINE = Moves(Affine(), max_condition=16.0)
 _SEARCH_128 = FitDuquantpp(size=128, fresh_q=False)
 
 FITS: dict[str, Fit] = {
@@ -62,6 +67,8 @@ FITS: dict[str, Fit] = {
     "pca_hadamard": FitPca(hadamard=True),
     "wush": FitWush(),
     "wush_conditioned": FitWush(max_condition=10.0),
+    "learned_rotation": FitLearned(_ROTATION, FitHadamard()),
+    "learned_affine": FitLearned(_AFFINE, FitWush(max_condition=10.0), rate=3e-3),
 }
 """How each named recipe is fitted; all are rounded by any of ROUNDINGS, in any format."""
 

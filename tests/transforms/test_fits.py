@@ -155,6 +155,12 @@ def test_conditioned_wush_keeps_its_bound_and_leaves_alone_what_is_within(case):
     assert np.all(after[~within] >= bound / 10**0.25)  # one step of the grid less would be beyond
 
 
+@each_case
+def test_learned_affine_keeps_its_bound(case):
+    bound = FITS["learned_affine"].moves.max_condition
+    assert health(fitted("learned_affine", case), WIDTH, 32).condition <= bound * (1 + 1e-4)
+
+
 @each_fit
 def test_every_fit_is_stored_and_read_back_bit_for_bit(name):
     transform = fitted(name, "heavy tails")
