@@ -158,10 +158,8 @@ def _write(options: CompareOptions, comparison: Comparison) -> None:
     from duquantpp_jax.analysis import figures
 
     figure = figures.comparison(comparison.results, comparison.channels, comparison.clusters)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=200, metadata={"Software": None})
     options.out.mkdir(parents=True, exist_ok=True)
-    files.write_whole(options.out / "compare.png", picture.getvalue())
+    files.write_whole(options.out / "compare.png", figures.picture(figure, "png"))
     files.write_whole(options.out / "timings.json", files.to_json(comparison.timings))
     files.write_whole(options.out / "results.json", files.to_json(comparison.results))
 

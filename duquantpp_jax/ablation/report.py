@@ -1,7 +1,6 @@
 """One self-contained HTML page of a grid: tables that sort, figures, configuration, versions."""
 
 import html
-import io
 import json
 from typing import Any
 
@@ -142,9 +141,8 @@ def _figure(pivot: Pivot) -> str:
         ],
     }
     figure = figures.divergences(results, tuple(pivot["clusters"]), pivot["baseline"], "column")
-    picture = io.StringIO()
-    figure.savefig(picture, format="svg", metadata={"Date": None, "Creator": None})
-    return picture.getvalue()[picture.getvalue().index("<svg") :]
+    svg = figures.picture(figure, "svg").decode()
+    return svg[svg.index("<svg") :]
 
 
 def _text(text: str) -> str:
