@@ -86,6 +86,24 @@ def beside(all_runs: list[list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
+def gains(pivot: dict[str, Any]) -> str:
+    """Of a grid whose rows are the baseline and one method: columns down, both side by side."""
+    baseline, method = pivot["baseline"], *(r for r in pivot["rows"] if r != pivot["baseline"])
+    found = {(one["row"], one["column"]): one for one in pivot["entries"]}
+    lines = [
+        f"| | {baseline} | {method} | {method} - {baseline} | PPL, {baseline} | PPL, {method} |",
+        "| --- |" + " ---: |" * 5,
+    ]
+    for column in pivot["columns"]:
+        before, after = found[baseline, column], found[method, column]
+        low, high = after["ci95"]
+        parts = [f"{before['kl']:.4f}", f"{after['kl']:.4f}"]
+        parts.append(f"{after['difference']:+.4f} ± {(high - low) / 2:.4f}")
+        parts += [f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}"]
+        lines.append(f"| {column} | " + " | ".join(parts) + " |")
+    return "\n".join(lines)
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The runs in a file."""
     runs = json.loads(path.read_text(encoding="utf-8"))

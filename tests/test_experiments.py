@@ -91,6 +91,15 @@ def test_the_readmes_tables_of_roundings_are_those_of_the_results(path):
     assert tables.table(tables.read(path)) in readme
 
 
+def test_gptq_lowers_kl_in_every_recipe_as_the_readme_says():
+    path = RESULTS / "grid_rounding_gutenberg27m_128rows.json"
+    (pivot,) = json.loads(path.read_text(encoding="utf-8"))["tables"]
+    assert tables.gains(pivot) in (RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
+    gained = [one["ci95"][1] for one in pivot["entries"] if one["row"] == "gptq"]
+    assert len(gained) == 10
+    assert max(gained) < 0
+
+
 @pytest.mark.parametrize(
     "path",
     sorted([*RESULTS.glob("rotations_*.json"), *RESULTS.glob("gptq_*.json")]),
