@@ -1,0 +1,68 @@
+"""The figures of the README are made by their script, of the numbers that it says."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from duquantpp_jax.formats import MXFP4
+from duquantpp_jax.models import testbed
+from experiments import make_figures
+
+
+@pytest.fixture
+def few_rows(tmp_path, monkeypatch):
+    """Four calibration rows, and a directory in place of the project's."""
+    rows = testbed.calibration_rows()[:4]
+    monkeypatch.setattr(testbed, "calibration_rows", lambda: rows)
+    monkeypatch.setattr(make_figures, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    caches = (make_figures._stats, make_figures._fits)
+    for one in caches:
+        one.cache_clear()
+    yield tmp_path / "docs"
+    for one in caches:
+        one.cache_clear()
+
+
+@pytest.mark.slow
+def test_the_script_draws_the_worst_site_and_the_errors_of_all_blocks(few_rows, monkeypatch):
+    drawn = {}
+
+    def keep(name, make, dpi):
+        return lambda: drawn.setdefault(name, make()), dpi
+
+    kept = {name: keep(name, *figure) for name, figure in make_figures.FIGURES.items()}
+    monkeypatch.setattr(make_figures, "FIGURES", kept)
+    monkeypatch.setattr(sys, "argv", ["make_figures", "surface", "blocks"])
+    make_figures.main()
+    files = {path.name: path.read_bytes() for path in few_rows.iterdir()}
+    assert set(files) == {"surface.png", "blocks.png"}
+    assert all(picture.startswith(b"\x89PNG") for picture in files.values())
+
+    before = drawn["surface"].axes[0]
+    assert drawn["surface"].get_suptitle().startswith("model.layers.0.mlp.down_proj input")
+    x = make_figures._stats(rows=1, length=64)["mlp_out"].sample[0]
+    assert before.zz_dataLim.intervalx[1] == np.float64(np.log2(np.abs(np.asarray(x)).max()))
+
+    errors = []
+    for stats in make_figures._stats().values():
+        x = np.asarray(stats.sample[:, :: make_figures.EVERY])
+        error = np.asarray(MXFP4().quantize(x).dequantize()) - x
+        energies = [np.sum(np.square(a).reshape(-1, 32), axis=-1) for a in (error, x)]
+        errors.append(energies[0] / energies[1])
+    ecdf, scatter = drawn["blocks"].axes
+    rtn, *others = ecdf.lines
+    rtol = 4 * 32 * 2.0**-24  # two sums of 32 squares, each done twice
+    np.testing.assert_allclose(rtn.get_xdata(), np.sort(np.concatenate(errors)), rtol=rtol)
+    pairs = np.asarray(scatter.collections[0].get_offsets())
+    for line, points in zip(others, pairs.T, strict=True):
+        np.testing.assert_array_equal(np.sort(points), line.get_xdata())
+    assert [line.get_label() for line in others] == ["block_hadamard", "duquantpp"]
+
+
+def test_a_figure_that_is_not_made_here_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["make_figures", "pie"])
+    with pytest.raises(SystemExit, match="2"):
+        make_figures.main()
+    assert "choose from compare, surface, blocks" in capsys.readouterr().err
