@@ -25,6 +25,7 @@ from duquantpp_jax.compare import BASELINE, CompareOptions, Comparison, compare,
 from duquantpp_jax.evaluate import EvaluateOptions, evaluate, summary
 from duquantpp_jax.export import ExportOptions, export
 from duquantpp_jax.generate import GenerateOptions, continued
+from duquantpp_jax.inspection import InspectOptions, figures_of, inspect, sentence, table
 from duquantpp_jax.kernels import proof
 from duquantpp_jax.quantize import QuantizeOptions, dry_run, quantize
 
@@ -44,6 +45,7 @@ COMMANDS = {
     "generate": GenerateOptions,
     "quantize": QuantizeOptions,
     "export": ExportOptions,
+    "inspect": InspectOptions,
     "kernels": proof.Options,
 }
 
@@ -62,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(continued(options))
         elif isinstance(options, QuantizeOptions):
             _run_quantize(options)
+        elif isinstance(options, InspectOptions):
+            _run_inspect(options)
         elif isinstance(options, ExportOptions):
             with _progress() as progress:
                 notes = export(options, progress)
@@ -142,6 +146,24 @@ def _run_quantize(options: QuantizeOptions) -> None:
         done = quantize(options, progress)
     console.print(report.table(done["linears"]), report.quantized_line(done))
     print(f"Written to {options.out}; report.json has every linear.")
+
+
+def _run_inspect(options: InspectOptions) -> None:
+    from duquantpp_jax.analysis import figures
+
+    files.check_writable(options.out)
+    with _progress() as progress:
+        found = inspect(options, progress)
+    options.out.mkdir(parents=True, exist_ok=True)
+    made = figures_of(found, options.block_size)
+    for name, figure in made.items():
+        files.write_whole(options.out / f"{name}.png", figures.picture(figure, "png"))
+    files.write_whole(options.out / "outliers.json", files.to_json(found.results))
+    console = Console(width=120)
+    console.print(sentence(found.results), highlight=False)
+    console.print(table(found.results))
+    pictures = ", ".join(f"{name}.png" for name in made)
+    print(f"Written to {options.out}: outliers.json, {pictures}")
 
 
 def _run_compare(options: CompareOptions) -> None:

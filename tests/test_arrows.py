@@ -43,6 +43,10 @@ MAY_IMPORT = {
     "subject": {"files", "models", "evaluation"},
     "evaluate": {"files", "cache", "evaluation", "loading", "models", "recipes", "subject"},
     "generation": {"models"},
+    "inspection": {
+        *("core", "files", "models", "ptq", "layerwise", "quantized", "loading", "evaluation"),
+        *("analysis", "subject"),
+    },
     "generate": {"cache", "evaluate", "generation", "loading", "models"},
     "analysis": {"core", "formats", "transforms", "ptq", "models", "evaluation"},
     "ablation": {

@@ -1,0 +1,191 @@
+"""Outliers in numbers: where they sit in the input of a linear, and what they do to its blocks.
+
+Of an input x [tokens, k], over all tokens, with a_c = max_t |x_tc| the largest of a channel:
+
+    max / median        max_c a_c / median_c a_c                     one channel against the others
+    outlier channels    how many a_c > ratio * median_c a_c
+    kurtosis            mean x^4 / (mean x^2)^2                      3 for Gaussian numbers
+    top energy          share of sum x^2 in the top share of channels
+    set by one          share of blocks whose scale one element sets: without its largest element
+                        2^floor(log2 amax) would be at least 2^drop times smaller
+    position            the position of a row whose largest |x| is largest, over the median position
+
+"Outlier" means nothing without the thresholds (ratio, share, drop); they are a part of the result.
+Sums over batches are kept in float64, so that any split of the tokens gives the same but for the
+order of additions.
+
+Source: max / median and positions after Sun et al., Massive Activations, arXiv 2402.17762.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+
+from duquantpp_jax.formats.division import magnitude_bits, split
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """What counts as an outlier.
+
+    Attributes:
+      block_size: Elements that share a scale.
+      ratio: An outlier channel is so many times the median channel.
+      share: Of the channels, those of most energy that top energy adds up (at least one).
+      drop: Powers of two by which a block's scale must fall without its largest element for that
+        element to have set it.
+    """
+
+    block_size: int = 32
+    ratio: float = 10.0
+    share: float = 0.01
+    drop: int = 1
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"a block of {self.block_size} elements: give at least 1")
+        if not self.ratio > 0:
+            raise ValueError(f"a ratio of {self.ratio} to the median: give a positive one")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"a share of {self.share} of the channels: give one in (0, 1]")
+        if self.drop < 1:
+            raise ValueError(f"a drop by 2^{self.drop}: give at least 1")
+
+
+class Batch(NamedTuple):
+    """What one batch of tokens gives, in float32; every field may have leading layer axes.
+
+    Attributes:
+      absmax: Largest magnitude of each channel.
+      squares: Sum of (x / unit)^2 over tokens.
+      fourths: Sum of (x / unit)^4 over tokens and channels.
+      unit: Largest magnitude of all, 1 if that is zero.
+      position_max: Largest magnitude at each position of the rows.
+      blocks: Blocks that are not zero.
+      set_by_one: Of those, the ones whose scale one element sets.
+    """
+
+    absmax: Float32[Array, "*layers k"]
+    squares: Float32[Array, "*layers k"]
+    fourths: Float32[Array, "*layers"]
+    unit: Float32[Array, "*layers"]
+    position_max: Float32[Array, "*layers length"]
+    blocks: Int[Array, "*layers"]
+    set_by_one: Int[Array, "*layers"]
+
+
+def observe(x: Float[Array, "rows length k"], thresholds: Thresholds) -> Batch:
+    """A batch in numbers. A last block that is not full has zeros for the rest.
+
+    Args:
+      x: Inputs of a linear, whole rows.
+    """
+    x = x.astype(jnp.float32)
+    magnitudes = jnp.abs(x)
+    absmax = jnp.max(magnitudes, axis=(0, 1))
+    largest = jnp.max(absmax)
+    unit = jnp.where(largest > 0, largest, 1.0)
+    squares = jnp.square(x / unit)
+    missing = -x.shape[-1] % thresholds.block_size
+    bits = jnp.pad(magnitude_bits(x), ((0, 0), (0, 0), (0, missing)))  # no flushed subnormals
+    bits = bits.reshape(*x.shape[:2], -1, thresholds.block_size)
+    first = jnp.max(bits, axis=-1)
+    at_first = bits == first[..., None]
+    rest = jnp.max(jnp.where(at_first, 0, bits), axis=-1)
+    second = jnp.where(jnp.sum(at_first, axis=-1) > 1, first, rest)
+    fall = split(first)[0] - split(second)[0]  # zero is below all others
+    alive = first > 0
+    return Batch(
+        absmax=absmax,
+        squares=jnp.sum(squares, axis=(0, 1)),
+        fourths=jnp.sum(jnp.square(squares)),
+        unit=unit,
+        position_max=jnp.max(magnitudes, axis=(0, 2)),
+        blocks=jnp.sum(alive),
+        set_by_one=jnp.sum(alive & (fall >= thresholds.drop)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """What all tokens so far gave; a fold. Every field may have leading layer axes.
+
+    Attributes:
+      tokens: How many there were.
+      energy: Sum of x^2 of each channel.
+      fourths: Sum of x^4.
+      absmax, position_max, blocks, set_by_one: As of a batch.
+    """
+
+    tokens: int
+    absmax: Float[np.ndarray, "*layers k"]
+    energy: Float[np.ndarray, "*layers k"]
+    fourths: Float[np.ndarray, "*layers"] | np.floating
+    position_max: Float[np.ndarray, "*layers length"]
+    blocks: Int[np.ndarray, "*layers"] | np.integer
+    set_by_one: Int[np.ndarray, "*layers"] | np.integer
+
+    @classmethod
+    def of(cls, batch: Batch, tokens: int) -> "Moments":
+        """The moments of one batch."""
+        unit = np.asarray(batch.unit, np.float64)
+        return cls(
+            tokens=tokens,
+            absmax=np.asarray(batch.absmax, np.float64),
+            energy=np.asarray(batch.squares, np.float64) * np.square(unit)[..., None],
+            fourths=np.asarray(batch.fourths, np.float64) * unit**4,
+            position_max=np.asarray(batch.position_max, np.float64),
+            blocks=np.asarray(batch.blocks, np.int64),
+            set_by_one=np.asarray(batch.set_by_one, np.int64),
+        )
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Of both sets of tokens, which have rows of one length."""
+        summed = ("tokens", "energy", "fourths", "blocks", "set_by_one")
+        return Moments(
+            **{name: getattr(self, name) + getattr(other, name) for name in summed},
+            absmax=np.maximum(self.absmax, other.absmax),
+            position_max=np.maximum(self.position_max, other.position_max),
+        )
+
+    def layer(self, number: int) -> "Moments":
+        """Those of one layer."""
+        arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        tokens = arrays.pop("tokens")
+        return Moments(tokens, **{name: array[number] for name, array in arrays.items()})
+
+
+def statistics(moments: Moments, thresholds: Thresholds) -> dict[str, Any]:
+    """The numbers at the top of this file, of one input; a ratio to zero is None.
+
+    Raises:
+      ValueError: The input had NaN or Inf.
+    """
+    if not np.all(np.isfinite(moments.absmax)):
+        raise ValueError("an input of a linear has NaN or Inf: the model cannot be inspected")
+    values = moments.tokens * moments.absmax.size
+    energy = float(np.sum(moments.energy))
+    top = max(1, round(thresholds.share * moments.absmax.size))
+    most = float(np.sum(np.sort(moments.energy)[-top:]))
+    median = float(np.median(moments.absmax))
+    position = int(np.argmax(moments.position_max))
+    return {
+        "largest": float(np.max(moments.absmax)),
+        "largest_channel": int(np.argmax(moments.absmax)),
+        "max_over_median": _over(float(np.max(moments.absmax)), median),
+        "outlier_channels": int(np.sum(moments.absmax > thresholds.ratio * median)),
+        "kurtosis": _over(float(moments.fourths) * values, energy**2),
+        "top_energy": _over(most, energy),
+        "set_by_one": _over(float(moments.set_by_one), float(moments.blocks)),
+        "position": position,
+        "position_over_median": _over(
+            float(moments.position_max[position]), float(np.median(moments.position_max))
+        ),
+    }
+
+
+def _over(a: float, b: float) -> float | None:
+    return a / b if b > 0 else None
