@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from duquantpp_jax.analysis.figures import style
 from duquantpp_jax.formats.elements import E2M1
@@ -31,7 +31,7 @@ def scale_exponents(
         name: array.ravel().astype(np.int64) - 127
         for name, array in style.given("scale bytes", scale_bytes).items()
     }
-    low, high = (f(np.concatenate(list(exponents.values()))) for f in (np.min, np.max))
+    low, high = (int(f(np.concatenate([*exponents.values()]))) for f in (np.min, np.max))
     if high > 127:
         raise ValueError("a scale byte is 255, which stands for NaN: give blocks of finite numbers")
     values = np.arange(low, high + 1)
@@ -39,8 +39,9 @@ def scale_exponents(
     axes = figure.subplots()
     counts = {name: np.bincount(e - low, minlength=len(values)) for name, e in exponents.items()}
     _bars(axes, values, counts)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-    axes.xaxis.set_major_formatter(FuncFormatter(style.power_of_two))
+    ticks = values[:: -(-len(values) // 10)]
+    axes.set_xticks(ticks, [style.power_of_two(float(exponent)) for exponent in ticks])
+    axes.set_xlim(low - 1, high + 1)
     axes.set_yscale("log")  # one block among thousands is what is looked for
     axes.set_ylim(bottom=0.5)
     style.label(axes, "scale of the block", "blocks", title)
