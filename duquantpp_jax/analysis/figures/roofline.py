@@ -40,8 +40,7 @@ def roofline(
     ridges = [peak / bandwidth for peak in peaks.values()]
     intensities = np.array([*ridges, *(x for x, _ in kernels.values())])
     low, high = intensities.min() / 4, intensities.max() * 4
-    reached = [y / 1e12 for _, y in kernels.values()]
-    least = min([bandwidth * low / 1e12, *reached]) / 2
+    reached = [bandwidth * low, *peaks.values(), *(y for _, y in kernels.values())]
     figure = style.blank(columns, 2.8)
     axes = figure.subplots()
     for number, (name, peak) in enumerate(peaks.items()):
@@ -65,7 +64,7 @@ def roofline(
             label=name,
         )
     style.log2_axis(axes, "x", low, high, most=6)
-    style.log2_axis(axes, "y", least, 2 * max(*peaks.values(), 0.0) / 1e12)
+    style.log2_axis(axes, "y", min(reached) / 2e12, max(reached) * 2e-12)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 1 else f"{value:g}")
     axes.grid(linewidth=0.3)

@@ -21,6 +21,7 @@ DASHES = ("-", (0, (4, 2)), (2, (4, 2)), (0, (1, 1.5)))
 """Line styles, so that of lines on top of each other both are seen."""
 LABEL_SIZE, TICK_SIZE = 8, 7
 """Points, on paper."""
+
 Columns = Literal[1, 2]
 """How many of a paper's two columns a figure is wide."""
 
@@ -77,9 +78,9 @@ def legend_below(figure: Figure, axes: Any, **options: Any) -> None:
     )
 
 
-def colorbar(figure: Figure, drawn: Any, panels: Iterable[Any], text: str, **options: Any) -> Any:
+def colorbar(figure: Figure, drawn: Any, panels: Iterable[Any], text: str) -> Any:
     """A bar of colours beside all panels; returns it."""
-    bar = figure.colorbar(drawn, ax=list(panels), pad=0.02, **options)
+    bar = figure.colorbar(drawn, ax=list(panels), pad=0.02)
     bar.set_label(text, fontsize=LABEL_SIZE)
     bar.ax.tick_params(labelsize=TICK_SIZE)
     return bar
@@ -123,8 +124,17 @@ def powers_of_two(values: Float[Array | np.ndarray, " n"]) -> tuple[float, float
     positive = positive[positive > 0]
     if not positive.size:
         return 1.0, 2.0
-    low, high = np.floor(np.log2(positive.min())), np.ceil(np.log2(positive.max()))
-    return float(2**low), float(2 ** max(high, low + 1))
+    low, high = _floor_log2(positive.min()), _ceil_log2(positive.max())
+    return 2.0**low, 2.0 ** max(high, low + 1)
+
+
+def _floor_log2(x: float) -> int:
+    return int(np.frexp(x)[1]) - 1  # exact: np.log2 rounds just below a power of two to it
+
+
+def _ceil_log2(x: float) -> int:
+    significand, exponent = np.frexp(x)
+    return int(exponent) - int(significand == 0.5)
 
 
 def power_of_two(exponent: float, _: int | None = None) -> str:
@@ -141,7 +151,7 @@ def log2_axis(axes: Any, which: Literal["x", "y"], low: float, high: float, most
 
 def log2_ticks(axis: Any, low: float, high: float, most: int = 7) -> None:
     """Ticks at powers of two alone, evenly spaced, at most so many."""
-    first, last = int(np.ceil(np.log2(low))), int(np.floor(np.log2(high)))
+    first, last = _ceil_log2(low), _floor_log2(high)
     step = -(-(last - first + 1) // most)
     axis.set_major_locator(FixedLocator(list(2.0 ** np.arange(first, last + 1, step))))
     axis.set_major_formatter(LogFormatterMathtext(base=2))

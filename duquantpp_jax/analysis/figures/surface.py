@@ -42,9 +42,13 @@ def surface(
       points: Most points along tokens and channels; each is the maximum of what it stands for.
 
     Raises:
-      ValueError: No input, an empty one, or one with NaN or Inf.
+      ValueError: No input, one with NaN or Inf, or with fewer than 2 tokens or channels.
     """
-    surfaces = {n: coarse(np.abs(x), points) for n, x in style.given("inputs", inputs).items()}
+    surfaces = {}
+    for name, x in style.given("inputs", inputs).items():
+        if min(x.shape) < 2:
+            raise ValueError(f"{name} has shape {x.shape}: give at least 2 tokens and channels")
+        surfaces[name] = coarse(np.abs(x.astype(np.float64)), points)
     heights = {name: z for name, (z, _, _) in surfaces.items()}
     low, high = 0.0, float(max(z.max() for z in heights.values())) or 1.0
     if log2:

@@ -84,3 +84,10 @@ def test_an_input_of_zeros_has_a_z_axis():
     figure = figures.surface({"x": np.zeros((2, 2))})
     assert figure.axes[0].get_zlim() == (0, 1)
     figures.surface({"x": np.zeros((2, 2))}, log2=True).draw_without_rendering()
+
+
+def test_a_line_is_no_surface_and_bfloat16_is_one(drawn):
+    with pytest.raises(ValueError, match=r"x has shape \(1, 8\): give at least 2 tokens"):
+        figures.surface({"x": np.ones((1, 8))})
+    figures.surface({"x": jnp.array([[1, -2.5], [3, 4]], jnp.bfloat16)})
+    np.testing.assert_array_equal(drawn[0][2], [[1, 2.5], [3, 4]])
