@@ -121,7 +121,7 @@ def inspect(
         {
             "site": site,
             "layer": layer,
-            "linears": linear_names(site, layer),
+            "linears": list(linear_names(site, layer)),
             **{seen: statistics(moments[seen][site].layer(layer), thresholds) for seen in moments},
         }
         for layer, site in chosen
