@@ -43,7 +43,8 @@ def test_the_script_draws_the_worst_site_and_the_errors_of_all_blocks(few_rows, 
     before = drawn["surface"].axes[0]
     assert drawn["surface"].get_suptitle().startswith("model.layers.0.mlp.down_proj input")
     x = make_figures._stats(rows=1, length=64)["mlp_out"].sample[0]
-    assert before.zz_dataLim.intervalx[1] == np.float64(np.log2(np.abs(np.asarray(x)).max()))
+    largest = np.abs(np.asarray(x, np.float64)).max()
+    assert before.zz_dataLim.intervalx[1] == np.log2(largest)
 
     errors = []
     for stats in make_figures._stats().values():
