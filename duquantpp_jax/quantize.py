@@ -140,7 +140,9 @@ def check_out(options: QuantizeOptions) -> None:
         raise ValueError(f"--out {out} is the model itself: give another directory")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a directory")
-    if out.exists() and any(out.iterdir()) and not is_quantized(out):
+    # A run that was killed before its job was written leaves no more than a temporary file.
+    others = [path for path in out.glob("*") if not path.name.startswith(f".{JOB}.")]
+    if others and not is_quantized(out):
         raise ValueError(f"{out} holds other files: give an empty or new directory")
 
 

@@ -1,12 +1,13 @@
 """Quantizing a checkpoint: what is written is what was computed, killed or not."""
 
+import contextlib
+import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import jax
@@ -21,6 +22,7 @@ from duquantpp_jax.loading import load_any
 from duquantpp_jax.models import load, save
 from duquantpp_jax.quantize import QuantizeOptions, calibration_tokens, job_of, quantize
 from duquantpp_jax.quantized import Quantized, load_quantized
+from tests import quantize_worker
 from tests.conftest import byte_tokenizer, tiny_decoder
 
 TOKENS = np.asarray(jax.random.randint(jax.random.key(4), (2, 24), 0, 257))
@@ -126,45 +128,109 @@ def killed_at(moment, patch):
     )
 
 
-@pytest.mark.slow
-def test_killed_twenty_times_it_ends_with_the_same_bytes(three_layers, quantized, tmp_path):
-    out, kills, moments = tmp_path / "q", 0, random.Random(0)
-    options = options_of(three_layers, out, recipe="smooth_hadamard", rounding="gptq")
-    while kills < 20:
+def quantize_killed(options, whole, kills):
+    """Quantizes again and again, killed at random steps of writing so many times in all."""
+    out, done, moments = options.out, 0, random.Random(0)
+    while done < kills:
         with pytest.MonkeyPatch.context() as patch:
             killed_at(moments.randint(1, 12), patch)
             try:
                 quantize(options)
             except Killed:
-                kills += 1
+                done += 1
             else:
-                assert contents(out) == contents(quantized)
+                assert contents(out) == contents(whole)
                 shutil.rmtree(out)
-        if kills % 7 == 0:  # finished layers without hidden states are done again
+        if done % 7 == 0:  # finished layers without hidden states are done again
             for path in out.glob("hidden-*"):
                 path.unlink()
     quantize(options)
-    assert contents(out) == contents(quantized)
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_taken_up_by_the_next(three_layers, tmp_path):
-    out, whole = tmp_path / "q", tmp_path / "whole"
-    quantize(options_of(three_layers, whole))
-    command = [sys.executable, "-m", "duquantpp_jax.cli", "quantize", "--model", str(three_layers)]
-    command += ["--out", str(out), "--rows", "4"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / "layer-00000.safetensors").exists() and process.poll() is None:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait(timeout=60) == -signal.SIGKILL
-    with pytest.raises(ValueError, match="is not finished"):
-        load_quantized(out)
-    subprocess.run(command, capture_output=True, check=True)
-    assert contents(out) == contents(whole)
-    for model, exported in ((out, "a"), (whole, "b")):
-        export(ExportOptions(model, "compressed-tensors", tmp_path / exported))
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+def test_killed_twenty_times_it_ends_with_the_same_bytes(three_layers, quantized, tmp_path):
+    options = options_of(three_layers, tmp_path / "q", recipe="smooth_hadamard", rounding="gptq")
+    quantize_killed(options, quantized, kills=20)
+    assert contents(options.out) == contents(quantized)
+
+
+def test_killed_before_anything_has_its_name_it_begins_anew(three_layers, quantized, tmp_path):
+    options = options_of(three_layers, tmp_path / "q", recipe="smooth_hadamard", rounding="gptq")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        killed_at(1, patch)
+        quantize(options)
+    (left,) = options.out.iterdir()
+    assert left.name.startswith(".quantization.json.")
+    quantize(options)
+    assert contents(options.out) == contents(quantized)
+
+
+@pytest.mark.slow
+def test_killed_sequential_goes_on_from_what_the_quantized_layers_gave(three_layers, tmp_path):
+    whole = options_of(three_layers, tmp_path / "whole", sequential=True)
+    quantize(whole)
+    killed = dataclasses.replace(whole, out=tmp_path / "q")
+    quantize_killed(killed, whole.out, kills=10)
+    assert contents(killed.out) == contents(whole.out)
+
+
+@pytest.fixture
+def in_process(tmp_path):
+    """Quantizes in a process that is killed a while after so many of its steps.
+
+    Gives the steps that were seen and the process's exit code: 0 if it was done before.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["duquantpp_jax.quantize"])
+
+    def run(options, steps=10**9, pause=0.0):
+        reader, writer = context.Pipe(duplex=False)
+        arguments = (options, tmp_path / "programs", writer)
+        process = context.Process(target=quantize_worker.run, args=arguments)
+        process.start()
+        writer.close()
+        seen = 0
+        with reader, contextlib.suppress(EOFError):  # it has ended
+            while seen < steps:
+                reader.recv_bytes()
+                seen += 1
+            time.sleep(pause)
+        process.kill()
+        process.join()
+        return seen, process.exitcode
+
+    return run
+
+
+@pytest.mark.slow
+def test_twenty_processes_killed_at_random_leave_what_one_writes_and_exports(
+    three_layers, tmp_path, in_process
+):
+    """SIGKILL, after a step drawn from the first half of a whole run's, and up to 50 ms later."""
+    whole, options = (options_of(three_layers, tmp_path / name) for name in ("whole", "killed"))
+    steps, code = in_process(whole)
+    assert code == 0
+    kills, moments, left = 0, random.Random(1), set()
+    while kills < 20:
+        _, code = in_process(options, moments.randint(1, steps // 2), moments.uniform(0, 0.05))
+        if code == 0:
+            assert contents(options.out) == contents(whole.out)
+            shutil.rmtree(options.out)
+            continue
+        assert code == -signal.SIGKILL
+        kills += 1
+        left.add(len(list(options.out.glob("layer-*"))))
+        if not (options.out / "config.json").exists():
+            with pytest.raises(ValueError, match="is no quantized model|is not finished"):
+                load_quantized(options.out)
+    assert len(left) > 1
+    assert in_process(options)[1] == 0
+    assert contents(options.out) == contents(whole.out)
+    for format in ("compressed-tensors", "dequantized"):
+        exported = [tmp_path / f"{format} of {one.out.name}" for one in (whole, options)]
+        for one, place in zip((whole, options), exported, strict=True):
+            export(ExportOptions(one.out, format, place))
+        assert contents(exported[0]) == contents(exported[1])
 
 
 def test_another_job_is_not_mixed_into_a_directory_unless_it_is_overwritten(
