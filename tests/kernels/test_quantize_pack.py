@@ -5,9 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duquantpp_jax.formats import MXFP4
-from duquantpp_jax.formats.packing import pack_nibbles
-from duquantpp_jax.kernels.quantize_pack import quantize_pack, reference, triton
+from duquantpp_jax.core import MXArray
+from duquantpp_jax.formats import E2M1, MXFP4
+from duquantpp_jax.formats.packing import pack_nibbles, unpack_nibbles
+from duquantpp_jax.kernels.quantize_pack import (
+    quantize_pack,
+    reference,
+    triton,
+    unpack_dequantize,
+)
 
 RULES = pytest.mark.parametrize("rule", list(triton.RAISED_ABOVE), ids=lambda r: r.value)
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
@@ -65,3 +71,22 @@ def test_what_cannot_run_is_refused_with_the_reason():
         quantize_pack(x, implementation="cuda")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="not a multiple of block 32"):
         quantize_pack(x[:, :8])
+
+
+def test_every_code_under_every_scale_is_its_number():
+    packed = jnp.tile(jnp.arange(256, dtype=jnp.uint8), (256, 1))
+    byte = jnp.tile(jnp.arange(256, dtype=jnp.uint8)[:, None], (1, 16))
+    scales = jax.lax.bitcast_convert_type(byte, jnp.float8_e8m0fnu)
+    q = MXArray(unpack_nibbles(packed), scales, element=E2M1, block_size=32)
+    expected = np.asarray(q.dequantize())
+    eager, jitted = unpack_dequantize(packed, byte), jax.jit(unpack_dequantize)(packed, byte)
+    for got in (eager, jitted):
+        np.testing.assert_array_equal(np.asarray(got).view(np.uint32), expected.view(np.uint32))
+
+
+def test_there_and_back_is_fake_quantize():
+    x = jax.random.normal(jax.random.key(0), (3, 5, 96))
+    np.testing.assert_array_equal(unpack_dequantize(*quantize_pack(x)), MXFP4().fake_quantize(x))
+    packed, byte = quantize_pack(x)
+    with pytest.raises(ValueError, match="a block of 32 has 16 bytes"):
+        unpack_dequantize(packed[..., :-2], byte)

@@ -1,5 +1,5 @@
-"""Numbers to packed MXFP4 codes and scale bytes, in one pass over memory."""
+"""Numbers to packed MXFP4 codes and scale bytes, in one pass over memory; and back."""
 
-from duquantpp_jax.kernels.quantize_pack.api import quantize_pack
+from duquantpp_jax.kernels.quantize_pack.api import quantize_pack, unpack_dequantize
 
-__all__ = ["quantize_pack"]
+__all__ = ["quantize_pack", "unpack_dequantize"]

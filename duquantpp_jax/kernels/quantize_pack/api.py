@@ -1,15 +1,15 @@
-"""Quantize and pack: MXFP4 of x as bytes."""
+"""Quantize and pack: MXFP4 of x as bytes; and back."""
 
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.kernels.implementation import choose, current_device
 from duquantpp_jax.kernels.quantize_pack import reference, triton
 
-__all__ = ["Implementation", "quantize_pack"]
+__all__ = ["Implementation", "quantize_pack", "unpack_dequantize"]
 
 Implementation = Literal["triton", "reference"]
 
@@ -48,3 +48,24 @@ def quantize_pack(
     name = choose("quantize_pack", implementation, {"reference": lambda: None, "triton": obstacle})
     run = {"triton": triton, "reference": reference}[name].quantize_pack
     return run(x, scale_rule)
+
+
+def unpack_dequantize(
+    packed: UInt8[Array, "*batch bytes"], scale_bytes: UInt8[Array, "*batch blocks"]
+) -> Float32[Array, "*batch k"]:
+    """element * 2^(byte - 127), exact: subnormals included, Inf beyond 2^128, NaN for byte 255.
+
+    Args:
+      packed: Two codes a byte, as `quantize_pack` packs them.
+      scale_bytes: One for each block of 32.
+
+    Raises:
+      ValueError: The shapes do not belong together.
+    """
+    *batch, count = scale_bytes.shape
+    if packed.shape != (*batch, 16 * count):
+        raise ValueError(
+            f"packed codes {packed.shape} and scale bytes {scale_bytes.shape} do not belong "
+            "together: a block of 32 has 16 bytes and one scale"
+        )
+    return reference.unpack_dequantize(packed, scale_bytes)

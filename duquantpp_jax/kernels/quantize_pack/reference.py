@@ -1,12 +1,17 @@
-"""What `formats` gives: two passes over x on a GPU, as XLA does not fuse a maximum with its use."""
+"""What `formats` gives: two passes over x on a GPU, as XLA does not fuse a maximum with its use.
+
+XLA's CPU code is slow where one loop also puts blocks in a row, so that is a program of its own,
+in memory that is given away.
+"""
 
 import functools
 
 import jax
-from jaxtyping import Array, Float, UInt8
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
 from duquantpp_jax.core import ScaleRule
-from duquantpp_jax.formats import MXFP4
+from duquantpp_jax.formats import E2M1, MXFP4
 from duquantpp_jax.formats.packing import pack_blocks
 
 
@@ -15,7 +20,14 @@ def quantize_pack(
 ) -> tuple[UInt8[Array, "*batch bytes"], UInt8[Array, "*batch blocks"]]:
     """Packed codes and scale bytes."""
     packed, scale_bytes = _in_blocks(x, rule)
-    return _in_a_row(packed), scale_bytes
+    return _in_a_row(packed, axes=2), scale_bytes
+
+
+def unpack_dequantize(
+    packed: UInt8[Array, "*batch bytes"], scale_bytes: UInt8[Array, "*batch blocks"]
+) -> Float32[Array, "*batch k"]:
+    """The numbers that packed codes and scale bytes stand for."""
+    return _in_a_row(_numbers(packed, scale_bytes), axes=3)
 
 
 @functools.partial(jax.jit, static_argnames="rule")
@@ -26,8 +38,16 @@ def _in_blocks(
     return pack_blocks(q), q.scale_bytes()
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _in_a_row(packed: UInt8[Array, "*blocks block_bytes"]) -> UInt8[Array, "*batch bytes"]:
-    """The same memory (donated); a program of its own for the reason in `pack_blocks`."""
-    *batch, count, size = packed.shape
-    return packed.reshape(*batch, count * size)
+@jax.jit
+def _numbers(
+    packed: UInt8[Array, "*batch bytes"], scale_bytes: UInt8[Array, "*batch blocks"]
+) -> Float32[Array, "*batch blocks half two"]:
+    pairs = packed.reshape(*scale_bytes.shape, -1, 1) >> jnp.array([0, 4], jnp.uint8) & 15
+    byte = scale_bytes.astype(jnp.int32)[..., None, None]
+    return jnp.where(byte == 255, jnp.float32(jnp.nan), E2M1.decode(pairs, byte - 127))
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="axes")
+def _in_a_row(blocks: Shaped[Array, "*blocks"], axes: int) -> Shaped[Array, "*batch k"]:
+    """The same memory, its last axes one."""
+    return jax.lax.collapse(blocks, blocks.ndim - axes)
