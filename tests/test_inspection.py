@@ -12,7 +12,9 @@ from duquantpp_jax import cli
 from duquantpp_jax.analysis.outliers import Thresholds
 from duquantpp_jax.evaluation.text import read_text, rows_of_text
 from duquantpp_jax.inspection import InspectOptions, inspect
-from duquantpp_jax.models import SITES, dense, load, save
+from duquantpp_jax.loading import load_any
+from duquantpp_jax.models import SITES, save, testbed
+from duquantpp_jax.quantized import Quantized
 from tests.analysis.test_outliers import plainly
 from tests.conftest import byte_tokenizer, tiny_decoder
 
@@ -34,15 +36,15 @@ def quantized(tiny_directory, tiny_text, tmp_path_factory):
 
 
 def inputs_of(directory, text):
-    """What every linear of the float model is given, [layers, rows, length, k]."""
-    model = load(directory)
+    """What every linear of a model is given, [layers, rows, length, k]."""
+    model, linear, states = load_any(directory)
     rows = rows_of_text(read_text(text), byte_tokenizer(), model.config.bos_token_id)
 
     def keep(site, x, weights, state):
-        return dense(site, x, weights, None)[0], x
+        return linear(site, x, weights, state)[0], x
 
     tokens = jnp.asarray(rows.tokens[:3, :-1])
-    return jax.jit(lambda m, t: m(t, keep)[1])(model, tokens)
+    return jax.jit(lambda m, t, s: m(t, keep, s)[1])(model, tokens, states)
 
 
 def test_the_numbers_are_those_of_plain_numpy(tiny_directory, tiny_text, tmp_path, capsys):
@@ -81,8 +83,13 @@ def test_a_quantized_directory_shows_what_it_holds(quantized, tiny_text, tmp_pat
     )
     report = json.loads((quantized / "report.json").read_text())
     assert held["bytes"] == sum(one["bytes"] for one in report["linears"])
-    for one in results["sites"]:
-        assert one["moved"]["max_over_median"] != one["input"]["max_over_median"]
+    inputs = inputs_of(quantized, tiny_text)["mlp_out"]
+    for layer, one in enumerate(results["sites"]):
+        transform = Quantized(quantized).layer(layer)[1]["mlp_out"].transform
+        for seen, x in (("input", inputs[layer]), ("moved", transform.activations(inputs[layer]))):
+            for name, value in plainly(x, Thresholds()).items():
+                # Computed twice, an input may cross a power of two: of 4,599 blocks here and there.
+                assert one[seen][name] == pytest.approx(value, rel=1e-3), (one, name)
     names = {path.stem for path in tmp_path.iterdir()}
     assert names == {
         *("outliers", "surface", "channels", "blocks", "channels_moved", "blocks_moved"),
@@ -105,11 +112,52 @@ def test_codes_scales_and_sqnr_are_those_of_the_files(quantized, tiny_text):
     assert found.held is not None
     np.testing.assert_array_equal(np.bincount(found.held[0], minlength=256), scales)
     np.testing.assert_array_equal(np.bincount(found.held[1], minlength=16), codes)
+    held = found.results["quantized"]
+    assert held["codes"] == codes.tolist()
+    assert held["scale_exponents"] == {str(b - 127): n for b, n in enumerate(scales) if n}
     report = json.loads((quantized / "report.json").read_text())["linears"]
     assert found.sqnr is not None
     assert {x for one in found.sqnr.values() for x in one.ravel()} == {
         one["sqnr_db"] for one in report
     }
+
+
+@pytest.mark.slow
+def test_layers_left_in_float_beside_padded_ones_have_nothing_moved(tiny_text, tmp_path):
+    model, out, width = tmp_path / "model", tmp_path / "q", 72
+    save(tiny_decoder(intermediate_size=width), byte_tokenizer().to_str(), model)
+    more = ("--pad", "--recipe", "rtn", "--rows", "2", "--exclude", "*.0.mlp.down_proj")
+    assert cli.main(["quantize", "--model", str(model), *more, "--out", str(out)]) == 0
+    assert run(out, tiny_text, tmp_path / "i", "--site", "mlp_out") == 0
+    first, second = json.loads((tmp_path / "i" / "outliers.json").read_text())["sites"]
+    assert "moved" not in first
+    # The identity appends 24 zeros to 72 channels: means are over so many more.
+    assert second["moved"]["kurtosis"] == pytest.approx(second["input"]["kurtosis"] * 96 / width)
+    assert second["moved"]["set_by_one"] == second["input"]["set_by_one"]
+
+
+def test_a_site_is_named_by_its_linears_or_by_itself(tiny_directory, tiny_text):
+    def chosen(*names):
+        found = inspect(InspectOptions(tiny_directory, tiny_text, TOKENS, site=names))
+        return [(one["layer"], one["site"]) for one in found.results["sites"]]
+
+    assert chosen("mlp_in", "model.layers.1.self_attn.k_proj") == [
+        *((0, "mlp_in"), (1, "attention_in"), (1, "mlp_in")),
+    ]
+
+
+def test_a_text_alone_is_run_through_the_embedded_model(
+    tiny_directory, tiny_text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(testbed, "directory", lambda: tiny_directory)
+    more = ("--tokens", str(TOKENS), "--out", str(tmp_path))
+    assert cli.main(["inspect", "--text", str(tiny_text), *more]) == 0
+    results = json.loads((tmp_path / "outliers.json").read_text())
+    assert results["model"]["name"] == "testbed"
+    assert (
+        results["sites"]
+        == inspect(InspectOptions(tiny_directory, tiny_text, TOKENS)).results["sites"]
+    )
 
 
 BAD = {

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Integer, UInt8
+from jaxtyping import Array, Integer
 
 from duquantpp_jax import files
 from duquantpp_jax.analysis.outliers import Batch, Moments, Thresholds, observe, statistics
@@ -54,7 +54,7 @@ class InspectOptions:
         --model, the embedded rows.
       tokens: Of the text, cut down to whole rows of 511.
       site: Inputs to show, by the names of their linears, as in 'model.layers.1.*' or
-        '*.down_proj'; all by default.
+        '*.down_proj', or by attention_in, attention_out, mlp_in, mlp_out; all by default.
       block_size: Elements that share a scale.
       ratio: An outlier channel is so many times the median channel.
       share: Of the channels, those whose energy is added up.
@@ -88,7 +88,7 @@ class Inspection(NamedTuple):
     results: dict[str, Any]
     moments: dict[str, dict[str, Moments]]
     tokens: tuple[str, dict[str, np.ndarray]]
-    held: tuple[UInt8[np.ndarray, " blocks"], UInt8[np.ndarray, " elements"]] | None
+    held: holds.Held | None
     sqnr: dict[str, np.ndarray] | None
 
 
@@ -117,16 +117,18 @@ def inspect(
                 before = moments.setdefault(name, {}).get(site)
                 moments[name][site] = new if before is None else before.merge(new)
         progress("looking", min(first + BATCH_ROWS, len(rows.tokens)), len(rows.tokens))
-    sites = [
-        {
-            "site": site,
-            "layer": layer,
-            "linears": list(linear_names(site, layer)),
-            **{seen: statistics(moments[seen][site].layer(layer), thresholds) for seen in moments},
-        }
-        for layer, site in chosen
-    ]
     quantized = Quantized(directory) if is_quantized(directory) else None
+    plan = None if quantized is None else quantized.job.plan(quantized.config)
+    sites = []
+    for layer, site in chosen:
+        moved = plan is not None and any(plan.chosen(site, layer))  # else it was left in float
+        found = {
+            seen: statistics(moments[seen][site].layer(layer), thresholds)
+            for seen in ("input", *["moved"] * moved)
+        }
+        linears = list(linear_names(site, layer))
+        sites.append({"site": site, "layer": layer, "linears": linears, **found})
+    held = None if quantized is None else holds.held(quantized)
     results = {
         "schema": 1,
         "model": {"name": model_name(options.model), "sha256": sha256(directory)},
@@ -134,7 +136,7 @@ def inspect(
         "text": None if options.text is None else _text(options.text),
         "thresholds": dataclasses.asdict(thresholds),
         "sites": sites,
-        "quantized": None if quantized is None else holds.contents(quantized),
+        "quantized": None if quantized is None else holds.contents(quantized, held),
         "environment": environment(),
     }
     worst = max(sites, key=lambda one: one["input"]["max_over_median"] or 0.0)
@@ -144,8 +146,11 @@ def inspect(
     return Inspection(
         results,
         moments,
-        (worst["linears"][0], {s: np.asarray(x[worst["layer"], 0]) for s, x in shown.items()}),
-        None if quantized is None else holds.held(quantized),
+        (
+            worst["linears"][0],
+            {s: np.asarray(x[worst["layer"], 0]) for s, x in shown.items() if s in worst},
+        ),
+        held,
         None if quantized is None else holds.sqnr(quantized),
     )
 
@@ -155,7 +160,7 @@ def _text(path: Path) -> dict[str, str]:
 
 
 def _chosen(layers: int, patterns: tuple[str, ...]) -> list[tuple[int, str]]:
-    """Layer and site of every input whose linears one of the patterns names.
+    """Layer and site of every input that one of the patterns names, or a linear of which it does.
 
     Raises:
       ValueError: A pattern names none.
@@ -165,14 +170,16 @@ def _chosen(layers: int, patterns: tuple[str, ...]) -> list[tuple[int, str]]:
         if not any(_named(at, pattern) for at in every):
             raise ValueError(
                 f"--site {pattern} names no linear: they are {linear_names(SITES[0], 0)[0]}, ..., "
-                f"{linear_names(SITES[-1], layers - 1)[0]}; * stands for anything"
+                f"{linear_names(SITES[-1], layers - 1)[0]} (* stands for anything), or all of "
+                f"{', '.join(SITES)}"
             )
     return [at for at in every if any(_named(at, pattern) for pattern in patterns)]
 
 
 def _named(at: tuple[int, str], pattern: str) -> bool:
     layer, site = at
-    return any(fnmatch.fnmatchcase(name, pattern) for name in linear_names(site, layer))
+    names = (site, *linear_names(site, layer))
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
 def _rows(options: InspectOptions, model: Decoder) -> Rows:
@@ -182,20 +189,28 @@ def _rows(options: InspectOptions, model: Decoder) -> Rows:
         return rows_for_targets(
             Rows(tokens, np.arange(len(tokens))), options.tokens, "the embedded text"
         )
-    assert options.model is not None
+    directory = options.model or testbed.directory()
     bos = model.config.bos_token_id
     if bos is None:
         raise ValueError(
-            f"{options.model}/config.json names no bos_token_id, which stands before every row: "
+            f"{directory}/config.json names no bos_token_id, which stands before every row: "
             "add the token that the model saw at the start of its text"
         )
-    tokenizer = load_tokenizer(options.model, model.config)
+    tokenizer = load_tokenizer(directory, model.config)
     rows = rows_of_text(read_text(options.text), tokenizer, bos)
     return rows_for_targets(rows, options.tokens, str(options.text))
 
 
-def _seeing(linear: Linear, look: Callable[[str, Array], Any]) -> Linear:
-    """The linear, giving out what `look` finds in its input, and in that moved by a transform."""
+def _seeing(linear: Linear, look: Callable[[str, Array], Any], state: State | None) -> Linear:
+    """The linear, giving out what `look` finds in its input, and in that moved by a transform.
+
+    Layers give out arrays of one shape: where a site is widened in some, what is moved has that
+    width in all, also in those that are left in float.
+    """
+    runs = (state,) if isinstance(state, dict) else state or ()
+
+    def widest(site: str) -> int:
+        return max(w.shape[-1] for run in runs for w in run[site].weights)
 
     def seeing(site: str, x: Array, weights: tuple[Array, ...], state: Any) -> Any:
         ys, _ = linear(site, x, weights, state)
@@ -203,7 +218,7 @@ def _seeing(linear: Linear, look: Callable[[str, Array], Any]) -> Linear:
         if isinstance(state, QuantizedSite):
             widths = [w.shape[-1] for w in state.weights if isinstance(w, MXArray)]
             moved = state.transform.activations(widen(x, widths[0])) if widths else x
-            seen["moved"] = look(site, moved)
+            seen["moved"] = look(site, widen(moved, widest(site)))
         return ys, seen
 
     return seeing
@@ -218,7 +233,7 @@ def _observe(
     linear: Linear,
     thresholds: Thresholds,
 ) -> dict[str, dict[str, Batch]]:
-    return model(tokens, _seeing(linear, lambda _, x: observe(x, thresholds)), state)[1]
+    return model(tokens, _seeing(linear, lambda _, x: observe(x, thresholds), state), state)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("linear", "site"))
@@ -230,5 +245,6 @@ def _tokens(
     linear: Linear,
     site: str,
 ) -> dict[str, Array]:
-    """One site's input in every layer."""
-    return model(tokens, _seeing(linear, lambda at, x: x if at == site else ()), state)[1][site]
+    """One site's input in every layer, as it is and moved."""
+    seeing = _seeing(linear, lambda at, x: x if at == site else (), state)
+    return model(tokens, seeing, state)[1][site]

@@ -14,24 +14,31 @@ from duquantpp_jax.quantized import Quantized
 CODES = 1 << 20
 """Most codes of a linear that are counted: every so many-th block of a larger one."""
 
+Held = tuple[UInt8[np.ndarray, " blocks"], UInt8[np.ndarray, " elements"]]
+"""Scale bytes and codes."""
 
-def contents(quantized: Quantized) -> dict[str, Any]:
-    """What the directory says of itself, and the bytes of its linears."""
-    linears = [
-        one for n in range(quantized.config.num_hidden_layers) for one in quantized.report(n)
-    ]
+
+def contents(quantized: Quantized, held: Held | None) -> dict[str, Any]:
+    """What the directory says of itself, the bytes of its linears, and how many of the blocks of
+    `held` have which exponent E of their scale 2^E, and of its elements which code."""
+    linears = _report(quantized)
     job = dataclasses.asdict(quantized.job)
     names = ("recipe", "rounding", "scale_rule", "weight_formats", "activation_formats")
     return {
         **{name: job[name] for name in names},
         "bytes": sum(one["bytes"] for one in linears),
+        "scale_exponents": None if held is None else _exponents(held[0]),
+        "codes": None if held is None else np.bincount(held[1], minlength=16).tolist(),
         "linears": linears,
     }
 
 
-def held(
-    quantized: Quantized,
-) -> tuple[UInt8[np.ndarray, " blocks"], UInt8[np.ndarray, " elements"]] | None:
+def _exponents(scales: UInt8[np.ndarray, " blocks"]) -> dict[str, int]:
+    values, counts = np.unique(scales, return_counts=True)
+    return {str(int(byte) - 127): int(count) for byte, count in zip(values, counts, strict=True)}
+
+
+def held(quantized: Quantized) -> Held | None:
     """Scale bytes and codes of the weights in MXFP4, of large ones every so many-th block."""
     scales, codes = [], []
     for number in range(quantized.config.num_hidden_layers):
