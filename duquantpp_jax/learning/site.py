@@ -3,11 +3,12 @@
 With x^ = Q(x T) T^-1 and W^ = Q(W') T^T, both brought back to where they came from, and x, W as
 they are, the loss is the mean over tokens of
 
-    activations    |x - x^|^2 / E|x|^2
+    activations    |x - x^|^2 / |x|^2
     both           that, and |W - W^|^2 / |W|^2
-    output         |x W^T - x^ W^^T|^2 / E|x W^T|^2
+    output         |x W^T - x^ W^^T|^2 / |x W^T|^2
 
-the last two as means over the linears that share the site. Of a rotation the first is the plain
+the last two as means over the linears that share the site. Each token's error is taken against its
+own energy, or a single massive token would be all that counts. Of a rotation the first is the plain
 error of the format, |x T - Q(x T)|^2; of another matrix that error alone would reward shrinking.
 """
 
@@ -39,7 +40,6 @@ class SiteError(Objective):
     Attributes:
       weights: Of the linears that share the input.
       start: The transform that learning starts from.
-      energies: Mean square norms of x and of each output over the calibration tokens.
       moves: What learns.
       formats: Of activations and of weights.
       kind: Which loss.
@@ -47,25 +47,9 @@ class SiteError(Objective):
 
     weights: Weights
     start: BlockAffine
-    energies: tuple[Float[Array, ""], ...]
     moves: Moves = struct.field(pytree_node=False)
     formats: tuple[Format, Format] = struct.field(pytree_node=False)
     kind: Kind = struct.field(pytree_node=False)
-
-    @classmethod
-    def of(
-        cls,
-        weights: Weights,
-        start: BlockAffine,
-        tokens: Float[Array, "tokens k"],
-        moves: Moves,
-        formats: tuple[Format, Format],
-        kind: Kind,
-    ) -> "SiteError":
-        """The objective whose energies are those of `tokens`."""
-        ys, _ = dense("", tokens, weights, None)
-        energies = tuple(_positive(_energy(one)) for one in (tokens, *ys))
-        return cls(weights, start, energies, moves, formats, kind)
 
     def loss(self, learned: Learned, batch: Float[Array, "tokens k"]) -> Float[Array, ""]:
         """See the top of this file."""
@@ -73,24 +57,18 @@ class SiteError(Objective):
             linear = LearningLinear(self.moves, *self.formats)
             wanted, _ = dense("", batch, self.weights, None)
             ys, _ = linear("", batch, self.weights, (self.start, learned))
-            return _mean(
-                [_energy(a - b) / e for a, b, e in zip(wanted, ys, self.energies[1:], strict=True)]
-            )
+            return _mean([_error(a, b) for a, b in zip(wanted, ys, strict=True)])
         transform = self.moves.moved_transform(self.start, learned)
         back = transform.inverse()
         held = self.moves.quantized_input(self.formats[0], transform, learned, batch)
-        loss = _energy(batch - back.activations(held)) / self.energies[0]
+        loss = _error(batch, back.activations(held))
         if self.kind == "activations":
             return loss
         rounded = self.moves.quantized_weights(
             self.formats[1], self.start, transform, learned, self.weights
         )
-        return loss + _mean(
-            [
-                _energy(w - back.weights(held)) / _positive(_energy(w))
-                for w, held in zip(self.weights, rounded, strict=True)
-            ]
-        )
+        pairs = zip(self.weights, rounded, strict=True)
+        return loss + _mean([_error(w.ravel(), back.weights(held).ravel()) for w, held in pairs])
 
     def bounded(self, learned: Learned) -> Learned:
         """Within `Moves.max_condition`."""
@@ -144,7 +122,7 @@ class FitLearned:
         formats = (recipe.activation_format, recipe.weight_format)
         rows = tokens[:-held]
         found = train(
-            SiteError.of(weights, start, rows, self.moves, formats, self.kind),
+            SiteError(weights, start, self.moves, formats, self.kind),
             self.moves.init(start, weights),
             rows,
             tokens[-held:],
@@ -166,13 +144,11 @@ def _optimizer(
     return make(optax.warmup_cosine_decay_schedule(0.0, rate, warm, max(steps, warm + 1)))
 
 
-def _energy(x: Float[Array, "rows k"]) -> Float[Array, ""]:
-    """Mean square norm of a row."""
-    return jnp.mean(jnp.sum(jnp.square(x), axis=-1))
-
-
-def _positive(energy: Float[Array, ""]) -> Float[Array, ""]:
-    return jnp.where(energy > 0, energy, 1.0)
+def _error(wanted: Float[Array, "*rows k"], found: Float[Array, "*rows k"]) -> Float[Array, ""]:
+    """Mean over rows of |wanted - found|^2 / |wanted|^2; rows of nothing count as 1."""
+    energy = jnp.sum(jnp.square(wanted), axis=-1)
+    error = jnp.sum(jnp.square(wanted - found), axis=-1)
+    return jnp.mean(error / jnp.where(energy > 0, energy, 1.0))
 
 
 def _mean(losses: list[Float[Array, ""]]) -> Float[Array, ""]:

@@ -32,7 +32,7 @@ def site() -> None:
     """One step down the gradient, which is a mean over tokens."""
     keys = jax.random.split(jax.random.key(0), 2)
     x, w = jax.random.normal(keys[0], (72, 64)), jax.random.normal(keys[1], (16, 64))
-    objective = SiteError.of((w,), start(2), x[:64], MOVES, FORMATS, "both")
+    objective = SiteError((w,), start(2), MOVES, FORMATS, "both")
     zero = MOVES.init(start(2), (w,))
 
     def moved(mesh):

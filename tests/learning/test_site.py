@@ -48,7 +48,7 @@ def test_losses_are_those_of_the_docstring(data, kind):
     d = 0.05 * jax.random.normal(KEY, h.shape)
     learned = dataclasses.replace(learned, transform={"d": d})
     format = MXFP4()
-    objective = SiteError.of(weights, start, x, moves, (format, format), kind)
+    objective = SiteError(weights, start, moves, (format, format), kind)
 
     t = np.zeros((64, 64))
     for block in range(2):
@@ -61,40 +61,40 @@ def test_losses_are_those_of_the_docstring(data, kind):
         return np.asarray(format.fake_quantize(jnp.float32(moved)), np.float64)
 
     def share(off, whole):
-        return np.sum(off**2) / np.sum(whole**2)
+        return np.mean(np.sum(off**2, axis=-1) / np.sum(whole**2, axis=-1))
 
     x_back = held(x64 @ t) @ back
     wanted = share(x64 - x_back, x64)
     pairs = [(np.asarray(w, np.float64), held(np.asarray(w) @ back.T) @ t.T) for w in weights]
     if kind == "both":
-        wanted += np.mean([share(w - w_back, w) for w, w_back in pairs])
+        wanted += np.mean([share((w - w_back).ravel(), w.ravel()) for w, w_back in pairs])
     if kind == "output":
         wanted = np.mean([share(x64 @ w.T - x_back @ b.T, x64 @ w.T) for w, b in pairs])
     assert float(objective.loss(learned, x)) == pytest.approx(wanted, rel=1e-4)
 
 
-def check(data, monkeypatch, fit, one=EVEN):
+def check(data, monkeypatch, fit, one=EVEN, rel=1e-3):
     """Fits; what is kept is below the start, on tokens that were held out. Returns the fit."""
     weights, x = data
     stats, found = stats_of(x), []
 
-    def spy(objective, *rest, **options):
-        found.append((objective, rest[2], train(objective, *rest, **options)))
-        return found[-1][2]
+    def spy(*given, **options):
+        found.append((given[3], train(*given, **options)))
+        return found[-1][1]
 
     monkeypatch.setattr(learning, "train", spy)
     fitted = fit(weights, stats, one, KEY)
-    objective, held_out, trained = found[0]
+    held_out, trained = found[0]
     least = min(loss for _, _, loss in trained.history)
     assert least < trained.start_loss
     if fit.kind == "output":  # the quantized linear has the loss that was measured
         quantized = quantize_linear(one, weights, stats, fitted)
         ys, _ = QuantizedLinear(one.activation_format)("", held_out, weights, quantized)
         losses = [
-            jnp.mean(jnp.sum((y - held_out @ w.T) ** 2, axis=-1)) / energy
-            for y, w, energy in zip(ys, weights, objective.energies[1:], strict=True)
+            jnp.mean(jnp.sum((y - held_out @ w.T) ** 2, -1) / jnp.sum((held_out @ w.T) ** 2, -1))
+            for y, w in zip(ys, weights, strict=True)
         ]
-        assert float(jnp.mean(jnp.stack(losses))) == pytest.approx(least, rel=1e-3)
+        assert float(jnp.mean(jnp.stack(losses))) == pytest.approx(least, rel=rel)
     return fitted
 
 
@@ -180,7 +180,9 @@ def test_formats_that_are_not_mx_and_other_optimizers_do_as_well(data, monkeypat
 
     one = dataclasses.replace(EVEN, weight_format=FP32Scale(), activation_format=FP32Scale())
     fit = FitLearned(Moves(P["cayley"]), FitHadamard(), optimizer=momentum, rate=0.3, **SHORT)
-    check(data, monkeypatch, fit, one)
+    # Numbers with float scales are rounded to bfloat16 while learning: two factors, each off by
+    # 2^-9, beside an error of sqrt(.02) of the output, whose square moves by 2 * 2^-8 / .14.
+    check(data, monkeypatch, fit, one, rel=0.055)
 
 
 def test_a_start_beyond_the_bound_and_too_few_tokens_are_refused(data):
