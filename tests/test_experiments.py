@@ -4,11 +4,12 @@ import json
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from duquantpp_jax.models import load
-from experiments import position_zero, rotations, synthetic_checkpoint, tables
+from experiments import health, position_zero, rotations, synthetic_checkpoint, tables
 
 RESULTS = Path(rotations.__file__).parent / "results"
 
@@ -56,6 +57,37 @@ def test_a_synthetic_checkpoint_is_one_that_can_be_read(tmp_path):
     assert np.std(w) == pytest.approx(0.02, rel=0.05)
     assert np.any(w[0] != w[1])
     assert np.all(np.asarray(model.norm[...]) == 1)
+
+
+@pytest.mark.slow
+def test_massive_outliers_break_no_fit(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out.json"
+    names = ["rtn", "block_hadamard", "smooth_hadamard", "wush_conditioned"]
+    options = ["--rows", "2", "--recipes", *names, "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["health", *options])
+    health.main()
+    found = json.loads(out.read_text())["recipes"]
+    assert list(found) == names
+    decibel = {
+        name: [rows[case]["sqnr_db"] for case in health.CASES] for name, rows in found.items()
+    }
+    assert decibel["block_hadamard"][1] < decibel["rtn"][1] < decibel["smooth_hadamard"][1]
+    assert decibel["smooth_hadamard"][2] < decibel["block_hadamard"][2] - 3
+    for rows in found["wush_conditioned"].values():
+        assert rows["condition"] <= 10 * (1 + 1e-4)
+    assert health.table({"recipes": found}) in capsys.readouterr().out
+
+
+def test_what_is_not_finite_is_an_error():
+    x, w = jnp.ones((2, 4, 32)).at[0, 1, 3].set(jnp.nan), jnp.ones((8, 32))
+    with pytest.raises(ValueError, match="block_hadamard under floor is not finite"):
+        health.measure("block_hadamard", "floor", x.at[1, 1, 3].set(jnp.nan), w)
+
+
+def test_the_table_of_massive_outliers_is_that_of_its_results():
+    results = json.loads((RESULTS / "health_testbed.json").read_text(encoding="utf-8"))
+    readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    assert health.table(results) in readme
 
 
 def test_a_table_shows_the_mean_and_spread_of_seeds():
