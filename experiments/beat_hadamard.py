@@ -52,6 +52,7 @@ from duquantpp_jax.calibration import calibrate, site_widths
 from duquantpp_jax.core import Fitted, Recipe, Stats
 from duquantpp_jax.evaluation.divergence import float_log_probabilities, row_divergence
 from duquantpp_jax.evaluation.text import TARGETS, Rows, read_text, rows_of_text
+from duquantpp_jax.learning.blocks import learn_model_by_blocks
 from duquantpp_jax.learning.model import at_rates, learn_model
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.models import SITES, Decoder, load_config, load_tokenizer, testbed
@@ -59,6 +60,7 @@ from duquantpp_jax.ptq import QuantizedSite, fit_model, quantize_model
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.rounding.descent import GPTQDescent
 from duquantpp_jax.subject import environment, load_subject
+from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.learned import Affine, block_affine
 
 CALIBRATION_ROWS, HELD_OUT_ROWS = 64, 64
@@ -75,6 +77,9 @@ class Attempt:
       steps: Of learning; with none the start is taken as it is.
       moves: What learns.
       rounding: Of the weights in the end.
+      by_blocks: Learn a decoder block after the other, each on what the quantized ones before it
+        give, and not through the whole model. Hidden states of all rows are kept: do without
+        --train-text.
       rates: Peak learning rate of the transform and of the weights; warmed up over a twentieth of
         the steps, then down a cosine to zero.
     """
@@ -84,6 +89,7 @@ class Attempt:
     moves: Moves = STILL
     rounding: Literal["rtn", "gptq", "descent", "asymmetric", "asymmetric_descent"] = "rtn"
     rates: tuple[float, float] = (1e-3, 1e-4)
+    by_blocks: bool = False
 
 
 _AFFINE = Moves(Affine())
@@ -94,6 +100,7 @@ ATTEMPTS = {
     "a_affine_400": Attempt("wush", 400, _AFFINE),
     "a_affine": Attempt("wush", 1500, _AFFINE),
     "a_affine_amax": Attempt("wush", 1500, Moves(Affine(), through_amax=True)),
+    "a_affine_blocks": Attempt("wush", 1500, _AFFINE, by_blocks=True),
     "b_hadamard_gptq": Attempt("block_hadamard", rounding="gptq"),
     "b_hadamard_descent": Attempt("block_hadamard", rounding="descent"),
     "b_hadamard_asymmetric": Attempt("block_hadamard", rounding="asymmetric_descent"),
@@ -102,6 +109,7 @@ ATTEMPTS = {
     "b_affine_descent": Attempt("wush", 1500, _AFFINE, "descent"),
     "b_affine_asymmetric": Attempt("wush", 1500, _AFFINE, "asymmetric_descent"),
     "c_hadamard": Attempt("block_hadamard", 1500, Moves(None, "given")),
+    "c_hadamard_blocks": Attempt("block_hadamard", 1500, Moves(None, "given"), by_blocks=True),
     "c_wush": Attempt("wush", 1500, Moves(None, "given")),
     "c_affine_moved": Attempt("wush", 1500, Moves(Affine(), "moved")),
     "c_affine_given": Attempt("wush", 1500, Moves(Affine(), "given")),
@@ -140,7 +148,8 @@ class Bench:
                 name: optax.warmup_cosine_decay_schedule(0, peak, max(1, steps // 20), steps + 1)
                 for name, peak in zip(names, attempt.rates, strict=True)
             }
-            fits, _, history = learn_model(
+            learn = learn_model_by_blocks if attempt.by_blocks else learn_model
+            fits, _, history = learn(
                 self.model,
                 start,
                 attempt.moves,
@@ -161,6 +170,7 @@ class Bench:
             "seed": seed,
             "measured": measured,
             "history": history,
+            "condition": max(worst_condition(one.transform) for one in fits.values()),
             "learning_rows": len(self.rows),
             "learning_seconds": learned,
             "seconds": time.perf_counter() - began,
@@ -201,6 +211,11 @@ class Bench:
             kl += (np.asarray(sums[0], np.float64) / TARGETS).tolist()
             excess += (np.asarray(sums[1] - float_nll, np.float64) / TARGETS).tolist()
         return {"kl": float(np.mean(kl)), "excess_nll": float(np.mean(excess)), "row_kl": kl}
+
+
+def worst_condition(transform: BlockAffine) -> float:
+    """Of the matrices of all blocks and layers."""
+    return float(np.linalg.cond(np.asarray(transform.matrices, np.float64)).max())
 
 
 def bench(arguments: argparse.Namespace) -> Bench:

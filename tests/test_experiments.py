@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from duquantpp_jax.models import load
-from experiments import health, position_zero, rotations, synthetic_checkpoint, tables
+from experiments import (
+    beat_hadamard,
+    health,
+    position_zero,
+    rotations,
+    synthetic_checkpoint,
+    tables,
+)
 
 RESULTS = Path(rotations.__file__).parent / "results"
 
@@ -57,6 +64,26 @@ def test_a_synthetic_checkpoint_is_one_that_can_be_read(tmp_path):
     assert np.std(w) == pytest.approx(0.02, rel=0.05)
     assert np.any(w[0] != w[1])
     assert np.all(np.asarray(model.norm[...]) == 1)
+
+
+@pytest.mark.slow
+def test_beat_hadamard_learns_end_to_end_and_by_blocks_and_skips_what_is_there(
+    tiny_directory, tiny_text, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(beat_hadamard, "CALIBRATION_ROWS", 8)
+    files = ["--model", tiny_directory, "--text", tiny_text, "--calibration-text", tiny_text]
+    cells = ["a_affine_400", "a_affine_blocks"]
+    options = [*files, "--tokens", 511, "--steps", 2, "--out", tmp_path, "--cells", *cells]
+    monkeypatch.setattr(sys, "argv", ["beat_hadamard", *map(str, options)])
+    beat_hadamard.main()
+    assert len(capsys.readouterr().out.splitlines()) == 5  # of checks: one, and one for each block
+    found = {cell: json.loads((tmp_path / f"{cell}_floor_0.json").read_text()) for cell in cells}
+    for result in found.values():
+        assert [check[0] for check in result["history"]] == [2]
+        assert result["condition"] > 1
+        assert 0 < result["measured"]["text"]["kl"] < 10
+    beat_hadamard.main()
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow
