@@ -1,4 +1,5 @@
-"""Learning a decoder block after the other, with one block's weights and hidden states in memory.
+"""Learning a decoder block after the other: one block's weights are in memory, and the hidden
+states of all rows before and after it.
 
     loss = mean over tokens of |y - y^|^2 / |y|^2,      y = block(h),  y^ = rounding block(h^)
 
@@ -166,7 +167,8 @@ def learn_model_by_blocks(
       options: Of `learn_blocks`.
 
     Returns:
-      Fits stacked over layers; losses as means over blocks, check by check.
+      Fits stacked over layers; losses as means over blocks, check by check, up to where the first
+      of them ran out of patience.
     """
     embedding = np.asarray(model.embedding[...], np.float32)
     arrays = {name: array[...] for name, array in model.layers.items()}
@@ -191,7 +193,7 @@ def learn_model_by_blocks(
             float(np.mean([c[1] for c in checks])),
             float(np.mean([c[2] for c in checks])),
         )
-        for checks in zip(*(one.history for one in found), strict=True)
+        for checks in zip(*(one.history for one in found), strict=False)
     ]
     return Learning(fits, float(np.mean([one.start_loss for one in found])), history)
 

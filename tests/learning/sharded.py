@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from duquantpp_jax.calibration import rows_mesh
 from duquantpp_jax.formats import MXFP4
@@ -41,6 +42,8 @@ def site() -> None:
         one = train(objective, zero, *rows, jax.random.key(1), optimizer=optax.sgd(1.0), **options)
         return np.asarray(one.learned.transform["d"], np.float64)
 
+    with pytest.raises(ValueError, match="a batch of 64 rows cannot be spread over 7 devices"):
+        moved(rows_mesh(jax.devices()[:7]))
     found, wanted = moved(rows_mesh()), moved(None)
     assert np.abs(wanted).max() > 1e-4
     # 64 addends, each a chain of two products of 32 terms, summed in another order.
