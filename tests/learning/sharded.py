@@ -5,13 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from duquantpp_jax.calibration import rows_mesh
 from duquantpp_jax.formats import MXFP4
-from duquantpp_jax.learning.model import at_rates, learn_model
+from duquantpp_jax.learning.model import Divergence
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.learning.site import SiteError
-from duquantpp_jax.learning.training import train
+from duquantpp_jax.learning.training import held_out_loss, train
 from duquantpp_jax.models import SITES
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.hadamard import hadamard
@@ -53,20 +55,17 @@ def site() -> None:
 
 
 def model() -> None:
-    """The loss of the whole model before a step: rows are whole on a device, their mean is not."""
+    """The loss of the whole model: rows are whole on a device, their mean is not."""
     decoder = tiny_decoder()
     starts = {site: start(2, decoder.weights(site)[0].shape[-1] // 32) for site in SITES}
-    tokens = np.random.default_rng(0).integers(0, 257, (16, 24)).astype(np.int32)
-    optimizer = at_rates({"transform": optax.constant_schedule(1e-4)})
-
-    def losses(mesh):
-        options = {"steps": 1, "batch_rows": 8, "mesh": mesh, "optimizer": optimizer}
-        rows, key = (tokens[:8], tokens[8:]), jax.random.key(1)
-        found = learn_model(decoder, starts, MOVES, FORMATS, *rows, key, **options)
-        return found.start_loss, found.history[0][1]
-
+    learned = {site: MOVES.init(one, decoder.weights(site)) for site, one in starts.items()}
+    tokens = np.random.default_rng(0).integers(0, 257, (8, 24)).astype(np.int32)
+    objective = Divergence(decoder, starts, MOVES, FORMATS)
+    everywhere = jax.device_put((objective, learned), NamedSharding(rows_mesh(), P()))
+    found = held_out_loss(*everywhere, tokens, 8, rows_mesh())
+    wanted = held_out_loss(objective, learned, tokens, 8)
     # 8 * 23 targets summed in another order, each from sums of at most 257 terms.
-    np.testing.assert_allclose(losses(rows_mesh()), losses(None), rtol=(8 * 23 + 257) * 2.0**-24)
+    np.testing.assert_allclose(found, wanted, rtol=(8 * 23 + 257) * 2.0**-24)
 
 
 if __name__ == "__main__":
