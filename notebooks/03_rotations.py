@@ -127,10 +127,9 @@ for name, transform in {"no rotation": Identity(), "Hadamard": t}.items():
 # first row with all entries $1/\sqrt{32}$, so that channel 0 is spread evenly. One step of the
 # search is:
 #
-# 1. find the channel $d$ that holds the largest magnitude;
-# 2. swap channels 0 and $d$, rotate, so that $d$ is spread evenly; the other channels are mixed by
-#    a random orthogonal matrix;
-# 3. remember the product of all rotations so far if its largest magnitude is the least seen.
+# 1. find the channel $d$ that holds the largest magnitude; 2. swap channels 0 and $d$, rotate, so
+# that $d$ is spread evenly; the other channels are mixed by    a random orthogonal matrix; 3.
+# remember the product of all rotations so far if its largest magnitude is the least seen.
 #
 # Spreading one peak may raise another, so the peak need not fall at every step. We expect a steep
 # fall at the first step and perhaps a slow one after it.
@@ -256,8 +255,8 @@ figures.rotation(first, title="the rotation of the first block")
 # aiming at outliers. The greedy search for the peak is 1.4 % *behind* Hadamard; of two blocks taken
 # at random it is a toss which does better (right panel). Searching for the error of MXFP4 helps a
 # little where it was fitted and hardly elsewhere. The learned rotation is 9 % ahead of Hadamard on
-# its own tokens and 3.5 % on others: with 2,044 tokens it has learned in part what is true of these
-# tokens only. All are 14 to 19 % ahead of no rotation.
+# its own tokens and 3 % on others: with 2,044 tokens it has learned in part what is true of these
+# tokens only. All are 14 to 18 % ahead of no rotation.
 #
 # In the images the Hadamard matrix has entries of one magnitude. That is what makes it good when
 # nothing is known: no channel, whichever it is, leaves a large entry behind.
