@@ -119,7 +119,7 @@ def test_a_quantized_directory_is_taken_like_a_float_one(
 ):
     quantized, out = tmp_path / "quantized", tmp_path / "results.json"
     model = ("--model", str(tiny_directory), "--recipe", "block_hadamard", "--out", str(quantized))
-    assert cli.main(["quantize", *model]) == 0
+    assert cli.main(["quantize", *model, "--rows", "4"]) == 0
     more = ("--reference", tiny_directory, "--cache", "bf16", "--window", 60, "--tokens", 600)
     assert cli.main(arguments(quantized, tiny_text, *more, "--out", out)) == 0
     results = json.loads(out.read_text())

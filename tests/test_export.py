@@ -2,19 +2,17 @@
 
 import json
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from duquantpp_jax import cli
 from duquantpp_jax.export import ExportOptions, export
-from duquantpp_jax.formats.packing import unpack_nibbles
-from duquantpp_jax.models import SITE_WEIGHTS, SITES, load, save
+from duquantpp_jax.models import SITES, load, save
 from duquantpp_jax.quantize import QuantizeOptions, quantize
 from duquantpp_jax.quantized import Quantized
 from tests.conftest import byte_tokenizer, tiny_decoder
+from tests.decompress import assert_equal, by_numpy, held, tensors_of
 from tests.test_quantize import assert_one_line
 
 
@@ -25,36 +23,15 @@ def quantized(model, out, **more):
 
 def exported(model, out, format="compressed-tensors"):
     export(ExportOptions(model, format, out))
-    tensors = {}
-    for path in out.glob("*.safetensors"):
-        tensors |= load_file(path)
-    return tensors
-
-
-def held(directory):
-    """W^ of every quantized linear, from the quantized model."""
-    model = Quantized(directory)
-    return {
-        f"model.layers.{number}.{name}": np.asarray(weight.dequantize())
-        for number in range(model.config.num_hidden_layers)
-        for site, one in model.layer(number)[1].items()
-        for name, weight in zip(SITE_WEIGHTS[site], one.weights, strict=True)
-        if hasattr(weight, "dequantize")
-    }
+    return tensors_of(out)
 
 
 def test_packed_weights_decode_to_those_of_the_model(tiny_directory, tmp_path):
     model = quantized(tiny_directory, tmp_path / "q", exclude=("*.0.mlp.down_proj",))
     tensors = exported(model, tmp_path / "e")
-    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
     wanted = held(model)
     assert len(wanted) == 13
-    for name, w in wanted.items():
-        codes = np.asarray(unpack_nibbles(jnp.asarray(tensors[f"{name}.weight_packed"])))
-        sign = np.where(codes & 8, np.float32(-1), np.float32(1))
-        exponents = tensors[f"{name}.weight_scale"].astype(np.int32) - 127
-        scale = np.ldexp(np.float32(1), exponents).repeat(32, axis=1)
-        np.testing.assert_array_equal(sign * values[codes & 7] * scale, w)
+    assert_equal(by_numpy(tmp_path / "e"), wanted)
     assert tensors["model.layers.0.mlp.down_proj.weight"].dtype == ml_dtypes.bfloat16
     fields = json.loads((tmp_path / "e" / "config.json").read_text())["quantization_config"]
     assert fields["ignore"] == ["lm_head", "model.layers.0.mlp.down_proj"]

@@ -5,9 +5,9 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from tests.test_export import exported, held, quantized
+from tests.decompress import assert_equal, by_library, held
+from tests.test_export import exported, quantized
 
 pytest.importorskip("compressed_tensors", reason="needs the extra interop")
 
@@ -22,27 +22,8 @@ def both(tiny_directory, tmp_path_factory):
 
 
 def test_the_library_decompresses_every_weight_to_ours_bit_for_bit(both):
-    import torch
-    from compressed_tensors.compressors import BaseCompressor
-    from compressed_tensors.quantization import QuantizationConfig
-
     model, out = both
-    fields = json.loads((out / "config.json").read_text())["quantization_config"]
-    known = QuantizationConfig.model_fields
-    config = QuantizationConfig(**{k: v for k, v in fields.items() if k in known})
-    (scheme,) = config.config_groups.values()
-    compressor = BaseCompressor.get_value_from_registry(config.format)
-    tensors = {}
-    for path in out.glob("*.safetensors"):
-        tensors |= load_file(path)
-    for name, wanted in held(model).items():
-        packed = {
-            part: torch.from_numpy(tensors[f"{name}.{part}"].copy())
-            for part in ("weight_packed", "weight_scale")
-        }
-        found = compressor.decompress(packed, scheme)["weight"]
-        # bfloat16 holds an element times a power of two exactly.
-        np.testing.assert_array_equal(found.float().numpy(), wanted)
+    assert_equal(by_library(out), held(model))
 
 
 def test_the_library_rotates_inputs_as_the_model_does(both):

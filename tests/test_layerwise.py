@@ -11,27 +11,35 @@ from duquantpp_jax.calibration import calibrate, site_widths
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.formats import MXFP8
 from duquantpp_jax.formats.plain import BFloat16
-from duquantpp_jax.layerwise import Plan, quantize_decoder, quantize_layer
+from duquantpp_jax.layerwise import Plan, quantize_decoder, quantize_layer, stack_layers
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq import fit_model, quantize_model
 from duquantpp_jax.recipes import recipe
 from tests.conftest import TINY, tiny_decoder
 
 TOKENS = np.asarray(jax.random.randint(jax.random.key(3), (8, 32), 0, 257))
+CONFIG = dataclasses.replace(TINY, num_hidden_layers=3)
+RUN = jax.jit(lambda model, tokens, state, linear: model(tokens, linear, state)[0],
+              static_argnames="linear")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_decoder(num_hidden_layers=3)
 
 
 def plan_of(name="smooth_hadamard", rounding="rtn", **changes):
     recipes = dict.fromkeys(SITES, recipe(name, "floor", rounding))
-    return dataclasses.replace(Plan(TINY, recipes), **changes)
+    return dataclasses.replace(Plan(CONFIG, recipes), **changes)
 
 
 def logits(model, plan, state):
-    return jax.jit(lambda m, t, s: m(t, plan.linear, s)[0])(model, TOKENS, state)
+    return RUN(model, TOKENS, state, plan.linear)
 
 
 @pytest.mark.slow
-def test_layer_by_layer_is_all_at_once_but_for_the_order_of_sums():
-    model, plan = tiny_decoder(), plan_of("random_hadamard", "gptq", seed=5)
+def test_layer_by_layer_is_all_at_once_but_for_the_order_of_sums(model):
+    plan = plan_of("random_hadamard", "gptq", seed=5)
     state = quantize_decoder(plan, model, TOKENS)
     one = plan.recipes["mlp_in"]
     weights = {site: model.weights(site) for site in SITES}
@@ -48,8 +56,8 @@ def test_layer_by_layer_is_all_at_once_but_for_the_order_of_sums():
             assert np.mean(np.asarray(a.codes()) != np.asarray(b.codes())) < 0.01
 
 
-def test_the_report_has_a_row_for_each_linear_and_says_what_rounding_costs():
-    model, plan = tiny_decoder(), plan_of("block_hadamard")
+def test_the_report_has_a_row_for_each_linear_and_says_what_rounding_costs(model):
+    plan = plan_of("block_hadamard")
     parameters = {name: np.asarray(array[...][0]) for name, array in model.layers.items()}
     hidden = np.array(model.embedding[...])[TOKENS]
     layer = quantize_layer(plan, 0, parameters, hidden)
@@ -63,8 +71,7 @@ def test_the_report_has_a_row_for_each_linear_and_says_what_rounding_costs():
     assert layer.report[0]["bytes"] == 64 * 64 // 2 + 64 * 64 // 32
 
 
-def test_sequential_calibrates_each_layer_on_the_quantized_ones_before_it():
-    model = tiny_decoder()
+def test_sequential_calibrates_each_layer_on_the_quantized_ones_before_it(model):
     at_once = quantize_decoder(plan_of(), model, TOKENS)
     in_turn = quantize_decoder(plan_of(sequential=True), model, TOKENS)
     for site in SITES:
@@ -73,37 +80,35 @@ def test_sequential_calibrates_each_layer_on_the_quantized_ones_before_it():
         assert bool(jnp.any(smooth(at_once, 1) != smooth(in_turn, 1)))
 
 
-def test_sequential_hands_on_what_the_quantized_model_computes():
-    model, plan = tiny_decoder(num_hidden_layers=1), plan_of(sequential=True)
-    plan = dataclasses.replace(plan, config=model.config)
-    parameters = {name: np.asarray(array[...][0]) for name, array in model.layers.items()}
+def test_sequential_hands_on_what_the_quantized_model_computes(model):
+    plan = plan_of(sequential=True)
     hidden = np.array(model.embedding[...])[TOKENS]
-    sites = quantize_layer(plan, 0, parameters, hidden).sites
-    state = jax.tree.map(lambda leaf: leaf[None], sites)
+    layers = []
+    for number in range(3):
+        parameters = {name: np.asarray(array[...][number]) for name, array in model.layers.items()}
+        layers.append(quantize_layer(plan, number, parameters, hidden).sites)
     norm = hidden / np.sqrt(np.mean(hidden**2, axis=-1, keepdims=True) + TINY.rms_norm_eps)
     wanted = norm * np.asarray(model.norm[...]) @ np.asarray(model.embedding[...]).T
-    np.testing.assert_allclose(logits(model, plan, state), wanted, atol=2e-3)
+    np.testing.assert_allclose(logits(model, plan, stack_layers(layers)), wanted, atol=2e-3)
 
 
-def test_what_is_excluded_stays_float_and_the_rest_is_what_it_was():
-    model = tiny_decoder()
+def test_what_is_excluded_stays_float_and_the_rest_is_what_it_was(model):
     exclude = ("*.1.mlp.down_proj", "*.k_proj")
     plan = plan_of(exclude=exclude)
     runs = quantize_decoder(plan, model, TOKENS)
     assert isinstance(runs, tuple)
-    assert len(runs) == 2
+    assert len(runs) == 3
     assert not isinstance(runs[1]["mlp_out"].weights[0], MXArray)
     whole = quantize_decoder(plan_of(), model, TOKENS)
-    for layer in range(2):
+    for layer in range(3):
         kept = runs[layer]["attention_in"].weights[1]
         np.testing.assert_array_equal(kept[0], model.weights("attention_in")[1][layer])
         for a, b in zip(runs[layer]["mlp_in"].weights, whole["mlp_in"].weights, strict=True):
             np.testing.assert_array_equal(a.codes()[0], b.codes()[layer])
 
 
-def test_a_model_runs_in_runs_where_its_layers_differ():
-    model = tiny_decoder(num_hidden_layers=3)
-    plan = dataclasses.replace(plan_of("block_hadamard"), config=model.config)
+def test_a_model_runs_in_runs_where_its_layers_differ(model):
+    plan = plan_of()
     state = quantize_decoder(plan, model, TOKENS)
     parts = (slice(0, 1), slice(1, 3))
     split = tuple(jax.tree.map(lambda leaf: leaf[part], state) for part in parts)  # noqa: B023
@@ -112,8 +117,7 @@ def test_a_model_runs_in_runs_where_its_layers_differ():
     )
 
 
-def test_formats_may_differ_by_site():
-    model = tiny_decoder()
+def test_formats_may_differ_by_site(model):
     w4a8 = dataclasses.replace(recipe("rtn", "floor"), activation_format=MXFP8())
     w4a16 = dataclasses.replace(recipe("rtn", "floor"), activation_format=BFloat16())
     mixed = plan_of("rtn", recipes=dict.fromkeys(SITES, w4a8) | {"mlp_out": w4a16})
