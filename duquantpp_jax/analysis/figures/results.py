@@ -36,13 +36,14 @@ def comparison(
       channels: A site's name, and channel maxima under "before" and by recipe.
       clusters: What intervals are clustered by, and how many clusters there are.
     """
-    figure = blank(2, 3.2)
+    figure = blank(2, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     _kl(left, results, clusters, "block_hadamard")
-    legend(left, title="scale rule")
     site, maxima = channels
     _channels(right, maxima, site)
-    right.legend(fontsize=6.5, frameon=False)
+    for axes, title, across in ((left, "scale rule", 3), (right, "", 2)):
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "columnspacing": 1.0}
+        legend(axes, title=title, ncols=across, **below)
     return figure
 
 

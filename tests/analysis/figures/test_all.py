@@ -82,8 +82,7 @@ def test_all_that_is_drawn_is_on_the_page_and_large_enough_to_read(name, columns
     assert drawn.x1 <= width
     assert drawn.y1 <= height
     texts = [t for t in figure.findobj(Text) if t.get_text() and t.get_visible()]
-    smallest = 6.5 if name == "comparison" else style.TICK_SIZE
-    assert min(t.get_fontsize() for t in texts) >= smallest
+    assert min(t.get_fontsize() for t in texts) >= style.TICK_SIZE
 
 
 @pytest.mark.parametrize("format", ["png", "svg", "pdf"])
