@@ -101,6 +101,7 @@ def test_results_keep_their_contract(compared):
         assert row["excess_nll"] == pytest.approx(excess, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_without_the_baseline_differences_are_null(tiny_directory, tiny_text, tmp_path, capsys):
     more = ("--recipes", "rtn", "--scale-rules", "floor")
     assert cli.main(_arguments(tiny_directory, tiny_text, tmp_path / "out", *more)) == 0
@@ -112,6 +113,7 @@ def test_without_the_baseline_differences_are_null(tiny_directory, tiny_text, tm
     assert "by document (10)" in said
 
 
+@pytest.mark.slow
 def test_a_single_row_has_no_interval_but_the_baselines_is_nothing(
     tiny_directory, tiny_text, tmp_path
 ):
@@ -267,6 +269,7 @@ def test_an_out_that_cannot_be_written_is_one_line(tiny_directory, tiny_text, tm
     _assert_one_line(code, capsys, "give another --out", out)
 
 
+@pytest.mark.slow
 def test_a_width_off_the_block_is_refused_by_name_and_padded_on_demand(tiny_text, tmp_path, capsys):
     save(tiny_decoder(intermediate_size=88), byte_tokenizer().to_str(), tmp_path / "odd")
     out = tmp_path / "out"

@@ -159,6 +159,7 @@ def test_the_documented_commands_are_what_the_command_line_takes():
 # duquantpp generate.
 
 
+@pytest.mark.slow
 def test_generate_prints_the_prompt_and_goes_on(tiny_directory, capsys):
     more = ("--max-new-tokens", "8", "--cache", "bf16", "--temperature", "1", "--seed", "2")
     command = ["generate", "--model", str(tiny_directory), "--prompt", "once upon", *more]

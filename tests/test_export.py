@@ -90,6 +90,7 @@ def test_a_format_that_the_layout_has_not_is_refused(job, says, tiny_directory, 
     assert_one_line(cli.main(arguments), capsys, says)
 
 
+@pytest.mark.slow
 def test_dequantized_is_a_float_model_of_the_weights_moved_back(tmp_path, capsys):
     save(tiny_decoder(intermediate_size=88), byte_tokenizer().to_str(), tmp_path / "odd")
     model = quantized(tmp_path / "odd", tmp_path / "q", recipe="duquantpp", pad=True)

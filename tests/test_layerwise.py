@@ -80,6 +80,7 @@ def test_sequential_calibrates_each_layer_on_the_quantized_ones_before_it(model)
         assert bool(jnp.any(smooth(at_once, 1) != smooth(in_turn, 1)))
 
 
+@pytest.mark.slow
 def test_sequential_hands_on_what_the_quantized_model_computes(model):
     plan = plan_of(sequential=True)
     hidden = np.array(model.embedding[...])[TOKENS]
@@ -107,6 +108,7 @@ def test_what_is_excluded_stays_float_and_the_rest_is_what_it_was(model):
             np.testing.assert_array_equal(a.codes()[0], b.codes()[layer])
 
 
+@pytest.mark.slow
 def test_a_model_runs_in_runs_where_its_layers_differ(model):
     plan = plan_of()
     state = quantize_decoder(plan, model, TOKENS)
@@ -117,6 +119,7 @@ def test_a_model_runs_in_runs_where_its_layers_differ(model):
     )
 
 
+@pytest.mark.slow
 def test_formats_may_differ_by_site(model):
     w4a8 = dataclasses.replace(recipe("rtn", "floor"), activation_format=MXFP8())
     w4a16 = dataclasses.replace(recipe("rtn", "floor"), activation_format=BFloat16())

@@ -43,6 +43,7 @@ def test_a_quantized_linear_errs_like_its_format_and_no_more(name):
         assert 13 < sqnr < 20  # two independent roundings of about 19 dB each give 16
 
 
+@pytest.mark.slow
 def test_both_sides_are_quantized():
     x, weights = _site()
     one = recipe("rtn", "floor")
@@ -119,6 +120,7 @@ def test_a_width_that_blocks_do_not_divide_is_refused_by_name_unless_padded():
     assert site_widths(model, 32, pad=True)["mlp_out"] == 96
 
 
+@pytest.mark.slow
 def test_the_second_calibration_sees_the_moved_and_quantized_input():
     model = tiny_decoder()
     tokens = np.asarray(jax.random.randint(KEY, (3, 32), 0, 257))

@@ -59,6 +59,7 @@ def quantized(three_layers, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_reloaded_model_gives_the_logits_of_the_one_in_memory_bit_for_bit(three_layers, tmp_path):
     options = options_of(three_layers, tmp_path / "q", recipe="smooth_hadamard",
                          weight_format=("mxfp4", "mlp_out=mxfp8"), exclude=("*.1.mlp.up_proj",),
@@ -282,6 +283,7 @@ def test_a_bad_option_is_one_line(more, says, three_layers, tmp_path, capsys):
     assert not (tmp_path / "q").exists()
 
 
+@pytest.mark.slow
 def test_a_width_off_the_block_is_refused_and_padded_exactly_on_demand(tmp_path, capsys):
     odd = tiny_decoder(num_hidden_layers=3, intermediate_size=88)
     save(odd, byte_tokenizer().to_str(), tmp_path / "odd")

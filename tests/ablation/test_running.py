@@ -83,6 +83,7 @@ def test_cells_of_one_configuration_run_once(tiny, tmp_path):
     assert ticks == [[grid[1]]] or ticks == [[grid[0]]]
 
 
+@pytest.mark.slow
 def test_a_cell_gives_what_compare_gives(ran, tiny_directory, tiny_text, monkeypatch):
     grid, _, outcome = ran
     monkeypatch.setattr("duquantpp_jax.compare.CALIBRATION_ROWS", 8)
@@ -103,6 +104,7 @@ def test_a_cell_gives_what_compare_gives(ran, tiny_directory, tiny_text, monkeyp
             )
 
 
+@pytest.mark.slow
 def test_what_a_cell_gives_does_not_depend_on_what_ran_before(ran, tiny):
     grid, _, outcome = ran
     other = Bench()
@@ -150,6 +152,7 @@ def test_a_record_that_is_none_is_refused_by_name(tiny, tmp_path):
         run([cell], tmp_path)
 
 
+@pytest.mark.slow
 def test_cells_that_differ_only_in_arrays_share_one_compilation(tiny):
     compiled = []
 

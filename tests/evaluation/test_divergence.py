@@ -55,6 +55,7 @@ def test_a_row_does_not_depend_on_the_batch_it_is_in(quantized):
     np.testing.assert_allclose(together[2], alone[0], rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_sqnr_is_that_of_each_linear_on_the_float_models_inputs(quantized):
     model, tokens, one, state = quantized
     found = linear_sqnr(model, state, tokens, format=one.activation_format)

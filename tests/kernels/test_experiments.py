@@ -74,6 +74,7 @@ def test_the_roofline_runs(monkeypatch, capsys, json_wanted):
         assert "NOT VALIDATED" in out
 
 
+@pytest.mark.slow
 def test_the_benchmark_rehearses_and_writes_its_file(monkeypatch, tmp_path, capsys):
     place = tmp_path / "bench.json"
     monkeypatch.setattr(

@@ -31,6 +31,7 @@ def stories(data, directory):
     return load(directory), jnp.asarray(rows)
 
 
+@pytest.mark.slow
 def test_the_converted_model_has_its_known_perplexity(stories):
     """About 3.65 in other implementations."""
     model, tokens = stories
@@ -67,6 +68,7 @@ def test_padding_leaves_logits_unchanged(stories):
     assert np.abs(wide - plain).max() < 3e-6 * np.abs(plain).max()
 
 
+@pytest.mark.slow
 def test_quantized_weights_of_a_padded_linear_are_zero_beyond_its_width(stories):
     model, tokens = stories
     widths = site_widths(model, 32, pad=True)

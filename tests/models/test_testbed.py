@@ -52,6 +52,7 @@ def test_the_tokenizer_gives_every_text_back():
     assert tokenizer.get_vocab_size() == 4096
 
 
+@pytest.mark.slow
 def test_sampled_rows_are_as_surprising_as_the_model_expects(model):
     nll, entropy = jax.jit(row_losses)(model, jnp.asarray(testbed.evaluation_rows()[:16]))
     difference = np.asarray(nll - entropy, np.float64)

@@ -124,6 +124,7 @@ def test_sequency_order_sorts_sylvesters_rows_by_their_changes_of_sign(size):
     np.testing.assert_array_equal(walsh, walsh.T)
 
 
+@pytest.mark.slow
 def test_sequency_within_the_block_rounds_as_the_natural_order_does():
     x = jax.random.t(KEY, 3.0, (50, 64))
     error = {}

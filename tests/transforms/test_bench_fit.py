@@ -9,6 +9,7 @@ import pytest
 from experiments import bench_fit
 
 
+@pytest.mark.slow
 def test_the_plain_loop_finds_the_rotations_of_the_fit():
     *_, fitted = bench_fit.fit_seconds(64, 64, 8)
     rotations = np.asarray(bench_fit.mixed_rotations(bench_fit.KEY, 8, 32, "left"))

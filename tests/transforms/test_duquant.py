@@ -58,6 +58,7 @@ def test_greedy_search_equals_the_plain_loop(index, criterion, draws):
     np.testing.assert_allclose(least, wanted_least, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_kept_criterion_is_that_of_the_moved_tokens_and_at_most_the_first():
     x = jax.random.t(jax.random.key(0), 2.5, (64, 32))
     rotations = mixed_rotations(jax.random.key(1), 16, 32, "left")
@@ -121,6 +122,7 @@ def test_fitted_rotations_are_orthogonal(name):
     assert matrices.shape[0] == (1 if name == "greedy_released" else 2)
 
 
+@pytest.mark.slow
 def test_per_block_fits_each_block_as_if_alone():
     x = jax.random.t(jax.random.key(0), 3.0, (1, 100, 64))
     fit = FitDuquantpp(steps=12)
@@ -137,6 +139,7 @@ def test_per_block_fits_each_block_as_if_alone():
         )
 
 
+@pytest.mark.slow
 def test_averaged_calibration_searches_the_mean_over_rows():
     x = jax.random.t(jax.random.key(0), 3.0, (5, 40, 32))
     averaged = dataclasses.replace(FITS["greedy_released"], steps=10)
