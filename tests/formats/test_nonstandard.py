@@ -7,8 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from duquantpp_jax.core import ElementRounding
 from duquantpp_jax.formats import NVFP4, FP32Scale, FPQuant, Log256, Quest
@@ -179,23 +177,3 @@ def test_jit_eager_and_vmap_agree_bit_for_bit(format):
     for other in (eager, jax.jit(format.quantize)(x), jax.vmap(format.quantize)(x)):
         np.testing.assert_array_equal(other.codes(), q.codes())
         np.testing.assert_array_equal(other.scales, q.scales)
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.sampled_from((FP32Scale(), FPQuant())))
-def test_scales_without_saturation_lose_at_most_a_fifth_of_the_largest(seed, format):
-    # amax / scale lies in [3, 6] (fp32: 6), where 2.5 becomes 2 and 5 becomes 4.
-    x = np.random.default_rng(seed).standard_t(3, (64, 32)).astype(np.float32)
-    error = np.abs(np.asarray(format.fake_quantize(x), np.float64) - x)
-    bound = (1 + 2.0**-22) / 5 * np.abs(x).max(axis=-1, keepdims=True).astype(np.float64)
-    assert (error <= bound).all()
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_log256_loses_no_more_than_rounding_or_one_step_of_its_grid(seed):
-    x = np.random.default_rng(seed).standard_t(3, (64, 32)).astype(np.float32)
-    amax = np.abs(x).max(axis=-1, keepdims=True).astype(np.float64)
-    step = 1 - (amax.min() / amax.max()) ** (1 / 255)
-    error = np.abs(np.asarray(Log256().fake_quantize(x), np.float64) - x)
-    assert (error <= max(1 / 5, step) * (1 + 2.0**-20) * amax).all()
