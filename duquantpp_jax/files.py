@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -40,6 +43,21 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     with whole(path) as temporary:
         temporary.write_bytes(content)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All tensors of a safetensors file, and its metadata.
+
+    Raises:
+      ValueError: It is no such file.
+      OSError: It cannot be read.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from None
 
 
 def to_json(value: Any, *, indent: int | None = 1) -> bytes:

@@ -11,7 +11,8 @@ Last result, 2026-11-25, two cores to itself, 64M float32, three runs with jax 0
 times as fast as ml_dtypes and 25.5 times as fast as torchao 0.18.0; dequantize 1.22 to 1.28 of a
 read-modify-write, 7.2 to 7.8 times as fast as ml_dtypes (10.9 and 13.9 with 0.10.2, where NumPy was
 slower) and 12.5 to 13.6 times as torchao. Writing the result alone takes a tenth of what ml_dtypes
-needs to dequantize (9.6 to 10.8 times; 15 and 19 where NumPy was slower): a bound for anyone.
+needs to dequantize (9.6 to 10.8 times; 15 and 19 where NumPy was slower): a bound on two cores for
+whoever gives the result new memory, as all of these do.
 Growth from 1M to 256M is even, .5 to .7 ns an element.
 On one H200, jax 0.11.2, 256M bfloat16: copy 3221 GB/s, quantize .33 of it through XLA and .99
 as `quantize_pack(implementation="triton")`, the same bits; dequantize .17 through XLA.
@@ -46,7 +47,7 @@ def read_modify_write(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def write(scale_bytes: jax.Array) -> jax.Array:
-    """What dequantizing writes, with next to nothing read: no route can be faster."""
+    """What dequantizing writes, with next to nothing read: a bound in new memory."""
     return jnp.repeat(scale_bytes.astype(jnp.float32), 32, axis=-1)
 
 

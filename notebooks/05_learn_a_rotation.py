@@ -176,11 +176,11 @@ found = learn(optax.adam(rate), Cayley())[2][:, 0]
 print(f"{'q, k, v of layer 1':18s} held out {found[0]:.5f} -> {found[-1]:.5f}")
 
 # %% [markdown]
-# Lion does as well as Adam. Plain gradient descent at Adam's rate has not moved: Adam divides by
-# the size of the gradient, and this gradient is small. And where no activation is massive, learning
-# from Hadamard gains nothing: the loss even rises a little, for the straight-through gradient is
-# not the gradient. (Notebook 3 gains 3 % at that site, from random Hadamard matrices and with a
-# loss that takes the error of each token against its own energy.)
+# Lion does nearly as well as Adam. Plain gradient descent at Adam's rate has not moved: Adam
+# divides by the size of the gradient, and this gradient is small. And where no activation is
+# massive, learning from Hadamard gains nothing: the loss even rises a little, for the
+# straight-through gradient is not the gradient. (Notebook 3 gains 3 % at that site, from random
+# Hadamard matrices and with a loss that takes the error of each token against its own energy.)
 #
 # ## Through the whole model
 #

@@ -55,7 +55,7 @@ def test_every_cell_was_run_in_order_and_raised_nothing(source):
     outputs = [one for cell in code for one in cell["outputs"]]
     assert {one["output_type"] for one in outputs} <= {"stream", "display_data", "execute_result"}
     assert any("image/png" in one.get("data", {}) for one in outputs)
-    assert source.with_suffix(".ipynb").stat().st_size < 400_000
+    assert source.with_suffix(".ipynb").stat().st_size < 300_000
     text = source.with_suffix(".ipynb").read_text(encoding="utf-8")
     assert not re.search(r"/(home|tmp|work|Users)/", text)
 

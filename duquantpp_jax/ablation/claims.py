@@ -103,7 +103,7 @@ def _start(pid: int) -> int:
         except ProcessLookupError:
             return -1
         except PermissionError:
-            pass
+            pass  # it lives, and is another user's
         return 0
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

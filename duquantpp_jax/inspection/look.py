@@ -110,7 +110,7 @@ def inspect(
     moments: dict[str, dict[str, Moments]] = {}
     for first in range(0, len(rows.tokens), BATCH_ROWS):
         batch = rows.tokens[first : first + BATCH_ROWS, :-1]
-        found = _observe(model, jnp.asarray(batch), state, linear=linear, thresholds=thresholds)
+        found = _run(model, jnp.asarray(batch), state, linear=linear, look=_Observe(thresholds))
         for site, seen in found.items():
             for name, one in seen.items():
                 new = Moments.of(one, batch.size)
@@ -140,9 +140,9 @@ def inspect(
         "environment": environment(),
     }
     worst = max(sites, key=lambda one: one["input"]["max_over_median"] or 0.0)
-    shown = _tokens(
-        model, jnp.asarray(rows.tokens[:1, :SHOWN]), state, linear=linear, site=worst["site"]
-    )
+    first = jnp.asarray(rows.tokens[:1, :SHOWN])
+    site = worst["site"]
+    shown = _run(model, first, state, linear=linear, look=_Take(site))[site]
     return Inspection(
         results,
         moments,
@@ -224,27 +224,34 @@ def _seeing(linear: Linear, look: Callable[[str, Array], Any], state: State | No
     return seeing
 
 
-@functools.partial(jax.jit, static_argnames=("linear", "thresholds"))
-def _observe(
+@functools.partial(jax.jit, static_argnames=("linear", "look"))
+def _run(
     model: Decoder,
     tokens: Integer[Array, "rows length"],
     state: State | None,
     *,
     linear: Linear,
-    thresholds: Thresholds,
-) -> dict[str, dict[str, Batch]]:
-    return model(tokens, _seeing(linear, lambda _, x: observe(x, thresholds), state), state)[1]
+    look: Callable[[str, Array], Any],
+) -> dict[str, dict[str, Any]]:
+    """What `look` finds at every site, in every layer, as it is and moved."""
+    return model(tokens, _seeing(linear, look, state), state)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("linear", "site"))
-def _tokens(
-    model: Decoder,
-    tokens: Integer[Array, "rows length"],
-    state: State | None,
-    *,
-    linear: Linear,
-    site: str,
-) -> dict[str, Array]:
-    """One site's input in every layer, as it is and moved."""
-    seeing = _seeing(linear, lambda at, x: x if at == site else (), state)
-    return model(tokens, seeing, state)[1][site]
+@dataclasses.dataclass(frozen=True)
+class _Observe:
+    """Looks for outliers."""
+
+    thresholds: Thresholds
+
+    def __call__(self, site: str, x: Array) -> Batch:
+        return observe(x, self.thresholds)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Take:
+    """Takes one site's input itself."""
+
+    site: str
+
+    def __call__(self, site: str, x: Array) -> Any:
+        return x if site == self.site else ()

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError, safe_open
 
 from duquantpp_jax import files
 
@@ -62,11 +61,9 @@ def load(path: Path, like: Any, settings: Mapping[str, str]) -> tuple[Any, float
     """
     again = "remove it to begin anew, or give another path"
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file ({error}): {again}") from None
+        tensors, metadata = files.read_tensors(path)
+    except ValueError as error:
+        raise ValueError(f"{error}: {again}") from None
     for name, value in {"format": FORMAT, **settings}.items():
         if metadata.get(name) != value:
             raise ValueError(f"{path} is a checkpoint of another {name}: {again}")

@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 from jaxtyping import Array, Shaped
-from safetensors import SafetensorError, safe_open
 
 from duquantpp_jax import files
 from duquantpp_jax.core import Fitted, Transform
@@ -137,12 +136,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Transform | Fitted]:
     Raises:
       ValueError: The file is not one of those.
     """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    tensors, metadata = files.read_tensors(pathlib.Path(path))
     if metadata.get("format") != FORMAT:
         raise ValueError(
             f"{path} says format {metadata.get('format')!r} and not {FORMAT!r}: "
