@@ -12,7 +12,15 @@ import numpy as np
 import duquantpp_jax
 from duquantpp_jax import files
 from duquantpp_jax.evaluation.text import TARGETS, Rows, read_text, rows_for_targets, rows_of_text
-from duquantpp_jax.models import Decoder, load, load_config, load_tokenizer, sha256, testbed
+from duquantpp_jax.models import (
+    Decoder,
+    DecoderConfig,
+    load,
+    load_config,
+    load_tokenizer,
+    sha256,
+    testbed,
+)
 
 
 class Subject(NamedTuple):
@@ -57,8 +65,8 @@ def load_subject(
         name=model_name(model),
         sha256=sha256(directory),
         files={
-            "text": _name_and_hash(text),
-            "calibration_text": _name_and_hash(calibration_text),
+            "text": name_and_hash(text),
+            "calibration_text": name_and_hash(calibration_text),
         },
     )
 
@@ -98,18 +106,33 @@ def load_rows(
         tokens = embedded[use]()
         return rows_for_targets(Rows(tokens, np.arange(len(tokens))), targets, "the embedded text")
     directory = model or testbed.directory()
+    return text_rows(directory, load_config(directory), text, targets)
+
+
+def text_rows(directory: Path, config: DecoderConfig, text: Path, targets: int) -> Rows:
+    """The first rows of a text in the tokens of a directory, by the protocol of `compare`.
+
+    Args:
+      directory: With the tokenizer; of a float or a quantized model.
+      config: Of the model.
+      targets: Cut down to whole rows.
+
+    Raises:
+      ValueError: The text cannot be read or is too short, or the model takes no such rows.
+    """
     content = read_text(text)
-    bos = load_config(directory).bos_token_id
+    bos = config.bos_token_id
     if bos is None:
         raise ValueError(
             f"{directory}/config.json names no bos_token_id, which stands before every row: "
             "add the token that the model saw at the start of its text"
         )
-    rows = rows_of_text(content, load_tokenizer(directory), bos)
+    rows = rows_of_text(content, load_tokenizer(directory, config), bos)
     return rows_for_targets(rows, targets, str(text))
 
 
-def _name_and_hash(path: Path | None) -> dict[str, str]:
+def name_and_hash(path: Path | None) -> dict[str, str]:
+    """What names a text in a result; None is the embedded one."""
     path = path or testbed.directory() / "tokens.npz"
     return {"name": path.name, "sha256": files.sha256(path)}
 

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Integer
 
-from duquantpp_jax import files
 from duquantpp_jax.analysis.outliers import Batch, Moments, Thresholds, observe, statistics
 from duquantpp_jax.core import MXArray
-from duquantpp_jax.evaluation.text import TARGETS, Rows, read_text, rows_for_targets, rows_of_text
+from duquantpp_jax.evaluation.text import TARGETS
 from duquantpp_jax.inspection import quantized as holds
 from duquantpp_jax.layerwise import State
 from duquantpp_jax.loading import load_any
@@ -29,13 +28,12 @@ from duquantpp_jax.models import (
     Decoder,
     Linear,
     linear_names,
-    load_tokenizer,
     sha256,
     testbed,
 )
 from duquantpp_jax.ptq import QuantizedSite, widen
 from duquantpp_jax.quantized import Quantized, is_quantized
-from duquantpp_jax.subject import environment, model_name
+from duquantpp_jax.subject import environment, load_rows, model_name, name_and_hash, text_rows
 
 BATCH_ROWS = 4
 SHOWN = 64
@@ -106,7 +104,10 @@ def inspect(
     directory = options.model or testbed.directory()
     model, linear, state = load_any(directory)
     chosen = _chosen(model.config.num_hidden_layers, options.site)
-    rows = _rows(options, model)
+    if options.text is None:
+        rows = load_rows(None, None, options.tokens, "calibration")
+    else:
+        rows = text_rows(directory, model.config, options.text, options.tokens)
     moments: dict[str, dict[str, Moments]] = {}
     for first in range(0, len(rows.tokens), BATCH_ROWS):
         batch = rows.tokens[first : first + BATCH_ROWS, :-1]
@@ -133,7 +134,7 @@ def inspect(
         "schema": 1,
         "model": {"name": model_name(options.model), "sha256": sha256(directory)},
         "tokens": rows.tokens[:, :-1].size,
-        "text": None if options.text is None else _text(options.text),
+        "text": None if options.text is None else name_and_hash(options.text),
         "thresholds": dataclasses.asdict(thresholds),
         "sites": sites,
         "quantized": None if quantized is None else holds.contents(quantized, held),
@@ -153,10 +154,6 @@ def inspect(
         held,
         None if quantized is None else holds.sqnr(quantized),
     )
-
-
-def _text(path: Path) -> dict[str, str]:
-    return {"name": path.name, "sha256": files.sha256(path)}
 
 
 def _chosen(layers: int, patterns: tuple[str, ...]) -> list[tuple[int, str]]:
@@ -180,25 +177,6 @@ def _named(at: tuple[int, str], pattern: str) -> bool:
     layer, site = at
     names = (site, *linear_names(site, layer))
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
-
-
-def _rows(options: InspectOptions, model: Decoder) -> Rows:
-    """The rows that the model is run on."""
-    if options.text is None:
-        tokens = testbed.calibration_rows()
-        return rows_for_targets(
-            Rows(tokens, np.arange(len(tokens))), options.tokens, "the embedded text"
-        )
-    directory = options.model or testbed.directory()
-    bos = model.config.bos_token_id
-    if bos is None:
-        raise ValueError(
-            f"{directory}/config.json names no bos_token_id, which stands before every row: "
-            "add the token that the model saw at the start of its text"
-        )
-    tokenizer = load_tokenizer(directory, model.config)
-    rows = rows_of_text(read_text(options.text), tokenizer, bos)
-    return rows_for_targets(rows, options.tokens, str(options.text))
 
 
 def _seeing(linear: Linear, look: Callable[[str, Array], Any], state: State | None) -> Linear:
