@@ -127,6 +127,11 @@ def text_rows(directory: Path, config: DecoderConfig, text: Path, targets: int) 
             f"{directory}/config.json names no bos_token_id, which stands before every row: "
             "add the token that the model saw at the start of its text"
         )
+    if config.max_position_embeddings < TARGETS:
+        raise ValueError(
+            f"{directory} has {config.max_position_embeddings} positions, and rows here have "
+            f"{TARGETS} inputs: duquantpp evaluate takes shorter ones (--window)"
+        )
     rows = rows_of_text(content, load_tokenizer(directory, config), bos)
     return rows_for_targets(rows, targets, str(text))
 

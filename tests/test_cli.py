@@ -203,6 +203,7 @@ DAMAGES = {
     "tensor of another shape": (_tensor(lambda t: t[:-1].copy()), "model.layers.1.mlp.up_proj"),
     "NaN in weights": (_tensor(_nan), "model.layers.1.mlp.up_proj"),
     "no bos token": (_config(bos_token_id=None), "bos_token_id"),
+    "too few positions": (_config(max_position_embeddings=510), "has 510 positions, and rows"),
 }
 
 
