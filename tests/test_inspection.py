@@ -180,7 +180,9 @@ def test_bad_input_is_one_line(name, tiny_directory, tiny_text, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_without_text_bos_or_positions_is_refused(tiny_directory, tiny_text, tmp_path, capsys):
+def test_a_model_without_text_bos_or_positions_is_refused(
+    tiny_directory, tiny_text, tmp_path, capsys
+):
     assert cli.main(["inspect", "--model", str(tiny_directory)]) == 2
     assert "--model needs --text" in capsys.readouterr().err
     save(tiny_decoder(bos_token_id=None), byte_tokenizer().to_str(), tmp_path / "other")

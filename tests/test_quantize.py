@@ -284,7 +284,7 @@ def test_a_bad_option_is_one_line(more, says, three_layers, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_width_off_the_block_is_refused_and_padded_exactly_on_demand(tmp_path, capsys):
+def test_a_width_off_the_block_is_refused_and_padded_on_demand(tmp_path, capsys):
     odd = tiny_decoder(num_hidden_layers=3, intermediate_size=88)
     save(odd, byte_tokenizer().to_str(), tmp_path / "odd")
     arguments = ["quantize", "--model", str(tmp_path / "odd"), "--out", str(tmp_path / "q")]

@@ -1,6 +1,5 @@
 """Hugging Face directories: what is written is read back, and what is wrong is said in a line."""
 
-import json
 import re
 import shutil
 
@@ -9,67 +8,20 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from duquantpp_jax.models import (
     Decoder,
-    DecoderConfig,
     checkpoint,
     load,
     load_tokenizer,
     save,
     sha256,
 )
-from tests.conftest import TINY, byte_tokenizer, tiny_decoder
+from tests.conftest import byte_tokenizer, tiny_decoder
+from tests.models.spoiling import refusal, retensor, rewrite, shard, write_index
 
 UP = "model.layers.1.mlp.up_proj.weight"
-
-
-@pytest.fixture
-def directory(tiny_directory, tmp_path):
-    """A copy of the tiny model that a test may spoil."""
-    return shutil.copytree(tiny_directory, tmp_path / "model")
-
-
-def rewrite(directory, **changes):
-    """Changes fields of config.json; None removes one."""
-    path = directory / "config.json"
-    fields = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in fields.items() if v is not ...}))
-
-
-def retensor(directory, **changes):
-    """Changes tensors of model.safetensors; `...` removes one. Dots are written `__`."""
-    path = directory / "model.safetensors"
-    changes = {name.replace("__", "."): value for name, value in changes.items()}
-    tensors = load_file(path) | changes
-    save_file({n: t for n, t in tensors.items() if t is not ...}, path, {"format": "pt"})
-
-
-def shard(directory, parts=3):
-    """Splits model.safetensors into shards with an index; returns the index's weight_map."""
-    tensors = load_file(directory / "model.safetensors")
-    (directory / "model.safetensors").unlink()
-    files = [f"model-{i + 1:05}-of-{parts:05}.safetensors" for i in range(parts)]
-    where = {name: files[i % parts] for i, name in enumerate(tensors)}
-    for file in files:
-        save_file({n: t for n, t in tensors.items() if where[n] == file}, directory / file)
-    write_index(directory, where)
-    return where
-
-
-def write_index(directory, where):
-    index = {"metadata": {}, "weight_map": where}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-def refusal(call) -> str:
-    """The message of the ValueError that `call` raises, which must be one line."""
-    with pytest.raises(ValueError, match=": ") as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def equal(one, other) -> bool:
@@ -156,143 +108,6 @@ def test_the_hash_is_of_the_bytes_and_not_of_the_place(directory, tiny_directory
     path.write_bytes(content)
     assert sha256(directory) != sha256(tiny_directory)
     assert re.fullmatch("[0-9a-f]{64}", sha256(directory))
-
-
-# config.json.
-
-CONFIGS = {
-    "another architecture": (
-        {"architectures": ["GPT2LMHeadModel"]},
-        ["GPT2LMHeadModel", "use LlamaForCausalLM"],
-    ),
-    "experts": (
-        {"architectures": ["MixtralForCausalLM"]},
-        ["MixtralForCausalLM", "a mixture of experts", "use LlamaForCausalLM"],
-    ),
-    "more experts": (
-        {"architectures": ["Qwen3MoeForCausalLM"]},
-        ["Qwen3MoeForCausalLM", "a mixture of experts"],
-    ),
-    "Gemma": ({"architectures": ["Gemma2ForCausalLM"]}, ["Gemma2ForCausalLM", "softcapping"]),
-    "no architecture": ({"architectures": ...}, ["architectures", "LlamaForCausalLM"]),
-    "two architectures": ({"architectures": ["A", "B"]}, ["architectures"]),
-    "unknown rope scaling": (
-        {"rope_scaling": {"type": "dynamic", "factor": 8.0}},
-        ["rope_scaling 'dynamic'", "linear, llama3, yarn"],
-    ),
-    "rope scaling as transformers 5 writes it": (
-        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e6}},
-        ["rope_scaling 'longrope'", "llama3"],
-    ),
-    "rope scaling of another type": ({"rope_scaling": "yarn"}, ["rope_scaling 'yarn'"]),
-    "rope scaling without a factor": (
-        {"rope_scaling": {"rope_type": "linear"}},
-        ["factor is missing"],
-    ),
-    "rope scaling with more than is known": (
-        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7}},
-        ["mscale = 0.7", "beta_fast"],
-    ),
-    "rope scaling out of order": (
-        {
-            "rope_scaling": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 4.0,
-                "high_freq_factor": 1.0,
-            }
-        },
-        ["low_freq_factor 4.0", "high_freq_factor 1.0"],
-    ),
-    "rope_parameters of another type": ({"rope_parameters": [1]}, ["rope_parameters"]),
-    "partial rotary in rope_parameters": (
-        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
-        ["partial_rotary_factor = 0.5", "1.0"],
-    ),
-    "biases that are missing": ({"attention_bias": True}, ["self_attn.q_proj.bias is missing"]),
-    "bias of another type": ({"mlp_bias": 1}, ["mlp_bias = 1", "true or false"]),
-    "a bias that a family lacks": (
-        {"architectures": ["MistralForCausalLM"], "mlp_bias": True},
-        ["mlp_bias = True", "MistralForCausalLM", "must be false"],
-    ),
-    "layers of unknown attention": (
-        {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention", "linear"]},
-        ["layer_types", "'linear'", "sliding_attention"],
-    ),
-    "a sliding layer without a window": (
-        {"architectures": ["Qwen3ForCausalLM"], "layer_types": 2 * ["sliding_attention"]},
-        ["layer_types", "use_sliding_window"],
-    ),
-    "too few layer types": (
-        {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["full_attention"]},
-        ["layer_types", "2 layers"],
-    ),
-    "a window of nothing": (
-        {"architectures": ["MistralForCausalLM"], "sliding_window": 0},
-        ["sliding_window = 0", "above 0"],
-    ),
-    "another activation": ({"hidden_act": "gelu"}, ["hidden_act = 'gelu'", "silu"]),
-    "partial rotary": ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "1.0"]),
-    "already quantized": (
-        {"quantization_config": {"quant_method": "gptq"}},
-        ["quantization_config", "already quantized", "float"],
-    ),
-    "missing": ({"hidden_size": ...}, ["hidden_size is missing"]),
-    "misspelt": ({"hidden_size": ..., "hiden_size": 64}, ["hidden_size is missing", "hiden_size"]),
-    "text": ({"hidden_size": "64"}, ["hidden_size = '64'", "integer"]),
-    "a truth value": ({"vocab_size": True}, ["vocab_size = True", "integer"]),
-    "a fraction": ({"num_hidden_layers": 1.5}, ["num_hidden_layers = 1.5"]),
-    "zero": ({"num_attention_heads": 0}, ["num_attention_heads = 0", "above 0"]),
-    "too large": ({"vocab_size": 2**40}, ["vocab_size", "below 2147483648"]),
-    "endless": ({"num_hidden_layers": 2**30}, ["num_hidden_layers", "below 10000"]),
-    "negative": ({"rms_norm_eps": -1e-5}, ["rms_norm_eps = -1e-05"]),
-    "no epsilon": ({"rms_norm_eps": ...}, ["rms_norm_eps is missing"]),
-    "not finite": ({"rope_theta": float("inf")}, ["rope_theta = inf", "finite"]),
-    "tied by a number": ({"tie_word_embeddings": 1}, ["tie_word_embeddings", "true or false"]),
-    "key heads that do not divide": ({"num_key_value_heads": 3}, ["num_key_value_heads 3"]),
-    "odd heads": ({"head_dim": 15}, ["head_dim 15", "even"]),
-    "heads that do not divide": (
-        {"head_dim": ..., "num_attention_heads": 6, "num_key_value_heads": 2},
-        ["hidden_size 64", "num_attention_heads 6"],
-    ),
-    "token beyond the vocabulary": ({"bos_token_id": 257}, ["bos_token_id = 257", "257"]),
-    "end token of another type": ({"eos_token_id": [1, "2"]}, ["eos_token_id = '2'"]),
-}
-
-
-@pytest.mark.parametrize(("changes", "words"), CONFIGS.values(), ids=CONFIGS)
-def test_an_unsupported_or_wrong_config_is_refused_by_name(directory, changes, words):
-    rewrite(directory, **changes)
-    message = refusal(lambda: load(directory))
-    assert str(directory) in message
-    for word in words:
-        assert word in message
-
-
-def test_the_defaults_of_the_format_are_used_for_fields_that_older_files_lack():
-    fields = TINY.to_dict()
-    for name in ("rope_theta", "num_key_value_heads", "head_dim", "attention_bias", "bos_token_id"):
-        del fields[name]
-    config = DecoderConfig.from_dict(fields | {"rope_scaling": {"type": "default"}})
-    assert (config.rope_theta, config.num_key_value_heads, config.head_dim) == (10000.0, 4, 16)
-
-
-def test_rope_theta_is_found_where_transformers_5_puts_it():
-    fields = TINY.to_dict() | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
-    del fields["rope_theta"]
-    assert DecoderConfig.from_dict(fields).rope_theta == 5e5
-
-
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[1]", b"null", b"[" * 100_000])
-def test_a_config_that_is_no_json_object_is_refused(directory, content):
-    (directory / "config.json").write_bytes(content)
-    assert "config.json" in refusal(lambda: load(directory))
-
-
-def test_a_directory_without_config_is_refused(tmp_path):
-    assert "has no config.json" in refusal(lambda: load(tmp_path))
-    assert "is not a directory" in refusal(lambda: load(tmp_path / "absent"))
-    assert "has no config.json" in refusal(lambda: sha256(tmp_path))
 
 
 # Shards and their index.
