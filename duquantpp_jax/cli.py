@@ -8,7 +8,9 @@ import contextlib
 import dataclasses
 import io
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,8 +52,46 @@ COMMANDS = {
 }
 
 
+class _Interrupt:
+    """Ctrl-C, remembered: raised inside a callback of another library it can be lost, and is then
+    raised again at the next step of the progress."""
+
+    asked = False
+
+    def __call__(self, *_: Any) -> None:
+        self.asked = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+_interrupt = _Interrupt()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code."""
+    with _remembering_interrupts():
+        return _main(arguments)
+
+
+@contextlib.contextmanager
+def _remembering_interrupts() -> Iterator[None]:
+    """Ctrl-C is remembered, where it would have raised KeyboardInterrupt."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _interrupt.asked = False
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     try:
         options = _parse(sys.argv[1:] if arguments is None else arguments)
         if isinstance(options, proof.Options):
@@ -120,9 +160,12 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     )
     with bar:
         task = bar.add_task("loading", total=None)
-        yield lambda what, done, total: bar.update(
-            task, description=what, completed=done, total=total
-        )
+
+        def step(what: str, done: int, total: int) -> None:
+            _interrupt.check()
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield step
 
 
 def _run_evaluate(options: EvaluateOptions) -> None:
