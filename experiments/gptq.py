@@ -8,7 +8,21 @@ Command: duquantpp ablate experiments/gptq.py --table
   or python -m experiments.gptq --table, with --model DIR --text FILE --calibration-text FILE for
   another model than the embedded one.
 Cost: 80 cells, half of them with a second calibration.
-Last result: not yet run.
+Last result, 2026-11-25, 65,408 targets, H100s (results/grid_gptq_*.json), KL less that of
+  block_hadamard with the same rounding, floor / even, gutenberg-27m:
+                          to nearest           GPTQ                 GPTQ, on WikiText-2
+    rtn                   +.0199 / +.0166      +.0283 / +.0224      +.0483 / +.0321
+    haar                  +.0053 / +.0078      +.0079 / +.0088      +.0146 / +.0160
+    smooth_hadamard       -.0038 / -.0052      +.0025 / +.0003      +.0063 / +.0102
+    greedy                +.0006 / +.0030      +.0015 / +.0034      +.0048 / +.0057
+    duquantpp             -.0042 / -.0040      +.0042 / +.0031      +.0142 / +.0069
+    duquantpp_released    -.0027 / -.0036      +.0052 / +.0030      +.0154 / +.0123
+    wush                  -.0102 / -.0107      +.0003 / -.0024      +.0096 / +.0068
+  with 95 % intervals of +- .001 to .003. More than the hypothesis says: GPTQ does not erase the
+  differences, it turns them round. What gained by smoothing, DuQuant++ included, is behind block
+  Hadamard once GPTQ rounds the weights; only WUSH under even stays ahead, and on WikiText-2 nothing
+  does. Having no rotation costs more with GPTQ than without. On the embedded model all but rtn,
+  smooth and haar are within .005 of block_hadamard.
 """
 
 import sys

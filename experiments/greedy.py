@@ -11,7 +11,25 @@ Command: duquantpp ablate experiments/greedy.py --table
   or python -m experiments.greedy --table, with --model DIR --text FILE --calibration-text FILE for
   another model than the embedded one.
 Cost: 104 cells.
-Last result: not yet run.
+Last result, 2026-11-25, 65,408 targets, three seeds, H100s (results/grid_greedy_*.json), KL less
+  that of the paper's setting, floor / even, on gutenberg-27m:
+    random_hadamard                 -.0024 +- .0012 / -.0028 +- .0010 (WikiText-2: -.0073, -.0051)
+    criterion mse                   -.0016 +- .0012 / -.0025 +- .0008
+    one Q                           -.0001 +- .0009 / -.0005 +- .0007
+    one rotation for all blocks     +.0024 +- .0013 / +.0024 +- .0008
+    released index                  +.0018 +- .0011 / +.0034 +- .0010
+    one Q, right                    +.0031 +- .0009 / +.0022 +- .0011
+    8 steps; 512 steps              -.0006, +.0018 / -.0015, -.0014
+    best of 8 searches              +.0009 +- .0009 / +.0006 +- .0007
+    random, best of 128; of 1024    +.0051, +.0017 / +.0054, +.0020
+  Half of the hypothesis holds: a rotation for each block matters, a fresh Q does not, nor do steps
+  beyond 8, nor choosing among searches. The search is better than random rotations, best of 1024
+  (embedded model: by .0042 / .0084), but those are no yardstick: a Hadamard matrix with random
+  signs, which has seen no data, is ahead of the search.
+  A surprise: choosing by the same criterion among more random rotations is no gain over one of them
+  (haar .1244, best of 128 .1248), so the least largest magnitude says little about KL.
+  On the embedded model `one Q` is ahead of the paper's setting by .0039 / .0025, and under floor
+  random_hadamard equals it (-.0002 +- .0011).
 """
 
 import dataclasses

@@ -18,7 +18,21 @@ Command: duquantpp ablate experiments/outliers.py --table --data llama-3.2-1b.ch
   or python -m experiments.outliers --table, with --model DIR --text FILE --calibration-text FILE
   for another model than the embedded one (a Llama without biases).
 Cost: 75 cells; the float model is computed anew for each strength.
-Last result: not yet run.
+Last result, 2026-11-25, 65,408 targets, floor, H100s, profile of Llama-3.2-1B
+  (results/grid_outliers_*.json), KL on gutenberg-27m at strengths 0, .25, .5, .75, 1:
+    rtn                .139   .146   .201   .322   .442
+    block_hadamard     .119   .135  3.37   7.13   6.94
+    greedy             .120   .127  3.73   7.25   7.46
+    smooth             .137   .139   .136   .136   .136
+    smooth_hadamard    .115   .113   .112   .113   .116
+    duquantpp          .115   .114   .115   .115   .117
+    wush               .109   .109   .111   .149  6.56
+    wush_conditioned   .109   .110   .125  5.86   7.28
+  and the same order on the embedded model. The hypothesis is wrong about what breaks first: not
+  plain rounding, which the wide channels cost little else than themselves, but rotations without
+  smoothing, which spread them over 31 others whose weights are large (see the caveat). Random signs
+  do not help. Smoothing does not notice. WUSH, whose condition number may reach what undoes the
+  outlier, holds on longer than with the number bounded at 10.
 """
 
 import dataclasses
