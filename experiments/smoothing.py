@@ -17,7 +17,7 @@ Last result, 2026-11-25, 65,408 targets, H100s (results/grid_smoothing_*.json), 
     greedy      -.0049 / -.0070    -.0069 / -.0083    -.0102 / -.0127
     wush        +.0001 / +.0008    +.0014 / +.0020    -.0006 / +.0020
   with 95 % intervals of +- .001 to .002. The hypothesis holds: greedy search alone is level with
-  block Hadamard (+.0007 / +.0030, on gutenberg-27m), so all that DuQuant++ gains is smoothing's.
+  block Hadamard (+.0006 / +.0030, on gutenberg-27m), so all that DuQuant++ gains is smoothing's.
   The best alpha is .6 to .7 with every rotation and on both models; at .3 and below it does harm
   (alpha 0 doubles the KL of rotated models). WUSH has smoothing in it and gains nothing. On
   WikiText-2 under floor smoothing calibrated on books loses without a rotation and with Hadamard.
