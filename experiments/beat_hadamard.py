@@ -101,7 +101,7 @@ from duquantpp_jax.transforms import storage
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.learned import Affine, block_affine
 
-CALIBRATION_ROWS, HELD_OUT_ROWS = 64, 64
+CALIBRATION_ROWS, HELD_OUT_ROWS, BATCH_ROWS = 64, 64, 16
 SIZE = 32
 STILL = Moves(None)
 
@@ -120,8 +120,6 @@ class Attempt:
         --train-text.
       rates: Peak learning rates of the transform, of the weights, and of clips and scale offsets;
         warmed up over a twentieth of the steps, then down a cosine to zero.
-      batch_rows: Of a step.
-      calibration_rows: That rounding sees.
     """
 
     start: str
@@ -130,8 +128,6 @@ class Attempt:
     rounding: Literal["rtn", "gptq", "descent", "asymmetric", "asymmetric_descent"] = "rtn"
     rates: tuple[float, float, float] = (1e-3, 1e-4, 1e-2)
     by_blocks: bool = False
-    batch_rows: int = 16
-    calibration_rows: int = CALIBRATION_ROWS
 
 
 _AFFINE = Moves(Affine())
@@ -254,11 +250,11 @@ class Bench:
                 jax.random.key(seed),
                 steps=steps,
                 optimizer=at_rates(rates),
-                batch_rows=attempt.batch_rows,
+                batch_rows=BATCH_ROWS,
                 report=lambda *check: print(*check, flush=True),
             )
         learned = time.perf_counter() - began
-        state = self.rounded(attempt, plain, fits)
+        state = self.rounded(attempt.rounding, plain, fits)
         measured = {name: self.measure(state, plain, rows) for name, rows in self.texts.items()}
         result = {
             "attempt": repr(attempt),
@@ -275,10 +271,9 @@ class Bench:
         return result, fits
 
     def rounded(
-        self, attempt: Attempt, plain: Recipe, fits: dict[str, Fitted]
+        self, rounding: str, plain: Recipe, fits: dict[str, Fitted]
     ) -> dict[str, QuantizedSite]:
         """The quantized sites."""
-        rounding, rows = attempt.rounding, self.calibration[: attempt.calibration_rows, :-1]
         weights = {site: self.model.weights(site) for site in SITES}
         if rounding == "rtn":
             return quantize_model(plain, weights, self.stats, fits)
@@ -287,10 +282,10 @@ class Bench:
             one = GPTQDescent()
         chosen = dataclasses.replace(plain, rounding=one)
         if rounding.startswith("asymmetric"):
-            return quantize_asymmetric(self.model, chosen, rows, fits)
+            return quantize_asymmetric(self.model, chosen, self.calibration, fits)
         moved = calibrate(
             self.model,
-            rows,
+            self.calibration,
             self.widths,
             needs=frozenset({"gram"}),
             fits=fits,
@@ -418,22 +413,10 @@ def bench(arguments: argparse.Namespace) -> Bench:
         learn = np.concatenate([learn, all_rows(arguments, arguments.train_text).tokens])
     held_out = rows.tokens[last][:HELD_OUT_ROWS]
     dtype = jnp.bfloat16 if arguments.model else jnp.float32
-    return bench_of(subject.model, learn, held_out, rows.tokens, texts, dtype)
-
-
-def bench_of(
-    model: Decoder,
-    rows: np.ndarray,
-    held_out: np.ndarray,
-    calibration: np.ndarray,
-    texts: dict[str, Rows],
-    dtype: Any = jnp.bfloat16,
-) -> Bench:
-    """With the statistics of the first calibration rows."""
-    widths = site_widths(model, SIZE)
-    first = calibration[:CALIBRATION_ROWS, :-1]
-    stats = calibrate(model, first, widths, needs=frozenset({"gram"}))
-    return Bench(model, rows, held_out, calibration, texts, widths, stats, dtype)
+    calibration = subject.calibration.tokens[:, :-1]
+    widths = site_widths(subject.model, SIZE)
+    stats = calibrate(subject.model, calibration, widths, needs=frozenset({"gram"}))
+    return Bench(subject.model, learn, held_out, calibration, texts, widths, stats, dtype)
 
 
 def all_rows(arguments: argparse.Namespace, text: Path | None) -> Rows:
