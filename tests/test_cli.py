@@ -324,12 +324,19 @@ def test_an_interrupt_that_a_library_swallows_is_raised_at_the_next_step(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+LISTENING = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+import runpy
+runpy.run_module("duquantpp_jax.cli", run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [1.0, 5.0, 10.0])
 def test_ctrl_c_leaves_no_half_written_file(seconds, tmp_path):
-    command = [sys.executable, "-m", "duquantpp_jax.cli", "compare", "--tokens", "511"]
     process = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "out")],
+        [sys.executable, "-c", LISTENING, "compare", "--tokens", "511", "--out", tmp_path / "out"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
