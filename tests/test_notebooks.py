@@ -4,15 +4,20 @@ import json
 import re
 from pathlib import Path
 
-import jax
 import pytest
 
 from duquantpp_jax import cli
 
 PLACE = Path(__file__).parent.parent / "notebooks"
 SOURCES = sorted(PLACE.glob("[0-9]*.py"))
-RUN_WITH = (0, 12)
-"""The jax that wrote the outputs."""
+CLOSE = {"floor": 1e-3, "log256": 4 * 2**0.5 * 0.0013}
+"""How far KL at 4,088 targets may be from that of another machine or library.
+
+Under log256 one ulp of the least block of a batch moves the whole grid of scales, and everything is
+rounded anew: two versions of jax gave .1535 and .1566, one version without AVX-512 .1559. Over 12
+models whose norms were multiplied by 1 + 1e-6 of normal noise the standard deviation was .0013, so
+that of a difference is the root of 2 times as large, and it is within 4 of those.
+"""
 
 
 def cells_of(source: Path) -> list[tuple[str, str]]:
@@ -68,12 +73,11 @@ def test_the_comparison_has_the_numbers_of_the_command_line(tmp_path):
     arguments = ("--recipes", "rtn", "block_hadamard", "--scale-rules", "floor", "log256")
     out = ("--tokens", "4088", "--out", str(tmp_path))
     assert cli.main(["compare", *arguments, *out]) == 0
-    said = printed(PLACE / "04_comparison.py")
+    source = PLACE / "04_comparison.py"
+    options = 'CompareOptions(tokens=4088, scale_rules=("floor", "log256"))'
+    assert f"options = {options}\ncomparison = compare(options)" in source.read_text("utf-8")
+    said = printed(source)
     for row in json.loads((tmp_path / "results.json").read_text())["rows"]:
         (shown,) = re.findall(rf"^{row['recipe']} +([0-9.]+) +([0-9.]+)$", said, re.M)
         kl = float(shown[("floor", "log256").index(row["scale_rule"])])
-        # Under log256 one ulp of the least block of a batch moves the whole grid of scales: its
-        # numbers are those of one library.
-        if row["scale_rule"] == "floor" or jax.__version_info__ >= RUN_WITH:
-            # Machines differ by the noise floor of KL; one machine does not.
-            assert kl == pytest.approx(row["kl"], abs=1e-3)
+        assert kl == pytest.approx(row["kl"], abs=CLOSE[row["scale_rule"]])
