@@ -19,12 +19,13 @@ Last result, 2026-11-25, gutenberg-27m, 261,632 targets, jax 0.11.2 on two H100s
   shared (results/beat_hadamard_gutenberg27m_512rows.json; the table is in README.md here). Learned
   on 21,197 rows (2,197 of the calibration text, 19,000 of books that the model was trained on). KL,
   floor / even, means of three seeds; the difference is to the best method known before, run again
-  here with one seed; and what Hadamard has with the same treatment:
+  here with one seed; in brackets that method, and Hadamard with the same treatment (of which row b
+  was measured on a CPU):
     a  affine from WUSH, 800 steps   .0884 / .0847    -.0014 +- .0006 / -.0049 +- .0006
        (affine, 400 steps: .0898 / .0896; Hadamard: .1178 / .1066)
     b  that, GPTQ with descent       .0855 / .0796    -.0024 +- .0006 / -.0052 +- .0006
-       (affine of 400 steps with GPTQ: .0879 / .0847; Hadamard: @B@)
-    c  Hadamard, weights learned,    .0682 / .0665    -.0055 +- .0005 / -.0038 +- .0005
+       (affine of 400 steps with GPTQ: .0879 / .0847; Hadamard: .0927 / .0865)
+    c  Hadamard, weights learned,    .0682 / .0664    -.0055 +- .0005 / -.0038 +- .0005
        1,600 steps (WUSH with weights learned, 400 steps: .0737 / .0702)
   Hadamard wins row c: 800 steps of row a and then 800 of transform and weights give .0699 / .0672,
   +.0017 +- .0004 / +.0008 +- .0005 to as many steps of the weights alone. So once weights are
