@@ -207,3 +207,9 @@ def test_gptq_lowers_kl_in_every_recipe_as_the_readme_says():
 def test_the_tables_of_experiments_are_those_of_the_results(path):
     readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
     assert tables.table(tables.read(path)) in readme
+
+
+def test_the_table_of_attempts_is_that_of_its_results():
+    results = (RESULTS / "beat_hadamard_gutenberg27m_512rows.json").read_text(encoding="utf-8")
+    readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    assert beat_hadamard.table(json.loads(results)) in readme
