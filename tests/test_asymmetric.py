@@ -32,8 +32,8 @@ def test_rows_that_it_did_not_see_diverge_less_than_with_rounding_alone():
     plain = float(divergence(quantize_model(one, weights, stats, fits)))
     moved = quantize_asymmetric(model, one, rows[:16, :-1], fits)
     assert float(divergence(moved)) < plain
-    # With no room to move the regression changes nothing.
-    kept = quantize_asymmetric(model, one, rows[:16, :-1], fits, damping=1e9, drift=0.0)
+    # With no room to move the regression changes nothing, whatever rows it sees.
+    kept = quantize_asymmetric(model, one, rows[:1, :31], fits, damping=1e9, drift=0.0)
     same = [
         np.mean(np.asarray(a.codes()) == np.asarray(b.codes()))
         for site in SITES
