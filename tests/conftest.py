@@ -15,10 +15,9 @@ from duquantpp_jax.models import Decoder, DecoderConfig, random_parameters, save
 DATA_VARIABLE = "DUQUANTPP_DATA"
 
 
-@pytest.fixture(autouse=True)
-def _strict():
-    with jax.numpy_dtype_promotion("strict"):
-        yield
+# Here, and not around each test: a compiled program is kept under it, and what fixtures of modules
+# and sessions have compiled is then found by their tests.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 @pytest.fixture

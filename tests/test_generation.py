@@ -21,11 +21,10 @@ ROTATED = pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotat
 
 @pytest.fixture(scope="module")
 def model():
-    with jax.numpy_dtype_promotion("strict"):
-        changes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-        return tiny_decoder(
-            **changes, sliding_window=6, layer_types=("full_attention", "sliding_attention")
-        )
+    changes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    return tiny_decoder(
+        **changes, sliding_window=6, layer_types=("full_attention", "sliding_attention")
+    )
 
 
 @pytest.fixture(scope="module")

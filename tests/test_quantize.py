@@ -53,9 +53,7 @@ def three_layers(tmp_path_factory):
 def quantized(three_layers, tmp_path_factory):
     """It, quantized without interruption."""
     out = tmp_path_factory.mktemp("quantized") / "whole"
-    # Promotion is part of what a compiled program is kept under: the tests, all strict, find these.
-    with jax.numpy_dtype_promotion("strict"):
-        quantize(options_of(three_layers, out, recipe="smooth_hadamard", rounding="gptq"))
+    quantize(options_of(three_layers, out, recipe="smooth_hadamard", rounding="gptq"))
     return out
 
 

@@ -16,14 +16,13 @@ from tests.conftest import tiny_decoder
 
 @pytest.fixture(scope="module")
 def quantized():
-    with jax.numpy_dtype_promotion("strict"):
-        model = tiny_decoder()
-        tokens = jax.random.randint(jax.random.key(0), (4, 512), 0, 257)
-        one = recipe("block_hadamard", "floor")
-        weights = {site: model.weights(site) for site in SITES}
-        stats = calibrate(model, np.asarray(tokens[:, :40]), site_widths(model, 32))
-        fits = fit_model(one, weights, stats, jax.random.key(0))
-        return model, tokens, one, quantize_model(one, weights, stats, fits)
+    model = tiny_decoder()
+    tokens = jax.random.randint(jax.random.key(0), (4, 512), 0, 257)
+    one = recipe("block_hadamard", "floor")
+    weights = {site: model.weights(site) for site in SITES}
+    stats = calibrate(model, np.asarray(tokens[:, :40]), site_widths(model, 32))
+    fits = fit_model(one, weights, stats, jax.random.key(0))
+    return model, tokens, one, quantize_model(one, weights, stats, fits)
 
 
 def test_row_sums_are_the_equations(quantized):

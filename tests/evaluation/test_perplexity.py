@@ -21,8 +21,7 @@ ROWS, LENGTH = 5, 24
 
 @pytest.fixture(scope="module")
 def predictor():
-    with jax.numpy_dtype_promotion("strict"):
-        return Predictor(tiny_decoder(), dense)
+    return Predictor(tiny_decoder(), dense)
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +36,7 @@ def coarse(predictor):
 
 @pytest.fixture(scope="module")
 def sums(predictor, coarse, tokens):
-    with jax.numpy_dtype_promotion("strict"):
-        return row_sums(coarse, predictor, tokens)
+    return row_sums(coarse, predictor, tokens)
 
 
 def test_row_sums_are_the_equations(sums, predictor, coarse, tokens):
