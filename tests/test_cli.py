@@ -344,7 +344,11 @@ def test_ctrl_c_leaves_no_half_written_file(seconds, tmp_path):
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode != 0, err
+    if process.returncode == 0:  # lost in a callback of jax before the command could listen
+        assert seconds == 1.0, err
+        assert "Exception ignored" in err
+        assert json.loads((tmp_path / "out" / "results.json").read_text())
+        return
     assert not list(tmp_path.rglob("*"))
     # While Python is still importing, it reports the interrupt itself.
     # What another library said of an interrupt that it swallowed may stand before.
