@@ -13,8 +13,8 @@ Command: python -m experiments.beat_hadamard --model DIR --text FILE [--transfer
   there are not run again. Statistics for starts and for rounding come from the first 64 calibration
   rows; learning is on the calibration text but for its last documents (64 rows of them choose the
   best step), and on --train-text.
-Cost: on one H100 for gutenberg-27m 60 ms a step where the transform moves, 40 where weights alone
-  do (batches of 8,176 tokens); a minute or two to compile each cell.
+Cost: on one H100 for gutenberg-27m about 60 ms a step where the transform moves, 40 where weights
+  alone do (batches of 8,176 tokens); a minute or two to compile each cell.
 Last result, 2026-11-25, gutenberg-27m, 261,632 targets, jax 0.11.2 on two H100s that 3 to 6 runs
   shared (results/beat_hadamard_gutenberg27m_512rows.json; the table is in README.md here). Learned
   on 21,197 rows (2,197 of the calibration text, 19,000 of books that the model was trained on). KL,
@@ -83,24 +83,23 @@ import numpy as np
 import optax
 
 from duquantpp_jax import files
-from duquantpp_jax.ablation.table import distinct
 from duquantpp_jax.asymmetric import quantize_asymmetric
 from duquantpp_jax.calibration import calibrate, site_widths
 from duquantpp_jax.core import Fitted, Recipe, Stats
 from duquantpp_jax.evaluation.divergence import float_log_probabilities, row_divergence
-from duquantpp_jax.evaluation.intervals import clusters, mean_interval
 from duquantpp_jax.evaluation.text import TARGETS, Rows, read_text, rows_of_text
 from duquantpp_jax.learning.blocks import learn_model_by_blocks
 from duquantpp_jax.learning.model import at_rates, learn_model
 from duquantpp_jax.learning.moves import PARTS, Moves
 from duquantpp_jax.models import SITES, Decoder, load_config, load_tokenizer, testbed
 from duquantpp_jax.ptq import QuantizedSite, fit_model, quantize_model
-from duquantpp_jax.recipes import SCALE_RULES, recipe
+from duquantpp_jax.recipes import recipe
 from duquantpp_jax.rounding.descent import GPTQDescent
 from duquantpp_jax.subject import environment, load_subject
 from duquantpp_jax.transforms import storage
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.learned import Affine, block_affine
+from experiments import attempts_table
 
 CALIBRATION_ROWS, HELD_OUT_ROWS, BATCH_ROWS = 64, 64, 16
 SIZE = 32
@@ -160,12 +159,6 @@ ATTEMPTS = {
     "c_affine_given": Attempt("wush", 1500, _BOTH),
     "c_affine_moved": Attempt("wush", 1500, Moves(Affine(), "moved")),
 }
-COMPARED = {
-    "a": ("a_hadamard", "a_affine_400"),
-    "b": ("b_hadamard_descent", "b_affine_400_gptq"),
-    "c": ("c_hadamard", "c_wush_400"),
-}
-"""Of each row, Hadamard with the same treatment, and the best method known before."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,87 +310,6 @@ def worst_condition(transform: BlockAffine) -> float:
     return float(np.linalg.cond(np.asarray(transform.matrices, np.float64)).max())
 
 
-def summary(place: Path) -> list[dict]:
-    """All results of a directory: of each attempt and rule the mean over its seeds on each text,
-    and its differences to those of COMPARED, paired row by row, with 95 % intervals."""
-    found: dict[tuple[str, str], list[dict]] = {}
-    for file in sorted(place.glob("*.json")):
-        one = json.loads(file.read_text(encoding="utf-8"))
-        name = file.stem.removesuffix(f"_{one['scale_rule']}_{one['seed']}")
-        found.setdefault((name, one["scale_rule"]), []).append(one)
-
-    def mean(name: str, rule: str, text: str) -> np.ndarray:
-        return np.mean([one["measured"][text]["row_kl"] for one in found[name, rule]], axis=0)
-
-    entries = []
-    for (name, rule), ones in found.items():
-        entry: dict[str, Any] = {
-            "attempt": name,
-            "scale_rule": rule,
-            "what": ones[0]["attempt"],
-            "seeds": [one["seed"] for one in ones],
-            "condition": max(one["condition"] for one in ones),
-            "learning_rows": ones[0]["learning_rows"],
-            "learning_seconds": [one["learning_seconds"] for one in ones],
-            "environments": distinct(one["environment"] for one in ones),
-            "texts": {},
-        }
-        for text, first in ones[0]["measured"].items():
-            kl = [one["measured"][text]["kl"] for one in ones]
-            unit, numbers = clusters(np.asarray(first["document"]))
-            differences = {}
-            for other in COMPARED[name[0]]:
-                if other != name and (other, rule) in found:
-                    off = mean(name, rule, text) - mean(other, rule, text)
-                    differences[other] = mean_interval(off, numbers)
-            entry["texts"][text] = {
-                "kl": float(np.mean(kl)),
-                "kl_of_seeds": kl,
-                "excess_nll": float(np.mean([one["measured"][text]["excess_nll"] for one in ones])),
-                "targets": len(first["row_kl"]) * TARGETS,
-                "clustered_by": unit,
-                "differences": differences,
-            }
-        entries.append(entry)
-    return entries
-
-
-def table(entries: list[dict]) -> str:
-    """Markdown: of each attempt KL, its differences to those of COMPARED, and the share of its
-    gain over RTN Hadamard, relative to that, that is left on the other text."""
-    there = {(one["attempt"], one["scale_rule"]): one["texts"] for one in entries}
-    rules = [rule for rule in SCALE_RULES if any(one["scale_rule"] == rule for one in entries)]
-    heads = ("KL", "- Hadamard", "- known", "transfer KL", "gain kept")
-    lines = [
-        "| attempt | " + " | ".join(f"{rule}: {head}" for rule in rules for head in heads) + " |",
-        "| --- |" + " ---: |" * (len(rules) * len(heads)),
-    ]
-    for name in dict.fromkeys(one["attempt"] for one in entries):
-        cells = [
-            cell
-            for rule in rules
-            for cell in (_cells(name, there[name, rule], there.get(("a_hadamard", rule))))
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cells(name: str, texts: dict[str, Any], plain: dict[str, Any] | None) -> list[str]:
-    """One attempt under one rule, as `table` has it."""
-    home, away = texts["text"], texts.get("transfer")
-    seeds = home["kl_of_seeds"]
-    spread = f" ({min(seeds):.4f}-{max(seeds):.4f})" if len(seeds) > 1 else ""
-    cells = [f"{home['kl']:.4f}{spread}"]
-    for other in COMPARED[name[0]]:
-        mean, low, high = home["differences"].get(other, (0, 0, 0))
-        cells.append(f"{mean:+.4f} ± {(high - low) / 2:.4f}" if mean else "")
-    kept = ""
-    if plain and away and name != "a_hadamard":
-        gain = 1 - home["kl"] / plain["text"]["kl"]
-        kept = f"{(1 - away['kl'] / plain['transfer']['kl']) / gain:.0%}"
-    return [*cells, f"{away['kl']:.4f}" if away else "", kept]
-
-
 def bench(arguments: argparse.Namespace) -> Bench:
     """Reads the model and the texts."""
     paths = arguments.model, arguments.text, arguments.calibration_text
@@ -444,9 +356,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     if arguments.summary:
-        entries = summary(arguments.out)
+        entries = attempts_table.summary(arguments.out)
         files.write_whole(arguments.summary, files.to_json(entries))
-        print(table(entries))
+        print(attempts_table.table(entries))
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     shared, attempts = bench(arguments), ATTEMPTS

@@ -10,6 +10,7 @@ import pytest
 
 from duquantpp_jax.models import load
 from experiments import (
+    attempts_table,
     beat_hadamard,
     health,
     position_zero,
@@ -212,4 +213,4 @@ def test_the_tables_of_experiments_are_those_of_the_results(path):
 def test_the_table_of_attempts_is_that_of_its_results():
     results = (RESULTS / "beat_hadamard_gutenberg27m_512rows.json").read_text(encoding="utf-8")
     readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
-    assert beat_hadamard.table(json.loads(results)) in readme
+    assert attempts_table.table(json.loads(results)) in readme

@@ -1,0 +1,104 @@
+"""What the attempts of beat_hadamard.py gave, side by side: `--summary` there.
+
+Rows of text are paired: a difference is that of the means over seeds, row by row, with the 95 %
+interval of its mean over text (evaluation/intervals.py).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duquantpp_jax.ablation.table import distinct
+from duquantpp_jax.evaluation.intervals import clusters, mean_interval
+from duquantpp_jax.evaluation.text import TARGETS
+from duquantpp_jax.recipes import SCALE_RULES
+
+COMPARED = {
+    "a": ("a_hadamard", "a_affine_400"),
+    "b": ("b_hadamard_descent", "b_affine_400_gptq"),
+    "c": ("c_hadamard", "c_wush_400"),
+}
+"""Of each row, Hadamard with the same treatment, and the best method known before."""
+
+
+def summary(place: Path) -> list[dict]:
+    """All results of a directory: of each attempt and rule the mean over its seeds on each text,
+    and its differences to those of COMPARED, paired row by row, with 95 % intervals."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for file in sorted(place.glob("*.json")):
+        one = json.loads(file.read_text(encoding="utf-8"))
+        name = file.stem.removesuffix(f"_{one['scale_rule']}_{one['seed']}")
+        found.setdefault((name, one["scale_rule"]), []).append(one)
+
+    def mean(name: str, rule: str, text: str) -> np.ndarray:
+        return np.mean([one["measured"][text]["row_kl"] for one in found[name, rule]], axis=0)
+
+    entries = []
+    for (name, rule), ones in found.items():
+        entry: dict[str, Any] = {
+            "attempt": name,
+            "scale_rule": rule,
+            "what": ones[0]["attempt"],
+            "seeds": [one["seed"] for one in ones],
+            "condition": max(one["condition"] for one in ones),
+            "learning_rows": ones[0]["learning_rows"],
+            "learning_seconds": [one["learning_seconds"] for one in ones],
+            "environments": distinct(one["environment"] for one in ones),
+            "texts": {},
+        }
+        for text, first in ones[0]["measured"].items():
+            kl = [one["measured"][text]["kl"] for one in ones]
+            unit, numbers = clusters(np.asarray(first["document"]))
+            differences = {}
+            for other in COMPARED[name[0]]:
+                if other != name and (other, rule) in found:
+                    off = mean(name, rule, text) - mean(other, rule, text)
+                    differences[other] = mean_interval(off, numbers)
+            entry["texts"][text] = {
+                "kl": float(np.mean(kl)),
+                "kl_of_seeds": kl,
+                "excess_nll": float(np.mean([one["measured"][text]["excess_nll"] for one in ones])),
+                "targets": len(first["row_kl"]) * TARGETS,
+                "clustered_by": unit,
+                "differences": differences,
+            }
+        entries.append(entry)
+    return entries
+
+
+def table(entries: list[dict]) -> str:
+    """Markdown: of each attempt KL, its differences to those of COMPARED, and the share of its
+    gain over RTN Hadamard, relative to that, that is left on the other text."""
+    there = {(one["attempt"], one["scale_rule"]): one["texts"] for one in entries}
+    rules = [rule for rule in SCALE_RULES if any(one["scale_rule"] == rule for one in entries)]
+    heads = ("KL", "- Hadamard", "- known", "transfer KL", "gain kept")
+    lines = [
+        "| attempt | " + " | ".join(f"{rule}: {head}" for rule in rules for head in heads) + " |",
+        "| --- |" + " ---: |" * (len(rules) * len(heads)),
+    ]
+    for name in dict.fromkeys(one["attempt"] for one in entries):
+        cells = [
+            cell
+            for rule in rules
+            for cell in (_cells(name, there[name, rule], there.get(("a_hadamard", rule))))
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cells(name: str, texts: dict[str, Any], plain: dict[str, Any] | None) -> list[str]:
+    """One attempt under one rule, as `table` has it."""
+    home, away = texts["text"], texts.get("transfer")
+    seeds = home["kl_of_seeds"]
+    spread = f" ({min(seeds):.4f}-{max(seeds):.4f})" if len(seeds) > 1 else ""
+    cells = [f"{home['kl']:.4f}{spread}"]
+    for other in COMPARED[name[0]]:
+        mean, low, high = home["differences"].get(other, (0, 0, 0))
+        cells.append(f"{mean:+.4f} ± {(high - low) / 2:.4f}" if mean else "")
+    kept = ""
+    if plain and away and name != "a_hadamard":
+        gain = 1 - home["kl"] / plain["text"]["kl"]
+        kept = f"{(1 - away['kl'] / plain['transfer']['kl']) / gain:.0%}"
+    return [*cells, f"{away['kl']:.4f}" if away else "", kept]
