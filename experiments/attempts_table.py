@@ -82,14 +82,16 @@ def table(entries: list[dict]) -> str:
         cells = [
             cell
             for rule in rules
-            for cell in (_cells(name, there[name, rule], there.get(("a_hadamard", rule))))
+            for cell in _cells(name, there.get((name, rule)), there.get(("a_hadamard", rule)))
         ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cells(name: str, texts: dict[str, Any], plain: dict[str, Any] | None) -> list[str]:
-    """One attempt under one rule, as `table` has it."""
+def _cells(name: str, texts: dict[str, Any] | None, plain: dict[str, Any] | None) -> list[str]:
+    """One attempt under one rule, as `table` has it; nothing where it was not run."""
+    if texts is None:
+        return [""] * 5
     home, away = texts["text"], texts.get("transfer")
     seeds = home["kl_of_seeds"]
     spread = f" ({min(seeds):.4f}-{max(seeds):.4f})" if len(seeds) > 1 else ""

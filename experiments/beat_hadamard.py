@@ -73,7 +73,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,11 +85,11 @@ import optax
 from duquantpp_jax import files
 from duquantpp_jax.asymmetric import quantize_asymmetric
 from duquantpp_jax.calibration import calibrate, site_widths
-from duquantpp_jax.core import Fitted, Recipe, Stats
+from duquantpp_jax.core import Fitted, MXArray, Recipe, Stats, Weights
 from duquantpp_jax.evaluation.divergence import float_log_probabilities, row_divergence
 from duquantpp_jax.evaluation.text import TARGETS, Rows, read_text, rows_of_text
 from duquantpp_jax.learning.blocks import learn_model_by_blocks
-from duquantpp_jax.learning.model import at_rates, learn_model
+from duquantpp_jax.learning.model import Learning, at_rates, learn_model
 from duquantpp_jax.learning.moves import PARTS, Moves
 from duquantpp_jax.models import SITES, Decoder, load_config, load_tokenizer, testbed
 from duquantpp_jax.ptq import QuantizedSite, fit_model, quantize_model
@@ -115,6 +115,7 @@ class Attempt:
       steps: Of learning; with none the start is taken as it is.
       moves: What learns.
       rounding: Of the weights in the end.
+      refine: Steps of the transform after that, the rounded weights held.
       by_blocks: Learn a decoder block after the other, each on what the quantized ones before it
         give, and not through the whole model. Hidden states of all rows are kept: do without
         --train-text.
@@ -127,11 +128,14 @@ class Attempt:
     moves: Moves = STILL
     rounding: Literal["rtn", "gptq", "descent", "asymmetric", "asymmetric_descent"] = "rtn"
     rates: tuple[float, float, float] = (1e-3, 1e-4, 1e-2)
+    refine: int = 0
     by_blocks: bool = False
 
 
 _AFFINE = Moves(Affine())
+_AFFINE_AMAX = Moves(Affine(), through_amax=True)
 _INPUT_ONLY = Moves(Affine(), round_weights=False)
+_SLOW = (3e-4, 1e-4, 1e-2)
 _WEIGHTS = Moves(None, "given")
 _BOTH = Moves(Affine(), "given")
 
@@ -139,7 +143,8 @@ ATTEMPTS = {
     "a_hadamard": Attempt("block_hadamard"),
     "a_affine_400": Attempt("wush", 400, _AFFINE),
     "a_affine": Attempt("wush", 1500, _AFFINE),
-    "a_affine_amax": Attempt("wush", 800, Moves(Affine(), through_amax=True)),
+    "a_affine_amax": Attempt("wush", 800, _AFFINE_AMAX),
+    "a_affine_long": Attempt("wush", 1600, _AFFINE_AMAX),
     "a_affine_blocks": Attempt("wush", 1500, _AFFINE, by_blocks=True),
     "a_input": Attempt("wush", 1500, _INPUT_ONLY),
     "b_hadamard_gptq": Attempt("block_hadamard", rounding="gptq"),
@@ -149,6 +154,8 @@ ATTEMPTS = {
     "b_input_gptq": Attempt("a_input", rounding="gptq"),
     "b_affine_asymmetric": Attempt("a_affine_amax", rounding="asymmetric_descent"),
     "b_affine_descent": Attempt("a_affine_amax", rounding="descent"),
+    "b_affine_refined": Attempt("a_affine_amax", rounding="descent", refine=800, rates=_SLOW),
+    "b_hadamard_refined": Attempt("block_hadamard", rounding="descent", refine=800, rates=_SLOW),
     "c_hadamard": Attempt("block_hadamard", 1600, _WEIGHTS),
     "c_hadamard_blocks": Attempt("block_hadamard", 800, _WEIGHTS, by_blocks=True),
     "c_wush_400": Attempt("wush", 400, _WEIGHTS),
@@ -221,34 +228,21 @@ class Bench:
     ) -> tuple[dict, dict[str, Fitted]]:
         """Learns, rounds and measures; what is written, and what was learned."""
         began = time.perf_counter()
-        plain = recipe("rtn", rule)
+        plain, learning = recipe("rtn", rule), 0.0
         fits, history = {site: Fitted(one) for site, one in start.items()}, []
         if attempt.steps:
-            steps = attempt.steps
-            of_transform, of_weights, of_rest = (
-                optax.warmup_cosine_decay_schedule(0, peak, max(1, steps // 20), steps + 1)
-                for peak in attempt.rates
-            )
-            rates = dict.fromkeys(PARTS, of_rest)
-            rates |= {"transform": of_transform, "weights": of_weights}
-            learn = functools.partial(learn_model, dtype=self.dtype)
-            if attempt.by_blocks:
-                learn = learn_model_by_blocks
-            fits, _, history = learn(
-                self.model,
-                start,
-                attempt.moves,
-                (plain.activation_format, plain.weight_format),
-                self.rows,
-                self.held_out,
-                jax.random.key(seed),
-                steps=steps,
-                optimizer=at_rates(rates),
-                batch_rows=BATCH_ROWS,
-                report=lambda *check: print(*check, flush=True),
-            )
-        learned = time.perf_counter() - began
+            learn = learn_model_by_blocks if attempt.by_blocks else self.through_model
+            fits, _, history = self.learn(learn, attempt.steps, attempt, start, rule, seed)
+            learning = time.perf_counter() - began
         state = self.rounded(attempt.rounding, plain, fits)
+        if attempt.refine:
+            again = time.perf_counter()
+            fits, _, after = self.refine(attempt, fits, state, rule, seed)
+            history, learning = [*history, *after], learning + time.perf_counter() - again
+            state = {
+                site: dataclasses.replace(one, transform=fits[site].transform)
+                for site, one in state.items()
+            }
         measured = {name: self.measure(state, plain, rows) for name, rows in self.texts.items()}
         result = {
             "attempt": repr(attempt),
@@ -258,11 +252,61 @@ class Bench:
             "history": history,
             "condition": max(worst_condition(one.transform) for one in fits.values()),
             "learning_rows": len(self.rows),
-            "learning_seconds": learned,
+            "learning_seconds": learning,
             "seconds": time.perf_counter() - began,
             "environment": environment(),
         }
         return result, fits
+
+    def refine(
+        self,
+        attempt: Attempt,
+        fits: dict[str, Fitted],
+        state: dict[str, QuantizedSite],
+        rule: str,
+        seed: int,
+    ) -> Learning:
+        """Learns the transform once more, for the weights as they have been rounded."""
+        held = {site: dequantized(one) for site, one in state.items()}
+        learn = functools.partial(self.through_model, rounded=held)
+        start = {site: one.transform for site, one in fits.items()}
+        attempt = dataclasses.replace(attempt, moves=_AFFINE_AMAX)
+        return self.learn(learn, attempt.refine, attempt, start, rule, seed)
+
+    def through_model(self, *given: Any, **options: Any) -> Learning:
+        """`learn_model` in this bench's type."""
+        return learn_model(*given, dtype=self.dtype, **options)
+
+    def learn(
+        self,
+        learn: Callable[..., Learning],
+        steps: int,
+        attempt: Attempt,
+        start: dict[str, BlockAffine],
+        rule: str,
+        seed: int,
+    ) -> Learning:
+        """Learns what the attempt moves, at its rates."""
+        of_transform, of_weights, of_rest = (
+            optax.warmup_cosine_decay_schedule(0, peak, max(1, steps // 20), steps + 1)
+            for peak in attempt.rates
+        )
+        rates = dict.fromkeys(PARTS, of_rest)
+        rates |= {"transform": of_transform, "weights": of_weights}
+        plain = recipe("rtn", rule)
+        return learn(
+            self.model,
+            start,
+            attempt.moves,
+            (plain.activation_format, plain.weight_format),
+            self.rows,
+            self.held_out,
+            jax.random.key(seed),
+            steps=steps,
+            optimizer=at_rates(rates),
+            batch_rows=BATCH_ROWS,
+            report=lambda *check: print(*check, flush=True),
+        )
 
     def rounded(
         self, rounding: str, plain: Recipe, fits: dict[str, Fitted]
@@ -303,6 +347,11 @@ class Bench:
             "row_kl": kl,
             "document": rows.documents.tolist(),
         }
+
+
+def dequantized(site: QuantizedSite) -> Weights:
+    """The numbers that the rounded weights of a site are."""
+    return tuple(w.dequantize() if isinstance(w, MXArray) else w for w in site.weights)
 
 
 def worst_condition(transform: BlockAffine) -> float:

@@ -87,15 +87,15 @@ def test_beat_hadamard_learns_end_to_end_and_by_blocks_and_skips_what_is_there(
     assert capsys.readouterr().out == ""
 
 
-def _attempt(place, name, seed, kl, transfer):
+def _attempt(place, name, seed, kl, transfer, rule="floor"):
     texts = {"text": kl, "transfer": transfer}
     measured = {
         text: {"kl": sum(rows) / 3, "excess_nll": 0.1, "row_kl": rows, "document": [0, 1, 2]}
         for text, rows in texts.items()
     }
-    result = {"attempt": name, "scale_rule": "floor", "seed": seed, "measured": measured}
+    result = {"attempt": name, "scale_rule": rule, "seed": seed, "measured": measured}
     result |= {"condition": 1.0, "learning_rows": 3, "learning_seconds": 0.0, "environment": {}}
-    (place / f"{name}_floor_{seed}.json").write_text(json.dumps(result))
+    (place / f"{name}_{rule}_{seed}.json").write_text(json.dumps(result))
 
 
 def test_beat_hadamard_pairs_rows_averages_seeds_and_says_what_transfers(
@@ -104,20 +104,25 @@ def test_beat_hadamard_pairs_rows_averages_seeds_and_says_what_transfers(
     _attempt(tmp_path, "a_hadamard", 0, [0.2, 0.4, 0.6], [0.5, 0.5, 0.5])
     _attempt(tmp_path, "a_affine_amax", 0, [0.1, 0.3, 0.5], [0.4, 0.4, 0.4])
     _attempt(tmp_path, "a_affine_amax", 1, [0.3, 0.3, 0.3], [0.5, 0.5, 0.5])
+    _attempt(tmp_path, "c_hadamard", 0, [0.1, 0.1, 0.1], [0.2, 0.2, 0.2], "even")
     written = tmp_path / "summary" / "s.json"
     written.parent.mkdir()
     options = ["--out", str(tmp_path), "--summary", str(written)]
     monkeypatch.setattr(sys, "argv", ["beat_hadamard", *options])
     beat_hadamard.main()
-    affine, hadamard = json.loads(written.read_text())
+    affine, hadamard, other = json.loads(written.read_text())
+    assert (other["attempt"], other["scale_rule"]) == ("c_hadamard", "even")
     assert (affine["seeds"], hadamard["seeds"]) == ([0, 1], [0])
     mean, low, high = affine["texts"]["text"]["differences"]["a_hadamard"]
     assert mean == pytest.approx(-0.1)  # rows: 0, -.1, -.2
     half = 4.302653 * 0.1 / 3**0.5  # t(.975, 2) times their standard error
     assert (low, high) == pytest.approx((-0.1 - half, -0.1 + half), abs=1e-6)
-    row = next(r for r in capsys.readouterr().out.splitlines() if r.startswith("| a_affine"))
+    rows = capsys.readouterr().out.splitlines()
+    row = next(r for r in rows if r.startswith("| a_affine"))
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
-    assert cells == [
+    assert cells[6:] == [""] * 5  # was not run under even
+    assert next(r for r in rows if r.startswith("| c_")).startswith("| c_hadamard |  |  |  |")
+    assert cells[:6] == [
         "a_affine_amax",
         "0.3000 (0.3000-0.3000)",
         "-0.1000 ± 0.2484",

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Float32, Int, Integer, Key
 
 from duquantpp_jax.core import Fitted, Format
 from duquantpp_jax.learning.model import Learning
-from duquantpp_jax.learning.moves import Learned, LearningLinear, Moves
+from duquantpp_jax.learning.moves import Learned, LearningLinear, Moves, SiteState
 from duquantpp_jax.learning.training import Objective, Trained, train
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder, DecoderConfig, dense
 from duquantpp_jax.models.lazy import layer, window
@@ -67,7 +67,7 @@ class BlockError(Objective):
     ) -> Float[Array, "rows length k"]:
         """What the rounding block makes of x."""
         linear = LearningLinear(self.moves, *self.formats)
-        state = {site: (self.start[site], one) for site, one in learned.items()}
+        state = {site: SiteState(self.start[site], one) for site, one in learned.items()}
         return layer(self.config, x, self.parameters, self.window, linear, state)[0]
 
     def loss(self, learned: dict[str, Learned], batch: tuple[Array, Array]) -> Float[Array, ""]:

@@ -15,8 +15,15 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Integer, Key
 
-from duquantpp_jax.core import Fitted, Format
-from duquantpp_jax.learning.moves import PARTS, Learned, LearningLinear, Moves, product
+from duquantpp_jax.core import Fitted, Format, Weights
+from duquantpp_jax.learning.moves import (
+    PARTS,
+    Learned,
+    LearningLinear,
+    Moves,
+    SiteState,
+    product,
+)
 from duquantpp_jax.learning.training import Objective, train
 from duquantpp_jax.models import Decoder, dense
 from duquantpp_jax.transforms.block import BlockAffine
@@ -38,6 +45,7 @@ class Divergence(Objective):
       start: Transform of each site, stacked over layers.
       moves: What learns.
       formats: Of activations and of weights.
+      rounded: Of each site, weights that are held as they are; see `SiteState`.
       dtype: What both models compute in where they do not round.
     """
 
@@ -45,6 +53,7 @@ class Divergence(Objective):
     start: dict[str, BlockAffine]
     moves: Moves = struct.field(pytree_node=False)
     formats: tuple[Format, Format] = struct.field(pytree_node=False)
+    rounded: dict[str, Weights] | None = None
     dtype: Any = struct.field(pytree_node=False, default=jnp.bfloat16)
 
     def loss(
@@ -56,7 +65,10 @@ class Divergence(Objective):
         plain = dense if self.dtype == jnp.float32 else _bfloat16_linear
         log_p = jax.nn.log_softmax(jax.lax.stop_gradient(model(inputs, plain)[0]))
         linear = LearningLinear(self.moves, *self.formats)
-        state = {site: (self.start[site], one) for site, one in learned.items()}
+        held = self.rounded or {}
+        state = {
+            site: SiteState(self.start[site], one, held.get(site)) for site, one in learned.items()
+        }
         log_q = jax.nn.log_softmax(model(inputs, linear, state)[0])
         return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
@@ -89,6 +101,7 @@ def learn_model(
     *,
     steps: int,
     optimizer: optax.GradientTransformation,
+    rounded: Mapping[str, Weights] | None = None,
     dtype: Any = jnp.bfloat16,
     **options: Any,
 ) -> Learning:
@@ -102,10 +115,18 @@ def learn_model(
       key: For the order of the batches.
       steps: Updates.
       optimizer: Of {site: Learned}; `at_rates` gives each part a rate of its own.
+      rounded: Weights of each site that `start` has moved and that have been rounded: they are
+        held, and the transform learns to make good what rounding them has done.
       dtype: As of `Divergence`.
       options: Others of `training.train`.
+
+    Raises:
+      ValueError: Weights are held and are to learn.
     """
-    objective = Divergence(model, dict(start), moves, formats, dtype)
+    if rounded is not None and moves.weights != "fixed":
+        raise ValueError('rounded weights are held: they learn nothing, give weights="fixed"')
+    held = None if rounded is None else dict(rounded)
+    objective = Divergence(model, dict(start), moves, formats, held, dtype)
     learned = {site: moves.init(one, model.weights(site)) for site, one in start.items()}
     found = train(
         objective, learned, rows, held_out, key, steps=steps, optimizer=optimizer, **options

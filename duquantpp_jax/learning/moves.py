@@ -13,7 +13,7 @@ clip times its largest magnitude, so that any rounding may follow.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -174,9 +174,24 @@ class Moves:
         return tuple(learnable_quantize(format, through, w) for w in moved)
 
 
+class SiteState(NamedTuple):
+    """State of `LearningLinear` at a site.
+
+    Attributes:
+      start: The transform that learning starts from.
+      learned: What moves.
+      rounded: Weights that were moved by `start` and rounded, and are held: T moves the input
+        alone. None: the weights as `Moves` says.
+    """
+
+    start: BlockAffine
+    learned: Learned
+    rounded: Weights | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class LearningLinear:
-    """The `linear` of a model that learns; its state at a site is (start, learned).
+    """The `linear` of a model that learns.
 
     Products are taken in bfloat16 with float32 sums. Numbers of four bits times a power of two
     are bfloat16 numbers, so that the forward products are exact; gradients are rounded.
@@ -187,15 +202,17 @@ class LearningLinear:
     weight_format: Format
 
     def __call__(
-        self, site: str, x: Array, weights: Weights, state: tuple[BlockAffine, Learned]
+        self, site: str, x: Array, weights: Weights, state: SiteState
     ) -> tuple[tuple[Array, ...], None]:
-        moves, (start, learned) = self.moves, state
+        moves, (start, learned, rounded) = self.moves, state
         weights = tuple(w.astype(jnp.float32) for w in weights)
         transform = moves.moved_transform(start, learned)
         x = x.astype(jnp.float32)
         x = moves.quantized_input(self.activation_format, transform, learned, x)
-        weights = moves.quantized_weights(self.weight_format, start, transform, learned, weights)
-        return tuple(product(x, w) for w in weights), None
+        if rounded is None:
+            format = self.weight_format
+            rounded = moves.quantized_weights(format, start, transform, learned, weights)
+        return tuple(product(x, w) for w in rounded), None
 
 
 @jax.custom_vjp

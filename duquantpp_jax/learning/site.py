@@ -24,7 +24,7 @@ from flax import struct
 from jaxtyping import Array, Float, Key
 
 from duquantpp_jax.core import Fit, Fitted, Format, Recipe, Stats, Weights
-from duquantpp_jax.learning.moves import Learned, LearningLinear, Moves
+from duquantpp_jax.learning.moves import Learned, LearningLinear, Moves, SiteState
 from duquantpp_jax.learning.training import Objective, train
 from duquantpp_jax.models import dense
 from duquantpp_jax.transforms.block import BlockAffine
@@ -56,7 +56,7 @@ class SiteError(Objective):
         if self.kind == "output":
             linear = LearningLinear(self.moves, *self.formats)
             wanted, _ = dense("", batch, self.weights, None)
-            ys, _ = linear("", batch, self.weights, (self.start, learned))
+            ys, _ = linear("", batch, self.weights, SiteState(self.start, learned))
             return _mean([_error(a, b) for a, b in zip(wanted, ys, strict=True)])
         transform = self.moves.moved_transform(self.start, learned)
         back = transform.inverse()
