@@ -10,9 +10,8 @@ Command: duquantpp ablate experiments/formats.py --table
   or python -m experiments.formats --table, with --model DIR --text FILE --calibration-text FILE for
   another model than the embedded one.
 Cost: 120 cells, and a compilation for each format.
-Last result, 2026-11-25, gutenberg-27m on Gutenberg (WikiText-2 and the embedded model are not yet
-  run), 65,408 targets, H100 (results/grid_formats_gutenberg27m_128rows.json), KL of plain rounding,
-  and what block_hadamard and duquantpp add to it:
+Last result, 2026-11-25, gutenberg-27m on Gutenberg, 65,408 targets, H100
+  (results/grid_formats_*.json), KL of plain rounding, and what block_hadamard and duquantpp add:
     mxfp4 floor, blocks of 16    .1370    -.0074 +- .0012    -.0160 +- .0017
     mxfp4 floor, 32              .1390    -.0199 +- .0013    -.0241 +- .0013
     mxfp4 floor, 64              .1490    -.0328 +- .0017    -.0329 +- .0015
@@ -30,6 +29,10 @@ Last result, 2026-11-25, gutenberg-27m on Gutenberg (WikiText-2 and the embedded
   gains (17 %), e3m2, e4m3 and e5m2 lose; an element with a wide range holds a block's outlier and
   its small values by itself, and a rotation takes the small values away. With power-of-two scales a
   block of 64 after a rotation is as good as one of 16 without (.1162 and .1370 under floor).
+  The embedded model says the same (2 CPU cores): in NVFP4 +.0196 +- .0014 and +.0060 +- .0010 of
+  .1077, in e3m2, e4m3 and e5m2 +20 to +22 % and +8 to +9 %, in MXFP4 of 64 -.0305 and -.0381, in
+  e2m3 -.0004 and -.0015. Only its block_hadamard in MXFP4 of 16 and 32 under even does harm (+.012,
+  +.014), which is one token's doing (position_zero.py): random signs do not at 32 (-.0050).
 """
 
 import sys

@@ -10,19 +10,25 @@ Command: duquantpp ablate experiments/rotation_size.py --table
   --calibration-text FILE for another model than the embedded one.
 Cost: 160 cells; a size that does not divide a width is reported as failed (512 on the embedded
   model). Online, size r costs r multiply-adds a value unless it is a fast Hadamard transform.
-Last result, 2026-11-25, gutenberg-27m on Gutenberg, the rotations that do not look at the data
-  alone (`duquantpp`, WikiText-2 and the embedded model are not yet run), 65,408 targets, H100
-  (results/grid_rotation_size_gutenberg27m_128rows.json), KL less that at 32:
-    size                    8        16       64       128      full
-    hadamard, floor         +.0035   -.0021   -.0002   +.0016   +.0025
-    hadamard, even          +.0035   +.0001   +.0044   +.0042   +.0053
-    random signs, floor     +.0039   +.0003   +.0007   +.0016   +.0043
-    random signs, even      +.0021   +.0003   +.0005   +.0007   +.0042
-    haar, floor             +.0039   +.0018   -.0023   -.0013   -.0007
-    haar, even              +.0046   -.0014   -.0029   -.0001   -.0003
-  with 95 % intervals of +- .001 to .002. As large as the block is right, but not sharply: 16 is as
-  good, and half the cost online, 64 mostly is, and the full width costs Hadamard matrices .0025 to
-  .0053. Haar rotations, behind Hadamard at every size, do not mind.
+Last result, 2026-11-25, gutenberg-27m on Gutenberg (WikiText-2 is not yet run), 65,408 targets,
+  H100 (results/grid_rotation_size_*.json), KL less that at 32:
+    size                    8        16       64       128      256      full
+    hadamard, floor         +.0035   -.0021   -.0002   +.0016   +.0050   +.0025
+    hadamard, even          +.0035   +.0001   +.0044   +.0042   +.0044   +.0053
+    random signs, floor     +.0039   +.0003   +.0007   +.0016   +.0025   +.0043
+    random signs, even      +.0021   +.0003   +.0005   +.0007   +.0018   +.0042
+    haar, floor             +.0039   +.0018   -.0023   -.0013   +.0002   -.0007
+    haar, even              +.0046   -.0014   -.0029   -.0001   -.0005   -.0003
+    duquantpp, floor        +.0066   +.0023   +.0011   +.0005   -.0013   +.0001
+    duquantpp, even         +.0049   +.0024   +.0007   +.0003   +.0000   -.0012
+  with 95 % intervals of +- .001 to .002. For Hadamard matrices as large as the block is right, but
+  not sharply: 16 is as good, and half the cost online, 64 mostly is, and the full width costs
+  .0025 to .0053. Haar rotations, behind Hadamard at every size, do not mind. Of DuQuant++'s own
+  claim one half holds: smaller than the block is worse, but larger is level, and at 256 under floor
+  and 512 under even a little better (-.0013 +- .0009, -.0012 +- .0009).
+  On the embedded model random signs are level up to 64 and lose .006 to .008 from 128 on (floor);
+  DuQuant++ loses .005 at 8, is within .002 of 32 from 64 on under floor and gains .003 at 256 and
+  full under even. Its columns of plain Hadamard under even mean little: see position_zero.py.
 """
 
 import sys
