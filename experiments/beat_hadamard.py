@@ -35,12 +35,14 @@ Last result, 2026-11-25, gutenberg-27m, 261,632 targets, jax 0.11.2 on two H100s
   learned the transform is worth less than the steps that it costs. The surprise is what it does for
   weights that are rounded already: held as they are, with only the matrix of 32 x 32 before each
   block of inputs moving, KL falls by 14 and 12 %, and row b is nearly as good as row c without a
-  weight having learned. Such a transform is no inverse of what moved the weights; it makes good what
-  rounding them has done. Hadamard refined as well is not yet run with these steps and three seeds
-  (the search below has it at .0806, when the affine one was at .0815). Of each row's gain over RTN
-  Hadamard, relative to it, 74 / 78 %, 69 / 73 % (refined) and 75 / 73 % is left on WikiText-2.
-  Embedded model, one seed, on Gutenberg: a .1354 / .1325 (Hadamard .1903 / .2038), b refined .1077 /
-  .1019 (Hadamard with GPTQ and descent .1531 / .1487); row c is not yet run.
+  weight having learned. Such a transform is no inverse of what moved the weights: it makes good
+  what rounding them has done. Hadamard refined as well is not yet run with these steps and three
+  seeds (the search below has it at .0806, when the affine one was at .0815). Of each row's gain
+  over RTN Hadamard, relative to it, 74 / 78 %, 69 / 73 % (refined) and 75 / 73 % is left on
+  WikiText-2.
+  Embedded model, one seed, on Gutenberg (results/beat_hadamard_testbed.json): a .1354 / .1325
+  (Hadamard .1903 / .2037), b refined .1077 / .1019 (Hadamard with GPTQ and descent .1531 / .1487);
+  row c is not yet run.
 Search: one seed, floor, 65,408 targets, KL and (that on WikiText-2, where RTN Hadamard has .2031);
   RTN Hadamard is .1191 here, Hadamard with GPTQ .0974.
   a  affine from WUSH, 400 steps on calibration text          .0920  (.1760)

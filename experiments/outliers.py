@@ -29,11 +29,11 @@ Last result, 2026-11-25, 65,408 targets, floor, H100s, profile of Llama-3.2-1B
     wush               .109   .109   .111   .149  6.56
     wush_conditioned   .109   .110   .125  5.86   7.28
   and the same order on the embedded model and on WikiText-2, where smooth costs .239 to .255,
-  smooth_hadamard .207 to .210 and duquantpp .203 to .215 at every strength. The hypothesis is wrong about what breaks first: not
-  plain rounding, which the wide channels cost little else than themselves, but rotations without
-  smoothing, which spread them over 31 others whose weights are large (see the caveat). Random signs
-  do not help. Smoothing does not notice. WUSH, whose condition number may reach what undoes the
-  outlier, holds on longer than with the number bounded at 10.
+  smooth_hadamard .207 to .210 and duquantpp .203 to .215 at every strength. The hypothesis is wrong
+  about what breaks first: not plain rounding, which the wide channels cost little else than
+  themselves, but rotations without smoothing, which spread them over 31 others whose weights are
+  large (see the caveat). Random signs do not help. Smoothing does not notice. WUSH, whose condition
+  number may reach what undoes the outlier, holds on longer than with the number bounded at 10.
 """
 
 import dataclasses
