@@ -253,8 +253,7 @@ class Bench:
         plain, learning = recipe("rtn", rule), 0.0
         fits, history = {site: Fitted(one) for site, one in start.items()}, []
         if attempt.steps:
-            learn = learn_model_by_blocks if attempt.by_blocks else self.through_model
-            fits, _, history = self.learn(learn, attempt.steps, attempt, start, rule, seed)
+            fits, _, history = self.learn(attempt, start, rule, seed)
             learning = time.perf_counter() - began
         state = self.rounded(attempt.rounding, plain, fits)
         if attempt.refine:
@@ -289,26 +288,28 @@ class Bench:
         seed: int,
     ) -> Learning:
         """Learns the transform once more, for the weights as they have been rounded."""
+        again = dataclasses.replace(
+            attempt, steps=attempt.refine, moves=_AFFINE_AMAX, by_blocks=False
+        )
         held = {site: dequantized(one) for site, one in state.items()}
-        learn = functools.partial(self.through_model, rounded=held)
         start = {site: one.transform for site, one in fits.items()}
-        attempt = dataclasses.replace(attempt, moves=_AFFINE_AMAX)
-        return self.learn(learn, attempt.refine, attempt, start, rule, seed)
-
-    def through_model(self, *given: Any, **options: Any) -> Learning:
-        """`learn_model` in this bench's type."""
-        return learn_model(*given, dtype=self.dtype, **options)
+        return self.learn(again, start, rule, seed, held)
 
     def learn(
         self,
-        learn: Callable[..., Learning],
-        steps: int,
         attempt: Attempt,
         start: dict[str, BlockAffine],
         rule: str,
         seed: int,
+        rounded: dict[str, Weights] | None = None,
     ) -> Learning:
-        """Learns what the attempt moves, at its rates."""
+        """Learns what the attempt moves; `rounded` as of `learn_model`."""
+        learn: Callable[..., Learning] = functools.partial(
+            learn_model, dtype=self.dtype, rounded=rounded
+        )
+        if attempt.by_blocks:
+            learn = learn_model_by_blocks
+        steps = attempt.steps
         of_transform, of_weights, of_rest = (
             optax.warmup_cosine_decay_schedule(0, peak, max(1, steps // 20), steps + 1)
             for peak in attempt.rates
@@ -435,7 +436,11 @@ def main() -> None:
     shared, attempts = bench(arguments), ATTEMPTS
     if arguments.steps:
         attempts = {
-            name: dataclasses.replace(one, steps=min(one.steps, arguments.steps))
+            name: dataclasses.replace(
+                one,
+                steps=min(one.steps, arguments.steps),
+                refine=min(one.refine, arguments.steps),
+            )
             for name, one in ATTEMPTS.items()
         }
     for name in arguments.cells:
