@@ -272,7 +272,8 @@ def _layers(
         write_tensors(out / layer_file(number), tensors, about)
         if number + 1 < count:
             write_tensors(_hidden_file(out, number + 1), {"hidden": hidden}, {"schema": SCHEMA})
-        _hidden_file(out, number).unlink(missing_ok=True)
+        for past in range(number + 1):  # last the one that a killed run goes on from
+            _hidden_file(out, past).unlink(missing_ok=True)
 
 
 def _remove(directory: Path, *patterns: str) -> None:

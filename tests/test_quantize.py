@@ -143,6 +143,26 @@ def test_killed_before_anything_has_its_name_it_begins_anew(three_layers, quanti
     assert contents(options.out) == contents(quantized)
 
 
+def test_killed_before_it_drops_old_hidden_states_it_drops_them_later(
+    three_layers, quantized, tmp_path
+):
+    options = options_of(three_layers, tmp_path / "q", recipe="smooth_hadamard", rounding="gptq")
+    unlink = type(files.Path()).unlink
+
+    def dies(path, **more):
+        if path.name == "hidden-00001.safetensors":
+            raise Killed
+        unlink(path, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", dies)
+        with pytest.raises(Killed):
+            quantize(options)
+    assert len(list(options.out.glob("hidden-*"))) == 2
+    quantize(options)
+    assert contents(options.out) == contents(quantized)
+
+
 @pytest.mark.slow
 def test_killed_sequential_goes_on_from_what_the_quantized_layers_gave(three_layers, tmp_path):
     """Ten times, at random steps of writing; once without the hidden states that it had stored."""
