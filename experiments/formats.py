@@ -29,10 +29,13 @@ Last result, 2026-11-25, gutenberg-27m on Gutenberg, 65,408 targets, H100
   gains (17 %), e3m2, e4m3 and e5m2 lose; an element with a wide range holds a block's outlier and
   its small values by itself, and a rotation takes the small values away. With power-of-two scales a
   block of 64 after a rotation is as good as one of 16 without (.1162 and .1370 under floor).
-  The embedded model says the same (2 CPU cores): in NVFP4 +.0196 +- .0014 and +.0060 +- .0010 of
-  .1077, in e3m2, e4m3 and e5m2 +20 to +22 % and +8 to +9 %, in MXFP4 of 64 -.0305 and -.0381, in
-  e2m3 -.0004 and -.0015. Only its block_hadamard in MXFP4 of 16 and 32 under even does harm (+.012,
-  +.014), which is one token's doing (position_zero.py): random signs do not at 32 (-.0050).
+  WikiText-2 says the same: in NVFP4 +.0188 +- .0016 and +.0124 +- .0013 of .1236, in MXFP4 of 64
+  under floor -.0483 and -.0404 of .2484, in e2m3 -.0031 and -.0037 of .0154; only in e4m3 is
+  duquantpp level (+.0001 +- .0001). So does the embedded model (2 CPU cores): in NVFP4 +.0196 and
+  +.0060 of .1077, in e3m2, e4m3 and e5m2 +20 to +22 % and +8 to +9 %, in MXFP4 of 64 -.0305 and
+  -.0381, in e2m3 -.0004 and -.0015. Only its block_hadamard in MXFP4 of 16 and 32 under even does
+  harm (+.012, +.014), which is one token's doing (position_zero.py): random signs do not at 32
+  (-.0050).
 """
 
 import sys
