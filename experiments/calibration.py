@@ -14,22 +14,23 @@ Command: duquantpp ablate experiments/calibration.py --table
   are mostly shorter than a row, which leaves 70 rows; the embedded rows are 64: more tokens than
   there are is reported as failed.
 Cost: 84 cells a domain.
-Last result, 2026-11-25, gutenberg-27m on Gutenberg, 65,408 targets, H100
-  (results/grid_calibration_*.json), KL less that with 32,704 tokens of the same text, of books and,
-  after the bar, of WikiText-2; with intervals of +- .001 to .003:
-    tokens               128              511              2,044            130,816
-    smooth_hadamard      +.0125 | +.0168  +.0047 | +.0052  -.0006 | +.0033  -.0016 | -.0020
-    greedy               +.0014 | +.0012  -.0014 | +.0007  -.0019 | +.0004  -.0011 | +.0036
-    duquantpp            +.0129 | +.0183  +.0071 | +.0066  +.0021 | +.0028  +.0007 | -.0007
-    released, averaged   +.0122 | +.0199  +.0042 | +.0074  +.0014 | +.0028  -.0010 | -.0008
-    released, pooled     +.0136 | +.0197  +.0056 | +.0071  +.0019 | +.0037  +.0009 | -.0013
-    wush                 +.0283 | +.0330  +.0084 | +.0126  +.0028 | +.0028  +.0016 | -.0001
-  16 rows, 8,176 tokens, are as good as 64 or 256 for every method (within .0025, most within .001);
-  4 rows are within .004. Text of the other kind costs, at 32,704 tokens: smooth_hadamard .0009,
-  greedy -.0007, duquantpp .0022, wush .0062 (.1089 becomes .1151, still ahead of Hadamard's
-  .1191): what is fitted to second moments is fitted to the text as well. Averaged or pooled, as
-  released or not: .0014 at most from 4 rows on, within what seeds do. A surprise: the greedy search
-  takes nothing from tokens, 128 are nearly as good as 130,816.
+Last result, 2026-11-25, gutenberg-27m on Gutenberg, 65,408 targets, H100, calibrated on
+  TinyStories 2 CPU cores (results/grid_calibration_*.json), KL less that with 32,704 tokens of the
+  same text, calibrated on books | WikiText-2 | TinyStories, with intervals of +- .001 to .003:
+    tokens              128                     511                     2,044
+    smooth_hadamard     +.0125 +.0168 +.0188    +.0047 +.0052 +.0119    -.0006 +.0033 +.0042
+    greedy              +.0014 +.0012 +.0005    -.0014 +.0007 -.0006    -.0019 +.0004 +.0006
+    duquantpp           +.0129 +.0183 +.0211    +.0071 +.0066 +.0137    +.0021 +.0028 +.0035
+    released, averaged  +.0122 +.0199 +.0203    +.0042 +.0074 +.0121    +.0014 +.0028 +.0032
+    released, pooled    +.0136 +.0197 +.0213    +.0056 +.0071 +.0131    +.0019 +.0037 +.0042
+    wush                +.0283 +.0330 +.0344    +.0084 +.0126 +.0184    +.0028 +.0028 +.0042
+  16 rows, 8,176 tokens, are as good as 64 for every method (within .0025, most within .001), and
+  256 are no better; 4 rows are within .004. With 32,704 tokens WikiText-2 and TinyStories cost
+  against books: smooth_hadamard .0009 and .0004, greedy -.0007 and -.0015, duquantpp .0022 and
+  .0028, wush .0062 and .0063 (.1089 becomes .115, still ahead of Hadamard's .1191): what is fitted
+  to second moments is fitted to the text as well. Averaged or pooled, as released or not: .0014 at
+  most from 4 rows on, within what seeds do. A surprise: the greedy search takes nothing from
+  tokens, 128 are nearly as good as 130,816.
   On the embedded model, on its own text (2 CPU cores): the same, but for one row, which is within
   .005 of 64 for every method there, WUSH's included.
 """
