@@ -25,7 +25,7 @@ Last result, 2026-11-25, gutenberg-27m on Gutenberg, 65,408 targets, H100, calib
     released, pooled    +.0136 +.0197 +.0213    +.0056 +.0071 +.0131    +.0019 +.0037 +.0042
     wush                +.0283 +.0330 +.0344    +.0084 +.0126 +.0184    +.0028 +.0028 +.0042
   16 rows, 8,176 tokens, are as good as 64 for every method (within .0025, most within .001), and
-  256 are no better; 4 rows are within .004. With 32,704 tokens WikiText-2 and TinyStories cost
+  256 are no better; 4 rows are within .0042. With 32,704 tokens WikiText-2 and TinyStories cost
   against books: smooth_hadamard .0009 and .0004, greedy -.0007 and -.0015, duquantpp .0022 and
   .0028, wush .0062 and .0063 (.1089 becomes .115, still ahead of Hadamard's .1191): what is fitted
   to second moments is fitted to the text as well. Averaged or pooled, as released or not: .0014 at
