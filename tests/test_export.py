@@ -26,6 +26,7 @@ def exported(model, out, format="compressed-tensors"):
     return tensors_of(out)
 
 
+@pytest.mark.slow
 def test_packed_weights_decode_to_those_of_the_model(tiny_directory, tmp_path):
     model = quantized(tiny_directory, tmp_path / "q", exclude=("*.0.mlp.down_proj",))
     tensors = exported(model, tmp_path / "e")

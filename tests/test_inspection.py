@@ -73,6 +73,7 @@ def test_the_numbers_are_those_of_plain_numpy(tiny_directory, tiny_text, tmp_pat
     assert " top 10% " in said
 
 
+@pytest.mark.slow
 def test_a_quantized_directory_shows_what_it_holds(quantized, tiny_text, tmp_path, capsys):
     assert run(quantized, tiny_text, tmp_path, "--site", "*.down_proj") == 0
     results = json.loads((tmp_path / "outliers.json").read_text())

@@ -30,6 +30,7 @@ def _site(width=64):
     return x, weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(FITS))
 def test_a_quantized_linear_errs_like_its_format_and_no_more(name):
     x, weights = _site(128)
@@ -56,6 +57,7 @@ def test_both_sides_are_quantized():
         np.testing.assert_allclose(y, q(x) @ q(w).T, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_padding_with_zeros_is_exact():
     x, weights = _site(44)
     wide = (widen(x, 64), tuple(widen(w, 64) for w in weights))
@@ -75,6 +77,7 @@ def test_padding_with_zeros_is_exact():
     np.testing.assert_allclose(moved, x @ weights[0].T, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["duquantpp", "wush"])
 def test_a_model_is_quantized_site_by_site_and_layer_by_layer(name):
     model = tiny_decoder()

@@ -58,6 +58,7 @@ def test_gradient_has_the_type_of_the_input(dtype):
     np.testing.assert_array_equal(gradient, jnp.broadcast_to(SLOPE.astype(dtype), x.shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saturated", [True, False])
 def test_jit_vmap_scan_remat_and_forward_mode_agree_with_eager(saturated):
     x = numbers()

@@ -299,6 +299,7 @@ def test_scaling_by_powers_of_two_moves_bytes_and_nothing_else(seed, power, rule
     np.testing.assert_array_equal(moved_bytes.astype(int), bytes_.astype(int) + power)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(seeds, st.sampled_from(FORMATS))
 def test_error_of_mse_is_at_most_that_of_the_rules_it_chooses_among(seed, make):

@@ -3,9 +3,12 @@
 import importlib.util
 import pathlib
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_page_is_what_the_script_writes():
     place = ROOT / "experiments" / "numerics_page.py"
     spec = importlib.util.spec_from_file_location("numerics_page", place)

@@ -38,6 +38,7 @@ def data():
     return tuple(jax.random.normal(k, (n, 64)) for k, n in zip(keys[3:], (24, 16), strict=True)), x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["activations", "both", "output"])
 def test_losses_are_those_of_the_docstring(data, kind):
     weights, x = data
@@ -101,6 +102,7 @@ def check(data, monkeypatch, fit, one=EVEN, rel=1e-3):
 SHORT = {"steps": 20, "check_every": 5, "batch_tokens": 64}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parametrization", "start", "kind"),
     [

@@ -37,6 +37,7 @@ def errors(q, per):
     return blocks if per == "block" else blocks.sum(axis=-1, keepdims=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEARCHES)
 def test_each_block_or_row_has_the_least_error_of_all_candidates(name):
     search, format = SEARCHES[name]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from duquantpp_jax.formats import MXFP4
 from duquantpp_jax.rounding.descent import descend
@@ -17,6 +18,7 @@ def _case():
     return w, gram, damped(gram, 0.01)
 
 
+@pytest.mark.slow
 def test_no_pass_raises_the_error():
     w, gram, h = _case()
     rounded = jax.jit(lambda w, gram: gptq(w, MXFP4(), gram))(w, gram)

@@ -95,6 +95,7 @@ def test_dead_channels_and_no_input_at_all_give_numbers():
         assert bool(jnp.all(jnp.isfinite(gptq(w, MXFP4(), g).dequantize())))
 
 
+@pytest.mark.slow
 def test_gptq_maps_over_layers():
     w, gram, _ = _case()
     both = jax.vmap(lambda w, g: gptq(w, MXFP4(), g))(jnp.stack([w, 2 * w]), jnp.stack([gram] * 2))
