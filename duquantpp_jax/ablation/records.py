@@ -3,6 +3,7 @@
     DIGEST.json          a finished cell: configuration, metrics, sums of every row, environment
     DIGEST.failed.json   a failed one: configuration and its error in one line
 
+Neither says where files lie: model and texts are named as they are called, errors included.
 Files are written whole or not at all. A finished cell is never measured again; a failed one is
 tried again by the next run.
 """
@@ -90,6 +91,9 @@ def write(out: Path, cell: Cell, found: Found) -> None:
 def write_error(out: Path, cell: Cell, error: Exception) -> None:
     """Records a failed cell."""
     line = " ".join(f"{type(error).__name__}: {error}".split())
+    for path in (cell.model, cell.text, cell.calibration_text):
+        if path is not None and path.parent != Path():
+            line = line.replace(str(path), path.name)
     record = _about(cell) | {"error": line[:500], "environment": environment()}
     files.write_whole(path_of(out, cell, failed=True), files.to_json(record, indent=None))
 

@@ -139,6 +139,14 @@ def test_a_failed_cell_is_recorded_the_sweep_goes_on_and_the_next_run_tries_agai
     assert not path.exists()
 
 
+def test_a_failure_names_files_and_not_where_they_lie(tiny, tmp_path):
+    cell = tiny("rtn")
+    bad = tiny("rtn", change=Breaks(f"{cell.text} does not fit {cell.model}"))
+    outcome = run([bad], tmp_path)
+    assert outcome.errors == {bad: f"RuntimeError: {cell.text.name} does not fit {cell.model.name}"}
+    assert len(cell.text.parts) > 1
+
+
 def test_a_result_that_is_nan_is_a_failure(tiny, tmp_path):
     cell = tiny("x", fit=FitSmooth(alpha=float("1e9")))
     assert "NaN" in run([cell], tmp_path).errors[cell]
