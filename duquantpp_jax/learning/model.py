@@ -121,10 +121,12 @@ def learn_model(
       options: Others of `training.train`.
 
     Raises:
-      ValueError: Weights are held and are to learn.
+      ValueError: Weights are held and they, or their clips, are to learn.
     """
-    if rounded is not None and moves.weights != "fixed":
-        raise ValueError('rounded weights are held: they learn nothing, give weights="fixed"')
+    if rounded is not None and (moves.weights != "fixed" or moves.weight_clip is not None):
+        raise ValueError(
+            'rounded weights are held, clips and all: give weights="fixed" and no weight_clip'
+        )
     held = None if rounded is None else dict(rounded)
     objective = Divergence(model, dict(start), moves, formats, held, dtype)
     learned = {site: moves.init(one, model.weights(site)) for site, one in start.items()}

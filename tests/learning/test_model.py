@@ -140,12 +140,13 @@ def test_a_transform_learns_to_make_good_what_rounding_has_done_to_weights(model
     assert loss(moved) == pytest.approx(min(h[2] for h in learning.history), rel=0.01)
 
 
-def test_rounded_weights_do_not_learn(model):
+@pytest.mark.parametrize("moves", [Moves(None, "given"), Moves(None, weight_clip="site")])
+def test_rounded_weights_do_not_learn_nor_their_clips(model, moves):
     with pytest.raises(ValueError, match="held"):
         learn_model(
             model,
             {},
-            Moves(None, "given"),
+            moves,
             FORMATS,
             np.zeros((1, 8), np.int32),
             np.zeros((1, 8), np.int32),
