@@ -95,9 +95,9 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ from duquantpp_jax.evaluation.divergence import float_log_probabilities, row_div
 from duquantpp_jax.evaluation.text import TARGETS, Rows, read_text, rows_of_text
 from duquantpp_jax.learning.blocks import learn_model_by_blocks
 from duquantpp_jax.learning.model import Learning, at_rates, learn_model
-from duquantpp_jax.learning.moves import PARTS, Moves
+from duquantpp_jax.learning.moves import PARTS
 from duquantpp_jax.models import SITES, Decoder, load_config, load_tokenizer, testbed
 from duquantpp_jax.ptq import QuantizedSite, fit_model, quantize_model
 from duquantpp_jax.recipes import recipe
@@ -120,74 +120,12 @@ from duquantpp_jax.rounding.descent import GPTQDescent
 from duquantpp_jax.subject import environment, load_subject
 from duquantpp_jax.transforms import storage
 from duquantpp_jax.transforms.block import BlockAffine
-from duquantpp_jax.transforms.learned import Affine, block_affine
+from duquantpp_jax.transforms.learned import block_affine
 from experiments import attempts_table
+from experiments.attempts import AFFINE_AMAX, ATTEMPTS, Attempt
 
 CALIBRATION_ROWS, HELD_OUT_ROWS, BATCH_ROWS = 64, 64, 16
 SIZE = 32
-STILL = Moves(None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Attempt:
-    """A method of one row.
-
-    Attributes:
-      start: What the transform starts as: that of a recipe, or what another attempt learned.
-      steps: Of learning; with none the start is taken as it is.
-      moves: What learns.
-      rounding: Of the weights in the end.
-      refine: Steps of the transform after that, the rounded weights held.
-      by_blocks: Learn a decoder block after the other, each on what the quantized ones before it
-        give, and not through the whole model. Hidden states of all rows are kept: do without
-        --train-text.
-      rates: Peak learning rates of the transform, of the weights, and of clips and scale offsets;
-        warmed up over a twentieth of the steps, then down a cosine to zero.
-    """
-
-    start: str
-    steps: int = 0
-    moves: Moves = STILL
-    rounding: Literal["rtn", "gptq", "descent", "asymmetric", "asymmetric_descent"] = "rtn"
-    rates: tuple[float, float, float] = (1e-3, 1e-4, 1e-2)
-    refine: int = 0
-    by_blocks: bool = False
-
-
-_AFFINE = Moves(Affine())
-_AFFINE_AMAX = Moves(Affine(), through_amax=True)
-_INPUT_ONLY = Moves(Affine(), round_weights=False)
-_SLOW = (3e-4, 1e-4, 1e-2)
-_WEIGHTS = Moves(None, "given")
-_BOTH = Moves(Affine(), "given")
-
-ATTEMPTS = {
-    "a_hadamard": Attempt("block_hadamard"),
-    "a_affine_400": Attempt("wush", 400, _AFFINE),
-    "a_affine": Attempt("wush", 1500, _AFFINE),
-    "a_affine_amax": Attempt("wush", 800, _AFFINE_AMAX),
-    "a_affine_long": Attempt("wush", 1600, _AFFINE_AMAX),
-    "a_affine_blocks": Attempt("wush", 1500, _AFFINE, by_blocks=True),
-    "a_input": Attempt("wush", 1500, _INPUT_ONLY),
-    "b_hadamard_gptq": Attempt("block_hadamard", rounding="gptq"),
-    "b_hadamard_descent": Attempt("block_hadamard", rounding="descent"),
-    "b_hadamard_asymmetric": Attempt("block_hadamard", rounding="asymmetric_descent"),
-    "b_affine_400_gptq": Attempt("a_affine_400", rounding="gptq"),
-    "b_input_gptq": Attempt("a_input", rounding="gptq"),
-    "b_affine_asymmetric": Attempt("a_affine_amax", rounding="asymmetric_descent"),
-    "b_affine_descent": Attempt("a_affine_amax", rounding="descent"),
-    "b_affine_refined": Attempt("a_affine_amax", rounding="descent", refine=800, rates=_SLOW),
-    "b_hadamard_refined": Attempt("block_hadamard", rounding="descent", refine=800, rates=_SLOW),
-    "c_hadamard": Attempt("block_hadamard", 1600, _WEIGHTS),
-    "c_hadamard_blocks": Attempt("block_hadamard", 800, _WEIGHTS, by_blocks=True),
-    "c_wush_400": Attempt("wush", 400, _WEIGHTS),
-    "c_wush": Attempt("wush", 1600, _WEIGHTS),
-    "c_input": Attempt("a_input", 800, _WEIGHTS),
-    "c_affine_fixed": Attempt("a_affine_amax", 800, _WEIGHTS),
-    "c_affine_slow": Attempt("a_affine_amax", 800, _BOTH, rates=(1e-4, 1e-4, 1e-2)),
-    "c_affine_given": Attempt("wush", 1500, _BOTH),
-    "c_affine_moved": Attempt("wush", 1500, Moves(Affine(), "moved")),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +227,7 @@ class Bench:
     ) -> Learning:
         """Learns the transform once more, for the weights as they have been rounded."""
         again = dataclasses.replace(
-            attempt, steps=attempt.refine, moves=_AFFINE_AMAX, by_blocks=False
+            attempt, steps=attempt.refine, moves=AFFINE_AMAX, by_blocks=False
         )
         held = {site: dequantized(one) for site, one in state.items()}
         start = {site: one.transform for site, one in fits.items()}
@@ -304,11 +242,8 @@ class Bench:
         rounded: dict[str, Weights] | None = None,
     ) -> Learning:
         """Learns what the attempt moves; `rounded` as of `learn_model`."""
-        learn: Callable[..., Learning] = functools.partial(
-            learn_model, dtype=self.dtype, rounded=rounded
-        )
-        if attempt.by_blocks:
-            learn = learn_model_by_blocks
+        through_model = functools.partial(learn_model, dtype=self.dtype, rounded=rounded)
+        learn = learn_model_by_blocks if attempt.by_blocks else through_model
         steps = attempt.steps
         of_transform, of_weights, of_rest = (
             optax.warmup_cosine_decay_schedule(0, peak, max(1, steps // 20), steps + 1)
