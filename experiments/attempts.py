@@ -47,7 +47,7 @@ ATTEMPTS: dict[str, Attempt] = {
     "a_affine_400": Attempt("wush", 400, _AFFINE),
     "a_affine": Attempt("wush", 1500, _AFFINE),
     "a_affine_amax": Attempt("wush", 800, AFFINE_AMAX),
-    "a_affine_long": Attempt("wush", 1600, AFFINE_AMAX),
+    "a_affine_long": Attempt("wush", 2400, AFFINE_AMAX),
     "a_affine_blocks": Attempt("wush", 1500, _AFFINE, by_blocks=True),
     "a_input": Attempt("wush", 1500, _INPUT_ONLY),
     "b_hadamard_gptq": Attempt("block_hadamard", rounding="gptq"),

@@ -10,8 +10,8 @@ Command: duquantpp ablate experiments/rotation_size.py --table
   --calibration-text FILE for another model than the embedded one.
 Cost: 160 cells; a size that does not divide a width is reported as failed (512 on the embedded
   model). Online, size r costs r multiply-adds a value unless it is a fast Hadamard transform.
-Last result, 2026-11-25, gutenberg-27m on Gutenberg (WikiText-2 is not yet run), 65,408 targets,
-  H100 (results/grid_rotation_size_*.json), KL less that at 32:
+Last result, 2026-11-25 and (WikiText-2) 2026-11-28, gutenberg-27m, 65,408 targets of each text,
+  H100 and H200 (results/grid_rotation_size_*.json), KL less that at 32, on Gutenberg:
     size                    8        16       64       128      256      full
     hadamard, floor         +.0035   -.0021   -.0002   +.0016   +.0050   +.0025
     hadamard, even          +.0035   +.0001   +.0044   +.0042   +.0044   +.0053
@@ -21,11 +21,23 @@ Last result, 2026-11-25, gutenberg-27m on Gutenberg (WikiText-2 is not yet run),
     haar, even              +.0046   -.0014   -.0029   -.0001   -.0005   -.0003
     duquantpp, floor        +.0066   +.0023   +.0011   +.0005   -.0013   +.0001
     duquantpp, even         +.0049   +.0024   +.0007   +.0003   +.0000   -.0012
-  with 95 % intervals of +- .001 to .002. For Hadamard matrices as large as the block is right, but
-  not sharply: 16 is as good, and half the cost online, 64 mostly is, and the full width costs
-  .0025 to .0053. Haar rotations, behind Hadamard at every size, do not mind. Of DuQuant++'s own
-  claim one half holds: smaller than the block is worse, but larger is level, and at 256 under floor
-  and 512 under even a little better (-.0013 +- .0009, -.0012 +- .0009).
+  and calibrated on Gutenberg as before, on WikiText-2:
+    hadamard, floor         +.0175   -.0034   +.0007   +.0097   +.0155   +.0061
+    hadamard, even          +.0120   -.0065   +.0065   +.0162   +.0091   +.0114
+    random signs, floor     +.0139   -.0020   -.0007   +.0045   +.0074   +.0130
+    random signs, even      -.0004   +.0023   -.0009   +.0032   +.0131   +.0111
+    haar, floor             +.0093   -.0006   -.0035   -.0047   -.0031   +.0001
+    haar, even              +.0130   -.0051   -.0056   -.0003   -.0048   -.0006
+    duquantpp, floor        +.0213   +.0131   +.0129   +.0056   +.0048   +.0061
+    duquantpp, even         +.0130   +.0091   +.0064   +.0025   +.0070   +.0034
+  with 95 % intervals of +- .001 to .0025 over text; means of three seeds, which on WikiText-2 lie
+  .002 to .013 apart, so that its differences below .005 say little. For Hadamard matrices as large
+  as the block is right, but not sharply: 16 is as good, and half the cost online, 64 mostly is, and
+  the full width costs .0025 to .0053 at home and .006 to .013 away. Haar rotations, behind Hadamard
+  at every size, do not mind. Of DuQuant++'s own claim one half holds at home: smaller than the
+  block is worse, but larger is level, and at 256 under floor and 512 under even a little better
+  (-.0013 +- .0009, -.0012 +- .0009). On WikiText-2 the whole of it holds, to our surprise: 32 is
+  ahead of every other size under both rules.
   On the embedded model random signs are level up to 64 and lose .006 to .008 from 128 on (floor);
   DuQuant++ loses .005 at 8, is within .002 of 32 from 64 on under floor and gains .003 at 256 and
   full under even. Its columns of plain Hadamard under even mean little: see position_zero.py.
