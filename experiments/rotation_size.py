@@ -32,13 +32,13 @@ Last result, 2026-11-25 and (WikiText-2) 2026-11-28, gutenberg-27m, 65,408 targe
     duquantpp, even         +.0130   +.0091   +.0064   +.0025   +.0070   +.0034
   with 95 % intervals of +- .001 to .0025 over text. They say nothing of seeds: the three of a mean
   lie up to .006 apart at home, up to .023 on WikiText-2, where differences below .01 are therefore
-  a hint and no more. For Hadamard matrices as large
-  as the block is right, but not sharply: 16 is as good, and half the cost online, 64 mostly is, and
-  the full width costs .0025 to .0053 at home and .006 to .013 away. Haar rotations, behind Hadamard
-  at every size, do not mind. Of DuQuant++'s own claim one half holds at home: smaller than the
-  block is worse, but larger is level, and at 256 under floor and 512 under even a little better
-  (-.0013 +- .0009, -.0012 +- .0009). On WikiText-2, to our surprise, the means have 32
-  ahead of every other size under both rules; of 8, 16 and 64 by more than seeds do, under floor.
+  a hint and no more. For Hadamard matrices as large as the block is right, but not sharply: 16 is
+  as good, and half the cost online, 64 mostly is, and the full width costs .0025 to .0053 at home
+  and .006 to .013 away. Haar rotations, behind Hadamard at every size, do not mind. Of DuQuant++'s
+  own claim one half holds at home: smaller than the block is worse, but larger is level, and at
+  256 under floor and 512 under even a little better (-.0013 +- .0009, -.0012 +- .0009). On
+  WikiText-2, to our surprise, the means have 32 ahead of every other size under both rules; of 8,
+  16 and 64 by more than seeds do, under floor.
   On the embedded model random signs are level up to 64 and lose .006 to .008 from 128 on (floor);
   DuQuant++ loses .005 at 8, is within .002 of 32 from 64 on under floor and gains .003 at 256 and
   full under even. Its columns of plain Hadamard under even mean little: see position_zero.py.
