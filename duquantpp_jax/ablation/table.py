@@ -145,6 +145,7 @@ def _entry(
             for name in ("excess_nll", "perplexity", "sqnr_db")
             for values in [[record["metrics"][name] for record in records]]
         },
+        "fit_seconds": min(record["seconds"]["fit"] for record in records),
         "seconds": sum(record["seconds"]["total"] for record in records),
     }
     if base is not None and place[0] != baseline:
@@ -231,13 +232,18 @@ def terminal(pivot: Pivot) -> Table:
 
 
 def markdown(pivot: Pivot) -> str:
-    """The pivot as a Markdown table: each column's KL and differences side by side."""
+    """The pivot as a Markdown table: each column's KL and differences side by side, and last the
+    seconds of the row's fastest fit, the one that had nothing to compile."""
     beside = f"- {pivot['baseline']}"
     heads = [head for column in pivot["columns"] for head in (column, beside)]
+    timed = all("fit_seconds" in one for one in pivot["entries"])
+    heads += ["fit, s"] * timed
     lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
     entries = {(one["row"], one["column"]): one for one in pivot["entries"]}
     for row in pivot["rows"]:
         there = [entries.get((row, column)) for column in pivot["columns"]]
         cells = [text for e in there for text in ((kl(e), difference(e)) if e else ("", ""))]
+        if timed:
+            cells.append(f"{min((e['fit_seconds'] for e in there if e), default=0):.1f}")
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -32,7 +32,7 @@ def _record(cell, kl):
         },
         "rows": {"document": list(range(ROWS)), "kl": (kl * TARGETS).tolist()},
         "environment": {"jax": "1"},
-        "seconds": {"fit": 1.0, "total": 2.0},
+        "seconds": {"fit": 3.0 - 2 * cell.seed, "total": 4.0},
     }
 
 
@@ -124,14 +124,19 @@ def test_a_baseline_that_is_no_row_is_refused(outcome):
         pivots(outcome, Layout(baseline="nobody"))
 
 
-def test_the_table_in_markdown_shows_kl_spread_difference_and_star(outcome):
+def test_the_table_in_markdown_shows_kl_spread_difference_star_and_the_fastest_fit(outcome):
     (pivot,) = pivots(outcome, LAYOUT)
     text = table.markdown(pivot)
     (line,) = [line for line in text.splitlines() if line.startswith("| ahead |")]
     assert re.fullmatch(
-        r"\| ahead \| 0\.\d{4} \(0\.\d{4}-0\.\d{4}\) \| -0\.02\d\d ± 0\.\d{4}\* \|  \|  \|", line
+        r"\| ahead \| 0\.\d{4} \(0\.\d{4}-0\.\d{4}\) \| -0\.02\d\d ± 0\.\d{4}\* \|  \|  \| 1\.0 \|",
+        line,
     )
     assert "| block_hadamard | " in text
+    for entry in pivot["entries"]:
+        del entry["fit_seconds"]  # as in summaries of before
+    assert "fit, s" in text
+    assert "fit, s" not in table.markdown(pivot)
 
 
 class _Page(html.parser.HTMLParser):
