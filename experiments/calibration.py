@@ -14,9 +14,10 @@ Command: duquantpp ablate experiments/calibration.py --table
   are mostly shorter than a row, which leaves 70 rows; the embedded rows are 64: more tokens than
   there are is reported as failed.
 Cost: 84 cells a domain.
-Last result, 2026-11-25, gutenberg-27m on Gutenberg, 65,408 targets, H100, calibrated on
-  TinyStories 2 CPU cores (results/grid_calibration_*.json), KL less that with 32,704 tokens of the
-  same text, calibrated on books | WikiText-2 | TinyStories, with intervals of +- .001 to .003:
+Last result, 2026-11-25 (commit d3e1111), gutenberg-27m on Gutenberg, 65,408 targets, H100,
+  calibrated on TinyStories 2 CPU cores (results/grid_calibration_*.json), KL less that with 32,704
+  tokens of the same text, calibrated on books | WikiText-2 | TinyStories, with intervals of +-
+  .001 to .003:
     tokens              128                     511                     2,044
     smooth_hadamard     +.0125 +.0168 +.0188    +.0047 +.0052 +.0119    -.0006 +.0033 +.0042
     greedy              +.0014 +.0012 +.0005    -.0014 +.0007 -.0006    -.0019 +.0004 +.0006

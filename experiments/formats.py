@@ -10,7 +10,7 @@ Command: duquantpp ablate experiments/formats.py --table
   or python -m experiments.formats --table, with --model DIR --text FILE --calibration-text FILE for
   another model than the embedded one.
 Cost: 120 cells, and a compilation for each format.
-Last result, 2026-11-25, gutenberg-27m on Gutenberg, 65,408 targets, H100
+Last result, 2026-11-25 (commit 94b2184), gutenberg-27m on Gutenberg, 65,408 targets, H100
   (results/grid_formats_*.json), KL of plain rounding, and what block_hadamard and duquantpp add:
     mxfp4 floor, blocks of 16    .1370    -.0074 +- .0012    -.0160 +- .0017
     mxfp4 floor, 32              .1390    -.0199 +- .0013    -.0241 +- .0013

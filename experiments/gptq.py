@@ -8,8 +8,8 @@ Command: duquantpp ablate experiments/gptq.py --table
   or python -m experiments.gptq --table, with --model DIR --text FILE --calibration-text FILE for
   another model than the embedded one.
 Cost: 80 cells, half of them with a second calibration.
-Last result, 2026-11-25, 65,408 targets, H100s (results/grid_gptq_*.json), KL less that of
-  block_hadamard with the same rounding, floor / even, gutenberg-27m:
+Last result, 2026-11-25 (commit bf5fc7c), 65,408 targets, H100s (results/grid_gptq_*.json), KL less
+  that of block_hadamard with the same rounding, floor / even, gutenberg-27m:
                           to nearest           GPTQ                 GPTQ, on WikiText-2
     rtn                   +.0199 / +.0166      +.0283 / +.0224      +.0483 / +.0321
     haar                  +.0053 / +.0078      +.0079 / +.0088      +.0146 / +.0160

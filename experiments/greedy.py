@@ -11,8 +11,9 @@ Command: duquantpp ablate experiments/greedy.py --table
   or python -m experiments.greedy --table, with --model DIR --text FILE --calibration-text FILE for
   another model than the embedded one.
 Cost: 104 cells.
-Last result, 2026-11-25, 65,408 targets, three seeds, H100s (results/grid_greedy_*.json), KL less
-  that of the paper's setting, floor / even, on gutenberg-27m:
+Last result, 2026-11-25 (commit bf5fc7c), 65,408 targets, three seeds, H100s
+  (results/grid_greedy_*.json), KL less that of the paper's setting, floor / even, on
+  gutenberg-27m:
     random_hadamard                 -.0024 +- .0012 / -.0028 +- .0010 (WikiText-2: -.0073, -.0051)
     criterion mse                   -.0016 +- .0012 / -.0025 +- .0008
     one Q                           -.0001 +- .0009 / -.0005 +- .0007

@@ -11,17 +11,17 @@ Command: duquantpp ablate experiments/kv_cache.py --table
   or python -m experiments.kv_cache --table, with --model DIR --text FILE --calibration-text FILE
   for another model than the embedded one.
 Cost: 30 cells; a quarter of an hour for gutenberg-27m on 2 CPU cores.
-Last result, 2026-11-25, 65,408 targets, jax 0.12.0.1 on 2 CPU cores (results/grid_kv_cache_*.json),
-  KL with the linears in float, not rotated and with rotated keys: on gutenberg-27m MXFP4 .0355 and
-  .0185 (floor), .0307 and .0162 (even), MXFP6 e2m3 .0019 and .0010, MXFP8 .0017 and .0009 (rceil;
-  floor, which saturates, .0028 and .0012). Rotating the values as well changes nothing there
-  (+.0003 to -.0001), as supposed. With the linears in MXFP4 too, rotated keys gain .02 in an MXFP4
-  cache and next to nothing in 8 bits.
-  A surprise on the embedded model: with the linears in MXFP4, rotating the values gains another .02
-  to .035 in every format, even where the cache has 8 bits and nothing of that size to lose. Values
-  that are turned and turned back differ in their last bits, so what o_proj rounds differs: the same
-  accident of one token as in position_zero.py is likely, and was not looked into. With the linears
-  in float it does not happen.
+Last result, 2026-11-25 (commit d2ef735), 65,408 targets, jax 0.12.0.1 on 2 CPU cores
+  (results/grid_kv_cache_*.json), KL with the linears in float, not rotated and with rotated keys:
+  on gutenberg-27m MXFP4 .0355 and .0185 (floor), .0307 and .0162 (even), MXFP6 e2m3 .0019 and
+  .0010, MXFP8 .0017 and .0009 (rceil; floor, which saturates, .0028 and .0012). Rotating the
+  values as well changes nothing there (+.0003 to -.0001), as supposed. With the linears in MXFP4
+  too, rotated keys gain .02 in an MXFP4 cache and next to nothing in 8 bits.
+  A surprise on the embedded model: with the linears in MXFP4, rotating the values gains another
+  .02 to .035 in every format, even where the cache has 8 bits and nothing of that size to lose.
+  Values that are turned and turned back differ in their last bits, so what o_proj rounds differs:
+  the same accident of one token as in position_zero.py is likely, and was not looked into. With
+  the linears in float it does not happen.
 """
 
 import dataclasses

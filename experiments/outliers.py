@@ -18,7 +18,7 @@ Command: duquantpp ablate experiments/outliers.py --table --data llama-3.2-1b.ch
   or python -m experiments.outliers --table, with --model DIR --text FILE --calibration-text FILE
   for another model than the embedded one (a Llama without biases).
 Cost: 75 cells; the float model is computed anew for each strength.
-Last result, 2026-11-25, 65,408 targets, floor, H100s, profile of Llama-3.2-1B
+Last result, 2026-11-25 (commit 8eab31d), 65,408 targets, floor, H100s, profile of Llama-3.2-1B
   (results/grid_outliers_*.json), KL on gutenberg-27m at strengths 0, .25, .5, .75, 1:
     rtn                .139   .146   .201   .322   .442
     block_hadamard     .119   .135  3.37   7.13   6.94

@@ -8,9 +8,9 @@ Command: duquantpp ablate experiments/permutation.py --table
   or python -m experiments.permutation --table, with --model DIR --text FILE
   --calibration-text FILE for another model than the embedded one.
 Cost: 60 cells. Online, a permutation that cannot be fused is a gather.
-Last result, 2026-11-25, 65,408 targets, H100s (results/grid_permutation_*.json), KL less that
-  without a permutation, floor / even; gutenberg-27m on Gutenberg, on WikiText-2; the embedded
-  model:
+Last result, 2026-11-25 (commit bf5fc7c), 65,408 targets, H100s (results/grid_permutation_*.json),
+  KL less that without a permutation, floor / even; gutenberg-27m on Gutenberg, on WikiText-2; the
+  embedded model:
     zigzag, no rotation          +.0035 / +.0014    +.0106 / +.0046    +.0044 / +.0011
     zigzag, hadamard             -.0013 / -.0002    +.0042 / -.0004    -.0032 / (position 0)
     random, hadamard             -.0040 / -.0018    -.0028 / -.0005    -.0009 / (position 0)

@@ -10,8 +10,8 @@ Command: duquantpp ablate experiments/rotation_size.py --table
   --calibration-text FILE for another model than the embedded one.
 Cost: 160 cells; a size that does not divide a width is reported as failed (512 on the embedded
   model). Online, size r costs r multiply-adds a value unless it is a fast Hadamard transform.
-Last result, 2026-11-25 and (WikiText-2) 2026-11-28, gutenberg-27m, 65,408 targets of each text,
-  H100 and H200 (results/grid_rotation_size_*.json), KL less that at 32, on Gutenberg:
+Last result, 2026-11-25 and (WikiText-2) 2026-11-28 (commit aee37a8), gutenberg-27m, 65,408 targets
+  of each text, H100 and H200 (results/grid_rotation_size_*.json), KL less that at 32, on Gutenberg:
     size                    8        16       64       128      256      full
     hadamard, floor         +.0035   -.0021   -.0002   +.0016   +.0050   +.0025
     hadamard, even          +.0035   +.0001   +.0044   +.0042   +.0044   +.0053

@@ -9,9 +9,9 @@ Command: duquantpp ablate experiments/smoothing.py --table
   for another model than the embedded one; with --text FILE FILE a table for each text, since what
   smoothing gains need not transfer.
 Cost: 120 cells, of which alpha compiles nothing anew.
-Last result, 2026-11-25, 65,408 targets, H100s (results/grid_smoothing_*.json), KL at alpha .6 less
-  that without smoothing, floor / even; gutenberg-27m on Gutenberg, on WikiText-2; the embedded
-  model:
+Last result, 2026-11-25 (commit bf5fc7c), 65,408 targets, H100s (results/grid_smoothing_*.json), KL
+  at alpha .6 less that without smoothing, floor / even; gutenberg-27m on Gutenberg, on WikiText-2;
+  the embedded model:
     none        -.0017 / -.0038    +.0150 / +.0085    -.0001 / -.0038
     hadamard    -.0038 / -.0052    +.0052 / -.0059    -.0087 / (position 0)
     greedy      -.0049 / -.0070    -.0069 / -.0083    -.0102 / -.0127
