@@ -1,8 +1,8 @@
 """Markdown tables from results: `python -m experiments.tables [--beside] FILE [FILE ...]`.
 
-With --beside, one table whose columns are the rules that all files share; the README's is
-  python -m experiments.tables --beside experiments/results/rotations_testbed.json \\
-    experiments/results/rotations_gutenberg27m_128rows.json
+With --beside FILEs are summaries of one grid, and the table is its short form; the README's is
+  python -m experiments.tables --beside experiments/results/grid_rotations_testbed.json \\
+    experiments/results/grid_rotations_gutenberg27m_128rows.json
 A FILE is a results.json of `duquantpp compare`, or a list of them as experiments/rotations.py
 writes it; or a summary of `duquantpp ablate`, whose tables are printed as they are. Where a recipe
 has several seeds a cell is their mean, with the least and the largest. The difference to
@@ -63,27 +63,33 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def beside(all_runs: list[list[dict[str, Any]]]) -> str:
-    """Recipes down; models and the scale rules they share across."""
-    found = [cells(runs) for runs in all_runs]
-    recipes, rules = (
-        [
-            one
-            for one in all_runs[-1][0]["options"][kind]
-            if all(one in runs[0]["options"][kind] for runs in all_runs)
-        ]
-        for kind in ("recipes", "scale_rules")
-    )
-    heads = [f"{runs[0]['model']['name']}, {rule}" for runs in all_runs for rule in rules]
-    lines = ["| recipe | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
-    for recipe in recipes:
-        row = [
-            " ".join([kl(one[recipe, rule]).split()[0], f"({difference(one[recipe, rule])})"])
-            for one in found
-            for rule in rules
-        ]
-        lines.append(f"| {recipe} | " + " | ".join(row) + " |")
+SHORT = ("floor", "even", "log256")
+"""Columns of the short form."""
+
+
+def beside(all_pivots: list[dict[str, Any]]) -> str:
+    """Rows of a grid down; a few columns of each model and text across; last, what a fit took on
+    the first."""
+    columns = [(one, c) for one in all_pivots for c in SHORT if c in one["columns"]]
+    heads = [f"{one['model']} on {Path(one['text']).stem}, {column}" for one, column in columns]
+    lines = [
+        "| | " + " | ".join([*heads, "fit, s"]) + " |",
+        "| --- |" + " ---: |" * (len(heads) + 1),
+    ]
+    for row in all_pivots[0]["rows"]:
+        cells = [_short(one, row, column) for one, column in columns]
+        fits = [one["fit_seconds"] for one in all_pivots[0]["entries"] if one["row"] == row]
+        lines.append(f"| {row} | " + " | ".join([*cells, f"{min(fits):.1f}"]) + " |")
     return "\n".join(lines)
+
+
+def _short(pivot: dict[str, Any], row: str, column: str) -> str:
+    """KL without the spread of its seeds, and its difference in brackets; nothing if not run."""
+    found = [one for one in pivot["entries"] if (one["row"], one["column"]) == (row, column)]
+    if not found:
+        return ""
+    said = pivots.difference(found[0])
+    return f"{found[0]['kl']:.4f}" + (f" ({said})" if said else "")
 
 
 def gains(pivot: dict[str, Any]) -> str:
@@ -115,11 +121,11 @@ def main() -> None:
     parser.add_argument("--beside", action="store_true")
     parser.add_argument("files", type=Path, nargs="+")
     arguments = parser.parse_args()
+    contents = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.files]
     if arguments.beside:
-        print(beside([read(path) for path in arguments.files]))
+        print(beside([pivot for content in contents for pivot in content["tables"]]))
         return
-    for path in arguments.files:
-        content = json.loads(path.read_text(encoding="utf-8"))
+    for path, content in zip(arguments.files, contents, strict=True):
         if "tables" in content:
             for pivot in content["tables"]:
                 said = f"{pivots.title(pivot)}. {pivots.legend(pivot)}."

@@ -187,10 +187,29 @@ def test_a_summary_of_a_grid_is_printed_as_it_is(tmp_path, monkeypatch, capsys):
     assert "| r | 0.1000 |  |" in said
 
 
+ROTATIONS = [
+    RESULTS / f"grid_rotations_{name}.json" for name in ("testbed", "gutenberg27m_128rows")
+]
+
+
 def test_the_readmes_table_is_that_of_the_results():
-    names = ("rotations_testbed.json", "rotations_gutenberg27m_128rows.json")
-    table = tables.beside([tables.read(RESULTS / name) for name in names])
-    assert table in (RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
+    found = [json.loads(path.read_text(encoding="utf-8"))["tables"] for path in ROTATIONS]
+    readme = (RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
+    assert tables.beside([pivot for one in found for pivot in one]) in readme
+
+
+def test_the_long_tables_of_rotations_are_those_of_the_results(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tables", *map(str, ROTATIONS)])
+    tables.main()
+    assert (RESULTS / "rotations.md").read_text(encoding="utf-8").endswith(capsys.readouterr().out)
+
+
+def test_the_short_form_of_a_grid_leaves_out_what_was_not_run():
+    entry = {"row": "r", "column": "even", "kl": 0.1, "difference": None, "fit_seconds": 2.0}
+    one = {"model": "m", "text": "t.txt", "rows": ["r"], "columns": ["even"], "entries": [entry]}
+    said = tables.beside([one, one | {"columns": ["floor", "fp32"], "entries": []}])
+    assert said.splitlines()[0] == "| | m on t, even | m on t, floor | fit, s |"
+    assert said.splitlines()[2] == "| r | 0.1000 |  | 2.0 |"
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("rounding_*.json")), ids=lambda p: p.stem)

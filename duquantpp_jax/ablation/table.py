@@ -233,7 +233,7 @@ def terminal(pivot: Pivot) -> Table:
 
 def markdown(pivot: Pivot) -> str:
     """The pivot as a Markdown table: each column's KL and differences side by side, and last the
-    seconds of the row's fastest fit, the one that had nothing to compile."""
+    seconds of the row's fastest fit (compiling included where all its cells share one)."""
     beside = f"- {pivot['baseline']}"
     heads = [head for column in pivot["columns"] for head in (column, beside)]
     timed = all("fit_seconds" in one for one in pivot["entries"])
