@@ -78,8 +78,8 @@ def beside(all_pivots: list[dict[str, Any]]) -> str:
     ]
     for row in all_pivots[0]["rows"]:
         cells = [_short(one, row, column) for one, column in columns]
-        fits = [one["fit_seconds"] for one in all_pivots[0]["entries"] if one["row"] == row]
-        lines.append(f"| {row} | " + " | ".join([*cells, f"{min(fits):.1f}"]) + " |")
+        cells.append(pivots.fit_seconds(all_pivots[0], row))
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

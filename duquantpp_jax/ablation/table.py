@@ -218,6 +218,14 @@ def difference(entry: dict[str, Any]) -> str:
     return said + ("*" if entry["significant"] else "")
 
 
+def fit_seconds(pivot: Pivot, row: str) -> str:
+    """Of the row's fastest fit, compiling included where all its cells share one; nothing where no
+    cell is finished, or in summaries that were written without."""
+    there = [one for one in pivot["entries"] if one["row"] == row]
+    seconds = [one["fit_seconds"] for one in there if "fit_seconds" in one]
+    return f"{min(seconds):.1f}" if seconds else ""
+
+
 def terminal(pivot: Pivot) -> Table:
     """The pivot for a terminal: KL, and the difference below it."""
     table = Table(box=box.SIMPLE_HEAD)
@@ -232,18 +240,17 @@ def terminal(pivot: Pivot) -> Table:
 
 
 def markdown(pivot: Pivot) -> str:
-    """The pivot as a Markdown table: each column's KL and differences side by side, and last the
-    seconds of the row's fastest fit (compiling included where all its cells share one)."""
+    """The pivot as a Markdown table: each column's KL and differences side by side, and last
+    `fit_seconds` where a summary has them."""
     beside = f"- {pivot['baseline']}"
     heads = [head for column in pivot["columns"] for head in (column, beside)]
-    timed = all("fit_seconds" in one for one in pivot["entries"])
+    timed = any("fit_seconds" in one for one in pivot["entries"])
     heads += ["fit, s"] * timed
     lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
     entries = {(one["row"], one["column"]): one for one in pivot["entries"]}
     for row in pivot["rows"]:
         there = [entries.get((row, column)) for column in pivot["columns"]]
         cells = [text for e in there for text in ((kl(e), difference(e)) if e else ("", ""))]
-        if timed:
-            cells.append(f"{min((e['fit_seconds'] for e in there if e), default=0):.1f}")
+        cells += [fit_seconds(pivot, row)] * timed
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -139,6 +139,12 @@ def test_the_table_in_markdown_shows_kl_spread_difference_star_and_the_fastest_f
     assert "fit, s" not in table.markdown(pivot)
 
 
+def test_a_row_without_a_finished_cell_has_no_time_of_a_fit(outcome):
+    (pivot,) = pivots(outcome, LAYOUT)
+    assert "| broken |  |  |  |  |  |" in table.markdown(pivot)
+    assert table.fit_seconds(pivot, "broken") == ""
+
+
 class _Page(html.parser.HTMLParser):
     """Counts tags and collects the sortable values of cells."""
 
