@@ -14,19 +14,19 @@ import numpy as np
 import optax
 
 from duquantpp_jax import files
-from duquantpp_jax.asymmetric import quantize_asymmetric
-from duquantpp_jax.calibration import calibrate
 from duquantpp_jax.core import Fitted, MXArray, Recipe, Stats, Weights
 from duquantpp_jax.evaluation.divergence import float_log_probabilities, row_divergence
-from duquantpp_jax.evaluation.text import TARGETS, Rows
+from duquantpp_jax.evaluation.rows import TARGETS, Rows
+from duquantpp_jax.evaluation.subject import environment
 from duquantpp_jax.learning.blocks import learn_model_by_blocks
 from duquantpp_jax.learning.model import Learning, at_rates, learn_model
 from duquantpp_jax.learning.moves import PARTS
 from duquantpp_jax.models import SITES, Decoder
-from duquantpp_jax.ptq import QuantizedSite, fit_model, quantize_model
+from duquantpp_jax.ptq.asymmetric import quantize_asymmetric
+from duquantpp_jax.ptq.calibration import calibrate
+from duquantpp_jax.ptq.site import QuantizedSite, fit_model, quantize_model
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.rounding.descent import GPTQDescent
-from duquantpp_jax.subject import environment
 from duquantpp_jax.transforms import storage
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.learned import block_affine

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from duquantpp_jax.ablation.table import distinct
 from duquantpp_jax.evaluation.intervals import clusters, mean_interval
-from duquantpp_jax.evaluation.text import TARGETS
+from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.lab.table import distinct
 from duquantpp_jax.recipes import SCALE_RULES
 
 COMPARED = {

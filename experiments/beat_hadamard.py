@@ -116,10 +116,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from duquantpp_jax import files
-from duquantpp_jax.calibration import calibrate, site_widths
-from duquantpp_jax.evaluation.text import Rows, read_text, rows_of_text
-from duquantpp_jax.models import load_config, load_tokenizer, testbed
-from duquantpp_jax.subject import load_subject
+from duquantpp_jax.checkpoints import load_config, load_tokenizer, testbed
+from duquantpp_jax.evaluation.rows import Rows, read_text, rows_of_text
+from duquantpp_jax.evaluation.subject import load_subject
+from duquantpp_jax.ptq.calibration import calibrate, site_widths
 from experiments import attempts_table
 from experiments.attempts import ATTEMPTS
 from experiments.attempts_bench import SIZE, Bench

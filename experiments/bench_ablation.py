@@ -20,8 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from duquantpp_jax.ablation import Cell
-from duquantpp_jax.evaluation.text import TARGETS
+from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.lab import Cell
 
 RECIPES = (
     "rtn",
@@ -97,7 +97,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--grid"]:
-        from duquantpp_jax.ablation import command
+        from duquantpp_jax.commands import ablate as command
 
         command.main(sys.modules[__name__], sys.argv[2:])
     main()

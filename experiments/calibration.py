@@ -38,9 +38,9 @@ Last result, 2026-11-25 (commit d3e1111), gutenberg-27m on Gutenberg, 65,408 tar
 
 import sys
 
-from duquantpp_jax.ablation import Cell
-from duquantpp_jax.ablation.command import main
-from duquantpp_jax.evaluation.text import TARGETS
+from duquantpp_jax.commands.ablate import main
+from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.lab import Cell
 from duquantpp_jax.recipes import FITS
 from duquantpp_jax.transforms.basic import FitInTurn, FitSmooth
 from duquantpp_jax.transforms.duquant import FitDuquantpp

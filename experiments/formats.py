@@ -40,10 +40,10 @@ Last result, 2026-11-25 (commit 94b2184), gutenberg-27m on Gutenberg, 65,408 tar
 
 import sys
 
-from duquantpp_jax.ablation import Cell
-from duquantpp_jax.ablation.command import main
+from duquantpp_jax.commands.ablate import main
 from duquantpp_jax.core import Format, ScaleRule
 from duquantpp_jax.formats import E2M3, E3M2, E4M3, E5M2, MX, MXFP4, NVFP4
+from duquantpp_jax.lab import Cell
 from experiments.seeding import seeded
 
 FORMATS: dict[str, Format] = {

@@ -27,8 +27,8 @@ Last result, 2026-11-25 (commit bf5fc7c), 65,408 targets, H100s (results/grid_gp
 
 import sys
 
-from duquantpp_jax.ablation import Cell
-from duquantpp_jax.ablation.command import main
+from duquantpp_jax.commands.ablate import main
+from duquantpp_jax.lab import Cell
 from experiments.seeding import seeded
 
 RECIPES = (

@@ -41,9 +41,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from duquantpp_jax.ablation import Cell
-from duquantpp_jax.ablation.command import main
+from duquantpp_jax.commands.ablate import main
 from duquantpp_jax.core import Fitted, Recipe, Stats, Weights
+from duquantpp_jax.lab import Cell
 from duquantpp_jax.recipes import FITS
 from duquantpp_jax.transforms.block import BlockRotation
 from duquantpp_jax.transforms.duquant import FitDuquantpp

@@ -25,11 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from duquantpp_jax import files
+from duquantpp_jax.checkpoints import load, testbed
 from duquantpp_jax.core import Stats
-from duquantpp_jax.models import dense, load, testbed
-from duquantpp_jax.ptq import QuantizedLinear, fit_linear, quantize_linear
+from duquantpp_jax.evaluation.subject import environment
+from duquantpp_jax.models import dense
+from duquantpp_jax.ptq.site import QuantizedLinear, fit_linear, quantize_linear
 from duquantpp_jax.recipes import FITS, recipe
-from duquantpp_jax.subject import environment
 from duquantpp_jax.transforms.health import health
 
 SITE, LAYER = "mlp_out", 1

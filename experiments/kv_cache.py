@@ -30,11 +30,11 @@ from typing import Any
 
 from jaxtyping import Array, Float, Float32
 
-from duquantpp_jax.ablation import Cell
-from duquantpp_jax.ablation.command import main
-from duquantpp_jax.cache import HeadStore
+from duquantpp_jax.commands.ablate import main
 from duquantpp_jax.core import Format, ScaleRule
 from duquantpp_jax.formats import E2M3, E4M3, MX, MXFP4
+from duquantpp_jax.lab import Cell
+from duquantpp_jax.ptq.stores import HeadStore
 from duquantpp_jax.recipes import FITS
 from duquantpp_jax.transforms.block import multiply_blocks
 from duquantpp_jax.transforms.hadamard import hadamard

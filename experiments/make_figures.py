@@ -26,15 +26,16 @@ from jaxtyping import Array, Float
 from matplotlib.figure import Figure
 
 from duquantpp_jax import files
-from duquantpp_jax.ablation.bench import fit
 from duquantpp_jax.analysis import figures
-from duquantpp_jax.calibration import calibrate, site_widths
-from duquantpp_jax.compare import BLOCK_SIZE, CompareOptions, compare
+from duquantpp_jax.checkpoints import testbed
+from duquantpp_jax.commands.compare import BLOCK_SIZE, CompareOptions, compare
 from duquantpp_jax.core import Fitted, Stats
 from duquantpp_jax.evaluation.intervals import clusters
-from duquantpp_jax.evaluation.text import TARGETS
-from duquantpp_jax.models import linear_names, testbed
-from duquantpp_jax.ptq import layer_of
+from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.lab.bench import fit
+from duquantpp_jax.models import linear_names
+from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.site import layer_of
 from duquantpp_jax.recipes import recipe
 
 ROOT = Path(__file__).parent.parent

@@ -45,8 +45,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from duquantpp_jax.ablation import Cell
-from duquantpp_jax.ablation.command import AblateOptions, main
+from duquantpp_jax.commands.ablate import AblateOptions, main
+from duquantpp_jax.lab import Cell
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder
 from experiments.seeding import seeded
 

@@ -26,8 +26,8 @@ Last result, 2026-11-25 (commit bf5fc7c), 65,408 targets, H100s (results/grid_pe
 
 import sys
 
-from duquantpp_jax.ablation import Cell
-from duquantpp_jax.ablation.command import main
+from duquantpp_jax.commands.ablate import main
+from duquantpp_jax.lab import Cell
 from duquantpp_jax.recipes import FITS
 from duquantpp_jax.transforms.basic import FitInTurn
 from duquantpp_jax.transforms.permutation import FitPermutation

@@ -29,11 +29,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from duquantpp_jax.calibration import calibrate, site_widths
+from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.evaluation.divergence import float_log_probabilities
-from duquantpp_jax.evaluation.text import TARGETS
-from duquantpp_jax.models import SITES, testbed
-from duquantpp_jax.ptq import QuantizedLinear, QuantizedSite, fit_model, quantize_model
+from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.models import SITES
+from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, fit_model, quantize_model
 from duquantpp_jax.recipes import recipe
 
 CASES = (

@@ -42,16 +42,9 @@ import optax
 from jaxtyping import Array, Float32, Int32, PRNGKeyArray, UInt16
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from duquantpp_jax.checkpoints import load, save
 from duquantpp_jax.files import to_json, write_whole
-from duquantpp_jax.models import (
-    Decoder,
-    DecoderConfig,
-    dense,
-    load,
-    parameter_shapes,
-    random_parameters,
-    save,
-)
+from duquantpp_jax.models import Decoder, DecoderConfig, dense, parameter_shapes, random_parameters
 
 END, ROW = "<|endoftext|>", 512
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "safetensors")

@@ -46,8 +46,8 @@ Last result, 2026-11-25 and (WikiText-2) 2026-11-28 (commit aee37a8), gutenberg-
 
 import sys
 
-from duquantpp_jax.ablation import Cell
-from duquantpp_jax.ablation.command import main
+from duquantpp_jax.commands.ablate import main
+from duquantpp_jax.lab import Cell
 from duquantpp_jax.transforms.basic import FitInTurn, FitSmooth
 from duquantpp_jax.transforms.duquant import FitDuquantpp
 from duquantpp_jax.transforms.haar import FitHaar

@@ -22,8 +22,8 @@ import argparse
 from pathlib import Path
 
 from duquantpp_jax import files
-from duquantpp_jax.ablation import Cell
-from duquantpp_jax.compare import BASELINE, CompareOptions, compare, verdict
+from duquantpp_jax.commands.compare import BASELINE, CompareOptions, compare, verdict
+from duquantpp_jax.lab import Cell
 from duquantpp_jax.recipes import FITS
 from experiments.seeding import draws, seeded
 

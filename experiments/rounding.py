@@ -20,8 +20,8 @@ Last result, 2026-11-25, gutenberg-27m, 65,408 targets, seed 0, jax 0.12.0.1 on 
 
 import sys
 
-from duquantpp_jax.ablation import Cell
-from duquantpp_jax.ablation.command import main
+from duquantpp_jax.commands.ablate import main
+from duquantpp_jax.lab import Cell
 
 RECIPES = ("identity", "block_hadamard", "smooth_hadamard", "duquantpp", "duquantpp_released")
 CELLS = [

@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Iterator
 
-from duquantpp_jax.ablation import Cell
 from duquantpp_jax.core import Fit
+from duquantpp_jax.lab import Cell
 from duquantpp_jax.recipes import find_fit
 from duquantpp_jax.transforms.basic import FitInTurn
 from duquantpp_jax.transforms.duquant import FitDuquantpp

@@ -25,8 +25,8 @@ Last result, 2026-11-25 (commit bf5fc7c), 65,408 targets, H100s (results/grid_sm
 
 import sys
 
-from duquantpp_jax.ablation import Cell
-from duquantpp_jax.ablation.command import main
+from duquantpp_jax.commands.ablate import main
+from duquantpp_jax.lab import Cell
 from duquantpp_jax.recipes import FITS
 from duquantpp_jax.transforms.basic import FitInTurn, FitSmooth
 from experiments.seeding import seeded

@@ -22,9 +22,9 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from duquantpp_jax import files
+from duquantpp_jax.checkpoints.shards import INDEX
 from duquantpp_jax.models import DecoderConfig, parameter_shapes
-from duquantpp_jax.models.lazy import LAYER
-from duquantpp_jax.models.shards import INDEX
+from duquantpp_jax.models.parameters import LAYER
 
 SHAPES = {
     "architectures": ["LlamaForCausalLM"],

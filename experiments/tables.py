@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from duquantpp_jax.ablation import table as pivots
+from duquantpp_jax.lab import table as pivots
 
 
 def cells(runs: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:

@@ -20,10 +20,12 @@ from rich.console import Console
 
 from duquantpp_jax import MXFP4
 from duquantpp_jax.analysis import figures
-from duquantpp_jax.calibration import calibrate, site_widths
-from duquantpp_jax.inspection import InspectOptions, inspect, table
-from duquantpp_jax.models import linear_names, testbed
-from duquantpp_jax.ptq import layer_of
+from duquantpp_jax.analysis.look import InspectOptions, inspect
+from duquantpp_jax.checkpoints import testbed
+from duquantpp_jax.commands.inspect import table
+from duquantpp_jax.models import linear_names
+from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.site import layer_of
 
 # %matplotlib inline
 # %config InlineBackend.print_figure_kwargs = {"dpi": 100}

@@ -27,11 +27,11 @@ import treescope
 
 from duquantpp_jax import MXFP4
 from duquantpp_jax.analysis import figures
-from duquantpp_jax.calibration import calibrate, site_widths
+from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.learning.site import FitLearned
-from duquantpp_jax.models import testbed
-from duquantpp_jax.ptq import layer_of
+from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.site import layer_of
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.basic import Identity
 from duquantpp_jax.transforms.block import BlockRotation

@@ -20,7 +20,7 @@
 import dataclasses
 
 from duquantpp_jax.analysis import figures
-from duquantpp_jax.compare import CompareOptions, compare, verdict
+from duquantpp_jax.commands.compare import CompareOptions, compare, verdict
 
 # %matplotlib inline
 # %config InlineBackend.print_figure_kwargs = {"dpi": 100}

@@ -21,13 +21,14 @@ import optax
 
 from duquantpp_jax import MXFP4
 from duquantpp_jax.analysis import figures
-from duquantpp_jax.calibration import calibrate, site_widths
+from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.evaluation.divergence import float_log_probabilities, row_divergence
 from duquantpp_jax.evaluation.intervals import mean_interval
 from duquantpp_jax.learning.model import at_rates, learn_model
 from duquantpp_jax.learning.moves import Moves
-from duquantpp_jax.models import SITES, testbed
-from duquantpp_jax.ptq import fit_model, layer_of, quantize_model
+from duquantpp_jax.models import SITES
+from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.site import fit_model, layer_of, quantize_model
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.block import BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard

@@ -21,17 +21,16 @@ import numpy as np
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from duquantpp_jax import report
 from duquantpp_jax.analysis import figures
+from duquantpp_jax.checkpoints import Quantized, testbed
+from duquantpp_jax.commands.export import ExportOptions, export
+from duquantpp_jax.checkpoints.loading import load_any
+from duquantpp_jax.commands import sizes as report
+from duquantpp_jax.commands.generate import GenerateOptions, continued
+from duquantpp_jax.commands.quantize import QuantizeOptions, dry_run, quantize
 from duquantpp_jax.evaluation.intervals import mean_interval
-from duquantpp_jax.evaluation.perplexity import Predictor, row_sums
-from duquantpp_jax.export import ExportOptions, export
+from duquantpp_jax.evaluation.predict import Predictor, row_sums
 from duquantpp_jax.formats import E2M1
-from duquantpp_jax.generate import GenerateOptions, continued
-from duquantpp_jax.loading import load_any
-from duquantpp_jax.models import testbed
-from duquantpp_jax.quantize import QuantizeOptions, dry_run, quantize
-from duquantpp_jax.quantized import Quantized
 
 # %matplotlib inline
 # %config InlineBackend.print_figure_kwargs = {"dpi": 100}

@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 
-from duquantpp_jax.calibration import calibrate, rows_mesh, site_widths
+from duquantpp_jax.ptq.calibration import calibrate, rows_mesh, site_widths
 from tests.conftest import tiny_decoder
 
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from duquantpp_jax.checkpoints import save
 from duquantpp_jax.core import Stats
-from duquantpp_jax.models import Decoder, DecoderConfig, random_parameters, save
+from duquantpp_jax.models import Decoder, DecoderConfig, random_parameters
 
 DATA_VARIABLE = "DUQUANTPP_DATA"
 

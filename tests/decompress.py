@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Float32
 from safetensors.numpy import load_file
 
+from duquantpp_jax.checkpoints import Quantized
 from duquantpp_jax.models import SITE_WEIGHTS
-from duquantpp_jax.quantized import Quantized
 
 Weights = dict[str, Float32[np.ndarray, "n k"]]
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from duquantpp_jax.quantize import QuantizeOptions, quantize
+from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
 
 
 def run(options: QuantizeOptions, programs: Path, steps: Connection) -> None:

@@ -9,52 +9,24 @@ import duquantpp_jax
 
 PACKAGE = Path(duquantpp_jax.__file__).parent
 
-MAY_IMPORT = {
-    "core": set(),
-    "files": set(),
-    "formats": {"core", "files"},
-    "transforms": {"core", "files", "formats"},
-    "rounding": {"core", "formats", "transforms"},
-    "recipes": {"core", "formats", "transforms", "rounding", "learning"},
-    "ptq": {"core", "formats", "transforms", "rounding"},
-    "fuse": {"core", "transforms", "models"},
-    "kernels": {"core", "files", "formats", "transforms"},
-    "models": {"core", "files"},
-    "calibration": {"core", "ptq", "models"},
-    "layerwise": {"core", "transforms", "ptq", "models", "calibration"},
-    "quantized": {
-        *("core", "files", "formats", "transforms", "recipes", "ptq", "models", "layerwise"),
-    },
-    "estimate": {"core", "ptq", "models", "calibration", "layerwise"},
-    "report": set(),
-    "quantize": {
-        *("files", "models", "evaluation", "subject", "recipes", "layerwise", "quantized"),
-        "estimate",
-    },
-    "export": {
-        *("core", "files", "formats", "transforms", "ptq", "models", "layerwise", "quantize"),
-        "quantized",
-    },
-    "learning": {"core", "files", "formats", "transforms", "ptq", "models"},
-    "asymmetric": {"core", "formats", "rounding", "ptq", "models"},
-    "evaluation": {"core", "ptq", "models"},
-    "loading": {"models", "quantized"},
-    "cache": {"core", "formats", "transforms", "recipes", "models"},
-    "subject": {"files", "models", "evaluation"},
-    "evaluate": {"files", "cache", "evaluation", "loading", "models", "recipes", "subject"},
-    "generation": {"models"},
-    "inspection": {
-        *("core", "files", "models", "ptq", "layerwise", "quantized", "loading", "evaluation"),
-        *("analysis", "subject"),
-    },
-    "generate": {"cache", "evaluate", "generation", "loading", "models"},
-    "analysis": {"core", "formats", "transforms", "ptq", "models", "evaluation"},
-    "ablation": {
-        *("core", "files", "formats", "transforms", "rounding", "recipes", "ptq", "models"),
-        *("calibration", "evaluation", "subject", "analysis"),
-    },
-}
-"""Room -> rooms it may import. `compare`, `cli` and the package itself may import all."""
+FLOORS = (
+    "core files",
+    "formats",
+    "transforms models",
+    "rounding kernels",
+    "learning.quantizer learning.moves learning.training learning.checkpoints learning.site",
+    "recipes",
+    "ptq",
+    "checkpoints",
+    "evaluation",
+    "learning",
+    "analysis",
+    "lab",
+    "commands",
+    "cli",
+)
+"""From the ground up: an arrow points to the same room or to a lower floor. A file that is named
+alone stands on that floor, and not on its room's."""
 
 
 def _imports(path):
@@ -66,24 +38,50 @@ def _imports(path):
             yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
-def _room(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def _modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        yield path, name.removesuffix(".__init__")
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.name)
-def test_arrows_point_one_way(path):
-    room = _room(path)
-    if room not in MAY_IMPORT:
-        assert room in {"__init__", "compare", "cli"}, f"{room} is a new room: give it its arrows"
+def _place(module):
+    """Floor and room of a module, by the longest name that says where it stands."""
+    names = {name: floor for floor, line in enumerate(FLOORS) for name in line.split()}
+    parts = module.split(".")
+    for length in (2, 1):
+        if (name := ".".join(parts[:length])) in names:
+            return names[name], parts[0]
+    raise AssertionError(f"{module} stands on no floor: give it one in FLOORS")
+
+
+@pytest.mark.parametrize(("path", "module"), [*_modules()], ids=lambda p: str(p)[-40:])
+def test_arrows_point_down(path, module):
+    if module == "__init__":
         return
+    floor, room = _place(module)
     for name in _imports(path):
-        parts = name.split(".")
-        if parts[0] == "duquantpp_jax" and len(parts) > 1:
-            other = parts[1]
-            # What the package re-exports comes from core and formats.
-            other = "core" if not (PACKAGE / other).exists() and other[0].isupper() else other
-            allowed = MAY_IMPORT[room] | {room}
-            assert other in allowed, f"{path.name} in {room} imports {name}"
+        inside = name.removeprefix("duquantpp_jax.")
+        first = PACKAGE / inside.split(".")[0]
+        if inside == name or not (first.is_dir() or first.with_suffix(".py").is_file()):
+            continue  # another package, or a name that the package itself exports
+        other_floor, other_room = _place(inside)
+        fine = other_floor < floor or (other_floor == floor and other_room == room)
+        assert fine, f"{module} on floor {floor} imports {inside}, on floor {other_floor}"
+
+
+def test_the_house_has_few_rooms_and_no_two_of_one_name():
+    entries = {path.stem for path in PACKAGE.iterdir() if path.suffix != ".pyc"} - {
+        *("__init__", "__pycache__")
+    }
+    assert len(entries) <= 17
+    endings = ("ion", "ions", "ing", "ed", "e", "s", "es", "or", "er")
+    stems = {entry: min((entry.removesuffix(end) for end in endings), key=len) for entry in entries}
+    assert len(set(stems.values())) == len(stems), sorted(stems)
+
+
+def test_files_are_short_enough_to_be_read():
+    lengths = {path.name: len(path.read_text("utf-8").splitlines()) for path, _ in _modules()}
+    assert {name: length for name, length in lengths.items() if length > 350} == {}
 
 
 def test_there_is_no_drawer_of_odds_and_ends():

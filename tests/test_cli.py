@@ -15,8 +15,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from duquantpp_jax import cli, files
-from duquantpp_jax.compare import verdict
-from duquantpp_jax.models import save
+from duquantpp_jax.checkpoints import save
+from duquantpp_jax.commands.compare import verdict
 from tests.conftest import byte_tokenizer, tiny_decoder
 
 ROW_KEYS = [
@@ -43,7 +43,7 @@ def _arguments(directory, text, out, *more):
 
 @pytest.fixture(autouse=True)
 def _few_calibration_rows(monkeypatch):
-    monkeypatch.setattr("duquantpp_jax.compare.CALIBRATION_ROWS", 8)
+    monkeypatch.setattr("duquantpp_jax.commands.compare.CALIBRATION_ROWS", 8)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def compared(tiny_directory, tiny_text, tmp_path_factory):
     """The output directory of one run, and what it printed."""
     out = tmp_path_factory.mktemp("compared")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("duquantpp_jax.compare.CALIBRATION_ROWS", 8)
+        patch.setattr("duquantpp_jax.commands.compare.CALIBRATION_ROWS", 8)
         recipes = (
             "--recipes",
             "rtn",

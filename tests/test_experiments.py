@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duquantpp_jax.models import load
+from duquantpp_jax.checkpoints import load
 from experiments import (
     attempts_table,
     beat_hadamard,

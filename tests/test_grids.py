@@ -14,7 +14,7 @@ import pytest
 
 import experiments
 from duquantpp_jax import cli
-from duquantpp_jax.ablation.command import AblateOptions, cells_of, grid, layout_of, main
+from duquantpp_jax.commands.ablate import AblateOptions, cells_of, grid, layout_of, main
 from duquantpp_jax.recipes import FITS, recipe
 from duquantpp_jax.transforms.basic import FitInTurn
 from experiments import kv_cache, outliers
@@ -152,7 +152,7 @@ def test_a_profile_that_is_none_is_refused_by_name(tiny_text):
 
 GRID = '''"""Does it run?"""
 
-from duquantpp_jax.ablation import Cell
+from duquantpp_jax.lab import Cell
 
 FIELDS = {"tokens": 4 * 511, "calibration_tokens": 4 * 511, "batch_rows": 4}
 CELLS = [Cell(name, **FIELDS) for name in ("rtn", "block_hadamard")]
@@ -214,7 +214,7 @@ def test_a_file_runs_to_its_table_its_summary_and_its_page(
         (GRID, ("--only", "rnt"), "unknown row or column 'rnt': did you mean rtn?"),
         (GRID, ("--model", "nowhere"), "nowhere"),
         (GRID, ("--executor", "slurm", "--slurm", "x"), "no NAME=VALUE"),
-        ("from duquantpp_jax.ablation import Cell\nCELLS = [Cell('rnt')]", (), "did you mean rtn"),
+        ("from duquantpp_jax.lab import Cell\nCELLS = [Cell('rnt')]", (), "did you mean rtn"),
     ],
 )
 def test_a_bad_grid_is_one_line(content, more, says, tmp_path, capsys):

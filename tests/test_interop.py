@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.checkpoints.test_exports import exported, quantized
 from tests.decompress import assert_equal, by_library, held
-from tests.test_export import exported, quantized
 
 pytest.importorskip("compressed_tensors", reason="needs the extra interop")
 
@@ -46,7 +46,7 @@ def test_the_library_rotates_inputs_as_the_model_does(both):
         linear.weight.copy_(torch.eye(64))
     apply_transform_config(outer, config)
     x = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
-    from duquantpp_jax.quantized import Quantized
+    from duquantpp_jax.checkpoints import Quantized
 
     transform = Quantized(model).layer(0)[1]["attention_in"].transform
     wanted = transform.activations(jnp.asarray(x))

@@ -5,8 +5,8 @@ import sys
 import numpy as np
 import pytest
 
+from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.formats import MXFP4
-from duquantpp_jax.models import testbed
 from experiments import make_figures
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Integer
 
 from duquantpp_jax.core import Format
 from duquantpp_jax.models import Decoder, dense
-from duquantpp_jax.ptq import QuantizedLinear, QuantizedSite
+from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
 
 
 def linear_sqnr(

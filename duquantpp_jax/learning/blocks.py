@@ -29,8 +29,8 @@ from duquantpp_jax.learning.model import Learning
 from duquantpp_jax.learning.moves import Learned, LearningLinear, Moves, SiteState
 from duquantpp_jax.learning.training import Objective, Trained, train
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder, DecoderConfig, dense
-from duquantpp_jax.models.lazy import layer, window
-from duquantpp_jax.ptq import layer_of
+from duquantpp_jax.models.layers import layer, window
+from duquantpp_jax.ptq.site import layer_of
 from duquantpp_jax.transforms.block import BlockAffine
 
 Parameters = Mapping[str, Float[Array | np.ndarray, "..."]]

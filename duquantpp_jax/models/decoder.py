@@ -21,37 +21,31 @@ al., Qwen2 (arXiv:2407.10671) and Qwen3 (arXiv:2505.09388) technical reports for
 
 import functools
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32, Integer, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, Int32, Integer
 from numpy.typing import DTypeLike
 
 from duquantpp_jax.models.attention import causal_attention, rotary
 from duquantpp_jax.models.cache import Cache, Store, written
 from duquantpp_jax.models.config import DecoderConfig
-from duquantpp_jax.models.rope import rotary_frequencies
-
-SITES = ("attention_in", "attention_out", "mlp_in", "mlp_out")
-"""The sites of a layer in order of call."""
-
-SITE_WEIGHTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "attention_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "attention_out": ("self_attn.o_proj",),
-        "mlp_in": ("mlp.up_proj", "mlp.gate_proj"),
-        "mlp_out": ("mlp.down_proj",),
-    }
+from duquantpp_jax.models.parameters import (
+    ATTENTION_NORM,
+    EMBEDDING,
+    HEAD,
+    HEAD_NORMS,
+    LAYER,
+    MLP_NORM,
+    NORM,
+    SITE_WEIGHTS,
+    SITES,
+    parameter_shapes,
 )
-"""The weights of each site in order, by their name inside a checkpoint's layer."""
-
-_ATTENTION_NORM, _MLP_NORM = "input_layernorm", "post_attention_layernorm"
-_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
-_EMBEDDING, _NORM, _HEAD, _LAYER = "model.embed_tokens", "model.norm", "lm_head", "model.layers.*."
+from duquantpp_jax.models.rope import rotary_frequencies
 
 # Without it a GPU multiplies float32 in TF32, whose 10-bit mantissa errs like a quantizer.
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -63,66 +57,9 @@ State = Mapping[str, Any] | tuple[Mapping[str, Any], ...]
 """What `linear` gets at each site and layer; see `Decoder.__call__`."""
 
 
-def linear_names(site: str, layer: int) -> tuple[str, ...]:
-    """Checkpoint names of a site's linears, e.g. `model.layers.3.mlp.down_proj`."""
-    return tuple(_LAYER.replace("*", str(layer)) + name for name in SITE_WEIGHTS[site])
-
-
 def dense(site: str, x: Array, weights: tuple[Array, ...], state: Any) -> tuple[Any, None]:
     """The float linear: x W^T for each weight W [out, in], at the highest matmul precision."""
     return tuple(jnp.einsum("...i,oi->...o", x, w, precision=_HIGHEST) for w in weights), None
-
-
-def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter, by checkpoint name without `.weight` (biases keep `.bias`).
-
-    In `model.layers.*.NAME` the star stands for the layer, which is the leading axis of the shape.
-    """
-    layers, hidden, ffn = config.num_hidden_layers, config.hidden_size, config.intermediate_size
-    query = config.num_attention_heads * config.head_dim
-    key = config.num_key_value_heads * config.head_dim
-    layer = {
-        _ATTENTION_NORM: (hidden,),
-        "self_attn.q_proj": (query, hidden),
-        "self_attn.k_proj": (key, hidden),
-        "self_attn.v_proj": (key, hidden),
-        "self_attn.o_proj": (hidden, query),
-        _MLP_NORM: (hidden,),
-        "mlp.up_proj": (ffn, hidden),
-        "mlp.gate_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
-    }
-    layer |= {f"{name}.bias": layer[name][:1] for name in config.biases}
-    if config.qk_norm:
-        layer |= dict.fromkeys(_HEAD_NORMS, (config.head_dim,))
-    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (config.vocab_size, hidden)}
-    shapes |= {_LAYER + name: (layers, *shape) for name, shape in layer.items()}
-    shapes[_NORM] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes[_HEAD] = (config.vocab_size, hidden)
-    return shapes
-
-
-def random_parameters(config: DecoderConfig, key: PRNGKeyArray) -> dict[str, Float32[Array, "..."]]:
-    """Parameters to start training from.
-
-    Normal with standard deviation 0.02, divided by sqrt(2 layers) for the two matrices that write
-    to the residual stream; norms are 1, biases 0. Source: Radford et al., GPT-2 (2019), section
-    2.3.
-    """
-    shapes = parameter_shapes(config)
-    parameters = {}
-    for one, (name, shape) in zip(jax.random.split(key, len(shapes)), shapes.items(), strict=True):
-        if name.endswith("norm"):
-            parameters[name] = jnp.ones(shape, jnp.float32)
-            continue
-        if name.endswith(".bias"):
-            parameters[name] = jnp.zeros(shape, jnp.float32)
-            continue
-        residual = name.endswith(("o_proj", "down_proj"))
-        std = 0.02 / np.sqrt(2 * config.num_hidden_layers) if residual else 0.02
-        parameters[name] = jnp.float32(std) * jax.random.normal(one, shape, jnp.float32)
-    return parameters
 
 
 def rms_norm(
@@ -171,23 +108,23 @@ class Decoder(nnx.Module):
             )
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.embedding = nnx.Param(parameters[_EMBEDDING])
+        self.embedding = nnx.Param(parameters[EMBEDDING])
         self.layers = nnx.Dict(
             {
-                name.removeprefix(_LAYER): nnx.Param(array)
+                name.removeprefix(LAYER): nnx.Param(array)
                 for name, array in parameters.items()
-                if name.startswith(_LAYER)
+                if name.startswith(LAYER)
             }
         )
-        self.norm = nnx.Param(parameters[_NORM])
-        self.head = None if config.tie_word_embeddings else nnx.Param(parameters[_HEAD])
+        self.norm = nnx.Param(parameters[NORM])
+        self.head = None if config.tie_word_embeddings else nnx.Param(parameters[HEAD])
 
     def parameters(self) -> dict[str, Float32[Array, "..."]]:
         """The arrays under the names of `parameter_shapes`; `Decoder(config, these)` is a copy."""
-        named = {_EMBEDDING: self.embedding[...], _NORM: self.norm[...]}
-        named |= {_LAYER + name: array[...] for name, array in self.layers.items()}
+        named = {EMBEDDING: self.embedding[...], NORM: self.norm[...]}
+        named |= {LAYER + name: array[...] for name, array in self.layers.items()}
         if self.head is not None:
-            named[_HEAD] = self.head[...]
+            named[HEAD] = self.head[...]
         return {name: named[name] for name in parameter_shapes(self.config)}
 
     def weights(self, site: str) -> tuple[Float32[Array, "layers out in"], ...]:
@@ -316,11 +253,11 @@ class Decoder(nnx.Module):
                 y if b is None else y + b.astype(y.dtype) for y, b in zip(ys, biases, strict=True)
             ]
 
-        q, k, v = at("attention_in", rms_norm(x, layer[_ATTENTION_NORM], config.rms_norm_eps))
+        q, k, v = at("attention_in", rms_norm(x, layer[ATTENTION_NORM], config.rms_norm_eps))
         a, held = attend(q, k, v, held)
         (y,) = at("attention_out", a)
         x = x + y.astype(jnp.float32)
-        up, gate = at("mlp_in", rms_norm(x, layer[_MLP_NORM], config.rms_norm_eps))
+        up, gate = at("mlp_in", rms_norm(x, layer[MLP_NORM], config.rms_norm_eps))
         (y,) = at("mlp_out", jax.nn.silu(gate) * up)
         return x + y.astype(jnp.float32), (outs, held)
 
@@ -345,7 +282,7 @@ class Decoder(nnx.Module):
         if config.qk_norm:
             q, k = (
                 rms_norm(one, layer[name], config.rms_norm_eps)
-                for one, name in zip((q, k), _HEAD_NORMS, strict=True)
+                for one, name in zip((q, k), HEAD_NORMS, strict=True)
             )
         frequencies = rotary_frequencies(config.rope_theta, head_dim, config.rope_scaling)
         q, k = (rotary(one, positions, frequencies) for one in (q, k))

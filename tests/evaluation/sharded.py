@@ -7,9 +7,9 @@ inside a matrix product may differ with the rows beside them: some 2^-22 of a lo
 import jax
 import numpy as np
 
-from duquantpp_jax import cache
-from duquantpp_jax.evaluation.perplexity import Predictor, row_sums
+from duquantpp_jax.evaluation.predict import Predictor, row_sums
 from duquantpp_jax.models import dense
+from duquantpp_jax.ptq import stores as cache
 from tests.conftest import tiny_decoder
 
 jax.config.update("jax_num_cpu_devices", 8)

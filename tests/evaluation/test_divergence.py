@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duquantpp_jax.calibration import calibrate, site_widths
 from duquantpp_jax.evaluation.divergence import float_log_probabilities, row_divergence
 from duquantpp_jax.evaluation.sqnr import linear_sqnr
 from duquantpp_jax.models import SITES, dense
-from duquantpp_jax.ptq import QuantizedLinear, fit_model, quantize_model
+from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.site import QuantizedLinear, fit_model, quantize_model
 from duquantpp_jax.recipes import recipe
 from tests.conftest import tiny_decoder
 

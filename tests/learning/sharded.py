@@ -8,13 +8,13 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from duquantpp_jax.calibration import rows_mesh
 from duquantpp_jax.formats import MXFP4
 from duquantpp_jax.learning.model import Divergence
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.learning.site import SiteError
 from duquantpp_jax.learning.training import held_out_loss, train
 from duquantpp_jax.models import SITES
+from duquantpp_jax.ptq.calibration import rows_mesh
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.hadamard import hadamard
 from duquantpp_jax.transforms.learned import Affine

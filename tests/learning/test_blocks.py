@@ -8,14 +8,14 @@ import numpy as np
 import optax
 import pytest
 
-from duquantpp_jax.calibration import calibrate, site_widths
 from duquantpp_jax.formats import MXFP4
 from duquantpp_jax.learning.blocks import learn_blocks, learn_model_by_blocks
 from duquantpp_jax.learning.model import at_rates
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.models import SITES, dense
-from duquantpp_jax.models.lazy import layer
-from duquantpp_jax.ptq import QuantizedLinear, layer_of, quantize_model
+from duquantpp_jax.models.layers import layer
+from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.site import QuantizedLinear, layer_of, quantize_model
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.learned import Cayley

@@ -9,13 +9,14 @@ import numpy as np
 import optax
 import pytest
 
-from duquantpp_jax.calibration import calibrate, site_widths
+from duquantpp_jax.checkpoints import load, testbed
 from duquantpp_jax.core import Fitted
 from duquantpp_jax.formats import MXFP4
 from duquantpp_jax.learning.model import at_rates, learn_model
 from duquantpp_jax.learning.moves import Moves
-from duquantpp_jax.models import SITES, load, testbed
-from duquantpp_jax.ptq import QuantizedLinear, quantize_model
+from duquantpp_jax.models import SITES
+from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.site import QuantizedLinear, quantize_model
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.learned import PARAMETRIZATIONS

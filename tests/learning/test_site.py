@@ -13,7 +13,7 @@ from duquantpp_jax.learning import site as learning
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.learning.site import FitLearned, SiteError
 from duquantpp_jax.learning.training import train
-from duquantpp_jax.ptq import QuantizedLinear, quantize_linear
+from duquantpp_jax.ptq.site import QuantizedLinear, quantize_linear
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.hadamard import FitHadamard, hadamard

@@ -2,9 +2,10 @@
 
 import pytest
 
-from duquantpp_jax.models import DecoderConfig, load, sha256
+from duquantpp_jax.checkpoints import load, sha256
+from duquantpp_jax.models import DecoderConfig
+from tests.checkpoints.spoiling import refusal, rewrite
 from tests.conftest import TINY
-from tests.models.spoiling import refusal, rewrite
 
 CONFIGS = {
     "another architecture": (

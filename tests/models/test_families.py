@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from duquantpp_jax.models import FAMILIES, Decoder, DecoderConfig, load, save
+from duquantpp_jax.checkpoints import load, save
+from duquantpp_jax.models import FAMILIES, Decoder, DecoderConfig
 from tests.conftest import byte_tokenizer
 from tests.goldens import families
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duquantpp_jax.calibration import calibrate, site_widths
-from duquantpp_jax.models import SITES, dense, load, load_tokenizer
-from duquantpp_jax.ptq import fit_model, quantize_model, widen
+from duquantpp_jax.checkpoints import load, load_tokenizer
+from duquantpp_jax.models import SITES, dense
+from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.site import fit_model, quantize_model, widen
 from duquantpp_jax.recipes import recipe
 from tests.stories import BOS, convert
 

@@ -8,7 +8,7 @@ import pytest
 from duquantpp_jax import MXFP4
 from duquantpp_jax.core import Stats
 from duquantpp_jax.formats import NVFP4, FP32Scale
-from duquantpp_jax.ptq import fit_linear, quantize_linear
+from duquantpp_jax.ptq.site import fit_linear, quantize_linear
 from duquantpp_jax.recipes import ROUNDINGS, recipe
 from duquantpp_jax.rounding.clip import SCALE, Search
 from duquantpp_jax.rounding.gptq import damped, gptq, weighted_error

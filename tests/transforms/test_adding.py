@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duquantpp_jax import cli, compare
+from duquantpp_jax import cli
+from duquantpp_jax.commands import compare
 from duquantpp_jax.recipes import FITS, find_fit, recipe
 from duquantpp_jax.transforms import storage
 from duquantpp_jax.transforms.health import health

@@ -1,0 +1,26 @@
+"""Everything that is read from or written to a disk as a model."""
+
+from duquantpp_jax.checkpoints.directory import Quantized, is_quantized, load_quantized
+from duquantpp_jax.checkpoints.hugging_face import (
+    load,
+    load_config,
+    load_tokenizer,
+    save,
+    sha256,
+)
+from duquantpp_jax.checkpoints.job import ACTIVATION_FORMATS, WEIGHT_FORMATS, Job, format_named
+
+__all__ = [
+    "ACTIVATION_FORMATS",
+    "WEIGHT_FORMATS",
+    "Job",
+    "Quantized",
+    "format_named",
+    "is_quantized",
+    "load",
+    "load_config",
+    "load_quantized",
+    "load_tokenizer",
+    "save",
+    "sha256",
+]

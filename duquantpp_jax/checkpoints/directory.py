@@ -1,0 +1,130 @@
+"""A quantized checkpoint: a Hugging Face directory whose config.json says that it is quantized.
+
+    config.json             the float model's, with a quantization_config that names the job
+    quantization.json       the job alone; written first
+    layer-00000.safetensors ...                  a file for each layer (storage.py)
+    outside-*.safetensors                        embedding, last norm, head: as they were
+    model.safetensors.index.json                 which tensor is where; written last but config.json
+    tokenizer.json, generation_config.json, ...  copied
+
+config.json comes last: a directory without it is one that `quantize` has not finished.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+
+from duquantpp_jax.checkpoints.job import Job
+from duquantpp_jax.checkpoints.layer import check_schema, read_about, read_layer
+from duquantpp_jax.checkpoints.shards import read_json
+from duquantpp_jax.models import Decoder, DecoderConfig
+from duquantpp_jax.models.layers import without_linears
+from duquantpp_jax.models.parameters import LAYER
+from duquantpp_jax.ptq.site import MixedLinear, QuantizedSite
+from duquantpp_jax.ptq.walk import State, stack_layers
+
+METHOD = "duquantpp_jax"
+CONFIG, JOB, INDEX, REPORT = (
+    *("config.json", "quantization.json", "model.safetensors.index.json", "report.json"),
+)
+
+
+def layer_file(number: int) -> str:
+    """Name of a layer's file."""
+    return f"layer-{number:05d}.safetensors"
+
+
+def is_quantized(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory was written by `duquantpp quantize`, finished or not."""
+    return (Path(directory) / JOB).is_file()
+
+
+class Quantized:
+    """A quantized checkpoint whose weights are still on disk.
+
+    Attributes:
+      directory: Where it is.
+      config: Of the model.
+      fields: What config.json says, as that of the float model.
+      job: What was done.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        """Args:
+          directory: That `duquantpp quantize` wrote.
+
+        Raises:
+          ValueError: It is none, is not finished, or was written by a newer version.
+        """
+        self.directory = Path(directory)
+        if not is_quantized(directory):
+            raise ValueError(
+                f"{directory} is no quantized model: give what duquantpp quantize wrote"
+            )
+        described = read_json(self.directory / JOB)
+        check_schema(self.directory / JOB, described.get("schema"))
+        self.job = Job.from_dict(described.get("job", {}))
+        if not (self.directory / CONFIG).is_file():
+            raise ValueError(
+                f"{directory} is not finished: run the duquantpp quantize that began it again"
+            )
+        self.fields = read_json(self.directory / CONFIG)
+        self.fields.pop("quantization_config", None)
+        self.config = DecoderConfig.from_dict(self.fields)
+
+    @property
+    def linear(self) -> MixedLinear:
+        """What the decoder calls."""
+        return self.job.plan(self.config).linear
+
+    def layer(self, number: int) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSite]]:
+        """The parameters of a layer that are no weights of linears, and its sites.
+
+        Raises:
+          ValueError: The file is missing or broken.
+        """
+        return read_layer(self.directory / layer_file(number))
+
+    def report(self, number: int) -> list[dict[str, Any]]:
+        """What quantizing cost each linear of a layer."""
+        return read_about(self.directory / layer_file(number))["report"]
+
+    def outside(self) -> dict[str, np.ndarray]:
+        """Embedding, last norm and head, by tensor name, in the type they are stored in."""
+        tensors = {}
+        for path in sorted(self.directory.glob("outside-*.safetensors")):
+            with safe_open(path, framework="numpy") as file:
+                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors
+
+
+def load_quantized(directory: str | os.PathLike[str]) -> tuple[Decoder, MixedLinear, State]:
+    """A quantized model: `model(tokens, linear, state)` gives the logits it had when quantized.
+
+    Raises:
+      ValueError: As `Quantized`.
+    """
+    quantized = Quantized(directory)
+    parameters: dict[str, Any] = {}
+    layers, rest = [], []
+    for number in range(quantized.config.num_hidden_layers):
+        others, sites = quantized.layer(number)
+        layers.append(sites)
+        rest.append(others)
+    for name in rest[0]:
+        parameters[LAYER + name] = jnp.stack([_widened(one[name]) for one in rest])
+    for name, array in quantized.outside().items():
+        parameters[name.removesuffix(".weight")] = _widened(array)
+    return (
+        without_linears(quantized.config, parameters),
+        quantized.linear,
+        stack_layers(layers),
+    )
+
+
+def _widened(array: np.ndarray) -> Any:
+    return jnp.asarray(array.astype(np.float32))

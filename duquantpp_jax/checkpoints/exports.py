@@ -1,0 +1,320 @@
+"""A quantized checkpoint in the layouts that other programs read.
+
+compressed-tensors   its mxfp4-pack-quantized: of W^ [n, k] the codes, two a byte along each row
+    (lower index low), as weight_packed [n, k / 2], and the scale bytes as weight_scale [n, k / 32],
+    both uint8. Smoothing before q/k/v and up/gate is folded into the norm before them, g / s; a
+    Hadamard matrix in every block is written in its transform_config, as an online transform of
+    the input. Whatever else moves an input it cannot express, and is refused.
+dequantized          every weight moved back through its transform, W = W^ T, and rounded to
+    bfloat16; activations are not quantized.
+
+The directory appears whole or not at all.
+
+Source: the library compressed-tensors 0.20, `compressors/mxfp4`, `quantization/quant_config.py` and
+`transform/`.
+"""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from jaxtyping import Float32
+
+from duquantpp_jax import files
+from duquantpp_jax.checkpoints import Quantized
+from duquantpp_jax.checkpoints.directory import CONFIG
+from duquantpp_jax.checkpoints.layer import write_tensors
+from duquantpp_jax.checkpoints.shards import INDEX
+from duquantpp_jax.checkpoints.writer import copied
+from duquantpp_jax.core import MXArray, Transform
+from duquantpp_jax.formats import E2M1
+from duquantpp_jax.formats.storage import pack_codes
+from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
+from duquantpp_jax.ptq.plan import linear_shapes
+from duquantpp_jax.ptq.site import QuantizedSite
+from duquantpp_jax.transforms.basic import Identity, Smooth, links
+from duquantpp_jax.transforms.block import BlockAffine
+from duquantpp_jax.transforms.hadamard import hadamard
+
+PACKED = "mxfp4-pack-quantized"
+BLOCK = 32
+_NORMS = {"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
+
+Tensors = dict[str, np.ndarray]
+
+
+class Layer(NamedTuple):
+    """A layer in another layout.
+
+    Attributes:
+      tensors: Of the layer, by their whole names.
+      rotated: Linears whose input a Hadamard matrix moves online.
+      floats: Linears that are not quantized.
+    """
+
+    tensors: Tensors
+    rotated: list[str]
+    floats: list[str]
+
+
+def write_export(
+    directory: Path,
+    format: Literal["compressed-tensors", "dequantized"],
+    out: Path,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> list[str]:
+    """Writes a quantized model in another layout; returns notes for the user.
+
+    Args:
+      directory: That `duquantpp quantize` wrote.
+      format: Which layout.
+      out: New directory.
+      progress: Called with what is being done, layers done, layers in all.
+
+    Raises:
+      ValueError: The model cannot be expressed so; one line that says why.
+    """
+    model = Quantized(directory)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} already exists: give the name of a new directory")
+    files.check_writable(out)
+    packed = format == "compressed-tensors"
+    if packed:
+        _check_formats(model)
+    convert = pack_layer if packed else dequantize_layer
+    count = model.config.num_hidden_layers
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        partial.chmod(0o755)
+        places: dict[str, str] = {}
+        rotated: list[str] = []
+        floats: list[str] = []
+        for number in range(count):
+            progress(f"layer {number + 1} of {count}", number, count)
+            layer = convert(model.config, number, *model.layer(number))
+            _write(partial, f"model-{number + 1:05d}-of-{count + 1:05d}", layer.tensors, places)
+            rotated += layer.rotated
+            floats += layer.floats
+        _write(partial, f"model-{count + 1:05d}-of-{count + 1:05d}", model.outside(), places)
+        index = {"metadata": {}, "weight_map": dict(sorted(places.items()))}
+        files.write_whole(partial / INDEX, files.to_json(index))
+        for path in copied(model.directory):
+            files.write_whole(partial / path.name, path.read_bytes())
+        fields = dict(model.fields)
+        if packed:
+            fields["quantization_config"] = quantization_config(model, rotated, floats)
+        files.write_whole(partial / CONFIG, files.to_json(fields))
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return _notes(model, packed, rotated)
+
+
+def _write(directory: Path, name: str, tensors: Tensors, places: dict[str, str]) -> None:
+    write_tensors(directory / f"{name}.safetensors", tensors, {})
+    places |= dict.fromkeys(tensors, f"{name}.safetensors")
+
+
+def _check_formats(model: Quantized) -> None:
+    wrong = {name for name in model.job.weight_formats.values() if name != "mxfp4"}
+    if wrong or model.job.scale_rule in ("log256", "fp32"):
+        what = f"weights in {min(wrong)}" if wrong else f"scales by {model.job.scale_rule}"
+        raise ValueError(f"{PACKED} holds MXFP4 weights: this model has {what}")
+    for name in model.job.activation_formats.values():
+        if name not in _ACTIVATIONS:
+            raise ValueError(
+                f"{PACKED} with activations in {name} is not known to its readers: "
+                f"use one of {', '.join(_ACTIVATIONS)}"
+            )
+
+
+def pack_layer(
+    config: DecoderConfig,
+    number: int,
+    parameters: Mapping[str, np.ndarray],
+    sites: Mapping[str, QuantizedSite],
+) -> Layer:
+    """A layer as mxfp4-pack-quantized has it.
+
+    Raises:
+      ValueError: A site's input is moved by what the layout cannot express; names it.
+    """
+    prefix, shapes = f"model.layers.{number}.", linear_shapes(config)
+    parameters, tensors = dict(parameters), {}
+    rotated, floats = [], []
+    for site in SITES:
+        scale, turned = _expressed(site, sites[site].transform, f"{prefix}{site}")
+        if scale is not None:
+            norm = _NORMS[site]
+            parameters[norm] = np.asarray(parameters[norm], np.float32) / scale
+        for name, weight in zip(SITE_WEIGHTS[site], sites[site].weights, strict=True):
+            if not isinstance(weight, MXArray):
+                if scale is not None:
+                    raise ValueError(
+                        f"{prefix}{name} is in float beside linears whose smoothing is folded into "
+                        f"their norm, which {PACKED} cannot express: quantize the whole site"
+                    )
+                tensors[f"{prefix}{name}.weight"] = np.asarray(weight)
+                floats.append(prefix + name)
+                continue
+            n, k = weight.shape
+            if k != shapes[name][1]:
+                raise ValueError(
+                    f"{prefix}{name} was padded from {shapes[name][1]} to {k} inputs, which "
+                    f"{PACKED} cannot express: export --format dequantized"
+                )
+            codes = pack_codes(np.asarray(weight.codes()), E2M1.bits)
+            tensors[f"{prefix}{name}.weight_packed"] = codes.reshape(n, k // 2)
+            tensors[f"{prefix}{name}.weight_scale"] = np.asarray(weight.scale_bytes())
+            rotated += [prefix + name] if turned else []
+    return Layer(tensors | _named(prefix, parameters), rotated, floats)
+
+
+def dequantize_layer(
+    config: DecoderConfig,
+    number: int,
+    parameters: Mapping[str, np.ndarray],
+    sites: Mapping[str, QuantizedSite],
+) -> Layer:
+    """A layer as the float model has it: its weights what rounding left of them, in bfloat16."""
+    prefix, shapes = f"model.layers.{number}.", linear_shapes(config)
+    tensors = {}
+    for site in SITES:
+        back = sites[site].transform.inverse()
+        for name, weight in zip(SITE_WEIGHTS[site], sites[site].weights, strict=True):
+            held = weight
+            if isinstance(weight, MXArray):
+                held = back.weights(weight.dequantize())[:, : shapes[name][1]]
+            tensors[f"{prefix}{name}.weight"] = np.asarray(held).astype(ml_dtypes.bfloat16)
+    return Layer(tensors | _named(prefix, parameters), [], [])
+
+
+def _named(prefix: str, parameters: Mapping[str, np.ndarray]) -> Tensors:
+    return {
+        prefix + (name if name.endswith(".bias") else f"{name}.weight"): array
+        for name, array in parameters.items()
+    }
+
+
+def _expressed(
+    site: str, transform: Transform, where: str
+) -> tuple[Float32[np.ndarray, " k"] | None, bool]:
+    """The smoothing to fold into the norm before a site, and whether Hadamard matrices follow.
+
+    Raises:
+      ValueError: The transform is of another kind, or has no norm before it to fold into.
+    """
+    match [link for link in links(transform) if not isinstance(link, Identity)]:
+        case []:
+            return None, False
+        case [Smooth(scale=scale), BlockAffine(matrices=matrices)]:
+            pass
+        case others:
+            kinds = ", ".join(type(link).__name__ for link in others)
+            raise ValueError(
+                f"{where}: its input is moved online by {kinds}, which {PACKED} cannot express: "
+                "export --format dequantized, or quantize with identity or block_hadamard"
+            )
+    blocks = np.asarray(matrices)
+    turned = bool(np.array_equal(blocks, np.broadcast_to(hadamard(BLOCK), blocks.shape)))
+    if not turned and not np.array_equal(blocks, np.broadcast_to(np.eye(BLOCK), blocks.shape)):
+        raise ValueError(
+            f"{where}: its input is rotated online by matrices that are not Hadamard's, which "
+            f"{PACKED} cannot express: export --format dequantized, or quantize with identity or "
+            "block_hadamard"
+        )
+    smooth = np.asarray(scale)
+    if np.all(smooth == 1):
+        return None, turned
+    if site not in _NORMS:
+        raise ValueError(
+            f"{where}: its smoothing would have had to be folded into the linear before it prior "
+            f"to rounding, and {PACKED} has no online one: export --format dequantized, or "
+            "quantize with identity or block_hadamard"
+        )
+    return smooth, turned
+
+
+_MXFP4 = {
+    "num_bits": 4,
+    "type": "float",
+    "strategy": "group",
+    "group_size": BLOCK,
+    "symmetric": True,
+    "scale_dtype": "torch.uint8",
+    "zp_dtype": "torch.uint8",
+}
+_ACTIVATIONS: dict[str, dict[str, Any] | None] = {
+    "mxfp4": {**_MXFP4, "dynamic": True},
+    "mxfp8": {**_MXFP4, "num_bits": 8, "dynamic": True},
+    "bf16": None,
+}
+"""What the library calls our activation formats."""
+
+
+def quantization_config(model: Quantized, rotated: list[str], floats: list[str]) -> dict[str, Any]:
+    """The entry of config.json that the library reads.
+
+    Args:
+      rotated, floats: As in `Layer`, of all layers.
+    """
+    groups: dict[str, Any] = {}
+    formats = model.job.activation_formats
+    for number, format in enumerate(dict.fromkeys(formats.values())):
+        names = [n for site in SITES if formats[site] == format for n in SITE_WEIGHTS[site]]
+        groups[f"group_{number}"] = {
+            "targets": [f"re:.*{re.escape(name)}$" for name in names],
+            "weights": {**_MXFP4, "dynamic": False},
+            "input_activations": _ACTIVATIONS[format],
+            "output_activations": None,
+            "format": PACKED,
+        }
+    ignore = ["lm_head", *floats]
+    online = {"targets": rotated, "location": "input", "inverse": False, "ignore": []}
+    transforms = {
+        "config_groups": {
+            "hadamard": {
+                "type": "hadamard",
+                "apply": [online],
+                "head_dim": BLOCK,
+                "randomize": False,
+                "requires_grad": False,
+            }
+        }
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": PACKED,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "sparsity_config": {},
+        "transform_config": transforms if rotated else {},
+    }
+
+
+def _notes(model: Quantized, packed: bool, rotated: list[str]) -> list[str]:
+    if not packed:
+        return [
+            "Weights were moved back through their transforms and rounded to bfloat16.",
+            "Activations are not quantized in this layout; the quantized model's are.",
+        ]
+    notes = [f"Weights are {PACKED}, bit for bit those of the quantized model."]
+    if set(model.job.activation_formats.values()) - {"bf16"}:
+        notes.append(
+            "Activations are quantized by the reader, with its own scale rule; this model was "
+            f"quantized for {model.job.scale_rule}."
+        )
+    if rotated:
+        notes.append(
+            f"The inputs of {len(rotated)} linears are to be rotated online: a reader must apply "
+            "transform_config, or its outputs are wrong."
+        )
+    return notes

@@ -1,0 +1,256 @@
+"""Hugging Face directories, in and out: config.json, safetensors with or without an index.
+
+A table made from config.json says which parameter, and which layer of it, every tensor name fills
+(`model.layers.3.mlp.up_proj.weight` is layer 3 of `model.layers.*.mlp.up_proj`). Names, shapes and
+dtypes are held against it before an array is allocated. Whatever is wrong raises ValueError with
+one line that says what was wrong and what would be right.
+
+Source: the directory layout that transformers' `save_pretrained` writes.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save as serialize
+from tokenizers import Tokenizer
+
+from duquantpp_jax.checkpoints.shards import (
+    SINGLE,
+    Tensor,
+    inventory,
+    one_line,
+    read_json,
+    read_tensors,
+    shard_files,
+)
+from duquantpp_jax.models.config import DecoderConfig
+from duquantpp_jax.models.decoder import Decoder
+from duquantpp_jax.models.parameters import parameter_shapes
+
+_CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
+_DTYPES = ("BF16", "F16", "F32")
+# Rotary frequencies are derived from rope_theta; old checkpoints store them all the same.
+_HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+class Place(NamedTuple):
+    """The parameter that a tensor fills, at which index (its layer or all of it), in what shape."""
+
+    key: str
+    index: Any
+    shape: tuple[int, ...]
+
+
+def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
+    """The configuration in `directory`/config.json.
+
+    Raises:
+      ValueError: there is none, it is no JSON object, or it is not supported.
+    """
+    fields = read_json(_config_file(directory))
+    try:
+        return DecoderConfig.from_dict(fields)
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from None
+
+
+class Headers(NamedTuple):
+    """What the headers of a checkpoint say, held against its config.json.
+
+    Attributes:
+      found: Where each tensor lies.
+      shapes: Of every parameter, as `parameter_shapes` has them, and of a tied head that is stored.
+      places: The parameter that each tensor fills.
+    """
+
+    config: DecoderConfig
+    found: dict[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    places: dict[str, Place]
+
+
+def headers(directory: str | os.PathLike[str]) -> Headers:
+    """Reads config.json and the headers of the shards; no weights.
+
+    Raises:
+      ValueError: as `load`, but for what only the weights themselves show.
+    """
+    directory = Path(directory)
+    config = load_config(directory)
+    found = inventory(directory)
+    shapes = parameter_shapes(config)
+    if config.tie_word_embeddings and "lm_head.weight" in found:
+        shapes["lm_head"] = shapes["model.embed_tokens"]  # some writers store the tied head too
+    places = _places(config, shapes)
+    for name, place in places.items():
+        if name not in found:
+            raise ValueError(
+                f"{directory}: tensor {name} is missing: the model that config.json describes "
+                f"has one of shape {_dims(place.shape)}"
+            )
+    for name, tensor in found.items():
+        _check_header(name, tensor, places, config)
+    return Headers(config, found, shapes, places)
+
+
+def load(directory: str | os.PathLike[str]) -> Decoder:
+    """The float decoder in a Hugging Face directory, its parameters in float32.
+
+    Args:
+      directory: Holds config.json and model.safetensors, or shards with
+        model.safetensors.index.json.
+
+    Returns:
+      The decoder; bfloat16 and float16 tensors are widened, which is exact.
+
+    Raises:
+      ValueError: one line naming the file or tensor, what was wrong and what would be right.
+    """
+    config, found, shapes, places = headers(directory)
+    arrays = {key: np.empty(shape, np.float32) for key, shape in shapes.items()}
+    for name, array in read_tensors(found, places):
+        arrays[places[name].key][places[name].index] = array
+    if config.tie_word_embeddings:
+        head = arrays.pop("lm_head", arrays["model.embed_tokens"])
+        if not np.array_equal(head, arrays["model.embed_tokens"]):
+            raise ValueError(
+                f"{directory}: lm_head.weight differs from model.embed_tokens.weight, but "
+                "config.json says tie_word_embeddings: it must be false, or the two equal"
+            )
+    return Decoder(config, {key: jnp.asarray(array) for key, array in arrays.items()})
+
+
+def load_tokenizer(
+    directory: str | os.PathLike[str], config: DecoderConfig | None = None
+) -> Tokenizer:
+    """The tokenizer in `directory`/tokenizer.json.
+
+    Args:
+      config: Of the model; read from the directory if not given.
+
+    Raises:
+      ValueError: there is none, it cannot be read, or it has ids that the model has not.
+    """
+    path = Path(directory) / _TOKENIZER
+    config = config or load_config(directory)
+    if not path.is_file():
+        raise ValueError(f"{directory} has no tokenizer.json: add the model's own")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(
+            f"{path} is not a tokenizer ({one_line(error)}): "
+            "it must be the JSON that the tokenizers library writes"
+        ) from None
+    last = max(tokenizer.get_vocab().values(), default=-1)
+    if last >= config.vocab_size:
+        raise ValueError(
+            f"{path} has token {last}, but config.json says vocab_size {config.vocab_size}: "
+            "both must come from one model"
+        )
+    return tokenizer
+
+
+def sha256(directory: str | os.PathLike[str]) -> str:
+    """Which model this is: SHA-256 over the names and bytes of config.json and its shards.
+
+    Raises:
+      ValueError: as `load`, where the files themselves are missing or misnamed.
+    """
+    directory, config = Path(directory), _config_file(directory)
+    total = hashlib.sha256()
+    files = {_CONFIG: config}
+    files |= {shard.name: shard for shard in shard_files(directory)}
+    for name, path in sorted(files.items()):
+        with path.open("rb") as file:
+            total.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def save(model: Decoder, tokenizer_json: str, directory: str | os.PathLike[str]) -> None:
+    """Writes a Hugging Face directory, its tensors rounded to bfloat16 (nearest, even).
+
+    The files are written beside the place and renamed into it: killed at any moment, `directory`
+    is whole or absent.
+
+    Raises:
+      ValueError: `directory` exists and is not an empty directory.
+    """
+    directory = Path(directory)
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise ValueError(f"{directory} already exists: give the name of a new directory")
+    arrays = {name: np.asarray(array) for name, array in model.parameters().items()}
+    tensors = {
+        name: np.ascontiguousarray(arrays[place.key][place.index].astype(ml_dtypes.bfloat16))
+        for name, place in _places(model.config, parameter_shapes(model.config)).items()
+    }
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        partial.chmod(0o755)  # mkdtemp's 0700 would hide the model from others
+        config = json.dumps(model.config.to_dict(), indent=1)
+        (partial / _CONFIG).write_text(config + "\n", encoding="utf-8")
+        (partial / _TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
+        (partial / SINGLE).write_bytes(serialize(tensors, metadata={"format": "pt"}))
+        partial.replace(directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _config_file(directory: str | os.PathLike[str]) -> Path:
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory: give a Hugging Face model directory")
+    if not (directory / _CONFIG).is_file():
+        raise ValueError(
+            f"{directory} has no config.json: give a Hugging Face model directory, "
+            "which has config.json, *.safetensors and tokenizer.json"
+        )
+    return directory / _CONFIG
+
+
+def _places(config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Place]:
+    """The table from checkpoint names to parameters."""
+    places = {}
+    for key, shape in shapes.items():
+        tensor = key if key.endswith(".bias") else f"{key}.weight"
+        if "*" not in key:
+            places[tensor] = Place(key, ..., shape)
+            continue
+        for layer in range(config.num_hidden_layers):
+            places[tensor.replace("*", str(layer))] = Place(key, layer, shape[1:])
+    return places
+
+
+def _check_header(
+    name: str, tensor: Tensor, places: dict[str, Place], config: DecoderConfig
+) -> None:
+    if _HARMLESS.fullmatch(name):
+        return
+    if name not in places:
+        raise ValueError(
+            f"tensor {name!r} has no place in a {config.architecture} of "
+            f"{config.num_hidden_layers} layers: config.json must belong to these weights"
+        )
+    if tensor.shape != places[name].shape:
+        raise ValueError(
+            f"tensor {name} has shape {_dims(tensor.shape)}: "
+            f"config.json asks for {_dims(places[name].shape)}"
+        )
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(
+            f"tensor {name} has dtype {tensor.dtype}: it must be one of {', '.join(_DTYPES)}"
+        )
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

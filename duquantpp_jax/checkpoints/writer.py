@@ -1,0 +1,185 @@
+"""A quantized directory as it comes into being: a layer at a time, killed and resumed at will.
+
+Beside the finished layers lies a file with the hidden states that the next layer is given. Both
+appear whole, the layer first: a run that was killed goes on from the layer whose hidden states it
+finds, and writes the bytes that it would have written. (On one machine. A GPU whose compiler times
+its kernels may choose others in another process: XLA_FLAGS=--xla_gpu_autotune_level=0 rules that
+out.)
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32, Integer
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from duquantpp_jax import files
+from duquantpp_jax.checkpoints.directory import (
+    CONFIG,
+    JOB,
+    METHOD,
+    REPORT,
+    is_quantized,
+    layer_file,
+)
+from duquantpp_jax.checkpoints.job import SCHEMA, Job
+from duquantpp_jax.checkpoints.layer import layer_tensors, read_about, write_tensors
+from duquantpp_jax.checkpoints.lazy import Checkpoint
+from duquantpp_jax.checkpoints.shards import INDEX, SINGLE, read_json
+from duquantpp_jax.models import SITES
+from duquantpp_jax.ptq.walk import BATCH_ROWS, Plan, quantize_layer
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, steps done, steps in all."""
+
+
+def begin(out: Path, job: Job, *, overwrite: bool) -> bool:
+    """Makes the directory this job's; whether it has been finished already.
+
+    Raises:
+      ValueError: It belongs to another job; says what differs.
+    """
+    if is_quantized(out) and overwrite:
+        _remove(out, CONFIG, "*.safetensors", INDEX, REPORT, JOB)
+    if is_quantized(out):
+        described = read_json(out / JOB)
+        begun = Job.from_dict(described.get("job", {}))
+        if described.get("schema") != SCHEMA or (other := begun.difference(job)):
+            what = f"with {other}" if described.get("schema") == SCHEMA else "by another version"
+            raise ValueError(
+                f"{out} was begun {what}: give another --out, or --overwrite to start anew"
+            )
+        return (out / CONFIG).is_file()
+    out.mkdir(parents=True, exist_ok=True)
+    content = {"schema": SCHEMA, "job": job.to_dict()}
+    files.write_whole(out / JOB, files.to_json(content))
+    return False
+
+
+def write_layers(
+    out: Path,
+    checkpoint: Checkpoint,
+    job: Job,
+    plan: Plan,
+    tokens: Integer[np.ndarray, "rows length"],
+    progress: Progress,
+) -> None:
+    """Writes the layers that are not finished."""
+    count = checkpoint.config.num_hidden_layers
+    # What a killed run was writing; safetensors has a temporary name of its own, .tmpXXXXXX.
+    _remove(out, ".*.safetensors.*", ".*.json.*", ".tmp??????")
+    first, hidden = _resume(out, count)
+    if first == count:
+        return
+    if hidden is None:
+        hidden = checkpoint.embed(tokens)
+    steps = steps_of_layer(plan, len(tokens))
+    done = itertools.count(first * steps + 1)
+    for number in range(first, count):
+        what = f"layer {number + 1} of {count}"
+        progress(what, number * steps, count * steps)
+        parameters = checkpoint.layer(number)
+        layer = quantize_layer(
+            plan,
+            number,
+            parameters,
+            hidden,
+            lambda doing: progress(f"{what}: {doing}", next(done), count * steps),  # noqa: B023
+        )
+        names = {inside: name for name, inside in checkpoint.layer_tensors(number).items()}
+        tensors, about = layer_tensors(number, parameters, names, layer)
+        about = {"schema": SCHEMA, "job": job.to_dict(), **about}
+        write_tensors(out / layer_file(number), tensors, about)
+        if number + 1 < count:
+            write_tensors(_hidden_file(out, number + 1), {"hidden": hidden}, {"schema": SCHEMA})
+        for past in range(number + 1):  # last the one that a killed run goes on from
+            _hidden_file(out, past).unlink(missing_ok=True)
+
+
+def _remove(directory: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        for path in directory.glob(pattern):
+            path.unlink()
+
+
+def _hidden_file(out: Path, number: int) -> Path:
+    return out / f"hidden-{number:05d}.safetensors"
+
+
+def _resume(out: Path, count: int) -> tuple[int, Float32[np.ndarray, "rows length k"] | None]:
+    """The first layer that is left to do, and what it is given, if that has been stored."""
+    finished = 0
+    while finished < count and (out / layer_file(finished)).is_file():
+        finished += 1
+    if finished == count and not _hidden_file(out, count - 1).is_file():
+        return count, None
+    for number in range(min(finished, count - 1), 0, -1):
+        if (path := _hidden_file(out, number)).is_file():
+            return number, load_file(path)["hidden"]
+    return 0, None
+
+
+def steps_of_layer(plan: Plan, rows: int) -> int:
+    """How often `quantize_layer` reports progress, at most."""
+    needs = any(getattr(recipe.rounding, "needs", None) for recipe in plan.recipes.values())
+    passes = 1 + needs + plan.sequential
+    return passes * -(-rows // BATCH_ROWS) + 2 * len(SITES)
+
+
+def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
+    """Writes what is not in layers; config.json last."""
+    place = {}
+    for number, (name, array) in enumerate(checkpoint.outside()):
+        file = f"outside-{number}.safetensors"
+        write_tensors(out / file, {name: array}, {})
+        place[name] = file
+    count = checkpoint.config.num_hidden_layers
+    rows = []
+    for number in range(count):
+        about = read_about(out / layer_file(number))
+        rows += about["report"]
+        place |= dict.fromkeys(_tensor_names(out / layer_file(number)), layer_file(number))
+    total = sum((out / file).stat().st_size for file in set(place.values()))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
+    report = {
+        "schema": SCHEMA,
+        "job": job.to_dict(),
+        "bytes": total,
+        "float_bytes": sum(path.stat().st_size for path in _shards(checkpoint.directory)),
+        "linears": rows,
+    }
+    files.write_whole(out / REPORT, files.to_json(report))
+    for path in copied(checkpoint.directory):
+        files.write_whole(out / path.name, path.read_bytes())
+    files.write_whole(out / INDEX, files.to_json(index))
+    fields = read_json(checkpoint.directory / CONFIG)
+    fields["quantization_config"] = {"quant_method": METHOD, "schema": SCHEMA, "recipe": job.recipe}
+    files.write_whole(out / CONFIG, files.to_json(fields))
+
+
+def _tensor_names(path: Path) -> list[str]:
+    with safe_open(path, framework="numpy") as file:
+        return list(file.keys())
+
+
+def _shards(directory: Path) -> Iterator[Path]:
+    return directory.glob("*.safetensors")
+
+
+def copied(directory: Path) -> list[Path]:
+    """What a model directory holds besides weights and config.json: tokenizer, generation config,
+    templates, licence."""
+    kinds = (".json", ".jinja", ".txt", ".model", ".md")
+    names = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+    left = (CONFIG, INDEX, SINGLE, JOB, REPORT)
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if path.is_file()
+        and (path.suffix in kinds or path.name.startswith(names))
+        and path.name not in left
+        and not path.name.startswith(".")
+    )

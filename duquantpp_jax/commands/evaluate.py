@@ -1,0 +1,238 @@
+"""`duquantpp evaluate`: perplexity of a model on a text, and its distance from a reference.
+
+The protocols are in evaluation/text.py, the equations in evaluation/perplexity.py; intervals are
+clustered as in evaluation/intervals.py, by document or by row.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from duquantpp_jax import files
+from duquantpp_jax.checkpoints import load_tokenizer, sha256
+from duquantpp_jax.checkpoints.loading import load_any
+from duquantpp_jax.commands.progress import progress_bar
+from duquantpp_jax.evaluation.intervals import clusters, mean_interval
+from duquantpp_jax.evaluation.predict import Predictor, RowSums, row_sums
+from duquantpp_jax.evaluation.rows import (
+    PROTOCOLS,
+    Protocol,
+    Rows,
+    read_text,
+    rows_for_targets,
+    rows_of_text,
+)
+from duquantpp_jax.evaluation.subject import environment
+from duquantpp_jax.models import DecoderConfig
+from duquantpp_jax.ptq import stores as cache
+from duquantpp_jax.recipes import known
+
+MEASURES = {
+    "perplexity": "perplexity",
+    "nll": "NLL, nats",
+    "reference_perplexity": "perplexity of the reference",
+    "kl": "KL(reference || model), nats",
+    "excess_nll": "NLL - reference's, nats",
+    "agreement": "same first token, share",
+}
+"""What the results hold, in the words of the table."""
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions:
+    """Perplexity of a model on a text, and KL and agreement with a reference.
+
+    Attributes:
+      model: Hugging Face directory (config.json, safetensors, tokenizer.json), or a quantized one.
+      text: UTF-8 text to evaluate on.
+      reference: Directory of the model to compare with, usually the float one; it may be the same
+        directory, to see what --cache costs.
+      protocol: documents (as compare: documents separated by <|endoftext|>, cut into rows each by
+        itself, taken in turn) or stream (as papers: one stream cut into rows).
+      window: Ids of text in a row; by default 511 for documents and 2048 for stream, or what the
+        model has positions for.
+      bos: Put the model's beginning-of-sequence token before every row; default for documents.
+      no_bos: Do not; default for stream.
+      tokens: Targets to evaluate on, cut down to whole rows; all by default.
+      cache: Format of the key-value cache: float32, bf16, mxfp8, mxfp4; by default there is none.
+      rotate_keys: Rotate keys and queries by a Hadamard matrix before keys are cached.
+      out: File for the results, as JSON.
+    """
+
+    model: Path
+    text: Path
+    reference: Path | None = None
+    protocol: str = "documents"
+    window: int | None = None
+    bos: Flag = False
+    no_bos: Flag = False
+    tokens: int | None = None
+    cache: str | None = None
+    rotate_keys: Flag = False
+    out: Path | None = None
+
+
+def evaluate(
+    options: EvaluateOptions, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> dict[str, Any]:
+    """Runs the evaluation; the results, as `--out` writes them.
+
+    Raises:
+      ValueError: Bad input; one line that says what was wrong and what would be right.
+    """
+    if options.rotate_keys and options.cache is None:
+        raise ValueError("--rotate-keys is about cached keys: give --cache too")
+    text = read_text(options.text)
+    predictor = Predictor(*load_any(options.model))
+    config = predictor.model.config
+    protocol = _protocol(options, config)
+    tokenizer = load_tokenizer(options.model, config)
+    rows = rows_of_text(text, tokenizer, config.bos_token_id, protocol)
+    every = max(1, len(rows.documents)) * rows.targets  # of no rows one is wanted, and refused
+    targets = every if options.tokens is None else options.tokens
+    rows = rows_for_targets(rows, targets, str(options.text))
+    reference = None
+    if options.reference is not None:
+        reference = predictor
+        if options.reference.resolve() != options.model.resolve():
+            reference = Predictor(*load_any(options.reference))
+        _check_same_tokens(options, config, reference.model.config)
+    if options.cache is not None:
+        store = cache.store(options.cache, config.head_dim, rotate_keys=options.rotate_keys)
+        predictor = predictor._replace(store=store)
+    sums = row_sums(
+        predictor,
+        reference,
+        rows.tokens,
+        progress=lambda done, total: progress("evaluating", done, total),
+    )
+    unit, cluster = clusters(rows.documents)
+    return {
+        "schema": 1,
+        "targets": rows.tokens.shape[0] * rows.targets,
+        **_measures(sums, rows, cluster),
+        "clusters": {"unit": unit, "count": len(np.unique(cluster))},
+        "environment": environment(),
+        "options": {
+            "text": {"name": options.text.name, "sha256": files.sha256(options.text)},
+            "protocol": options.protocol,
+            "window": protocol.window,
+            "bos": protocol.bos,
+            "cache": options.cache,
+            "rotate_keys": options.rotate_keys,
+        },
+        "model": _identity(options.model),
+        "reference": None if options.reference is None else _identity(options.reference),
+    }
+
+
+def _protocol(options: EvaluateOptions, config: DecoderConfig) -> Protocol:
+    """The preset that was named, with what was asked for instead."""
+    preset = PROTOCOLS[known("protocol", options.protocol, PROTOCOLS)]
+    if options.bos and options.no_bos:
+        raise ValueError("--bos and --no-bos were both given: give one of them")
+    bos = options.bos or (preset.bos and not options.no_bos)
+    if bos and config.bos_token_id is None:
+        raise ValueError(
+            f"{options.model}/config.json names no bos_token_id to put before every row: "
+            "give --no-bos"
+        )
+    room = config.max_position_embeddings - bos
+    window = min(preset.window, room) if options.window is None else options.window
+    if not 2 - bos <= window <= room:
+        raise ValueError(
+            f"--window {window} is out of range: this model has {config.max_position_embeddings} "
+            f"positions, so that a row may have {2 - bos} to {room} ids of text"
+        )
+    return Protocol(preset.stream, window, bos)
+
+
+def _check_same_tokens(
+    options: EvaluateOptions, config: DecoderConfig, reference: DecoderConfig
+) -> None:
+    if config.vocab_size != reference.vocab_size:
+        raise ValueError(
+            f"{options.reference} has {reference.vocab_size} tokens and {options.model} has "
+            f"{config.vocab_size}: give a --reference of the same vocabulary"
+        )
+
+
+def _identity(directory: Path) -> dict[str, str]:
+    return {"name": directory.resolve().name, "sha256": sha256(directory)}
+
+
+def _measures(sums: RowSums, rows: Rows, cluster: np.ndarray) -> dict[str, Any]:
+    """Means over targets, each with its 95 % interval.
+
+    Raises:
+      ValueError: A mean is not finite.
+    """
+
+    def mean(of: np.ndarray) -> dict[str, Any]:
+        value, low, high = mean_interval(of / rows.targets, cluster)
+        if not np.isfinite(value):
+            raise ValueError("the model gave NaN or Inf: no result is reported")
+        return {"value": value, "ci95": [low, high] if np.isfinite(low) else None}
+
+    nll = mean(sums.nll)
+    bounds = nll["ci95"]
+    perplexity = {
+        "value": float(np.exp(nll["value"])),
+        "ci95": None if bounds is None else [float(np.exp(one)) for one in bounds],
+    }
+    measures = {"perplexity": perplexity, "nll": nll}
+    if sums.kl is not None and sums.reference_nll is not None and sums.agreement is not None:
+        measures |= {
+            "kl": mean(sums.kl),
+            "excess_nll": mean(sums.nll - sums.reference_nll),
+            "agreement": mean(sums.agreement),
+        }
+        measures["reference_perplexity"] = {
+            "value": float(np.exp(np.sum(sums.reference_nll) / rows.tokens[:, 1:].size)),
+            "ci95": None,
+        }
+    return measures
+
+
+def summary(results: dict[str, Any]) -> tuple[str, Table]:
+    """What was measured, and on what, for a terminal."""
+    chosen, clusters = results["options"], results["clusters"]
+    held = f", cache in {chosen['cache']}" if chosen["cache"] else ""
+    held += ", keys rotated" if chosen["rotate_keys"] else ""
+    said = (
+        f"{results['model']['name']}{held}: {results['targets']:,} targets of "
+        f"{chosen['text']['name']}, {chosen['protocol']}, windows of {chosen['window']} "
+        f"{'after a' if chosen['bos'] else 'without'} BOS.\n"
+        f"95 % intervals clustered by {clusters['unit']} ({clusters['count']})."
+    )
+    table = Table("", box=box.SIMPLE_HEAD)
+    table.add_column("mean", justify="right")
+    table.add_column("95 % interval", justify="right")
+    for name, what in MEASURES.items():
+        if name in results:
+            bounds = results[name]["ci95"]
+            interval = "" if bounds is None else f"{bounds[0]:.5f} to {bounds[1]:.5f}"
+            table.add_row(what, f"{results[name]['value']:.5f}", interval)
+    return said, table
+
+
+def run(options: EvaluateOptions) -> int:
+    """Runs the command and prints what it found; the exit code."""
+    if options.out is not None:
+        files.check_writable(options.out.parent)
+    with progress_bar() as progress:
+        results = evaluate(options, progress)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(options.out, files.to_json(results))
+    Console(width=100).print(*summary(results))
+    return 0

@@ -1,0 +1,44 @@
+"""`duquantpp export`: a quantized checkpoint in the layouts that other programs read."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from duquantpp_jax.checkpoints.exports import write_export
+from duquantpp_jax.commands.progress import progress_bar
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """Writes a quantized model for other programs.
+
+    Attributes:
+      model: Directory that `duquantpp quantize` wrote.
+      format: compressed-tensors (MXFP4 as vLLM and transformers read it), or dequantized (plain
+        bfloat16, activations not quantized).
+      out: New directory.
+    """
+
+    model: Path
+    format: Literal["compressed-tensors", "dequantized"] = "compressed-tensors"
+    out: Path = Path("exported")
+
+
+def export(
+    options: ExportOptions, progress: Callable[[str, int, int], None] = lambda *_: None
+) -> list[str]:
+    """Writes the directory; returns notes for the user.
+
+    Raises:
+      ValueError: The model cannot be expressed so; one line that says why.
+    """
+    return write_export(options.model, options.format, options.out, progress)
+
+
+def run(options: ExportOptions) -> int:
+    """Exports and prints the notes."""
+    with progress_bar() as progress:
+        notes = export(options, progress)
+    print("\n".join([*notes, f"Written to {options.out}."]))
+    return 0

@@ -1,0 +1,86 @@
+"""`duquantpp generate`: a model, float or quantized, continues a text."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from duquantpp_jax.checkpoints import load_tokenizer
+from duquantpp_jax.checkpoints.loading import load_any
+from duquantpp_jax.commands.evaluate import Flag
+from duquantpp_jax.models.generation import Sampling, generate
+from duquantpp_jax.ptq import stores as cache
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateOptions:
+    """Continues a text, token by token, with a key-value cache.
+
+    Attributes:
+      model: Hugging Face directory (config.json, safetensors, tokenizer.json), or a quantized one.
+      prompt: What is to be continued, with whatever special tokens the tokenizer itself adds.
+      bos: Put the model's beginning-of-sequence token before the prompt as well.
+      max_new_tokens: Tokens to generate, unless an end-of-sequence token comes first.
+      temperature: 0 takes the likeliest token; 1 draws as the model predicts.
+      top_k: Draw from so many of the likeliest tokens; 0 for all.
+      top_p: Draw from the fewest of the likeliest tokens that have this probability together.
+      seed: For drawing.
+      cache: Format of the key-value cache: float32, bf16, mxfp8, mxfp4.
+      rotate_keys: Rotate keys and queries by a Hadamard matrix before keys are cached.
+    """
+
+    model: Path
+    prompt: str
+    bos: Flag = False
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    cache: str = "bf16"
+    rotate_keys: Flag = False
+
+
+def continued(options: GenerateOptions) -> str:
+    """The prompt and what the model makes of it, as text.
+
+    Raises:
+      ValueError: Bad input; one line that says what was wrong and what would be right.
+    """
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    model, linear, state = load_any(options.model)
+    config, tokenizer = model.config, load_tokenizer(options.model, model.config)
+    store = cache.store(options.cache, config.head_dim, rotate_keys=options.rotate_keys)
+    prompt = tokenizer.encode(options.prompt).ids
+    if options.bos:
+        if config.bos_token_id is None:
+            raise ValueError(f"{options.model}/config.json names no bos_token_id: leave out --bos")
+        prompt = [config.bos_token_id, *prompt]
+    if not prompt:
+        raise ValueError("--prompt is empty: give a word to start from, or --bos")
+    room = config.max_position_embeddings - len(prompt)
+    if not 1 <= options.max_new_tokens <= room:
+        raise ValueError(
+            f"--max-new-tokens {options.max_new_tokens} is out of range: after {len(prompt)} "
+            f"tokens of prompt this model has {room} of its {config.max_position_embeddings} "
+            "positions left"
+        )
+    new, count = generate(
+        model,
+        jnp.asarray([prompt], jnp.int32),
+        jax.random.key(options.seed),
+        store=store,
+        new=options.max_new_tokens,
+        linear=linear,
+        state=state,
+        sampling=sampling,
+    )
+    return tokenizer.decode([*prompt, *np.asarray(new[0, : count[0]]).tolist()])
+
+
+def run(options: GenerateOptions) -> int:
+    """Prints the continued text."""
+    print(continued(options))
+    return 0

@@ -1,0 +1,67 @@
+"""The bar that commands draw while they work, and Ctrl-C, which no library may swallow."""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class _Interrupt:
+    """Ctrl-C, remembered: raised inside a callback of another library it can be lost, and is then
+    raised again at the next step of the progress."""
+
+    asked = False
+
+    def __call__(self, *_: Any) -> None:
+        self.asked = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+_interrupt = _Interrupt()
+
+
+@contextlib.contextmanager
+def remembering_interrupts() -> Iterator[None]:
+    """Ctrl-C is remembered, where it would have raised KeyboardInterrupt."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not ours or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _interrupt.asked = False
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr, if that is a terminal: called with what is being done, steps done, all."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    with bar:
+        task = bar.add_task("loading", total=None)
+
+        def step(what: str, done: int, total: int) -> None:
+            _interrupt.check()
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield step

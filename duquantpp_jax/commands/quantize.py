@@ -1,0 +1,212 @@
+"""`duquantpp quantize`: a float checkpoint in, a quantized one out, a layer at a time."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Integer
+from rich.console import Console
+
+from duquantpp_jax import files
+from duquantpp_jax.checkpoints import load_config, sha256, testbed
+from duquantpp_jax.checkpoints.directory import (
+    JOB,
+    REPORT,
+    is_quantized,
+)
+from duquantpp_jax.checkpoints.job import (
+    ACTIVATION_FORMATS,
+    WEIGHT_FORMATS,
+    Job,
+    format_named,
+)
+from duquantpp_jax.checkpoints.lazy import Checkpoint
+from duquantpp_jax.checkpoints.shards import read_json
+from duquantpp_jax.checkpoints.writer import Progress, begin, finish, write_layers
+from duquantpp_jax.commands.progress import progress_bar
+from duquantpp_jax.commands.sizes import dry_line, quantized_line, table
+from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.evaluation.subject import environment, load_rows, model_name
+from duquantpp_jax.models import SITES
+from duquantpp_jax.ptq.estimate import estimate
+from duquantpp_jax.recipes import ALIASES, known
+
+ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeOptions:
+    """Quantizes a Hugging Face model layer by layer; killed, the same command goes on.
+
+    Without --model it is the small model inside the package.
+
+    Attributes:
+      model: Hugging Face directory (config.json, safetensors, tokenizer.json).
+      recipe: How linear inputs are moved, by its name in duquantpp_jax.recipes.
+      rounding: How moved weights are rounded.
+      scale_rule: How a block's scale is chosen: floor, ceil, even, rceil, mse; for mxfp4 also
+        log256, fp32.
+      calibration_text: UTF-8 text to calibrate on, documents separated by <|endoftext|>; without
+        it random token ids (or, without --model, the embedded rows).
+      seed: For random ids, and for recipes that draw.
+      rows: Rows of 511 tokens to calibrate on (512 of random ids).
+      include: Linears to quantize, by name, as in '*.mlp.*'.
+      exclude: Of those, the ones to leave in float.
+      weight_format: mxfp4, mxfp6, mxfp6_e3m2, mxfp8, mxfp8_e5m2 or nvfp4; SITE=FORMAT for one
+        of the sites attention_in, attention_out, mlp_in, mlp_out.
+      activation_format: As --weight-format, and bf16 (W4A16).
+      sequential: Calibrate each layer on what the quantized layers before it give.
+      pad: Widen linear inputs that blocks do not divide, with zeros (exact).
+      dry_run: Say sizes, memory and time; write nothing.
+      overwrite: Start anew where --out holds another quantized model.
+      out: Directory for the quantized model.
+    """
+
+    model: Path | None = None
+    recipe: str = "block_hadamard"
+    rounding: str = "rtn"
+    scale_rule: str = "floor"
+    calibration_text: Path | None = None
+    seed: int = 0
+    rows: int = ROWS
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    weight_format: tuple[str, ...] = ("mxfp4",)
+    activation_format: tuple[str, ...] = ("mxfp4",)
+    sequential: bool = False
+    pad: bool = False
+    dry_run: bool = False
+    overwrite: bool = False
+    out: Path = Path("quantized")
+
+
+def quantize(options: QuantizeOptions, progress: Progress = lambda *_: None) -> dict[str, Any]:
+    """Carries the job out, or what is left of it; the report.
+
+    Raises:
+      ValueError: Bad input; one line that says what was wrong and what would be right.
+      OSError: A file cannot be written; the finished layers are kept.
+    """
+    check_out(options)
+    checkpoint = Checkpoint(options.model or testbed.directory())
+    tokens, source = calibration_tokens(options)
+    job = job_of(options, tokens, source)
+    plan = job.plan(checkpoint.config)
+    plan.check()
+    finished = begin(options.out, job, overwrite=options.overwrite)
+    if not finished:
+        write_layers(options.out, checkpoint, job, plan, tokens, progress)
+        finish(options.out, checkpoint, job)
+    return read_json(options.out / REPORT)
+
+
+def dry_run(options: QuantizeOptions) -> dict[str, Any]:
+    """What the job would cost, as `estimate` has it; writes nothing.
+
+    Raises:
+      ValueError: As `quantize`.
+    """
+    check_out(options)
+    checkpoint = Checkpoint(options.model or testbed.directory())
+    tokens, source = calibration_tokens(options)
+    plan = job_of(options, tokens, source).plan(checkpoint.config)
+    plan.check()
+    return estimate(plan, *tokens.shape)
+
+
+def check_out(options: QuantizeOptions) -> None:
+    """Raises ValueError where --out must not or cannot be written."""
+    out = options.out
+    files.check_writable(out)
+    source = options.model or testbed.directory()
+    if out.exists() and out.resolve() == source.resolve():
+        raise ValueError(f"--out {out} is the model itself: give another directory")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: give a directory")
+    # A run that was killed before its job was written leaves no more than a temporary file.
+    others = [path for path in out.glob("*") if not path.name.startswith(f".{JOB}.")]
+    if others and not is_quantized(out):
+        raise ValueError(f"{out} holds other files: give an empty or new directory")
+
+
+def calibration_tokens(
+    options: QuantizeOptions,
+) -> tuple[Integer[np.ndarray, "rows length"], str]:
+    """The rows to calibrate on, all of whose positions are inputs, and where they are from.
+
+    Raises:
+      ValueError: The text cannot be read or is too short, or no row is asked for.
+    """
+    if options.rows < 1:
+        raise ValueError(f"--rows {options.rows}: calibrate on at least one row")
+    if options.calibration_text is None and options.model is not None:
+        config = load_config(options.model)
+        random = np.random.default_rng(options.seed)
+        tokens = random.integers(0, config.vocab_size, (options.rows, TARGETS + 1), np.int32)
+        if config.bos_token_id is not None:
+            tokens[:, 0] = config.bos_token_id
+        return tokens, "random ids"
+    targets = options.rows * TARGETS
+    rows = load_rows(options.model, options.calibration_text, targets, "calibration")
+    text = options.calibration_text
+    return rows.tokens[:, :-1], "embedded rows" if text is None else text.name
+
+
+def job_of(
+    options: QuantizeOptions, tokens: Integer[np.ndarray, "rows length"], source: str
+) -> Job:
+    """The job that the options ask for.
+
+    Raises:
+      ValueError: A name is not known.
+    """
+    directory = options.model or testbed.directory()
+    tokens = np.asarray(tokens, np.int32)
+    return Job(
+        model={"name": model_name(options.model), "sha256": sha256(directory)},
+        recipe=ALIASES.get(options.recipe, options.recipe),
+        rounding=options.rounding,
+        scale_rule=options.scale_rule,
+        weight_formats=_by_site(options.weight_format, WEIGHT_FORMATS, options.scale_rule),
+        activation_formats=_by_site(
+            options.activation_format, ACTIVATION_FORMATS, options.scale_rule
+        ),
+        include=options.include,
+        exclude=options.exclude,
+        pad=options.pad,
+        seed=options.seed,
+        sequential=options.sequential,
+        calibration={
+            "source": source,
+            "rows": len(tokens),
+            "length": tokens.shape[1],
+            "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        },
+        environment=environment(),
+    )
+
+
+def _by_site(given: tuple[str, ...], names: tuple[str, ...], scale_rule: str) -> dict[str, str]:
+    """The format of each site: the last that names it, or all."""
+    formats: dict[str, str] = dict.fromkeys(SITES, names[0])
+    for one in given:
+        site, equals, name = one.rpartition("=")
+        format_named(known("format", name, names), scale_rule)
+        formats |= dict.fromkeys([known("site", site, SITES)] if equals else SITES, name)
+    return formats
+
+
+def run(options: QuantizeOptions) -> int:
+    """Runs the command and prints what it found; the exit code."""
+    console = Console(width=100)
+    if options.dry_run:
+        found = dry_run(options)
+        console.print(table(found["linears"]), dry_line(found))
+        return 0
+    with progress_bar() as progress:
+        done = quantize(options, progress)
+    console.print(table(done["linears"]), quantized_line(done))
+    print(f"Written to {options.out}; report.json has every linear.")
+    return 0

@@ -1,0 +1,150 @@
+"""What a comparison is made on: a model, rows to calibrate and to evaluate on, and where they and
+the numbers come from."""
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+import duquantpp_jax
+from duquantpp_jax import files
+from duquantpp_jax.checkpoints import load, load_config, load_tokenizer, sha256, testbed
+from duquantpp_jax.evaluation.rows import TARGETS, Rows, read_text, rows_for_targets, rows_of_text
+from duquantpp_jax.models import Decoder, DecoderConfig
+
+
+class Subject(NamedTuple):
+    """A model, its rows, and what names them in a result.
+
+    Attributes:
+      name, sha256: Of the model.
+      files: Name and hash of the texts.
+    """
+
+    model: Decoder
+    calibration: Rows
+    evaluation: Rows
+    name: str
+    sha256: str
+    files: dict[str, Any]
+
+
+def load_subject(
+    model: Path | None,
+    text: Path | None,
+    calibration_text: Path | None,
+    targets: int,
+    calibration_rows: int,
+) -> Subject:
+    """Reads the model and both texts; where one is None, what the package embeds.
+
+    Args:
+      model: Hugging Face directory.
+      targets: Of the evaluation text, cut down to whole rows.
+      calibration_rows: The first so many of the calibration text.
+
+    Raises:
+      ValueError: Something is missing or wrong; one line that says what would be right.
+    """
+    check_texts(model, text, calibration_text)
+    directory = model or testbed.directory()
+    return Subject(
+        evaluation=load_rows(model, text, targets, "evaluation"),
+        calibration=load_rows(model, calibration_text, calibration_rows * TARGETS, "calibration"),
+        model=load(directory),
+        name=model_name(model),
+        sha256=sha256(directory),
+        files={
+            "text": name_and_hash(text),
+            "calibration_text": name_and_hash(calibration_text),
+        },
+    )
+
+
+def model_name(model: Path | None) -> str:
+    """What results call a model."""
+    return "testbed" if model is None else model.resolve().name
+
+
+def check_texts(model: Path | None, text: Path | None, calibration_text: Path | None) -> None:
+    """Raises ValueError where a model is given without text: the embedded rows are not its own."""
+    given = {"--text": text, "--calibration-text": calibration_text}
+    if model is not None and (missing := [name for name, value in given.items() if not value]):
+        raise ValueError(
+            f"--model needs {' and '.join(missing)}: text of the kind that the model was trained "
+            "on, to evaluate and to calibrate with"
+        )
+
+
+def load_rows(
+    model: Path | None, text: Path | None, targets: int, use: Literal["evaluation", "calibration"]
+) -> Rows:
+    """The first rows of a text in a model's tokens; of the embedded rows where there is no text.
+
+    Args:
+      targets: Cut down to whole rows.
+      use: Which of the embedded rows.
+
+    Raises:
+      ValueError: The text cannot be read or is too short.
+    """
+    if text is None:
+        embedded = {
+            "evaluation": testbed.evaluation_rows,
+            "calibration": testbed.calibration_rows,
+        }
+        tokens = embedded[use]()
+        return rows_for_targets(Rows(tokens, np.arange(len(tokens))), targets, "the embedded text")
+    directory = model or testbed.directory()
+    return text_rows(directory, load_config(directory), text, targets)
+
+
+def text_rows(directory: Path, config: DecoderConfig, text: Path, targets: int) -> Rows:
+    """The first rows of a text in the tokens of a directory, by the protocol of `compare`.
+
+    Args:
+      directory: With the tokenizer; of a float or a quantized model.
+      config: Of the model.
+      targets: Cut down to whole rows.
+
+    Raises:
+      ValueError: The text cannot be read or is too short, or the model takes no such rows.
+    """
+    content = read_text(text)
+    bos = config.bos_token_id
+    if bos is None:
+        raise ValueError(
+            f"{directory}/config.json names no bos_token_id, which stands before every row: "
+            "add the token that the model saw at the start of its text"
+        )
+    if config.max_position_embeddings < TARGETS:
+        raise ValueError(
+            f"{directory} has {config.max_position_embeddings} positions, and rows here have "
+            f"{TARGETS} inputs: duquantpp evaluate takes shorter ones (--window)"
+        )
+    rows = rows_of_text(content, load_tokenizer(directory, config), bos)
+    return rows_for_targets(rows, targets, str(text))
+
+
+def name_and_hash(path: Path | None) -> dict[str, str]:
+    """What names a text in a result; None is the embedded one."""
+    path = path or testbed.directory() / "tokens.npz"
+    return {"name": path.name, "sha256": files.sha256(path)}
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device, for a result to name what it was measured with."""
+    packages = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes", "tokenizers")
+    device = jax.devices()[0]
+    return {
+        "duquantpp_jax": duquantpp_jax.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+        "device": device.device_kind,
+        "platform": device.platform,
+        "machine": platform.machine(),
+        "matmul_precision": "float32 (highest)",
+    }

@@ -1,0 +1,10 @@
+"""The ablation laboratory: a grid of frozen cells, run anywhere, killed and resumed, tabulated.
+
+cells = [Cell(recipe, rule, seed=seed) for recipe in ... for rule in ... for seed in ...]
+outcome = run(cells, Path("ablate-out"))
+"""
+
+from duquantpp_jax.lab.cells import Cell
+from duquantpp_jax.lab.running import Outcome, run
+
+__all__ = ["Cell", "Outcome", "run"]

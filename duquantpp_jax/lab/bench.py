@@ -1,0 +1,286 @@
+"""What measurements on one subject share, so that none of it is done twice.
+
+    calibrate -> fit -> quantize -> measure       every step a function; `compare` calls them too
+
+`Bench` does the four for one cell after another and keeps what the next may want: the model, the
+rows, the Stats, the last fit, and the float model's log-probabilities up to a stated number of
+bytes (batches beyond it are computed anew, cell by cell). Everything else that cells share is
+compiled code, which is kept for as long as only arrays differ.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Integer
+
+from duquantpp_jax.checkpoints import load, testbed
+from duquantpp_jax.core import Fitted, Format, Recipe, Stats
+from duquantpp_jax.evaluation.divergence import float_log_probabilities, row_divergence
+from duquantpp_jax.evaluation.rows import TARGETS, Rows
+from duquantpp_jax.evaluation.sqnr import linear_sqnr
+from duquantpp_jax.evaluation.subject import check_texts, load_rows
+from duquantpp_jax.lab.cells import Cell
+from duquantpp_jax.models import SITES, Decoder, Store
+from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.site import QuantizedSite, fit_model, quantize_model
+
+CACHE_BYTES = 2 << 30
+"""Default bound on log-probabilities kept, on the device that computes."""
+
+K = TypeVar("K")
+
+
+class Quantized(NamedTuple):
+    """A model quantized.
+
+    Attributes:
+      state: The quantized sites; None where all linears stay in float.
+      format: Of the activations; None as well.
+      store: How keys and values are kept.
+    """
+
+    state: dict[str, QuantizedSite] | None
+    format: Format | None
+    store: Store | None = None
+
+
+class FloatModel:
+    """The float model on one set of rows, batch by batch.
+
+    Log-probabilities of the first batches are kept while they fit into `cache_bytes`: a fixed part
+    of a cyclic sweep is worth more than the latest part.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokens: Integer[np.ndarray, "rows 512"],
+        batch_rows: int,
+        cache_bytes: int = 0,
+    ):
+        self.model, self.tokens, self.batch_rows = model, tokens, batch_rows
+        self._kept: dict[int, tuple[Array, Array]] = {}
+        self._left = cache_bytes
+
+    def batches(self) -> Iterator[tuple[Array, Array, Array]]:
+        """Tokens, log p at every target, and the sum of -log p_target over each row."""
+        for first in range(0, len(self.tokens), self.batch_rows):
+            batch = jnp.asarray(self.tokens[first : first + self.batch_rows])
+            kept = self._kept.get(first)
+            if kept is None:
+                kept = float_log_probabilities(self.model, batch)
+                if kept[0].nbytes <= self._left:
+                    self._left -= kept[0].nbytes
+                    self._kept[first] = kept
+            yield batch, kept[0], kept[1]
+
+
+class Measured(NamedTuple):
+    """Sums over each row's targets, in nats, exact float32 values; and the SQNR in dB (of those
+    that have quantized linears)."""
+
+    float_nll: Float[np.ndarray, " rows"]
+    kl: dict[Any, Float[np.ndarray, " rows"]]
+    nll: dict[Any, Float[np.ndarray, " rows"]]
+    sqnr: dict[Any, float]
+
+
+def measure(
+    float_model: FloatModel,
+    quantized: Mapping[K, Quantized],
+    step: Callable[[K | None], None] = lambda _: None,
+) -> Measured:
+    """Runs every quantized model on every batch, beside the float model.
+
+    Args:
+      quantized: By any key.
+      step: Called after a batch of the float model (None), and of each quantized one (its key).
+    """
+    model = float_model.model
+    float_nll: list[np.ndarray] = []
+    kl: dict[K, list[np.ndarray]] = {key: [] for key in quantized}
+    nll: dict[K, list[np.ndarray]] = {key: [] for key in quantized}
+    sqnr: dict[K, float] = {}
+    for number, (batch, log_p, batch_nll) in enumerate(float_model.batches()):
+        float_nll.append(np.asarray(batch_nll, np.float64))
+        step(None)
+        for key, (state, format, store) in quantized.items():
+            sums = row_divergence(model, state, batch, log_p, format=format, store=store)
+            kl[key].append(np.asarray(sums[0], np.float64))
+            nll[key].append(np.asarray(sums[1], np.float64))
+            if number == 0 and state is not None and format is not None:
+                by_site = linear_sqnr(model, state, batch, format=format)
+                sqnr[key] = float(np.mean(np.concatenate([v.ravel() for v in by_site.values()])))
+            step(key)
+    return Measured(
+        np.concatenate(float_nll),
+        {key: np.concatenate(sums) for key, sums in kl.items()},
+        {key: np.concatenate(sums) for key, sums in nll.items()},
+        sqnr,
+    )
+
+
+def fit(
+    recipe: Recipe, model: Decoder, stats: Mapping[str, Stats], seed: int
+) -> tuple[dict[str, Fitted], float]:
+    """What the recipe fits at every site, and in how many seconds."""
+    began = time.perf_counter()
+    weights = {site: model.weights(site) for site in SITES}
+    fits = jax.block_until_ready(fit_model(recipe, weights, stats, jax.random.key(seed)))
+    return fits, time.perf_counter() - began
+
+
+def quantize(
+    recipe: Recipe,
+    model: Decoder,
+    rows: Integer[np.ndarray, "rows length"],
+    stats: Mapping[str, Stats],
+    fits: Mapping[str, Fitted],
+) -> Quantized:
+    """Moves and rounds every site; with a second calibration where the rounding needs one.
+
+    Args:
+      rows: Of the calibration, its inputs.
+    """
+    moved, format = None, recipe.activation_format
+    if needs := getattr(recipe.rounding, "needs", None):
+        widths = {site: one.absmax.shape[-1] for site, one in stats.items()}
+        moved = calibrate(model, rows, widths, needs=needs, fits=fits, format=format)
+    weights = {site: model.weights(site) for site in SITES}
+    return Quantized(quantize_model(recipe, weights, stats, fits, moved), format)
+
+
+class Found(NamedTuple):
+    """What one cell gave.
+
+    Attributes:
+      kl, nll, float_nll: Sums over each row's targets, in nats.
+      documents: Number of each row's document.
+      sqnr: In dB, mean over linears; None where all stay in float.
+      seconds: To fit (of the cell that fitted what this one may share), and in all.
+    """
+
+    kl: Float32[np.ndarray, " rows"]
+    nll: Float32[np.ndarray, " rows"]
+    float_nll: Float32[np.ndarray, " rows"]
+    documents: Integer[np.ndarray, " rows"]
+    sqnr: float | None
+    seconds: dict[str, float]
+
+
+class Bench:
+    """Measures one cell after another; cells in `order` share most.
+
+    What a cell gives does not depend on which cells were measured before it.
+    """
+
+    def __init__(self, cache_bytes: int = CACHE_BYTES):
+        self._cache_bytes = cache_bytes
+        self._kept: dict[str, tuple[Any, Any]] = {}
+
+    def _latest(self, what: str, key: Any, make: Callable[[], Any]) -> Any:
+        """make(), or what it gave last time if the key is the same; one value of each kind."""
+        if self._kept.get(what, (None,))[0] != (key,):
+            self._kept.pop(what, None)  # before the new one is made: both may not fit
+            self._kept[what] = ((key,), make())
+        return self._kept[what][1]
+
+    def run(self, cell: Cell) -> Found:
+        """Measures one cell.
+
+        Raises:
+          ValueError: Bad input, or a result that is NaN or Inf; one line.
+        """
+        began = time.perf_counter()
+        model = self._latest("model", _of_model(cell), lambda: _model(cell))
+        rows = self._latest("rows", _of_rows(cell), lambda: _evaluation(cell))
+        float_model = self._latest(
+            "float model",
+            (_of_model(cell), _of_rows(cell), cell.batch_rows),
+            lambda: FloatModel(model, rows.tokens, cell.batch_rows, self._cache_bytes),
+        )
+        quantized, fit_seconds = Quantized(None, None), 0.0
+        if recipe := cell.method():
+            fits, fit_seconds, calibration, stats = self._fit(cell, recipe, model)
+            quantized = quantize(recipe, model, calibration, stats, fits)
+        found = measure(float_model, {cell: quantized._replace(store=cell.store)})
+        kl, nll = (np.asarray(one[cell], np.float32) for one in (found.kl, found.nll))
+        if not np.isfinite([np.sum(kl), np.sum(nll), *found.sqnr.values()]).all():
+            raise ValueError("gave NaN or Inf: no result is reported")
+        seconds = {"fit": fit_seconds, "total": time.perf_counter() - began}
+        float_nll = np.asarray(found.float_nll, np.float32)
+        return Found(kl, nll, float_nll, rows.documents, found.sqnr.get(cell), seconds)
+
+    def _fit(
+        self, cell: Cell, recipe: Recipe, model: Decoder
+    ) -> tuple[dict[str, Fitted], float, np.ndarray, dict[str, Stats]]:
+        """The fit, its seconds, and the calibration inputs and Stats that it saw."""
+        block = max(recipe.weight_format.block_size, recipe.activation_format.block_size)
+        rows = self._latest("calibration", _of_calibration(cell), lambda: _calibration(cell))
+        inputs = (_of_model(cell), _of_calibration(cell), block, cell.pad)
+        stats = self._latest("stats", inputs, dict)
+        if recipe.needs not in stats:
+            widths = site_widths(model, block, pad=cell.pad)
+            stats[recipe.needs] = calibrate(model, rows, widths, needs=recipe.needs)
+        # A fit that does not look at the formats is the same under every rule.
+        formats = (recipe.weight_format, recipe.activation_format)
+        seen = formats if "formats" in recipe.needs else recipe.activation_format.block_size
+        fits, seconds = self._latest(
+            "fit",
+            (inputs, recipe.fit, cell.seed, seen),
+            lambda: fit(recipe, model, stats[recipe.needs], cell.seed),
+        )
+        return fits, seconds, rows, stats[recipe.needs]
+
+
+def order(cells: list[Cell]) -> list[Cell]:
+    """The cells so that neighbours share: the model, then the rows, the calibration, the fit."""
+
+    def key(cell: Cell) -> tuple[str, ...]:
+        parts = (_of_model(cell), _of_rows(cell), _of_calibration(cell), cell.pad)
+        recipe = cell.method()
+        return (*map(repr, parts), repr(recipe and recipe.fit), f"{cell.seed:09d}")
+
+    return sorted(cells, key=key)  # stable: within a fit, as given
+
+
+def _of_model(cell: Cell) -> Any:
+    return cell.model, cell.change
+
+
+def _of_rows(cell: Cell) -> Any:
+    return cell.model, cell.text, cell.tokens
+
+
+def _of_calibration(cell: Cell) -> Any:
+    return cell.model, cell.calibration_text, cell.calibration_tokens
+
+
+def _model(cell: Cell) -> Decoder:
+    check_texts(cell.model, cell.text, cell.calibration_text)
+    model = load(cell.model or testbed.directory())
+    return model if cell.change is None else cell.change(model)
+
+
+def _evaluation(cell: Cell) -> Rows:
+    return load_rows(cell.model, cell.text, cell.tokens, "evaluation")
+
+
+def _calibration(cell: Cell) -> Integer[np.ndarray, "rows length"]:
+    """Inputs to calibrate on: whole rows, or the start of one.
+
+    Raises:
+      ValueError: The number is neither.
+    """
+    wanted = cell.calibration_tokens
+    if wanted < 1 or (wanted > TARGETS and wanted % TARGETS):
+        raise ValueError(
+            f"{wanted} calibration tokens are not whole rows: give a multiple of {TARGETS}, "
+            "or fewer for the start of one row"
+        )
+    rows = load_rows(cell.model, cell.calibration_text, max(wanted, TARGETS), "calibration")
+    return rows.tokens[:, : min(wanted, TARGETS)]

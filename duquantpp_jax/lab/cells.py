@@ -1,0 +1,186 @@
+"""A cell: everything that decides one measurement, frozen, and named by the hash of it.
+
+The hash is over contents: of the model and the texts by their bytes, of the fit, the rounding and
+the formats by class and fields. What only labels a cell in tables is left out of it, so that a
+recipe by its name and the same fit given as an object are one cell, and so that files may move.
+"""
+
+import dataclasses
+import enum
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duquantpp_jax import files
+from duquantpp_jax.checkpoints import sha256 as model_sha256
+from duquantpp_jax.checkpoints import testbed
+from duquantpp_jax.core import Element, Fit, Format, Recipe, Rounding
+from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.models import Decoder, Store
+from duquantpp_jax.recipes import ROUNDINGS, SCALE_RULES, find_fit, known
+
+SCHEMA = 1
+"""Of a cell's configuration and record: results of another schema are measured anew."""
+FLOAT = "float"
+"""The scale rule of cells whose linears stay in float."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One configuration to measure. Frozen and hashable; holds no arrays.
+
+    Attributes:
+      recipe: Name of the method in tables, and in duquantpp_jax.recipes unless `fit` is given.
+      scale_rule: Name of the format in tables, and in duquantpp_jax.recipes unless both formats
+        are given; "float" leaves all linears as they are, so that only `store` is measured.
+      fit: How the transform is fitted.
+      rounding: How moved weights are rounded, or its name.
+      weight_format, activation_format: Each, where given, in place of scale_rule's.
+      store: How keys and values are kept; None keeps them as they are.
+      seed: For fits that draw random numbers.
+      change: Called with the float model before anything else; what it gives is the float model.
+        A frozen dataclass, so that it has a name and numbers.
+      model: Hugging Face directory; None is the embedded model.
+      text, calibration_text: UTF-8 files; None is what the package embeds.
+      tokens: Targets to evaluate on, cut down to whole rows of 511.
+      calibration_tokens: The first so many inputs of the calibration text: whole rows of 511, or
+        the start of one row.
+      batch_rows: Rows evaluated at once; under log256, whose scale spans a batch, part of the
+        result.
+      pad: Widen linear inputs that blocks do not divide, with zeros (exact).
+    """
+
+    recipe: str
+    scale_rule: str = "floor"
+    _: dataclasses.KW_ONLY
+    fit: Fit | None = None
+    rounding: str | Rounding = "rtn"
+    weight_format: Format | None = None
+    activation_format: Format | None = None
+    store: Store | None = None
+    seed: int = 0
+    change: Callable[[Decoder], Decoder] | None = None
+    model: Path | None = None
+    text: Path | None = None
+    calibration_text: Path | None = None
+    tokens: int = 128 * TARGETS
+    calibration_tokens: int = 64 * TARGETS
+    batch_rows: int = 16
+    pad: bool = False
+
+    def method(self) -> Recipe | None:
+        """The recipe that this cell measures; None where linears stay in float.
+
+        Raises:
+          ValueError: An unknown name; says the nearest known one.
+        """
+        formats = (self.weight_format, self.activation_format)
+        if self.scale_rule == FLOAT and formats == (None, None):
+            return None
+        weight_format, activation_format = (
+            one or SCALE_RULES[known("scale rule", self.scale_rule, SCALE_RULES)] for one in formats
+        )
+        rounding = self.rounding
+        if isinstance(rounding, str):
+            rounding = ROUNDINGS[known("rounding", rounding, ROUNDINGS)]
+        fit = self.fit or find_fit(self.recipe)
+        return Recipe(fit, rounding, weight_format, activation_format)
+
+    def configuration(self) -> dict[str, Any]:
+        """What the result depends on, as JSON: equal for cells of equal results.
+
+        Raises:
+          ValueError: A name is unknown, a file is missing, or a part is not a frozen dataclass of
+            plain values.
+        """
+        method = self.method()
+        return {
+            "schema": SCHEMA,
+            "method": canonical(method),
+            "store": canonical(self.store),
+            "seed": self.seed,
+            "change": canonical(self.change),
+            "model": _model_hash(self.model),
+            "text": _text_hash(self.text),
+            "calibration_text": _text_hash(self.calibration_text),
+            "rows": self.tokens // TARGETS,
+            "calibration_tokens": self.calibration_tokens,
+            "batch_rows": self.batch_rows,
+            "pad": self.pad,
+        }
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Name of the cell's files: the start of the configuration's SHA-256."""
+        return digest(self.configuration())
+
+    def labels(self) -> str:
+        """The cell in a few words."""
+        words = (self.recipe, self.scale_rule, f"seed {self.seed}")
+        return ", ".join(word for word in words if word)
+
+
+def digest(configuration: Any) -> str:
+    """16 hexadecimal digits that name a configuration."""
+    text = json.dumps(configuration, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def canonical(value: Any) -> Any:
+    """A frozen value as JSON: a dataclass by its class name and fields, a function by its name.
+
+    Raises:
+      ValueError: The value has no such form (an array, a lambda, an object of another kind).
+    """
+    match value:
+        case None | bool() | int() | float() | str():
+            return value
+        case Element():
+            return value.name
+        case enum.Enum():
+            return value.value
+        case tuple() | list():
+            return [canonical(one) for one in value]
+        case Mapping():
+            return {str(key): canonical(one) for key, one in value.items()}
+        case Path():
+            return _text_hash(value)
+        case np.dtype():
+            return value.name
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"is": type(value).__qualname__} | fields
+    name = getattr(value, "__qualname__", "<")
+    if callable(value) and "<" not in name:
+        return {"is": name}
+    raise ValueError(
+        f"{value!r:.60} has no name for a configuration: give a frozen dataclass of plain values"
+    )
+
+
+def _model_hash(model: Path | None) -> str:
+    return _directory_hash((model or testbed.directory()).resolve())
+
+
+def _text_hash(text: Path | None) -> str:
+    path = text or testbed.directory() / "tokens.npz"
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error.strerror}): give a text file") from None
+    return _file_hash(path.resolve(), state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache
+def _directory_hash(directory: Path) -> str:
+    return model_sha256(directory)
+
+
+@functools.lru_cache
+def _file_hash(path: Path, mtime: int, size: int) -> str:
+    return files.sha256(path)

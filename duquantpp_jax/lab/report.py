@@ -1,0 +1,149 @@
+"""One self-contained HTML page of a grid: tables that sort, figures, configuration, versions."""
+
+import html
+import json
+from typing import Any
+
+from duquantpp_jax.lab import table
+from duquantpp_jax.lab.running import Outcome
+from duquantpp_jax.lab.table import Pivot
+
+_STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em;
+       color: #222; }
+h1 { font-size: 1.4em } h2 { font-size: 1.15em; margin-top: 2em }
+pre { white-space: pre-wrap; background: #f6f6f6; padding: .8em; font-size: 12px; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }
+.wide { overflow-x: auto }
+th, td { padding: .25em .7em; text-align: right; border-bottom: 1px solid #ddd;
+         white-space: nowrap; }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left }
+th { cursor: pointer; border-bottom: 2px solid #444 } th:hover { background: #eef }
+tr.baseline td { background: #f3f3f3 } .failed { color: #a00 }
+svg { max-width: 100%; height: auto }
+"""
+
+# Clicking a heading sorts by its column: by number where the cell has one, else by text.
+_SCRIPT = """
+document.querySelectorAll("th").forEach(th => th.addEventListener("click", () => {
+  const body = th.closest("table").tBodies[0], i = th.cellIndex;
+  const up = th.dataset.up = th.dataset.up === "1" ? "0" : "1";
+  const value = tr => tr.cells[i].dataset.value ?? tr.cells[i].textContent;
+  const order = (a, b) => isNaN(a) || isNaN(b) || a === "" || b === "" ?
+    String(a).localeCompare(String(b)) : a - b;
+  [...body.rows].sort((a, b) => (up === "1" ? 1 : -1) * order(value(a), value(b)))
+    .forEach(tr => body.append(tr));
+}));
+"""
+
+_HEADINGS = (
+    "row",
+    "column",
+    "KL",
+    "difference",
+    "excess NLL",
+    "PPL",
+    "SQNR dB",
+    "seeds",
+    "seconds",
+)
+
+
+def page(name: str, about: str, pivots: list[Pivot], outcome: Outcome) -> str:
+    """The page.
+
+    Args:
+      name: Of the grid.
+      about: What it asks, as its file says.
+      pivots: Of `table.pivots`.
+      outcome: For the configuration of every cell.
+    """
+    parts = [_section(pivot) for pivot in pivots]
+    configurations = [
+        {name: record[name] for name in ("cell", "subject", "configuration")}
+        for record in outcome.records.values()
+    ]
+    environments = table.distinct(one for pivot in pivots for one in pivot["environments"])
+    return "".join(
+        [
+            f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{_text(name)}</title>",
+            f"<style>{_STYLE}</style><h1>{_text(name)}</h1><pre>{_text(about)}</pre>",
+            *parts,
+            "<h2>Versions and devices</h2>",
+            *(f"<pre>{_text(json.dumps(one, indent=1))}</pre>" for one in environments),
+            f"<h2>Configuration of the {len(configurations)} finished cells</h2>",
+            f"<details><summary>JSON</summary><pre>{_text(json.dumps(configurations, indent=1))}",
+            f"</pre></details><script>{_SCRIPT}</script></html>\n",
+        ]
+    )
+
+
+def _section(pivot: Pivot) -> str:
+    lines = [f"<h2>{_text(table.title(pivot))}</h2>"]
+    if pivot["entries"]:
+        heads = "".join(f"<th>{_text(head)}</th>" for head in _HEADINGS)
+        rows = "".join(_row(pivot, entry) for entry in pivot["entries"])
+        lines += [
+            f"<p>{_text(table.legend(pivot))}.</p>",
+            _figure(pivot),
+            "<p>A click on a heading sorts.</p>",
+            f"<div class=wide><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>",
+            "</div>",
+        ]
+    lines += [
+        f"<p class=failed>{_text(one['row'])}, {_text(one['column'])}, seed {one['seed']}: "
+        f"{_text(one['error'])}</p>"
+        for one in pivot["failed"]
+    ]
+    return "".join(lines)
+
+
+def _row(pivot: Pivot, entry: dict[str, Any]) -> str:
+    cells: list[tuple[Any, str]] = [
+        (None, entry["row"]),
+        (None, entry["column"]),
+        (entry["kl"], table.kl(entry)),
+        (entry["difference"], table.difference(entry)),
+        (entry["excess_nll"], f"{entry['excess_nll']:.4f}"),
+        (entry["perplexity"], f"{entry['perplexity']:.3f}"),
+        (entry["sqnr_db"], "" if entry["sqnr_db"] is None else f"{entry['sqnr_db']:.2f}"),
+        (None, ", ".join(map(str, entry["seeds"]))),
+        (entry["seconds"], f"{entry['seconds']:.1f}"),
+    ]
+    mark = " class=baseline" if entry["row"] == pivot["baseline"] else ""
+    return (
+        f"<tr{mark}>"
+        + "".join(
+            f"<td>{_text(text)}</td>"
+            if value is None
+            else f'<td data-value="{value}">{_text(text)}</td>'
+            for value, text in cells
+        )
+        + "</tr>"
+    )
+
+
+def _figure(pivot: Pivot) -> str:
+    from duquantpp_jax.analysis import figures  # matplotlib, which nothing else here needs
+
+    results = {
+        "targets": pivot["targets"],
+        "options": {"recipes": pivot["rows"], "scale_rules": pivot["columns"]},
+        "rows": [
+            {
+                "recipe": entry["row"],
+                "scale_rule": entry["column"],
+                "kl": entry["kl"],
+                "kl_difference": entry["difference"],
+                "kl_difference_ci95": entry["ci95"],
+            }
+            for entry in pivot["entries"]
+        ],
+    }
+    figure = figures.divergences(results, tuple(pivot["clusters"]), pivot["baseline"], "column")
+    svg = figures.picture(figure, "svg").decode()
+    return svg[svg.index("<svg") :]
+
+
+def _text(text: str) -> str:
+    return html.escape(str(text))

@@ -1,0 +1,88 @@
+"""The parameters of a decoder: names in a checkpoint, shapes, and values to train from.
+
+A *site* is one input that several weights may share.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32, PRNGKeyArray
+
+from duquantpp_jax.models.config import DecoderConfig
+
+SITES = ("attention_in", "attention_out", "mlp_in", "mlp_out")
+"""The sites of a layer in order of call."""
+
+SITE_WEIGHTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "attention_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "attention_out": ("self_attn.o_proj",),
+        "mlp_in": ("mlp.up_proj", "mlp.gate_proj"),
+        "mlp_out": ("mlp.down_proj",),
+    }
+)
+"""The weights of each site in order, by their name inside a checkpoint's layer."""
+
+ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
+HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+EMBEDDING, NORM, HEAD, LAYER = "model.embed_tokens", "model.norm", "lm_head", "model.layers.*."
+
+
+def linear_names(site: str, layer: int) -> tuple[str, ...]:
+    """Checkpoint names of a site's linears, e.g. `model.layers.3.mlp.down_proj`."""
+    return tuple(LAYER.replace("*", str(layer)) + name for name in SITE_WEIGHTS[site])
+
+
+def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter, by checkpoint name without `.weight` (biases keep `.bias`).
+
+    In `model.layers.*.NAME` the star stands for the layer, which is the leading axis of the shape.
+    """
+    layers, hidden, ffn = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+    query = config.num_attention_heads * config.head_dim
+    key = config.num_key_value_heads * config.head_dim
+    layer = {
+        ATTENTION_NORM: (hidden,),
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (key, hidden),
+        "self_attn.v_proj": (key, hidden),
+        "self_attn.o_proj": (hidden, query),
+        MLP_NORM: (hidden,),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+    }
+    layer |= {f"{name}.bias": layer[name][:1] for name in config.biases}
+    if config.qk_norm:
+        layer |= dict.fromkeys(HEAD_NORMS, (config.head_dim,))
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
+    shapes |= {LAYER + name: (layers, *shape) for name, shape in layer.items()}
+    shapes[NORM] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (config.vocab_size, hidden)
+    return shapes
+
+
+def random_parameters(config: DecoderConfig, key: PRNGKeyArray) -> dict[str, Float32[Array, "..."]]:
+    """Parameters to start training from.
+
+    Normal with standard deviation 0.02, divided by sqrt(2 layers) for the two matrices that write
+    to the residual stream; norms are 1, biases 0. Source: Radford et al., GPT-2 (2019), section
+    2.3.
+    """
+    shapes = parameter_shapes(config)
+    parameters = {}
+    for one, (name, shape) in zip(jax.random.split(key, len(shapes)), shapes.items(), strict=True):
+        if name.endswith("norm"):
+            parameters[name] = jnp.ones(shape, jnp.float32)
+            continue
+        if name.endswith(".bias"):
+            parameters[name] = jnp.zeros(shape, jnp.float32)
+            continue
+        residual = name.endswith(("o_proj", "down_proj"))
+        std = 0.02 / np.sqrt(2 * config.num_hidden_layers) if residual else 0.02
+        parameters[name] = jnp.float32(std) * jax.random.normal(one, shape, jnp.float32)
+    return parameters

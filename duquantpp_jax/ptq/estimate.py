@@ -1,0 +1,105 @@
+"""What a quantization would cost, from shapes alone, and one measured matrix product.
+
+Sizes are exact but for transforms, which are taken in the form that all block transforms share.
+Time counts the matrix products: each calibration pass 2 parameters a token, each Gram matrix
+2 k^2 a token, GPTQ about 2 k^3 + 6 n k^2 for weights [n, k]; fits and files come on top.
+"""
+
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from duquantpp_jax.core import Format
+from duquantpp_jax.models import SITE_WEIGHTS, SITES, linear_names
+from duquantpp_jax.ptq.calibration import SAMPLE_LIMIT
+from duquantpp_jax.ptq.plan import linear_shapes
+from duquantpp_jax.ptq.site import HIGHEST
+from duquantpp_jax.ptq.walk import BATCH_ROWS, Plan
+
+RUNTIME = 2**29
+"""Bytes of a Python process that has imported JAX and compiled a few programs, roughly."""
+
+
+def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
+    """Bytes of every linear, and roughly the memory and the seconds that the job takes.
+
+    Args:
+      plan: What would be done.
+      rows, length: Of the calibration set.
+    """
+    shapes, config = linear_shapes(plan.config), plan.config
+    linears, flops, stats_bytes, largest = [], 0.0, 0.0, 0
+    tokens = rows * length
+    parameters = sum(n * k for n, k in shapes.values())
+    passes = 1 + plan.sequential + any(_needs(plan, site) for site in SITES)
+    for number in range(config.num_hidden_layers):
+        flops += passes * 2.0 * tokens * parameters
+        widths = plan.widths(number)
+        layer_stats = 0.0
+        for site, width in widths.items():
+            recipe, chosen = plan.recipes[site], plan.chosen(site, number)
+            names = linear_names(site, number)
+            picked = [
+                (name, *shapes[inside])
+                for name, inside, wanted in zip(names, SITE_WEIGHTS[site], chosen, strict=True)
+                if wanted
+            ]
+            size = recipe.activation_format.block_size
+            for name, n, k in picked:
+                held = packed_bytes(recipe.weight_format, n, width)
+                linears.append({"linear": name, "bytes": held, "parameters": n * k})
+            linears[-1]["bytes"] += 4 * width + 8 * width * size  # the transform of the site
+            grams = ("gram" in recipe.needs) + bool(_needs(plan, site))
+            flops += grams * 2.0 * tokens * width**2
+            flops += (
+                2.0 * width**3 + sum(6.0 * n * width**2 for _, n, _ in picked)
+                if _needs(plan, site)
+                else 0.0
+            )
+            layer_stats += 4.0 * (min(tokens, SAMPLE_LIMIT) * width + grams * width**2)
+            largest = max(largest, sum(n for _, n, _ in picked) * width)
+        stats_bytes = max(stats_bytes, layer_stats)
+    hidden = 4.0 * tokens * config.hidden_size
+    scores = 4.0 * BATCH_ROWS * config.num_attention_heads * length**2
+    activations = 4.0 * BATCH_ROWS * length * config.intermediate_size
+    embedding = 2.0 * config.vocab_size * config.hidden_size
+    # A layer in bf16, read and on the device; of its largest site float32 copies before and after
+    # moving, and codes.
+    working = 4.0 * parameters + 14.0 * largest + stats_bytes + 3 * (scores + activations)
+    return {
+        "linears": linears,
+        "bytes": sum(one["bytes"] for one in linears),
+        "float_bytes": sum(2 * one["parameters"] for one in linears),
+        "layers": config.num_hidden_layers,
+        "memory_bytes": RUNTIME + hidden + max(working, 2 * embedding),
+        "seconds": flops / flops_per_second(),
+    }
+
+
+def packed_bytes(format: Format, n: int, k: int) -> int:
+    """Bytes of weights [n, k] as they are stored."""
+    _, *scales = jax.eval_shape(
+        lambda: jax.tree.leaves(format.encode(jnp.zeros((n, k), jnp.float32)))
+    )
+    bits = format.element.bits  # type: ignore[attr-defined]
+    return -(-n * k * bits // 8) + sum(math.prod(s.shape) * s.dtype.itemsize for s in scales)
+
+
+def flops_per_second() -> float:
+    """Of a product of two float32 matrices of side 2048 on this device, at highest precision."""
+    x = jnp.ones((2048, 2048), jnp.float32)
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=HIGHEST))
+    jax.block_until_ready(product(x, x))
+    start = time.perf_counter()
+    for _ in range(3):
+        x = product(x, x * np.float32(1e-4))
+    jax.block_until_ready(x)
+    return 3 * 2 * 2048.0**3 / (time.perf_counter() - start)
+
+
+def _needs(plan: Plan, site: str) -> bool:
+    return bool(getattr(plan.recipes[site].rounding, "needs", None))

@@ -1,0 +1,119 @@
+"""Other layouts hold the weights that quantizing left, bit for bit, or refuse to."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from duquantpp_jax import cli
+from duquantpp_jax.checkpoints import Quantized, load, save
+from duquantpp_jax.commands.export import ExportOptions, export
+from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
+from duquantpp_jax.models import SITES
+from tests.commands.test_quantize import assert_one_line
+from tests.conftest import byte_tokenizer, tiny_decoder
+from tests.decompress import assert_equal, by_numpy, held, tensors_of
+
+
+def quantized(model, out, **more):
+    quantize(QuantizeOptions(model=model, out=out, rows=4, **more))
+    return out
+
+
+def exported(model, out, format="compressed-tensors"):
+    export(ExportOptions(model, format, out))
+    return tensors_of(out)
+
+
+@pytest.mark.slow
+def test_packed_weights_decode_to_those_of_the_model(tiny_directory, tmp_path):
+    model = quantized(tiny_directory, tmp_path / "q", exclude=("*.0.mlp.down_proj",))
+    tensors = exported(model, tmp_path / "e")
+    wanted = held(model)
+    assert len(wanted) == 13
+    assert_equal(by_numpy(tmp_path / "e"), wanted)
+    assert tensors["model.layers.0.mlp.down_proj.weight"].dtype == ml_dtypes.bfloat16
+    fields = json.loads((tmp_path / "e" / "config.json").read_text())["quantization_config"]
+    assert fields["ignore"] == ["lm_head", "model.layers.0.mlp.down_proj"]
+    (scheme,) = fields["transform_config"]["config_groups"].values()
+    assert scheme["head_dim"] == 32
+    assert set(scheme["apply"][0]["targets"]) == set(wanted)
+
+
+def test_smoothing_before_a_norms_linears_is_folded_into_the_norm(tiny_directory, tmp_path):
+    from duquantpp_jax.checkpoints.exports import pack_layer
+
+    model = Quantized(quantized(tiny_directory, tmp_path / "q", recipe="smooth"))
+    parameters, sites = model.layer(0)
+    foldable = {site: sites[site] for site in ("attention_in", "mlp_in")}
+    identity = Quantized(quantized(tiny_directory, tmp_path / "i", recipe="rtn")).layer(0)[1]
+    layer = pack_layer(model.config, 0, parameters, identity | foldable)
+    for site, norm in (("attention_in", "input_layernorm"), ("mlp_in", "post_attention_layernorm")):
+        scale = np.asarray(sites[site].transform.links[0].scale)
+        found = layer.tensors[f"model.layers.0.{norm}.weight"]
+        assert np.ptp(scale) > 0
+        np.testing.assert_array_equal(found, parameters[norm].astype(np.float32) / scale)
+    assert not layer.rotated
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"recipe": "duquantpp"}, "rotated online by matrices that are not Hadamard's"),
+        ({"recipe": "smooth", "exclude": ("*.q_proj", "*.up_proj")}, "quantize the whole site"),
+        ({"recipe": "smooth", "include": ("*.down_proj",)}, "mlp_out: its smoothing"),
+    ],
+)
+def test_a_transform_that_the_layout_cannot_express_is_refused_with_the_reason(
+    more, says, tiny_directory, tmp_path, capsys
+):
+    model = quantized(tiny_directory, tmp_path / "q", **more)
+    arguments = ["export", "--model", str(model), "--out", str(tmp_path / "e")]
+    assert_one_line(cli.main(arguments), capsys, says)
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+@pytest.mark.parametrize(
+    ("job", "says"),
+    [
+        ({"weight_formats": dict.fromkeys(SITES, "mxfp8")}, "this model has weights in mxfp8"),
+        ({"activation_formats": dict.fromkeys(SITES, "nvfp4")}, "activations in nvfp4"),
+        ({"scale_rule": "fp32"}, "scales by fp32"),
+    ],
+)
+def test_a_format_that_the_layout_has_not_is_refused(job, says, tiny_directory, tmp_path, capsys):
+    model = quantized(tiny_directory, tmp_path / "q")
+    described = json.loads((model / "quantization.json").read_text())
+    described["job"] |= job
+    (model / "quantization.json").write_text(json.dumps(described))
+    arguments = ["export", "--model", str(model), "--out", str(tmp_path / "e")]
+    assert_one_line(cli.main(arguments), capsys, says)
+
+
+@pytest.mark.slow
+def test_dequantized_is_a_float_model_of_the_weights_moved_back(tmp_path, capsys):
+    save(tiny_decoder(intermediate_size=88), byte_tokenizer().to_str(), tmp_path / "odd")
+    model = quantized(tmp_path / "odd", tmp_path / "q", recipe="duquantpp", pad=True)
+    arguments = ["export", "--model", str(model), "--format", "dequantized"]
+    assert cli.main([*arguments, "--out", str(tmp_path / "e")]) == 0
+    assert "Activations are not quantized" in capsys.readouterr().out
+    decoder, opened, floats = load(tmp_path / "e"), Quantized(model), load(tmp_path / "odd")
+    for number in range(2):
+        _, sites = opened.layer(number)
+        for site in SITES:
+            pairs = zip(decoder.weights(site), floats.weights(site), strict=True)
+            for weight, (found, wanted) in zip(sites[site].weights, pairs, strict=True):
+                w = sites[site].transform.inverse().weights(weight.dequantize())
+                w = w[:, : found.shape[-1]].astype(ml_dtypes.bfloat16)
+                np.testing.assert_array_equal(found[number], w.astype(np.float32))
+                error = np.linalg.norm(found[number] - wanted[number])
+                assert 0.05 < error / np.linalg.norm(wanted[number]) < 0.25  # 4 bits, 12 to 26 dB
+
+
+def test_a_directory_that_exists_is_left_alone(tiny_directory, tmp_path, capsys):
+    model = quantized(tiny_directory, tmp_path / "q")
+    arguments = ["export", "--model", str(model), "--out", str(model)]
+    assert_one_line(cli.main(arguments), capsys, "already exists")
+    arguments = ["export", "--model", str(tiny_directory), "--out", str(tmp_path / "e")]
+    assert_one_line(cli.main(arguments), capsys, "is no quantized model")

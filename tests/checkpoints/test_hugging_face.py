@@ -1,0 +1,252 @@
+"""Hugging Face directories: what is written is read back, and what is wrong is said in a line."""
+
+import re
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from duquantpp_jax.checkpoints import hugging_face as checkpoint
+from duquantpp_jax.checkpoints import load, load_tokenizer, save, sha256
+from duquantpp_jax.models import Decoder
+from tests.checkpoints.spoiling import refusal, retensor, rewrite, shard, write_index
+from tests.conftest import byte_tokenizer, tiny_decoder
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+def equal(one, other) -> bool:
+    return one.config == other.config and jax.tree.all(jax.tree.map(np.array_equal, one, other))
+
+
+# What is written is read back.
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_what_is_saved_is_loaded_rounded_to_bfloat16(tied, tmp_path):
+    model = tiny_decoder(tie_word_embeddings=tied, eos_token_id=(3, 5), rope_theta=5e5)
+    save(model, byte_tokenizer().to_str(), tmp_path / "new" / "model")
+    loaded = load(tmp_path / "new" / "model")
+    assert loaded.config == model.config
+    for name, array in loaded.parameters().items():
+        wanted = np.asarray(model.parameters()[name]).astype(ml_dtypes.bfloat16)
+        assert array.dtype == jnp.float32
+        np.testing.assert_array_equal(array, wanted.astype(np.float32))
+    tokenizer = load_tokenizer(tmp_path / "new" / "model")
+    assert tokenizer.to_str() == byte_tokenizer().to_str()
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["model"]
+
+
+def test_shards_with_an_index_and_one_file_are_the_same_model(directory, tiny_directory):
+    shard(directory)
+    assert equal(load(directory), load(tiny_directory))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_float32_and_float16_are_read_exactly(directory, kind):
+    tensor = np.random.default_rng(0).normal(size=(96, 64)).astype(kind)
+    retensor(directory, **{UP: tensor})
+    up = load(directory).parameters()["model.layers.*.mlp.up_proj"]
+    np.testing.assert_array_equal(up[1], tensor.astype(np.float32))
+
+
+def test_every_tensor_lands_in_its_own_layer(directory):
+    tensors = load_file(directory / "model.safetensors")
+    parameters = load(directory).parameters()
+    for name, tensor in tensors.items():
+        key = re.sub(r"layers\.(\d+)", "layers.*", name).removesuffix(".weight")
+        layer = re.search(r"layers\.(\d+)", name)
+        got = parameters[key][int(layer[1])] if layer else parameters[key]
+        np.testing.assert_array_equal(got, tensor.astype(np.float32))
+
+
+def test_stored_rotary_frequencies_and_a_tied_head_do_no_harm(directory, tiny_directory):
+    head = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    frequency = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
+    retensor(directory, lm_head__weight=head, **frequency)
+    assert equal(load(directory), load(tiny_directory))
+
+
+def test_a_snapshot_of_the_hub_cache_may_link_to_its_blobs(tiny_directory, tmp_path):
+    snapshot = shutil.copytree(tiny_directory, tmp_path / "snapshots" / "abc")
+    where = shard(snapshot)
+    (tmp_path / "blobs").mkdir()
+    for i, file in enumerate(sorted(set(where.values()))):
+        (snapshot / file).rename(tmp_path / "blobs" / f"{i}")
+        (snapshot / file).symlink_to(f"../../blobs/{i}")
+    assert equal(load(snapshot), load(tiny_directory))
+
+
+def test_a_save_that_breaks_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "serialize", full)
+    with pytest.raises(OSError, match="no space"):
+        save(tiny_decoder(), "{}", tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_saving_over_something_is_refused(directory):
+    assert "already exists" in refusal(lambda: save(tiny_decoder(), "{}", directory))
+
+
+def test_the_hash_is_of_the_bytes_and_not_of_the_place(directory, tiny_directory):
+    assert sha256(directory) == sha256(tiny_directory)
+    path = directory / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert sha256(directory) != sha256(tiny_directory)
+    assert re.fullmatch("[0-9a-f]{64}", sha256(directory))
+
+
+# Shards and their index.
+
+
+def test_a_directory_without_weights_is_refused(directory):
+    (directory / "model.safetensors").unlink()
+    assert "has no model.safetensors" in refusal(lambda: load(directory))
+
+
+def test_a_missing_shard_is_named(directory):
+    file = shard(directory)[UP]
+    (directory / file).unlink()
+    assert f"shard {file!r} is missing" in refusal(lambda: load(directory))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1], ids=["empty", "length", "header", "data"])
+def test_a_truncated_shard_is_named(directory, keep):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    message = refusal(lambda: load(directory))
+    assert str(path) in message
+    assert "truncated" in message
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["path", "link"])
+@pytest.mark.parametrize("kind", ["parent", "absolute", "below"])
+def test_an_index_that_names_a_file_outside_the_directory_is_refused(directory, kind, link):
+    where = shard(directory, 1)
+    outside = directory.parent / "outside"
+    outside.mkdir()
+    (directory / where[UP]).rename(outside / "x.safetensors")
+    name = {
+        "parent": "../outside/x.safetensors",
+        "absolute": str(outside / "x.safetensors"),
+        "below": "here/x.safetensors",
+    }[kind]
+    if kind == "below":
+        (directory / "here").symlink_to(outside)
+    elif link:
+        (directory / "link.safetensors").symlink_to(name)
+        name = "link.safetensors"
+    write_index(directory, dict.fromkeys(where, name))
+    for call in (load, sha256):
+        message = refusal(lambda call=call: call(directory))
+        assert f"{name!r}, which is outside the directory" in message
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": [1]}'])
+def test_an_index_that_is_none_is_refused(directory, content):
+    shard(directory)
+    (directory / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json" in refusal(lambda: load(directory))
+
+
+def test_an_index_and_shards_that_disagree_are_refused(directory):
+    where = shard(directory)
+    write_index(directory, {name: file for name, file in where.items() if name != UP})
+    assert f"tensor {UP!r} is in {where[UP]} but not in" in refusal(lambda: load(directory))
+    write_index(directory, where | {"extra": where[UP]})
+    assert "tensor 'extra' is in model.safetensors.index.json" in refusal(lambda: load(directory))
+
+
+# Tensors.
+
+TENSORS = {
+    "missing": ({UP: ...}, [f"tensor {UP} is missing", "[96, 64]"]),
+    "no norm": ({"model.norm.weight": ...}, ["model.norm.weight is missing", "[64]"]),
+    "unknown": ({"model.vision.weight": np.zeros(3)}, ["'model.vision.weight' has no place"]),
+    "two lines": ({"a\nb": np.zeros(3, np.float32)}, ["has no place"]),
+    "a bias": (
+        {"model.layers.0.self_attn.q_proj.bias": np.zeros(64, np.float32)},
+        ["q_proj.bias' has no place"],
+    ),
+    "a layer too many": (
+        {"model.layers.2.mlp.up_proj.weight": np.zeros((96, 64), np.float32)},
+        ["layers.2.mlp.up_proj.weight' has no place", "2 layers"],
+    ),
+    "transposed": ({UP: np.zeros((64, 96), np.float32)}, [UP, "[64, 96]", "asks for [96, 64]"]),
+    "flat": ({UP: np.zeros(96 * 64, np.float32)}, [UP, "[6144]", "[96, 64]"]),
+    "integers": ({UP: np.zeros((96, 64), np.int8)}, [UP, "I8", "BF16, F16, F32"]),
+    "doubles": ({UP: np.zeros((96, 64), np.float64)}, [UP, "F64", "BF16, F16, F32"]),
+    "NaN": ({UP: np.full((96, 64), np.nan, np.float16)}, [UP, "has NaN", "finite"]),
+    "Inf": ({UP: np.full((96, 64), -np.inf, np.float32)}, [UP, "has Inf", "finite"]),
+    "a tied head of its own": (
+        {"lm_head.weight": np.zeros((257, 64), np.float32)},
+        ["lm_head.weight differs", "tie_word_embeddings"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), TENSORS.values(), ids=TENSORS)
+def test_a_wrong_tensor_is_refused_by_name(directory, changes, words):
+    retensor(directory, **changes)
+    message = refusal(lambda: load(directory))
+    for word in words:
+        assert word in message
+
+
+def test_one_nan_among_all_weights_is_found(directory):
+    tensor = load_file(directory / "model.safetensors")[UP]
+    tensor[95, 63] = np.nan
+    retensor(directory, **{UP: tensor})
+    assert f"tensor {UP}" in refusal(lambda: load(directory))
+
+
+def test_a_config_of_a_huge_model_is_refused_before_memory_is_taken(directory):
+    rewrite(directory, hidden_size=2**30, vocab_size=2**30)
+    assert "asks for" in refusal(lambda: load(directory))
+
+
+# The tokenizer.
+
+
+def test_a_missing_or_broken_tokenizer_is_refused(directory):
+    (directory / "tokenizer.json").write_text("{}")
+    assert "is not a tokenizer" in refusal(lambda: load_tokenizer(directory))
+    (directory / "tokenizer.json").unlink()
+    assert "has no tokenizer.json" in refusal(lambda: load_tokenizer(directory))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(directory):
+    rewrite(directory, vocab_size=256, bos_token_id=0)
+    message = refusal(lambda: load_tokenizer(directory))
+    assert "token 256" in message
+    assert "vocab_size 256" in message
+
+
+# A real checkpoint.
+
+
+@pytest.mark.slow
+def test_gutenberg_27m_has_its_known_perplexity(data):
+    """The first 16 rows of 128, whose perplexity is 24.545 in three implementations."""
+    place = data / "models" / "gutenberg-27m"
+    model, tokenizer = load(place), load_tokenizer(place)
+    text = (data / "text" / "gutenberg_valid.txt").read_bytes().decode()
+    first = [tokenizer.encode(book).ids[:511] for book in text.split("<|endoftext|>")]
+    rows = jnp.asarray([[0, *row] for row in first], jnp.int32)
+
+    @jax.jit
+    def nll(model: Decoder, rows):
+        logits = jax.nn.log_softmax(model(rows)[0][:, :-1])
+        return -jnp.mean(jnp.take_along_axis(logits, rows[:, 1:, None], axis=-1))
+
+    assert rows.shape == (16, 512)
+    assert np.exp(nll(model, rows)) == pytest.approx(23.726, abs=0.005)

@@ -1,0 +1,123 @@
+"""A cell's name says what its result depends on, and nothing else."""
+
+import dataclasses
+import json
+import shutil
+
+import jax.numpy as jnp
+import pytest
+
+from duquantpp_jax.core import ScaleRule
+from duquantpp_jax.formats import MXFP4, NVFP4
+from duquantpp_jax.lab.cells import Cell, canonical
+from duquantpp_jax.ptq.stores import HeadStore
+from duquantpp_jax.recipes import FITS, ROUNDINGS, SCALE_RULES
+from duquantpp_jax.rounding.gptq import GPTQ
+from duquantpp_jax.transforms.basic import FitSmooth
+
+
+def test_a_name_and_what_it_stands_for_are_one_cell():
+    floor = MXFP4(scale_rule=ScaleRule.FLOOR)
+    for name, fit in FITS.items():
+        same = Cell("mine", "my format", fit=fit, weight_format=floor, activation_format=floor)
+        assert same.digest == Cell(name).digest
+    assert Cell("identity").digest == Cell("rtn").digest
+    assert Cell("rtn", rounding=GPTQ()).digest == Cell("rtn", rounding="gptq").digest
+
+
+def test_known_names_are_distinct_cells():
+    cells = [
+        Cell(name, rule, rounding=rounding)
+        for name in FITS
+        for rule in SCALE_RULES
+        for rounding in ROUNDINGS
+    ]
+    assert len({cell.digest for cell in cells}) == len(cells)
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    strength: float
+
+    def __call__(self, model):
+        return model
+
+
+CHANGES = {
+    "recipe": "smooth",
+    "scale_rule": "even",
+    "fit": FitSmooth(alpha=0.25),
+    "rounding": "gptq",
+    "weight_format": NVFP4(),
+    "activation_format": NVFP4(),
+    "store": HeadStore(MXFP4()),
+    "seed": 1,
+    "change": Change(1.0),
+    "tokens": 1022,
+    "calibration_tokens": 511,
+    "batch_rows": 8,
+    "pad": True,
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_everything_that_decides_the_result_changes_the_name(field):
+    changed = dataclasses.replace(Cell("rtn"), **{field: CHANGES[field]})
+    assert changed.digest != Cell("rtn").digest
+
+
+def test_every_field_is_named_or_a_place_of_contents():
+    fields = {field.name for field in dataclasses.fields(Cell)}
+    assert fields == set(CHANGES) | {"model", "text", "calibration_text"}
+
+
+def test_numbers_inside_parts_change_the_name():
+    digests = {Cell("x", fit=FitSmooth(alpha=a)).digest for a in (0.1, 0.2)}
+    digests |= {Cell("rtn", change=Change(s)).digest for s in (1.0, 2.0)}
+    assert len(digests) == 4
+
+
+def test_targets_count_in_whole_rows():
+    assert Cell("rtn", tokens=1024).digest == Cell("rtn", tokens=1022).digest
+
+
+def test_files_count_by_contents_not_by_place(tiny_directory, tiny_text, tmp_path):
+    model, text = tmp_path / "model", tmp_path / "text"
+    shutil.copytree(tiny_directory, model)
+    shutil.copy(tiny_text, text)
+    here = Cell("rtn", model=tiny_directory, text=tiny_text, calibration_text=tiny_text)
+    there = Cell("rtn", model=model, text=text, calibration_text=tiny_text)
+    assert there.digest == here.digest
+    text.write_text("something else", encoding="utf-8")
+    changed = dataclasses.replace(there)
+    assert changed.digest != here.digest
+
+
+def test_a_configuration_is_json():
+    for name in FITS:
+        configuration = Cell(name, "log256", rounding="gptq", change=Change(2.0)).configuration()
+        assert json.loads(json.dumps(configuration)) == configuration
+
+
+@pytest.mark.parametrize("value", [jnp.ones(3), lambda x: x, object(), {"a": object()}])
+def test_what_has_no_name_is_refused(value):
+    with pytest.raises(ValueError, match="give a frozen dataclass"):
+        canonical(value)
+
+
+@pytest.mark.parametrize(
+    ("cell", "says"),
+    [
+        (Cell("hadamrd"), "unknown recipe 'hadamrd'"),
+        (Cell("rtn", "flor"), "unknown scale rule"),
+        (Cell("rtn", rounding="gtpq"), "unknown rounding"),
+    ],
+)
+def test_unknown_names_are_refused_before_anything_runs(cell, says):
+    with pytest.raises(ValueError, match=says):
+        _ = cell.digest
+
+
+def test_a_missing_text_is_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read .*nowhere\.txt"):
+        _ = Cell("rtn", text=tmp_path / "nowhere.txt").digest

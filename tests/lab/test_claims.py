@@ -1,0 +1,128 @@
+"""One process holds a claim, and a dead one holds none."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from duquantpp_jax.lab import claims
+
+
+def test_a_claim_is_held_once_and_leaves_nothing(tmp_path):
+    with claims.held(tmp_path, "a") as first, claims.held(tmp_path, "a") as second:
+        assert (first, second) == (True, False)
+        with claims.held(tmp_path, "b") as other:
+            assert other
+    with claims.held(tmp_path, "a") as again:
+        assert again
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_many_at_once_one_at_a_time_holds_it(tmp_path):
+    inside, most, held = [0], [0], [0]
+    lock = threading.Lock()
+
+    def contend():
+        turns = 0
+        while turns < 3:
+            with claims.held(tmp_path, "a") as ours:
+                if not ours:
+                    continue
+                with lock:
+                    inside[0] += 1
+                    held[0] += 1
+                    most[0] = max(most[0], inside[0])
+                time.sleep(0.001)
+                with lock:
+                    inside[0] -= 1
+            turns += 1
+
+    threads = [threading.Thread(target=contend) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most[0] == 1
+    assert held[0] == 24
+
+
+def _left_by(tmp_path, generation, **changes):
+    holder = claims._holder(os.getpid()) | changes
+    path = tmp_path / f"a.{generation}"
+    path.write_text(json.dumps(holder))
+    return path
+
+
+def _dead_pid():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("dead", [1, 3])
+def test_the_claim_of_a_dead_process_passes_on_and_is_cleaned_up(dead, tmp_path):
+    pid = _dead_pid()
+    for generation in range(dead):
+        _left_by(tmp_path, generation, pid=pid)
+    with claims.held(tmp_path, "a") as ours, claims.held(tmp_path, "a") as second:
+        assert (ours, second) == (True, False)
+        assert (tmp_path / f"a.{dead}").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_has_a_dead_ones_number_does_not_hold_its_claim(tmp_path):
+    _left_by(tmp_path, 0, start=1)
+    with claims.held(tmp_path, "a") as ours:
+        assert ours
+
+
+def test_a_dead_process_that_nobody_has_waited_for_is_dead(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    deadline = time.monotonic() + 30
+    while claims._start(process.pid) != -1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.wait()
+
+
+def test_of_many_that_find_a_holder_dead_one_succeeds(tmp_path):
+    _left_by(tmp_path, 0, pid=_dead_pid())
+    barrier, wins = threading.Barrier(8), []
+
+    def contend():
+        barrier.wait()
+        with claims.held(tmp_path, "a") as ours:
+            wins.append(ours)
+            barrier.wait()
+
+    threads = [threading.Thread(target=contend) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(wins) == [False] * 7 + [True]
+
+
+def test_a_claim_of_another_machine_holds_while_it_is_renewed(tmp_path):
+    path = _left_by(tmp_path, 0, host="elsewhere")
+    with claims.held(tmp_path, "a") as ours:
+        assert not ours
+    old = time.time() - claims.STALE_SECONDS - 1
+    os.utime(path, (old, old))
+    with claims.held(tmp_path, "a") as ours:
+        assert ours
+
+
+def test_a_claim_is_renewed(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "RENEWAL_SECONDS", 0.01)
+    with claims.held(tmp_path, "a"):
+        path = tmp_path / "a.0"
+        os.utime(path, (1, 1))
+        deadline = time.monotonic() + 30
+        while path.stat().st_mtime < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)

@@ -1,0 +1,125 @@
+"""Processes and jobs do what this process does, and die without losing anything."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.lab import Cell, executors, records, run
+from duquantpp_jax.lab.executors import Processes, Slurm, gpus
+
+
+@pytest.fixture(scope="module")
+def cells(tiny_directory, tiny_text):
+    given = {"tokens": 4 * TARGETS, "calibration_tokens": 4 * TARGETS, "batch_rows": 4}
+    texts = {"text": tiny_text, "calibration_text": tiny_text}
+    return [
+        Cell("random_hadamard", model=tiny_directory, seed=seed, **texts, **given)
+        for seed in range(4)
+    ]
+
+
+@pytest.fixture(scope="module")
+def here(cells, tmp_path_factory):
+    """The cells measured in this process."""
+    return run(cells, tmp_path_factory.mktemp("here"))
+
+
+def _assert_alike(outcome, here):
+    # Processes with fewer threads may add in another order.
+    assert list(outcome.records) == list(here.records)
+    for cell, record in outcome.records.items():
+        np.testing.assert_allclose(
+            record["rows"]["kl"], here.records[cell]["rows"]["kl"], rtol=1e-3
+        )
+
+
+@pytest.mark.slow
+def test_processes_measure_what_this_one_does_and_a_killed_one_is_replaced(cells, here, tmp_path):
+    seen, killed = [], []
+
+    def progress(*counts):
+        seen.append(counts)
+
+    def kill_one():
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            for claim in tmp_path.glob(".claims/*.0"):
+                pid = json.loads(claim.read_text())["pid"]
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+                return
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    outcome = run(cells, tmp_path, Processes(2), progress=progress)
+    killer.join()
+    assert len(killed) == 1
+    assert not outcome.errors
+    _assert_alike(outcome, here)
+    assert seen[0] == (0, 0, 4)
+    assert seen[-1] == (4, 0, 4)
+    assert list(tmp_path.glob(".claims/*")) == []
+
+
+@pytest.mark.slow
+def test_jobs_of_submitit_measure_what_this_process_does(cells, here, tmp_path):
+    pytest.importorskip("submitit")
+    outcome = run(cells, tmp_path, Slurm(2, (("timeout_min", 5),), cluster="local"))
+    assert not outcome.errors
+    _assert_alike(outcome, here)
+
+
+def _die(*_):
+    os._exit(9)
+
+
+def test_processes_that_all_die_are_reported(cells, tmp_path, monkeypatch):
+    monkeypatch.setattr(executors, "_worker", _die)
+    monkeypatch.setattr(executors, "STARTS", 1)
+    with pytest.raises(ValueError, match=r"1 worker processes died.*4 cells are left, run again"):
+        run(cells, tmp_path, Processes(1))
+    assert not any(records.is_recorded(tmp_path, cell) for cell in cells)
+
+
+def _say_device(cells, out, *_):
+    (out / f"saw.{os.environ['CUDA_VISIBLE_DEVICES']}").touch()
+    os._exit(9)
+
+
+def test_every_process_sees_its_own_gpu(cells, tmp_path, monkeypatch):
+    monkeypatch.setattr(executors, "_worker", _say_device)
+    monkeypatch.setattr(executors, "STARTS", 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert gpus() == Processes(2, ("2", "5"))
+    assert gpus(1) == Processes(1, ("2",))
+    with pytest.raises(ValueError, match="worker processes died"):
+        run(cells, tmp_path, gpus())
+    assert sorted(path.name for path in tmp_path.glob("saw.*")) == ["saw.2", "saw.5"]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,5"
+
+
+def test_without_a_gpu_its_executor_says_so(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ValueError, match="choose --executor processes"):
+        gpus()
+
+
+def test_without_submitit_slurm_names_the_extra(cells, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ValueError, match=r"pip install 'duquantpp_jax\[slurm\]'"):
+        run(cells, tmp_path, Slurm(1))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores cannot be given here")
+def test_workers_share_the_cores(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
+    assert [executors._share_of_cores(i, 2) for i in range(2)] == [[0, 1], [2, 3]]
+    assert executors._share_of_cores(0, 6) == []

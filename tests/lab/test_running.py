@@ -1,0 +1,242 @@
+"""A grid runs once, whatever was finished, failed or compiled before."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duquantpp_jax.checkpoints import load
+from duquantpp_jax.commands.compare import CompareOptions, compare
+from duquantpp_jax.evaluation.divergence import row_divergence
+from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.lab import Cell, bench, records, run, running
+from duquantpp_jax.lab.bench import Bench, FloatModel, measure
+from duquantpp_jax.ptq.stores import HeadStore
+from duquantpp_jax.transforms.basic import FitInTurn, FitSmooth
+from duquantpp_jax.transforms.hadamard import FitHadamard
+
+TOKENS = 12 * TARGETS
+"""Three batches of four rows: one shape to compile."""
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_directory, tiny_text):
+    """Makes cells on the tiny model."""
+
+    def cell(recipe, rule="floor", **fields):
+        given = {"tokens": TOKENS, "calibration_tokens": 8 * TARGETS, "batch_rows": 4} | fields
+        texts = {"text": tiny_text, "calibration_text": tiny_text}
+        return Cell(recipe, rule, model=tiny_directory, **texts, **given)
+
+    return cell
+
+
+def _smoothed(alpha):
+    return FitInTurn((FitSmooth(alpha=alpha), FitHadamard()))
+
+
+@pytest.fixture(scope="module")
+def ran(tiny, tmp_path_factory):
+    """A grid that has run, where, and what it gave."""
+    out = tmp_path_factory.mktemp("ran") / "out"
+    grid = [
+        tiny("rtn"),
+        tiny("block_hadamard"),
+        tiny("block_hadamard", "even"),
+        tiny("random_hadamard", seed=1),
+    ]
+    return grid, out, run(grid, out)
+
+
+def test_every_cell_has_its_record(ran):
+    grid, out, outcome = ran
+    assert list(outcome.records) == grid
+    assert not outcome.errors
+    assert sorted(path.name for path in out.glob("*.json")) == sorted(
+        f"{cell.digest}.json" for cell in grid
+    )
+    assert list((out / running.CLAIMS).iterdir()) == []
+    for cell in grid:
+        record = outcome.records[cell]
+        assert record["configuration"] == cell.configuration()
+        assert record["cell"]["recipe"] == cell.recipe
+        assert record["environment"]["jax"] == jax.__version__
+        assert len(record["rows"]["kl"]) == 12
+        kl = np.float32(record["rows"]["kl"])
+        assert record["metrics"]["kl"] == np.mean(kl.astype(np.float64) / TARGETS)
+
+
+def test_finished_cells_are_never_run_again(ran, monkeypatch):
+    grid, out, outcome = ran
+    monkeypatch.setattr(Bench, "run", lambda *_: pytest.fail("it ran"))
+    assert run(grid, out) == outcome
+
+
+def test_cells_of_one_configuration_run_once(tiny, tmp_path):
+    ticks = []
+    grid = [tiny("rtn"), tiny("identity")]
+    run(grid, tmp_path, lambda cells, *_: ticks.append(cells))
+    assert ticks == [[grid[1]]] or ticks == [[grid[0]]]
+
+
+@pytest.mark.slow
+def test_a_cell_gives_what_compare_gives(ran, tiny_directory, tiny_text, monkeypatch):
+    grid, _, outcome = ran
+    monkeypatch.setattr("duquantpp_jax.commands.compare.CALIBRATION_ROWS", 8)
+    monkeypatch.setattr("duquantpp_jax.commands.compare.BATCH_ROWS", 4)
+    options = CompareOptions(
+        tiny_directory,
+        tiny_text,
+        tiny_text,
+        TOKENS,
+        recipes=("rtn", "block_hadamard"),
+        scale_rules=("floor", "even"),
+    )
+    rows = {(r["recipe"], r["scale_rule"]): r for r in compare(options).results["rows"]}
+    for cell in grid[:3]:
+        for name in ("kl", "perplexity", "sqnr_db"):
+            assert (
+                outcome.records[cell]["metrics"][name] == rows[cell.recipe, cell.scale_rule][name]
+            )
+
+
+@pytest.mark.slow
+def test_what_a_cell_gives_does_not_depend_on_what_ran_before(ran, tiny):
+    grid, _, outcome = ran
+    other = Bench()
+    other.run(tiny("wush", "even"))
+    for cell in reversed(grid):
+        found = other.run(cell)
+        assert records._digits(found.kl) == outcome.records[cell]["rows"]["kl"]
+        assert records._digits(found.nll) == outcome.records[cell]["rows"]["nll"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Breaks:
+    """A change of the model that cannot be made."""
+
+    line: str
+
+    def __call__(self, model):
+        raise RuntimeError(self.line)
+
+
+def test_a_failed_cell_is_recorded_the_sweep_goes_on_and_the_next_run_tries_again(tiny, tmp_path):
+    bad, good = tiny("rtn", change=Breaks("no\nluck")), tiny("rtn")
+    seen = []
+    outcome = run([bad, good], tmp_path, progress=lambda *counts: seen.append(counts))
+    assert list(outcome.records) == [good]
+    assert outcome.errors == {bad: "RuntimeError: no luck"}
+    assert seen[0] == (0, 0, 2)
+    assert seen[-1] == (1, 1, 2)
+    path = tmp_path / f"{bad.digest}.failed.json"
+    assert json.loads(path.read_text())["configuration"] == bad.configuration()
+    again = run([bad], tmp_path, lambda *_: None)
+    assert not again.errors
+    assert not path.exists()
+
+
+def test_a_failure_names_files_and_not_where_they_lie(tiny, tmp_path):
+    cell = tiny("rtn")
+    bad = tiny("rtn", change=Breaks(f"{cell.text} does not fit {cell.model}"))
+    outcome = run([bad], tmp_path)
+    assert outcome.errors == {bad: f"RuntimeError: {cell.text.name} does not fit {cell.model.name}"}
+    assert len(cell.text.parts) > 1
+
+
+def test_a_result_that_is_nan_is_a_failure(tiny, tmp_path):
+    cell = tiny("x", fit=FitSmooth(alpha=float("1e9")))
+    assert "NaN" in run([cell], tmp_path).errors[cell]
+
+
+def test_a_record_that_is_none_is_refused_by_name(tiny, tmp_path):
+    cell = tiny("rtn")
+    records.path_of(tmp_path, cell).write_text("{")
+    with pytest.raises(ValueError, match=r"is not the record of a cell: remove it"):
+        run([cell], tmp_path)
+
+
+@pytest.mark.slow
+def test_cells_that_differ_only_in_arrays_share_one_compilation(tiny):
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    shared = Bench()
+    shared.run(tiny("block_hadamard"))
+    programs = row_divergence._cache_size()
+    for cell in (
+        tiny("random_hadamard", seed=0),
+        tiny("duquantpp", seed=0),
+        tiny("smoothed", fit=_smoothed(0.25)),
+    ):
+        shared.run(cell)
+    assert len(compiled) > 0  # the fits of new kinds, and so the event is heard
+    # A vector of scales and matrices of side 32: one program evaluates them all.
+    assert row_divergence._cache_size() == programs
+    del compiled[:]
+    for cell in (
+        tiny("random_hadamard", seed=1),
+        tiny("duquantpp", seed=2),
+        tiny("smoothed", fit=_smoothed(0.75)),
+    ):
+        shared.run(cell)
+    assert compiled == []
+
+
+def test_the_float_model_is_computed_once_within_the_bound_and_anew_beyond_it(
+    tiny, tiny_directory, monkeypatch
+):
+    model = load(tiny_directory)
+    tokens = np.asarray(bench._evaluation(tiny("rtn")).tokens)
+    one_batch = 4 * TARGETS * model.config.vocab_size * 4
+    calls = []
+    compute = bench.float_log_probabilities
+    monkeypatch.setattr(
+        bench,
+        "float_log_probabilities",
+        lambda model, batch: calls.append(len(batch)) or compute(model, batch),
+    )
+    for fit, wanted in ((10, 3), (1, 5), (0, 6)):
+        del calls[:]
+        float_model = FloatModel(model, tokens, 4, fit * one_batch)
+        first, second = (measure(float_model, {}).float_nll for _ in range(2))
+        np.testing.assert_array_equal(first, second)
+        assert calls == [4] * wanted
+
+
+@pytest.mark.parametrize("tokens", [0, 512, 1000])
+def test_calibration_tokens_that_are_no_whole_rows_are_refused(tokens, tiny, tmp_path):
+    cell = tiny("rtn", calibration_tokens=tokens)
+    assert "multiple of 511" in run([cell], tmp_path).errors[cell]
+
+
+def test_a_calibration_may_be_the_start_of_a_row(tiny):
+    assert bench._calibration(tiny("rtn", calibration_tokens=128)).shape == (1, 128)
+    assert bench._calibration(tiny("rtn", calibration_tokens=1022)).shape == (2, 511)
+
+
+def test_neighbours_share_the_fit(tiny):
+    grid = [tiny(r, s) for s in ("floor", "even") for r in ("duquantpp", "rtn")]
+    ordered = running.order(grid)
+    assert [c.recipe for c in ordered] in (
+        ["duquantpp"] * 2 + ["rtn"] * 2,
+        ["rtn"] * 2 + ["duquantpp"] * 2,
+    )
+
+
+def test_a_store_alone_is_measured_with_all_linears_in_float(tiny):
+    shared = Bench()
+    same, held = (
+        shared.run(tiny("float", "float", store=HeadStore(jnp.dtype(dtype))))
+        for dtype in ("float32", "bfloat16")
+    )
+    np.testing.assert_allclose(same.kl, 0, atol=1e-3)  # 511 targets of rounding errors in float32
+    assert held.kl.min() > 10 * np.abs(same.kl).max()
+    assert same.sqnr is None

@@ -1,0 +1,189 @@
+"""Folding leaves the float function as it is, folds what it can and nothing else."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duquantpp_jax.core import Chain
+from duquantpp_jax.models import SITES, Decoder, dense, parameter_shapes
+from duquantpp_jax.ptq.fuse import foldings, fuse
+from duquantpp_jax.transforms.basic import Identity, Smooth
+from duquantpp_jax.transforms.block import BlockRotation
+from duquantpp_jax.transforms.hadamard import hadamard
+from duquantpp_jax.transforms.permutation import Permute
+from tests.conftest import TINY
+
+LAYERS, HEADS, KV_HEADS, SIDE = 2, 4, 2, 16
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+BIASED = (*QKV, "mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
+WIDTHS = {"attention_in": 64, "attention_out": 64, "mlp_in": 64, "mlp_out": 96}
+TOKENS = jax.random.randint(jax.random.key(9), (2, 24), 0, 257)
+
+
+@functools.cache
+def _model(biases=BIASED, kv_heads=KV_HEADS) -> Decoder:
+    """A random decoder with biases, its arrays large enough that everything matters."""
+    config = dataclasses.replace(TINY, biases=biases, qk_norm=True, num_key_value_heads=kv_heads)
+    shapes = parameter_shapes(config)
+    keys = jax.random.split(jax.random.key(1), len(shapes))
+    arrays = {}
+    for key, (name, shape) in zip(keys, shapes.items(), strict=True):
+        drawn = jax.random.normal(key, shape)
+        arrays[name] = jnp.exp(0.3 * drawn) if name.endswith("norm") else 0.15 * drawn
+    return Decoder(config, arrays)
+
+
+def _moving(site, x, weights, transform):
+    """The linear of a model whose inputs and weights are moved, unless there is no transform."""
+    if transform is not None:
+        x = transform.activations(x)
+        weights = tuple(transform.weights(w) for w in weights)
+    return dense(site, x, weights, None)
+
+
+_logits = jax.jit(lambda model, state: model(TOKENS, _moving, state)[0])
+
+
+def _powers(key, shape):
+    return 2.0 ** jax.random.randint(key, shape, -3, 4).astype(jnp.float32)
+
+
+def _smooth(site, agreeing=True, key=0):
+    """Scales that are powers of two: moving by them is exact. For attention_out the same in all
+    query heads of a group, or not."""
+    key = jax.random.fold_in(jax.random.key(key), SITES.index(site))
+    if site == "attention_out" and agreeing:
+        scale = _powers(key, (LAYERS, KV_HEADS, 1, SIDE))
+        scale = jnp.broadcast_to(scale, (LAYERS, KV_HEADS, HEADS // KV_HEADS, SIDE))
+        return Smooth(scale.reshape(LAYERS, -1))
+    return Smooth(_powers(key, (LAYERS, WIDTHS[site])))
+
+
+def _permute(site, agreeing=True):
+    rng = np.random.default_rng(SITES.index(site))
+    if site == "attention_out" and agreeing:
+        within = np.stack([rng.permutation(SIDE) for _ in range(LAYERS * KV_HEADS)])
+        within = np.repeat(within.reshape(LAYERS, KV_HEADS, SIDE), HEADS // KV_HEADS, axis=1)
+        order = (within + SIDE * np.arange(HEADS)[:, None]).reshape(LAYERS, -1)
+    else:
+        order = np.stack([rng.permutation(WIDTHS[site]) for _ in range(LAYERS)])
+    return Permute(jnp.asarray(order, jnp.int32))
+
+
+def _rotation():
+    return BlockRotation(jnp.broadcast_to(hadamard(32), (LAYERS, 1, 32, 32)))
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_folding_powers_of_two_changes_no_bit_of_the_float_function(site):
+    model = _model()
+    fused, rest = fuse(model, {site: _smooth(site)})
+    assert rest == {site: Identity()}
+    np.testing.assert_array_equal(_logits(fused, {}), _logits(model, {}))
+    changed = [n for n, a in fused.parameters().items() if np.any(a != model.parameters()[n])]
+    assert changed
+    assert not [name for name in changed if name.endswith(("q_norm", "k_norm", "o_proj.bias"))]
+
+
+@pytest.mark.parametrize("site", ["attention_out", "mlp_out"])
+def test_permutations_between_two_linears_are_folded(site):
+    model = _model()
+    fused, rest = fuse(model, {site: _permute(site)})
+    assert rest == {site: Identity()}
+    _assert_near(_logits(fused, {}), _logits(model, {}))
+
+
+@pytest.mark.parametrize("site", ["attention_in", "mlp_in"])
+def test_a_norm_cannot_permute(site):
+    model, chain = _model(), Chain((_permute(site), _rotation()))
+    fused, rest = fuse(model, {site: chain})
+    assert jax.tree.structure(rest[site]) == jax.tree.structure(chain)
+    np.testing.assert_array_equal(_logits(fused, {}), _logits(model, {}))
+
+
+@pytest.mark.parametrize("move", [_smooth, _permute])
+def test_query_heads_that_disagree_stay_online_unless_each_has_its_own_value_head(move):
+    shared, own = _model(), _model(kv_heads=HEADS)
+    transform = move("attention_out", agreeing=False)
+    _, rest = fuse(shared, {"attention_out": transform})
+    assert rest["attention_out"] is transform
+    if move is _smooth:
+        fused, rest = fuse(own, {"attention_out": transform})
+        assert rest["attention_out"] == Identity()
+        np.testing.assert_array_equal(_logits(fused, {}), _logits(own, {}))
+
+
+def test_one_layer_that_disagrees_keeps_all_layers_online():
+    scale = _smooth("attention_out").scale.at[1, 3].multiply(2.0)
+    assert foldings(_model(), {"attention_out": Smooth(scale)})["attention_out"].folded == ()
+
+
+def test_whole_chains_at_all_sites_move_the_model_as_they_did_and_their_rest_is_the_rotation():
+    model = _model()
+    given = {
+        "attention_in": Chain((_smooth("attention_in"), _rotation())),
+        "attention_out": Chain((_permute("attention_out"), _smooth("attention_out"), _rotation())),
+        "mlp_in": Chain((Chain((_smooth("mlp_in"), Identity())), _rotation())),
+        "mlp_out": Chain((_smooth("mlp_out"), _permute("mlp_out"), _rotation())),
+    }
+    fused, rest = fuse(model, given)
+    assert all(isinstance(left, BlockRotation) for left in rest.values())
+    wanted = _logits(model, {})
+    for moved in (_logits(fused, {}), _logits(fused, rest), _logits(model, given)):
+        _assert_near(moved, wanted)
+
+
+def _assert_near(moved, wanted):
+    """Equal but for the order of float32 sums.
+
+    A layer has four linears of at most 96 terms; an output errs by some sqrt(96) roundings of its
+    size at each of the 2 x 4 linears it went through, magnified by the norms between: 16 for both.
+    """
+    bound = 16 * 8 * np.sqrt(96) * 2.0**-24 * float(jnp.max(jnp.abs(wanted)))
+    np.testing.assert_allclose(moved, wanted, atol=bound)
+
+
+def test_what_comes_after_a_rotation_stays_online():
+    chain = Chain((_rotation(), _smooth("mlp_out")))
+    _, rest = fuse(_model(), {"mlp_out": chain})
+    assert [type(link) for link in rest["mlp_out"].links] == [BlockRotation, Smooth]
+
+
+def test_linears_see_the_input_that_the_folded_part_would_have_moved():
+    model, smooth = _model(), _smooth("mlp_out")
+    seen = {}
+    for name, one in {"plain": model, "fused": fuse(model, {"mlp_out": smooth})[0]}.items():
+        keep = lambda site, x, w, s: (dense(site, x, w, None)[0], x)  # noqa: E731
+        seen[name] = jax.jit(lambda m: m(TOKENS, keep)[1])(one)["mlp_out"]  # noqa: B023
+    moved = jax.vmap(lambda t, x: t.activations(x))(smooth, seen["plain"])
+    np.testing.assert_array_equal(seen["fused"], moved)
+
+
+def test_widened_transforms_fold_on_the_channels_that_are_there():
+    model = _model()
+    wide = Smooth(jnp.concatenate([_smooth("mlp_out").scale, jnp.full((LAYERS, 32), 8.0)], axis=1))
+    fused, rest = fuse(model, {"mlp_out": Chain((wide, _rotation()))})
+    assert isinstance(rest["mlp_out"], BlockRotation)
+    np.testing.assert_array_equal(_logits(fused, {}), _logits(model, {}))
+
+
+def test_a_permutation_that_moves_widened_channels_in_stays_online():
+    order = np.tile(np.r_[127, 1:127, 0], (LAYERS, 1))
+    wide = Permute(jnp.asarray(order, jnp.int32))
+    assert fuse(_model(), {"mlp_out": wide})[1]["mlp_out"] is wide
+
+
+@pytest.mark.parametrize(
+    ("transforms", "says"),
+    [
+        ({"mlp": Identity()}, "'mlp' is no site: use attention_in"),
+        ({"mlp_in": Smooth(jnp.ones(64))}, "mlp_in is not stacked over the 2 layers"),
+    ],
+)
+def test_what_is_no_site_or_not_stacked_is_refused(transforms, says):
+    with pytest.raises(ValueError, match=says):
+        fuse(_model(), transforms)

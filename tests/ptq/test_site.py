@@ -1,0 +1,143 @@
+"""Where fit, transform, rounding and format meet."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duquantpp_jax.models import SITES, dense
+from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.site import (
+    QuantizedLinear,
+    fit_linear,
+    fit_model,
+    quantize_linear,
+    quantize_model,
+    widen,
+)
+from duquantpp_jax.recipes import FITS, recipe
+from tests.conftest import stats_of, tiny_decoder
+
+KEY = jax.random.key(5)
+
+
+def _site(width=64):
+    x = jax.random.normal(jax.random.key(0), (2, 24, width))
+    weights = tuple(
+        jax.random.normal(k, (n, width))
+        for k, n in zip(jax.random.split(KEY, 3), (32, 16, 16), strict=True)
+    )
+    return x, weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(FITS))
+def test_a_quantized_linear_errs_like_its_format_and_no_more(name):
+    x, weights = _site(128)
+    one = recipe(name, "even")
+    stats = stats_of(x)
+    site = quantize_linear(one, weights, stats, fit_linear(one, weights, stats, KEY))
+    ys, _ = QuantizedLinear(one.activation_format)("site", x, weights, site)
+    for y, w in zip(ys, weights, strict=True):
+        wanted = x @ w.T
+        sqnr = 10 * np.log10(float(jnp.sum(wanted**2) / jnp.sum((y - wanted) ** 2)))
+        assert 13 < sqnr < 20  # two independent roundings of about 19 dB each give 16
+
+
+@pytest.mark.slow
+def test_both_sides_are_quantized():
+    x, weights = _site()
+    one = recipe("rtn", "floor")
+    stats = stats_of(x)
+    site = quantize_linear(one, weights, stats, fit_linear(one, weights, stats, KEY))
+    linear = QuantizedLinear(one.activation_format)
+    ys, _ = linear("site", x, weights, site)
+    q = one.activation_format.fake_quantize
+    for y, w in zip(ys, weights, strict=True):
+        np.testing.assert_allclose(y, q(x) @ q(w).T, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_padding_with_zeros_is_exact():
+    x, weights = _site(44)
+    wide = (widen(x, 64), tuple(widen(w, 64) for w in weights))
+    one = recipe("block_hadamard", "floor")
+    stats = stats_of(wide[0])
+    fitted = fit_linear(one, weights, stats, KEY)
+    narrow_site = quantize_linear(one, weights, stats, fitted)
+    wide_site = quantize_linear(one, wide[1], stats, fitted)
+    linear = QuantizedLinear(one.activation_format)
+    for y, z in zip(
+        linear("site", x, weights, narrow_site)[0],
+        linear("site", wide[0], wide[1], wide_site)[0],
+        strict=True,
+    ):
+        np.testing.assert_array_equal(y, z)
+    moved = fitted.transform.activations(wide[0]) @ fitted.transform.weights(wide[1][0]).T
+    np.testing.assert_allclose(moved, x @ weights[0].T, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["duquantpp", "wush"])
+def test_a_model_is_quantized_site_by_site_and_layer_by_layer(name):
+    model = tiny_decoder()
+    tokens = np.asarray(jax.random.randint(KEY, (3, 32), 0, 257))
+    one = recipe(name, "floor")
+    weights = {site: model.weights(site) for site in SITES}
+    stats = calibrate(model, tokens, site_widths(model, 32), needs=one.needs)
+    fits = fit_model(one, weights, stats, KEY)
+    state = quantize_model(one, weights, stats, fits)
+    number, layer = 2, 1
+    site = SITES[number]
+    at = lambda tree: jax.tree.map(lambda leaf: leaf[layer], tree)  # noqa: E731
+    key = jax.random.split(jax.random.fold_in(KEY, number), 2)[layer]
+    fitted = fit_linear(one, at(weights[site]), at(stats[site]), key)
+    alone = quantize_linear(one, at(weights[site]), at(stats[site]), fitted)
+    for a, b in zip(jax.tree.leaves(at(state[site])), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+def test_calibration_sees_what_the_linears_see():
+    model = tiny_decoder()
+    tokens = np.asarray(jax.random.randint(KEY, (5, 20), 0, 257))
+    stats = calibrate(
+        model, tokens, site_widths(model, 32), needs=frozenset({"gram"}), batch_rows=2
+    )
+    _, inputs = jax.jit(lambda m, t: m(t, lambda s, x, w, _: (dense(s, x, w, _)[0], x)))(
+        model, tokens
+    )
+    for site in SITES:
+        x = np.asarray(inputs[site], np.float64).reshape(2, 100, -1)
+        np.testing.assert_allclose(stats[site].absmax, np.abs(x).max(axis=1), rtol=1e-4)
+        np.testing.assert_allclose(stats[site].sample, x, atol=1e-4)
+        np.testing.assert_allclose(
+            stats[site].gram, np.einsum("lti,ltj->lij", x, x), rtol=1e-3, atol=1e-3
+        )
+        assert stats[site].count.tolist() == [100, 100]
+
+
+def test_a_width_that_blocks_do_not_divide_is_refused_by_name_unless_padded():
+    model = tiny_decoder(intermediate_size=88)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj has input width 88.*--pad"):
+        site_widths(model, 32)
+    assert site_widths(model, 32, pad=True)["mlp_out"] == 96
+
+
+@pytest.mark.slow
+def test_the_second_calibration_sees_the_moved_and_quantized_input():
+    model = tiny_decoder()
+    tokens = np.asarray(jax.random.randint(KEY, (3, 32), 0, 257))
+    one = recipe("smooth_hadamard", "floor")
+    weights = {site: model.weights(site) for site in SITES}
+    widths = site_widths(model, 32)
+    stats = calibrate(model, tokens, widths)
+    fits = fit_model(one, weights, stats, KEY)
+    needs = frozenset({"gram"})
+    moved = calibrate(model, tokens, widths, needs=needs, fits=fits, format=one.activation_format)
+    for site in SITES:
+        for layer in range(2):
+            x = stats[site].sample[layer]
+            transform = jax.tree.map(lambda leaf: leaf[layer], fits[site].transform)  # noqa: B023
+            seen = one.activation_format.fake_quantize(transform.activations(x))
+            np.testing.assert_allclose(moved[site].sample[layer], seen, atol=1e-4)
+            np.testing.assert_allclose(moved[site].gram[layer], seen.T @ seen, rtol=1e-3, atol=1e-3)

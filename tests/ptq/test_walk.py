@@ -1,0 +1,145 @@
+"""A layer at a time gives what the whole model at once gives."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duquantpp_jax.core import MXArray
+from duquantpp_jax.formats import MXFP8
+from duquantpp_jax.formats.plain import BFloat16
+from duquantpp_jax.models import SITES
+from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.site import fit_model, quantize_model
+from duquantpp_jax.ptq.walk import Plan, quantize_decoder, quantize_layer, stack_layers
+from duquantpp_jax.recipes import recipe
+from tests.conftest import TINY, tiny_decoder
+
+TOKENS = np.asarray(jax.random.randint(jax.random.key(3), (8, 32), 0, 257))
+CONFIG = dataclasses.replace(TINY, num_hidden_layers=3)
+RUN = jax.jit(lambda model, tokens, state, linear: model(tokens, linear, state)[0],
+              static_argnames="linear")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_decoder(num_hidden_layers=3)
+
+
+def plan_of(name="smooth_hadamard", rounding="rtn", **changes):
+    recipes = dict.fromkeys(SITES, recipe(name, "floor", rounding))
+    return dataclasses.replace(Plan(CONFIG, recipes), **changes)
+
+
+def logits(model, plan, state):
+    return RUN(model, TOKENS, state, plan.linear)
+
+
+@pytest.mark.slow
+def test_layer_by_layer_is_all_at_once_but_for_the_order_of_sums(model):
+    plan = plan_of("random_hadamard", "gptq", seed=5)
+    state = quantize_decoder(plan, model, TOKENS)
+    one = plan.recipes["mlp_in"]
+    weights = {site: model.weights(site) for site in SITES}
+    widths = site_widths(model, 32)
+    stats = calibrate(model, TOKENS, widths, needs=one.needs)
+    fits = fit_model(one, weights, stats, jax.random.key(5))
+    moved = calibrate(model, TOKENS, widths, needs=one.rounding.needs, fits=fits,
+                      format=one.activation_format)  # fmt: skip
+    whole = quantize_model(one, weights, stats, fits, moved)
+    assert isinstance(state, dict)
+    for site in SITES:
+        for a, b in zip(state[site].weights, whole[site].weights, strict=True):
+            # A number next to a border may round the other way.
+            assert np.mean(np.asarray(a.codes()) != np.asarray(b.codes())) < 0.01
+
+
+def test_the_report_has_a_row_for_each_linear_and_says_what_rounding_costs(model):
+    plan = plan_of("block_hadamard")
+    parameters = {name: np.asarray(array[...][0]) for name, array in model.layers.items()}
+    hidden = np.array(model.embedding[...])[TOKENS]
+    layer = quantize_layer(plan, 0, parameters, hidden)
+    assert [row["linear"].split(".")[-1] for row in layer.report] == [
+        *("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
+    ]
+    for row in layer.report:
+        # Two independent roundings of about 19 dB each give 16; one of them alone is half of that.
+        assert 13 < row["sqnr_db"] < 20
+        assert 0.2 < row["weight_error"] * 10 ** (row["sqnr_db"] / 10) < 0.8
+    assert layer.report[0]["bytes"] == 64 * 64 // 2 + 64 * 64 // 32
+
+
+def test_sequential_calibrates_each_layer_on_the_quantized_ones_before_it(model):
+    at_once = quantize_decoder(plan_of(), model, TOKENS)
+    in_turn = quantize_decoder(plan_of(sequential=True), model, TOKENS)
+    for site in SITES:
+        smooth = lambda state, layer: state[site].transform.links[0].scale[layer]  # noqa: B023, E731
+        np.testing.assert_array_equal(smooth(at_once, 0), smooth(in_turn, 0))
+        assert bool(jnp.any(smooth(at_once, 1) != smooth(in_turn, 1)))
+
+
+@pytest.mark.slow
+def test_sequential_hands_on_what_the_quantized_model_computes(model):
+    plan = plan_of(sequential=True)
+    hidden = np.array(model.embedding[...])[TOKENS]
+    layers = []
+    for number in range(3):
+        parameters = {name: np.asarray(array[...][number]) for name, array in model.layers.items()}
+        layers.append(quantize_layer(plan, number, parameters, hidden).sites)
+    norm = hidden / np.sqrt(np.mean(hidden**2, axis=-1, keepdims=True) + TINY.rms_norm_eps)
+    wanted = norm * np.asarray(model.norm[...]) @ np.asarray(model.embedding[...]).T
+    np.testing.assert_allclose(logits(model, plan, stack_layers(layers)), wanted, atol=2e-3)
+
+
+def test_what_is_excluded_stays_float_and_the_rest_is_what_it_was(model):
+    exclude = ("*.1.mlp.down_proj", "*.k_proj")
+    plan = plan_of(exclude=exclude)
+    runs = quantize_decoder(plan, model, TOKENS)
+    assert isinstance(runs, tuple)
+    assert len(runs) == 3
+    assert not isinstance(runs[1]["mlp_out"].weights[0], MXArray)
+    whole = quantize_decoder(plan_of(), model, TOKENS)
+    for layer in range(3):
+        kept = runs[layer]["attention_in"].weights[1]
+        np.testing.assert_array_equal(kept[0], model.weights("attention_in")[1][layer])
+        for a, b in zip(runs[layer]["mlp_in"].weights, whole["mlp_in"].weights, strict=True):
+            np.testing.assert_array_equal(a.codes()[0], b.codes()[layer])
+
+
+@pytest.mark.slow
+def test_a_model_runs_in_runs_where_its_layers_differ(model):
+    plan = plan_of()
+    state = quantize_decoder(plan, model, TOKENS)
+    parts = (slice(0, 1), slice(1, 3))
+    split = tuple(jax.tree.map(lambda leaf: leaf[part], state) for part in parts)  # noqa: B023
+    np.testing.assert_allclose(
+        logits(model, plan, split), logits(model, plan, state), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.slow
+def test_formats_may_differ_by_site(model):
+    w4a8 = dataclasses.replace(recipe("rtn", "floor"), activation_format=MXFP8())
+    w4a16 = dataclasses.replace(recipe("rtn", "floor"), activation_format=BFloat16())
+    mixed = plan_of("rtn", recipes=dict.fromkeys(SITES, w4a8) | {"mlp_out": w4a16})
+    exact = jax.jit(lambda m, t: m(t)[0])(model, TOKENS)
+
+    def off(plan):
+        state = quantize_decoder(plan, model, TOKENS)
+        return float(jnp.mean(jnp.square(logits(model, plan, state) - exact)))
+
+    assert off(mixed) < 0.8 * off(plan_of("rtn"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"exclude": ("*.lm_head",)}, r"--exclude '\*.lm_head' matches no linear"),
+        ({"exclude": ("*",)}, "leave nothing to quantize"),
+    ],
+)
+def test_a_choice_that_cannot_be_meant_is_refused(changes, says):
+    with pytest.raises(ValueError, match=says):
+        plan_of(**changes).check()
