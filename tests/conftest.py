@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,12 @@ def tiny_directory(tmp_path_factory) -> pathlib.Path:
     directory = tmp_path_factory.mktemp("models") / "tiny"
     save(tiny_decoder(), byte_tokenizer().to_str(), directory)
     return directory
+
+
+@pytest.fixture
+def directory(tiny_directory, tmp_path) -> pathlib.Path:
+    """A copy of the tiny model that a test may spoil."""
+    return shutil.copytree(tiny_directory, tmp_path / "model")
 
 
 @pytest.fixture(scope="session")
