@@ -1,7 +1,7 @@
 """What the attempts of beat_hadamard.py gave, side by side: `--summary` there.
 
-Rows of text are paired: a difference is that of the means over seeds, row by row, with the 95 %
-interval of its mean over text (evaluation/intervals.py).
+Rows of text are paired, and seeds where both were run with the same; the 95 % intervals of
+differences are over text and seeds (evaluation/intervals.py).
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from duquantpp_jax.evaluation.intervals import clusters, mean_interval
+from duquantpp_jax.evaluation.intervals import clusters, estimate
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.lab.table import distinct
 from duquantpp_jax.recipes import SCALE_RULES
@@ -32,8 +32,10 @@ def summary(place: Path) -> list[dict]:
         name = file.stem.removesuffix(f"_{one['scale_rule']}_{one['seed']}")
         found.setdefault((name, one["scale_rule"]), []).append(one)
 
-    def mean(name: str, rule: str, text: str) -> np.ndarray:
-        return np.mean([one["measured"][text]["row_kl"] for one in found[name, rule]], axis=0)
+    def by_seed(name: str, rule: str, text: str) -> dict[int, np.ndarray]:
+        return {
+            one["seed"]: np.asarray(one["measured"][text]["row_kl"]) for one in found[name, rule]
+        }
 
     entries = []
     for (name, rule), ones in found.items():
@@ -54,8 +56,8 @@ def summary(place: Path) -> list[dict]:
             differences = {}
             for other in COMPARED[name[0]]:
                 if other != name and (other, rule) in found:
-                    off = mean(name, rule, text) - mean(other, rule, text)
-                    differences[other] = mean_interval(off, numbers)
+                    off = estimate(by_seed(name, rule, text), numbers, by_seed(other, rule, text))
+                    differences[other] = off.mean, *(off.ci95 or (float("nan"),) * 2)
             entry["texts"][text] = {
                 "kl": float(np.mean(kl)),
                 "kl_of_seeds": kl,

@@ -23,7 +23,7 @@ from duquantpp_jax import MXFP4
 from duquantpp_jax.analysis import figures
 from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.evaluation.divergence import float_log_probabilities, row_divergence
-from duquantpp_jax.evaluation.intervals import mean_interval
+from duquantpp_jax.evaluation.intervals import estimate
 from duquantpp_jax.learning.model import at_rates, learn_model
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.models import SITES
@@ -234,7 +234,7 @@ kl = {}
 for name, fitted in fits.items():
     state = quantize_model(floor, weights, stats, fitted)
     kl[name] = np.asarray(row_divergence(model, state, tokens, log_p, format=format)[0]) / 511
-    mean, low, high = mean_interval(kl[name] - kl["block Hadamard"], np.arange(8))
+    mean, (low, high), *_ = estimate({0: kl[name] - kl["block Hadamard"]}, np.arange(8))
     print(f"{name:18s} KL {kl[name].mean():.4f}   {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
 
 # %% [markdown]

@@ -23,12 +23,12 @@ from safetensors.numpy import load_file
 
 from duquantpp_jax.analysis import figures
 from duquantpp_jax.checkpoints import Quantized, testbed
-from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.checkpoints.loading import load_any
 from duquantpp_jax.commands import sizes as report
+from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.generate import GenerateOptions, continued
 from duquantpp_jax.commands.quantize import QuantizeOptions, dry_run, quantize
-from duquantpp_jax.evaluation.intervals import mean_interval
+from duquantpp_jax.evaluation.intervals import estimate
 from duquantpp_jax.evaluation.predict import Predictor, row_sums
 from duquantpp_jax.formats import E2M1
 
@@ -119,7 +119,7 @@ figures.code_occupancy(
 # %%
 quantized, float_model = Predictor(*load_any(out)), Predictor(*load_any(testbed.directory()))
 sums = row_sums(quantized, float_model, testbed.evaluation_rows()[:8])
-mean, low, high = mean_interval(sums.kl / 511, np.arange(8))
+mean, (low, high), *_ = estimate({0: sums.kl / 511}, np.arange(8))
 print(f"KL {mean:.4f} [{low:.4f}, {high:.4f}]")
 print(f"the likeliest token is the same in {np.sum(sums.agreement) / (8 * 511):.1%} of targets")
 

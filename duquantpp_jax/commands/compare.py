@@ -23,7 +23,7 @@ from rich.table import Table
 from duquantpp_jax import files
 from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.core import Fitted, Recipe, Stats
-from duquantpp_jax.evaluation.intervals import clusters, mean_interval
+from duquantpp_jax.evaluation.intervals import clusters, estimate
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import Subject, environment, load_subject
 from duquantpp_jax.lab.bench import FloatModel, Measured, Quantized, fit, measure, quantize
@@ -214,8 +214,7 @@ def _row(cell: Cell, rounding: str, measured: Measured, cluster: np.ndarray) -> 
     if cell[0] == BASELINE:
         difference, interval = 0.0, [0.0, 0.0]
     elif (baseline := measured.kl.get((BASELINE, cell[1]))) is not None:
-        difference, low, high = mean_interval(kl - baseline / TARGETS, cluster)
-        interval = [low, high] if np.isfinite(low) else None  # one cluster has no interval
+        difference, interval, *_ = estimate({0: kl}, cluster, {0: baseline / TARGETS})
     row = {
         "recipe": cell[0],
         "rounding": rounding,

@@ -1,7 +1,7 @@
 """`duquantpp evaluate`: perplexity of a model on a text, and its distance from a reference.
 
-The protocols are in evaluation/text.py, the equations in evaluation/perplexity.py; intervals are
-clustered as in evaluation/intervals.py, by document or by row.
+The protocols are in evaluation/rows.py, the equations in evaluation/predict.py; intervals are over
+text, clustered by document or by row (evaluation/intervals.py).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load_tokenizer, sha256
 from duquantpp_jax.checkpoints.loading import load_any
 from duquantpp_jax.commands.progress import progress_bar
-from duquantpp_jax.evaluation.intervals import clusters, mean_interval
+from duquantpp_jax.evaluation.intervals import clusters, estimate
 from duquantpp_jax.evaluation.predict import Predictor, RowSums, row_sums
 from duquantpp_jax.evaluation.rows import (
     PROTOCOLS,
@@ -117,10 +117,11 @@ def evaluate(
     )
     unit, cluster = clusters(rows.documents)
     return {
-        "schema": 1,
+        "schema": 2,
         "targets": rows.tokens.shape[0] * rows.targets,
         **_measures(sums, rows, cluster),
         "clusters": {"unit": unit, "count": len(np.unique(cluster))},
+        "interval": "text",
         "environment": environment(),
         "options": {
             "text": {"name": options.text.name, "sha256": files.sha256(options.text)},
@@ -178,10 +179,10 @@ def _measures(sums: RowSums, rows: Rows, cluster: np.ndarray) -> dict[str, Any]:
     """
 
     def mean(of: np.ndarray) -> dict[str, Any]:
-        value, low, high = mean_interval(of / rows.targets, cluster)
+        value, ci95, *_ = estimate({0: of / rows.targets}, cluster)
         if not np.isfinite(value):
             raise ValueError("the model gave NaN or Inf: no result is reported")
-        return {"value": value, "ci95": [low, high] if np.isfinite(low) else None}
+        return {"value": value, "ci95": ci95}
 
     nll = mean(sums.nll)
     bounds = nll["ci95"]

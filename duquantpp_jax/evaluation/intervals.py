@@ -1,20 +1,40 @@
-"""Confidence intervals of means over rows that come in clusters.
+"""Confidence intervals of means over rows of text, with text and seeds as sources of variance.
 
-Rows of one document are alike, so the mean m over N rows in G clusters has, with r_g the sum of
-(row - m) over cluster g,
+Rows of one document are alike, so text counts by cluster. With r_g the sum of (row - mean) over
+the rows of cluster g, N rows and G clusters, the variance that text gives a mean is
 
-    se^2 = G / (G - 1) sum_g r_g^2 / N^2,      m +- t(.975, G - 1) se,
+    V_text = G / (G - 1) sum_g r_g^2 / N^2                         with G - 1 degrees of freedom,
 
-which for clusters of one size is the t interval of the cluster means. A paired difference is the
-same with the row's difference in place of the row. Of n differences judged together, the k-th
-least p-value counts n - k + 1 fold (Holm), so that with probability .95 none is called
-significant by chance.
+which for clusters of one size is that of the cluster means over G. A method that draws random
+numbers is measured with S seeds. Its rows are averaged over seeds before V_text is taken, and
+with m_s the mean over all rows for seed s,
+
+    V_seed = sum_s (m_s - m)^2 / (S - 1) / S                       with S - 1 degrees of freedom.
+
+The interval is m +- t(.975, f) sqrt(V), where V is the sum of these variances V_i with f_i degrees
+of freedom, and f = V^2 / sum_i V_i^2 / f_i (Satterthwaite). The part of the variance that belongs
+to a seed on a text, and to neither alone, is in both terms: V counts it twice, a share of
+1 / (S G) of it each time, which makes intervals a little wider. Satterthwaite's f, itself an
+estimate, makes them narrower where seeds are few and vary more than text: with three seeds (two)
+95 % intervals of normal numbers cover .94 (.93) of the time where both give the same variance, and
+.93 (.87) where seeds give 16 times that of text.
+
+A paired difference is the same with the row's difference in place of the row. Where both methods
+were measured with the same seeds, a seed's difference is taken with that seed on both sides. Where
+they were not, rows are averaged over seeds first, and either side has its own V_seed (Welch).
+
+Of n differences judged together, the k-th least p-value counts n - k + 1 fold (Holm), so that with
+probability .95 none is called significant by chance.
 
 Sources: Cameron and Miller, A Practitioner's Guide to Cluster-Robust Inference, 2015, section II;
-Holm, A Simple Sequentially Rejective Multiple Test Procedure, 1979.
+Cameron, Gelbach and Miller, Robust Inference with Multiway Clustering, 2011 (whose third term, of
+the intersection, is what is counted twice here); Satterthwaite, An Approximate Distribution of
+Estimates of Variance Components, 1946; Holm, A Simple Sequentially Rejective Multiple Test
+Procedure, 1979.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Integer
@@ -22,6 +42,25 @@ from scipy.special import stdtr, stdtrit
 
 LEAST_DOCUMENTS = 8
 """With fewer documents than this, rows are the clusters."""
+
+BySeed = Mapping[int, Float[np.ndarray, " rows"]]
+"""Values of every row of text, for each seed."""
+
+
+class Estimate(NamedTuple):
+    """A mean, and how well it is known.
+
+    Attributes:
+      mean: Over rows and seeds.
+      ci95: Ends of its 95 % interval; None with a single cluster.
+      p: Two-sided p-value of a mean of zero; None with a single cluster.
+      sources: What the interval accounts for: "text", or "text and seeds".
+    """
+
+    mean: float
+    ci95: tuple[float, float] | None
+    p: float | None
+    sources: str
 
 
 def clusters(documents: Integer[np.ndarray, " rows"]) -> tuple[str, Integer[np.ndarray, " rows"]]:
@@ -32,25 +71,39 @@ def clusters(documents: Integer[np.ndarray, " rows"]) -> tuple[str, Integer[np.n
     return "row", np.arange(len(documents))
 
 
-def mean_interval(
-    values: Float[np.ndarray, " rows"], cluster: Integer[np.ndarray, " rows"]
-) -> tuple[float, float, float]:
-    """The mean over rows and the ends of its 95 % interval (NaN with a single cluster)."""
-    mean, error, count = _clustered(values, cluster)
-    if count < 2:
-        return mean, float("nan"), float("nan")
-    half = float(stdtrit(count - 1, 0.975) * error)
-    return mean, mean - half, mean + half
+def estimate(
+    values: BySeed, cluster: Integer[np.ndarray, " rows"], base: BySeed | None = None
+) -> Estimate:
+    """The mean of values, or of their paired difference to those of a comparator.
 
+    Args:
+      values: Of one method; a single seed has no variance of seeds.
+      cluster: Number of each row's cluster.
+      base: Of the comparator, on the same rows.
 
-def p_value(values: Float[np.ndarray, " rows"], cluster: Integer[np.ndarray, " rows"]) -> float:
-    """Two-sided p-value of a mean of zero (1 where all values are zero, NaN with one cluster)."""
-    mean, error, count = _clustered(values, cluster)
+    Raises:
+      ValueError: No seed, or values of another number of rows than `cluster`.
+    """
+    sides = [_stacked(values, cluster)]
+    if base is not None:
+        if values.keys() == base.keys():
+            sides = [sides[0] - _stacked({seed: base[seed] for seed in values}, cluster)]
+        else:
+            sides.append(-_stacked(base, cluster))
+    rows = np.sum([side.mean(axis=0) for side in sides], axis=0)
+    mean, count = float(rows.mean()), len(np.unique(cluster))
+    seeds = [(_seed_variance(side), len(side) - 1) for side in sides if len(side) > 1]
+    sources = "text and seeds" if seeds else "text"
     if count < 2:
-        return float("nan")
-    if mean == 0:
-        return 1.0
-    return float(2 * stdtr(count - 1, -abs(mean) / error)) if error > 0 else 0.0
+        return Estimate(mean, None, None, sources)
+    variances, freedom = np.array([(_text_variance(rows, cluster), count - 1), *seeds]).T
+    variance = variances.sum()
+    if variance == 0:
+        return Estimate(mean, (mean, mean), float(mean == 0), sources)
+    freedom = variance**2 / np.sum(variances**2 / freedom)
+    half = float(stdtrit(freedom, 0.975) * np.sqrt(variance))
+    p = float(2 * stdtr(freedom, -abs(mean) / np.sqrt(variance)))
+    return Estimate(mean, (mean - half, mean + half), p, sources)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -63,12 +116,27 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def _clustered(
-    values: Float[np.ndarray, " rows"], cluster: Integer[np.ndarray, " rows"]
-) -> tuple[float, float, int]:
-    """The mean over rows, its standard error (zero with one cluster) and the number of clusters."""
-    mean = float(np.mean(values))
-    residuals = np.bincount(cluster, weights=values - mean)
+def _stacked(
+    values: BySeed, cluster: Integer[np.ndarray, " rows"]
+) -> Float[np.ndarray, "seeds rows"]:
+    if not values or any(rows.shape != cluster.shape for rows in values.values()):
+        raise ValueError(
+            f"an interval needs {len(cluster)} rows for every seed, a row's cluster each: got "
+            f"{ {seed: rows.shape for seed, rows in values.items()} }"
+        )
+    return np.stack([np.asarray(rows, np.float64) for rows in values.values()])
+
+
+def _text_variance(
+    rows: Float[np.ndarray, " rows"], cluster: Integer[np.ndarray, " rows"]
+) -> float:
+    """V_text of the mean over rows in at least two clusters."""
+    _, numbers = np.unique(cluster, return_inverse=True)
+    residuals = np.bincount(numbers, weights=rows - rows.mean())
     count = len(residuals)
-    scale = count / (count - 1) if count > 1 else 0.0
-    return mean, float(np.sqrt(scale * np.sum(residuals**2)) / len(values)), count
+    return float(count / (count - 1) * np.sum(residuals**2) / len(rows) ** 2)
+
+
+def _seed_variance(side: Float[np.ndarray, "seeds rows"]) -> float:
+    """V_seed of the mean over at least two seeds."""
+    return float(np.var(side.mean(axis=1), ddof=1) / len(side))

@@ -1,9 +1,9 @@
 """Tables from records: a pivot of KL with paired differences to a baseline row.
 
-A row of text is seen by every cell, so differences are taken row by row; cells that differ in the
-seed alone are averaged row by row first, and their spread stands beside the mean. The 95 %
-interval of a difference is over text, clustered by document (evaluation/intervals.py); what Holm's
-correction over all rows of the column still calls significant at 5 % carries a star.
+A row of text is seen by every cell, so differences are taken row by row. Cells that differ in the
+seed alone are one entry: their mean, with the least and the largest beside it. The 95 % interval of
+a difference is over text, clustered by document, and over seeds (evaluation/intervals.py); what
+Holm's correction over all rows of the column still calls significant at 5 % carries a star.
 
 A pivot is a plain JSON value, small enough to commit; the forms it is shown in are made of it.
 """
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from rich import box
 from rich.table import Table
 
-from duquantpp_jax.evaluation.intervals import clusters, holm, mean_interval, p_value
+from duquantpp_jax.evaluation.intervals import clusters, estimate, holm
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.lab.cells import Cell
 from duquantpp_jax.lab.records import Record
@@ -149,18 +149,15 @@ def _entry(
         "seconds": sum(record["seconds"]["total"] for record in records),
     }
     if base is not None and place[0] != baseline:
-        difference = _row_means(records) - _row_means(base)
         _, cluster = clusters(np.asarray(records[0]["rows"]["document"]))
-        mean, low, high = mean_interval(difference, cluster)
-        entry["difference"] = mean
-        if np.isfinite(low):  # one cluster has no interval
-            entry |= {"ci95": [low, high], "p": p_value(difference, cluster)}
+        found = estimate(_by_seed(records), cluster, _by_seed(base))
+        entry |= {"difference": found.mean, "ci95": found.ci95, "p": found.p}
     return entry
 
 
-def _row_means(records: list[Record]) -> Float[np.ndarray, " rows"]:
-    """KL of each row of text in nats per token, mean over seeds."""
-    return np.mean([np.asarray(one["rows"]["kl"]) / TARGETS for one in records], axis=0)
+def _by_seed(records: list[Record]) -> dict[int, Float[np.ndarray, " rows"]]:
+    """KL of each row of text in nats per token."""
+    return {one["cell"]["seed"]: np.asarray(one["rows"]["kl"]) / TARGETS for one in records}
 
 
 def _correct(column: list[dict[str, Any]]) -> None:

@@ -29,9 +29,17 @@ def results(tiny_directory, tiny_text, tmp_path_factory):
 def test_results_keep_their_contract(results):
     assert list(results) == [
         *("schema", "targets", "perplexity", "nll", "kl", "excess_nll", "agreement"),
-        *("reference_perplexity", "clusters", "environment", "options", "model", "reference"),
+        *(
+            "reference_perplexity",
+            "clusters",
+            "interval",
+            "environment",
+            "options",
+            "model",
+            "reference",
+        ),
     ]
-    assert results["schema"] == 1
+    assert results["schema"] == 2
     assert results["targets"] == 1200
     assert results["clusters"] == {"unit": "document", "count": 10}
     assert results["options"] | {"text": None} == {

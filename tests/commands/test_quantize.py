@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 from duquantpp_jax import cli, files
 from duquantpp_jax.checkpoints import Quantized, load, load_quantized, save
-from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.checkpoints.loading import load_any
+from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.quantize import QuantizeOptions, calibration_tokens, job_of, quantize
 from duquantpp_jax.ptq.walk import quantize_decoder
 from tests import quantize_worker
