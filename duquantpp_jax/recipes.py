@@ -13,6 +13,7 @@ from duquantpp_jax.formats import MXFP4, FP32Scale, Log256
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.learning.site import FitLearned
 from duquantpp_jax.rounding.clip import SCALE, Search
+from duquantpp_jax.rounding.descent import GPTQDescent
 from duquantpp_jax.rounding.gptq import GPTQ
 from duquantpp_jax.rounding.rtn import rtn
 from duquantpp_jax.transforms.basic import FitIdentity, FitInTurn, FitSmooth
@@ -82,6 +83,7 @@ ROUNDINGS: dict[str, Rounding] = {
     "gptq": GPTQ(),
     "gptq_clip": GPTQ(search=Search()),
     "gptq_scale": GPTQ(search=SCALE),
+    "descent": GPTQDescent(),
 }
 
 SCALE_RULES: dict[str, Format] = {

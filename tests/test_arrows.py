@@ -14,7 +14,7 @@ FLOORS = (
     "formats",
     "transforms models",
     "rounding kernels",
-    "learning.quantizer learning.moves learning.training learning.checkpoints learning.site",
+    "learning.quantizer learning.moves learning.training learning.state learning.site",
     "recipes",
     "ptq",
     "checkpoints",

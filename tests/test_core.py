@@ -1,15 +1,20 @@
 """Stats are a fold; transforms chain; a core import does not reach into the rooms."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from duquantpp_jax import Stats
-from duquantpp_jax.transforms.basic import Smooth
-from duquantpp_jax.transforms.block import BlockRotation
+from duquantpp_jax.core import Fitted
+from duquantpp_jax.recipes import recipe
+from duquantpp_jax.transforms.basic import FitInTurn, Identity, Smooth
+from duquantpp_jax.transforms.block import BlockAffine, BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard
 
+RECIPE = recipe("rtn", "floor")
 NEEDS = frozenset({"gram", "positions"})
 
 
@@ -81,3 +86,66 @@ def test_smoothing_moves_maxima_exactly_even_where_the_sample_misses_them():
     assert float(jnp.max(stats.sample)) == 1.0
     moved = stats.through(Smooth(jnp.full(32, 2.0)))
     assert float(moved.absmax[3]) == 50.0
+
+
+def _moves(seed):
+    """A random matrix of two blocks, and its inverse."""
+    a = np.eye(32) + 0.3 * np.random.default_rng(seed).normal(size=(2, 32, 32)) / 6
+    return BlockAffine(jnp.float32(a), jnp.asarray(np.linalg.inv(a), jnp.float32))
+
+
+def _normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def test_fits_compose_their_transforms_and_the_later_weights_replace_the_earlier():
+    x, mine, theirs = _normal(0, 5, 64), _normal(1, 7, 64), _normal(2, 7, 64)
+    first, second = Fitted(_moves(1), (mine,)), Fitted(_moves(2), (theirs,))
+    both = first.then(second)
+    moved = first.transform.activations(x)
+    _same(both.transform.activations(x), second.transform.activations(moved), 1e-5)
+    # The later weights belong to the moved input: there, and here, they give the same outputs.
+    _same(x @ both.weights[0].T, moved @ theirs.T, 1e-3)
+    _same(both.transform.weights(both.weights[0]), second.transform.weights(theirs), 1e-4)
+    _same(first.then(Fitted(_moves(2))).weights[0], mine, 0)
+    assert Fitted(_moves(1)).then(Fitted(_moves(2))).weights is None
+
+
+@pytest.mark.parametrize("name", ["clip", "scale_offset"])
+def test_a_clip_survives_what_keeps_channels_and_is_refused_by_what_mixes_them(name):
+    value = jnp.float32([0.5, 0.25]) if name == "clip" else jnp.int32([1, -1])
+    first = Fitted(_moves(1), **{name: value})
+    smooth = Smooth(jnp.full(64, 2.0))
+    kept = first.then(Fitted(smooth.then(Identity())))
+    np.testing.assert_array_equal(getattr(kept, name), value)
+    with pytest.raises(ValueError, match=f"the {name} of an earlier fit.*BlockAffine mixes"):
+        first.then(Fitted(_moves(2)))
+    with pytest.raises(ValueError, match="Chain mixes"):
+        first.then(Fitted(smooth.then(_moves(2))))
+    last = Fitted(smooth).then(Fitted(_moves(2), **{name: value}))
+    np.testing.assert_array_equal(getattr(last, name), value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Doubled:
+    """Gives twice the weights, and a clip; keeps in `seen` what it was given."""
+
+    seen: list
+
+    def __call__(self, weights, stats, recipe, key):
+        self.seen.append(weights)
+        return Fitted(Identity(), tuple(2 * w for w in weights), jnp.float32([0.5, 0.5]))
+
+
+def test_fits_in_turn_lose_neither_weights_nor_clips():
+    w, stats = _normal(1, 7, 64), Stats.init(64, 1, 1)
+    smooth = Fitted(Smooth(jnp.full(64, 4.0)))
+    doubled = _Doubled([])
+    fitted = FitInTurn((lambda *_: smooth, doubled, doubled))(
+        (w,), stats, RECIPE, jax.random.key(0)
+    )
+    np.testing.assert_array_equal(fitted.weights[0], 4 * w)
+    np.testing.assert_array_equal(doubled.seen[1][0], 8 * w)  # moved by 4, doubled by the earlier
+    np.testing.assert_array_equal(fitted.clip, [0.5, 0.5])
+    with pytest.raises(ValueError, match="fit the clip last"):
+        FitInTurn((doubled, lambda *_: Fitted(_moves(2))))(*given)

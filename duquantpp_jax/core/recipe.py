@@ -35,6 +35,34 @@ class Fitted:
     clip: Float[Array, "*layers blocks"] | None = None
     scale_offset: Int[Array, "*layers blocks"] | None = None
 
+    def then(self, other: Fitted) -> Fitted:
+        """This fit followed by another, made for the weights and the input as this one moved them.
+
+        Transforms chain. Weights of the later fit replace those of the earlier: they are moved
+        back by the earlier transform, for `weights` are those before any transform.
+
+        Args:
+          other: The later fit, of the same layer; neither is stacked.
+
+        Raises:
+          ValueError: This fit holds a clip or a scale offset, which belong to blocks of channels,
+            and the later transform mixes channels.
+        """
+        options = {"clip": self.clip, "scale_offset": self.scale_offset}
+        for name, value in options.items():
+            if value is not None and not other.transform.keeps_channels:
+                raise ValueError(
+                    f"the {name} of an earlier fit belongs to its blocks of channels, which "
+                    f"{type(other.transform).__name__} mixes: fit the {name} last"
+                )
+        back = self.transform.inverse()
+        return Fitted(
+            self.transform.then(other.transform),
+            self.weights if other.weights is None else tuple(map(back.weights, other.weights)),
+            self.clip if other.clip is None else other.clip,
+            self.scale_offset if other.scale_offset is None else other.scale_offset,
+        )
+
 
 Fit = Callable[[Weights, Stats, "Recipe", Key[Array, ""]], Fitted]
 """(weights of the site, Stats of its input, the recipe for its formats, key) -> Fitted. A fit

@@ -42,7 +42,13 @@ class Transform(abc.ABC):
 
     The law: t.activations(x) @ t.weights(w).T == x @ w.T for every x and w. With the matrix T of
     the transform, activations(x) = x T and weights(w) = w T^-T.
+
+    Attributes:
+      keeps_channels: Whether every channel stays in its place and by itself, as in smoothing, so
+        that what belongs to a block of channels still belongs to it afterwards.
     """
+
+    keeps_channels = False
 
     @abc.abstractmethod
     def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
@@ -84,6 +90,11 @@ class Chain(Transform):
     """T = T_1 T_2 ... T_n. The law holds for the chain because it holds for each link."""
 
     links: tuple[Transform, ...]
+
+    @property
+    def keeps_channels(self) -> bool:  # type: ignore[override]
+        """Whether every link does."""
+        return all(link.keeps_channels for link in self.links)
 
     def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
         for link in self.links:

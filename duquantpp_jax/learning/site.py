@@ -117,8 +117,9 @@ class FitLearned:
             raise ValueError(
                 f"{len(tokens)} tokens cannot be learned from and held out: give more calibration"
             )
-        first = self.start(weights, stats, recipe, jax.random.fold_in(key, 0)).transform
-        start = block_affine(first, width, recipe.activation_format.block_size)
+        first = self.start(weights, stats, recipe, jax.random.fold_in(key, 0))
+        weights = first.weights or weights
+        start = start_of(first, width, recipe.activation_format.block_size)
         formats = (recipe.activation_format, recipe.weight_format)
         rows = tokens[:-held]
         found = train(
@@ -132,7 +133,24 @@ class FitLearned:
             batch_rows=min(self.batch_tokens, len(rows)),
             check_every=self.check_every,
         )
-        return self.moves.fitted(start, found.learned, weights)
+        fitted = self.moves.fitted(start, found.learned, weights)
+        return fitted if fitted.weights else dataclasses.replace(fitted, weights=first.weights)
+
+
+def start_of(fitted: Fitted, width: int, size: int) -> BlockAffine:
+    """The transform of a fit, as matrices that learning starts from.
+
+    Raises:
+      ValueError: It has no such form, or the fit holds a clip or a scale offset: what is learned
+        takes no account of them.
+    """
+    for name in ("clip", "scale_offset"):
+        if getattr(fitted, name) is not None:
+            raise ValueError(
+                f"learning starts from a fit that holds a {name}, which it would lose: "
+                f"start from one without, and let the {name} learn"
+            )
+    return block_affine(fitted.transform, width, size)
 
 
 @functools.cache

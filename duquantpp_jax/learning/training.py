@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Integer, Key
 
-from duquantpp_jax.learning import checkpoints
+from duquantpp_jax.learning import state as states
 
 Rows = Any
 """A pytree of arrays whose leading axes are the rows that batches are drawn from."""
@@ -108,9 +108,9 @@ def train(
       check_every: Steps between checks.
       patience: Stop after so many checks without a new best; None is never.
       report: Called at every check.
-      checkpoint: A file, written at every check; a run that finds it goes on from there. What is
-        learned, the key, the rows, the static choices and the numbers of steps must be the same,
-        which is checked, and so must the arrays of the objective and the optimiser, which is not.
+      checkpoint: A file, written at every check; a run that finds it goes on from there. The
+        objective (its choices and its arrays), the optimiser, the start, the key, the rows and
+        the numbers of steps must be the same: digests of all of them stand in the file.
       mesh: Devices in a line, over which each batch is spread; everything else is on each. The
         result is that of one device but for the order of float additions.
 
@@ -137,13 +137,15 @@ def train(
     settings = {}
     if checkpoint is not None:
         settings = {
-            "objective": repr(_choices(objective)),
+            "objective": f"{_choices(objective)!r} of {states.digest(objective)}",
+            "optimizer": states.describe(optimizer, learned),
             "pace": f"{steps} steps, batches of {batch_rows}, checked every {check_every}",
-            "key": checkpoints.digest(jax.random.key_data(key)),
-            "rows": checkpoints.digest((rows, held_out)),
+            "start": states.digest(learned),
+            "key": states.digest(jax.random.key_data(key)),
+            "rows": states.digest((rows, held_out)),
         }
         if checkpoint.exists():
-            state, start_loss, history = checkpoints.load(checkpoint, state, settings)
+            state, start_loss, history = states.load(checkpoint, state, settings)
     order = batches(key, _count(rows), batch_rows, steps)
     state = jax.tree.map(jnp.copy, place(state))  # for it is given away
     while (first := int(state.step)) < steps and (patience is None or state.waited < patience):
@@ -158,7 +160,7 @@ def train(
             state = dataclasses.replace(state, waited=state.waited + 1)
         history.append((int(state.step), float(jnp.mean(losses)), loss))
         if checkpoint is not None:
-            checkpoints.save(checkpoint, state, start_loss, history, settings)
+            states.save(checkpoint, state, start_loss, history, settings)
         report(*history[-1])
     return Trained(state.best, start_loss, history)
 

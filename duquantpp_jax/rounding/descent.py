@@ -36,9 +36,14 @@ class GPTQDescent:
     needs = frozenset({"gram"})
 
     def __call__(self, w: Float[Array, "n k"], format: Format, stats: Stats) -> MXArray:
-        """See `descend`."""
+        """See `descend`.
+
+        Raises:
+          ValueError: The Stats hold no Gram matrix.
+        """
+        if stats.gram is None:
+            raise ValueError("descent needs the Gram matrix of the moved input: calibrate for it")
         rounded = GPTQ(self.damping)(w, format, stats)
-        assert stats.gram is not None
         gram = stats.gram / jnp.maximum(stats.count, 1).astype(jnp.float32)
         return descend(w, rounded, damped(gram, self.damping), self.passes)
 

@@ -7,6 +7,7 @@ Source: SmoothQuant, Xiao et al., arXiv 2211.10438 (its equations 3 and 4).
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -20,6 +21,8 @@ from duquantpp_jax.core import Chain, Cost, Fit, Fitted, Recipe, Stats, Transfor
 @struct.dataclass
 class Identity(Transform):
     """T = I: nothing moves."""
+
+    keeps_channels = True
 
     def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
         return x
@@ -44,6 +47,7 @@ class Smooth(Transform):
     """T = diag(1 / s): channel j of the input is divided by s_j, column j of w multiplied."""
 
     scale: Float[Array, "*layers k"]
+    keeps_channels = True
 
     def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
         return x / self.scale
@@ -122,7 +126,7 @@ def _smooth_scale(
 
 @dataclasses.dataclass(frozen=True)
 class FitInTurn:
-    """Fits one after the other, each on what the earlier ones moved; their transforms chain."""
+    """Fits one after the other, each on what the earlier ones moved, and composes all of it."""
 
     fits: tuple[Fit, ...]
 
@@ -134,10 +138,9 @@ class FitInTurn:
     def __call__(
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
     ) -> Fitted:
-        transforms = []
+        fits = []
         for fit, fit_key in zip(self.fits, jax.random.split(key, len(self.fits)), strict=True):
-            transform = fit(weights, stats, recipe, fit_key).transform
-            weights = tuple(transform.weights(w) for w in weights)
-            stats = stats.through(transform)
-            transforms.append(transform)
-        return Fitted(Chain(tuple(transforms)))
+            fits.append(fitted := fit(weights, stats, recipe, fit_key))
+            weights = tuple(fitted.transform.weights(w) for w in fitted.weights or weights)
+            stats = stats.through(fitted.transform)
+        return functools.reduce(Fitted.then, fits)

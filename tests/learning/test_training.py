@@ -127,7 +127,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(rows, tmp_path):
         ({"steps": 50}, "another pace"),
         ({"check_every": 20}, "another pace"),
         ({"objective": Line(jnp.float32(1.0), power=4.0)}, "another objective"),
-        ({"optimizer": optax.sgd(1e-2)}, "another state"),
+        ({"objective": Line(jnp.float32(2.0))}, "another objective"),
+        ({"optimizer": optax.sgd(1e-2)}, "another optimizer"),
+        ({"optimizer": optax.adam(2e-2)}, "another optimizer"),
+        ({"optimizer": optax.adam(optax.linear_schedule(1e-2, 0.0, 40))}, "another optimizer"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(rows, tmp_path, changes, says):

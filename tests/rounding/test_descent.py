@@ -1,11 +1,15 @@
 """Coordinate descent: never above where it starts; at its end no single code can be bettered."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duquantpp_jax.formats import MXFP4
+from duquantpp_jax import Stats
+from duquantpp_jax.formats import MXFP4, NVFP4, FP32Scale, Log256
+from duquantpp_jax.recipes import recipe
 from duquantpp_jax.rounding.descent import descend
 from duquantpp_jax.rounding.gptq import damped, gptq, weighted_error
 
@@ -28,6 +32,18 @@ def test_no_pass_raises_the_error():
         assert (after <= before * (1 + 1e-6)).all()
         assert after.sum() < 0.95 * before.sum()
         before = after
+
+
+@pytest.mark.parametrize("format", [NVFP4(), FP32Scale(), Log256()], ids=lambda f: type(f).__name__)
+def test_descent_by_its_name_is_no_worse_than_gptq_under_other_formats(format):
+    w, gram, h = _case()
+    empty = Stats.init(64, 1, 1)
+    stats = dataclasses.replace(empty, gram=gram, count=jnp.int32(1))
+    by_gptq, by_descent = (
+        weighted_error(w, recipe("rtn", "floor", name).rounding(w, format, stats), h)
+        for name in ("gptq", "descent")
+    )
+    assert float(jnp.sum(by_descent)) < 0.97 * float(jnp.sum(by_gptq))
 
 
 def test_at_the_end_no_other_element_of_a_column_is_better():

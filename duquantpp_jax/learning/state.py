@@ -5,6 +5,7 @@ metadata, and a file of other settings is refused.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import safetensors.numpy
+from jaxtyping import Array
 
 from duquantpp_jax import files
 
@@ -23,11 +26,37 @@ History = list[tuple[int, float, float]]
 
 
 def digest(tree: Any) -> str:
-    """A hash of the arrays of a tree."""
+    """A hash of the arrays of a tree: where they sit, their shapes, types and numbers."""
     found = hashlib.sha256()
-    for leaf in jax.tree.leaves(tree):
-        found.update(np.ascontiguousarray(leaf).tobytes())
+    for name, leaf in _named(tree):
+        array = np.ascontiguousarray(leaf)
+        found.update(f"{name} {array.dtype} {array.shape} ".encode())
+        found.update(array.tobytes())
     return found.hexdigest()
+
+
+def describe(optimizer: optax.GradientTransformation, learned: Any) -> str:
+    """A hash of what an optimiser computes: the program that JAX traces of one update.
+
+    Rates, schedules and moments are numbers of that program, so that two optimisers with the same
+    hash give the same updates.
+
+    Args:
+      learned: What it moves.
+    """
+    update = optax.with_extra_args_support(optimizer).update
+
+    def loss(moved: Any) -> Array:
+        return sum((jnp.sum(leaf) for leaf in jax.tree.leaves(moved)), jnp.float32(0))
+
+    def one_step(gradient: Any, state: Any, moved: Any) -> Any:
+        value = loss(moved)
+        return update(gradient, state, moved, value=value, grad=gradient, value_fn=loss)
+
+    with jax.numpy_dtype_promotion("standard"):  # optax counts on it
+        traced = jax.make_jaxpr(one_step)(learned, optimizer.init(learned), learned)
+    program = re.sub(r" at 0x[0-9a-f]+", "", str(traced.jaxpr))  # where functions lie in memory
+    return hashlib.sha256((program + digest(traced.consts)).encode()).hexdigest()
 
 
 def save(
