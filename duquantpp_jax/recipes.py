@@ -1,15 +1,30 @@
-"""The known methods, a line each. A new one is one file in transforms/ and one line here.
+"""The known fits, roundings and formats, a line each. A new one is one file and one line here.
 
-A fit from outside the package needs no line: `module:NAME` names it wherever a recipe is named.
+What is outside the package needs no line: `module:NAME` names a fit, a rounding or a format
+wherever one is named.
 """
 
+import dataclasses
 import difflib
 import importlib
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from duquantpp_jax.core import Fit, Format, Recipe, Rounding, ScaleRule
-from duquantpp_jax.formats import MXFP4, FP32Scale, Log256
+from duquantpp_jax.formats import (
+    E3M2,
+    E5M2,
+    MX,
+    MXFP4,
+    MXFP6,
+    MXFP8,
+    NVFP4,
+    FP32Scale,
+    FPQuant,
+    Log256,
+    Quest,
+)
+from duquantpp_jax.formats.plain import BFloat16
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.learning.site import FitLearned
 from duquantpp_jax.rounding.clip import SCALE, Search
@@ -86,29 +101,54 @@ ROUNDINGS: dict[str, Rounding] = {
     "descent": GPTQDescent(),
 }
 
-SCALE_RULES: dict[str, Format] = {
-    **{rule.value: MXFP4(scale_rule=rule) for rule in ScaleRule},
+FORMATS: dict[str, Format] = {
+    "mxfp4": MXFP4(),
+    "mxfp6": MXFP6(),
+    "mxfp6_e3m2": MXFP6(E3M2),
+    "mxfp8": MXFP8(),
+    "mxfp8_e5m2": MXFP8(E5M2),
+    "nvfp4": NVFP4(),
+    "nvfp4_four_over_six": NVFP4(four_over_six=True),
     "log256": Log256(),
     "fp32": FP32Scale(),
+    "fpquant": FPQuant(),
+    "quest": Quest(),
+    "bf16": BFloat16(),
 }
-"""E2M1 under every scale rule; `log256` and `fp32` are not MXFP4."""
+"""How numbers are rounded. MX formats are under FLOOR here; `NAME:RULE` names another rule."""
+
+RULES = tuple(rule.value for rule in ScaleRule)
+"""The scale rules of MX formats; each alone is short for `mxfp4:RULE`."""
 
 
-def recipe(name: str, scale_rule: str, rounding: str = "rtn") -> Recipe:
-    """W4A4 under one scale rule for both sides, by the names of this file.
+def recipe(
+    name: str | Fit,
+    format: str | Format = "mxfp4",
+    rounding: str | Rounding = "rtn",
+    *,
+    weight_format: str | Format | None = None,
+    activation_format: str | Format | None = None,
+) -> Recipe:
+    """A whole method, by the names of this file or by the objects that they stand for.
 
     Args:
-      name: Of FITS or ALIASES, or `module:NAME` for a fit that a module of yours holds.
+      name: As in `find_fit`.
+      format: As in `find_format`; of both sides.
+      rounding: As in `find_rounding`.
+      weight_format, activation_format: Each, where given, in place of `format`.
 
     Raises:
-      ValueError: An unknown name; says the nearest known one.
+      ValueError: An unknown name, or a format that stores no weights as the weights' format.
     """
-    format = SCALE_RULES[known("scale rule", scale_rule, SCALE_RULES)]
+    weight, activation = (
+        side if isinstance(side, Format) else find_format(side)
+        for side in (weight_format or format, activation_format or format)
+    )
     return Recipe(
-        fit=find_fit(name),
-        rounding=ROUNDINGS[known("rounding", rounding, ROUNDINGS)],
-        weight_format=format,
-        activation_format=format,
+        fit=find_fit(name) if isinstance(name, str) else name,
+        rounding=find_rounding(rounding) if isinstance(rounding, str) else rounding,
+        weight_format=weight,
+        activation_format=activation,
     )
 
 
@@ -120,21 +160,108 @@ def find_fit(name: str) -> Fit:
     """
     if ":" not in name:
         return FITS[ALIASES.get(name, known("recipe", name, [*FITS, *ALIASES]))]
+    return _outside("recipe", name, "fit", "called as fit(weights, stats, recipe, key)", callable)
+
+
+def find_rounding(name: str) -> Rounding:
+    """The rounding of this name: of ROUNDINGS, or `module:NAME`, which imports the module.
+
+    Raises:
+      ValueError: There is none.
+    """
+    if ":" not in name:
+        return ROUNDINGS[known("rounding", name, ROUNDINGS)]
+    called = "called as rounding(weight, format, stats)"
+    return _outside("rounding", name, "rounding", called, callable)
+
+
+def find_format(name: str) -> Format:
+    """The format of this name.
+
+    Args:
+      name: Of FORMATS; of FORMATS with a scale rule, `mxfp8:even`; a rule of RULES alone, which is
+        that of mxfp4; or `module:NAME`, which imports the module.
+
+    Raises:
+      ValueError: There is none, or the format has no such scale rule.
+    """
+    if name in RULES:
+        name = f"mxfp4:{name}"
+    base, colon, rule = name.partition(":")
+    if not colon:
+        return FORMATS[known("format", name, [*FORMATS, *RULES])]
+    if base not in FORMATS and rule not in RULES:
+        made = "an instance of duquantpp_jax.core.Format"
+        return _outside("format", name, "format", made, lambda x: isinstance(x, Format))
+    format = FORMATS[known("format", base, FORMATS)]
+    if not isinstance(format, MX) or rule not in RULES:
+        has = ", ".join(key for key, value in FORMATS.items() if isinstance(value, MX))
+        raise ValueError(
+            f"{base} has no scale rule {rule!r}: {has} have the rules {', '.join(RULES)}"
+        )
+    return dataclasses.replace(format, scale_rule=ScaleRule(rule))
+
+
+def format_name(format: str | Format) -> str:
+    """The name of a format in full: `mxfp4:floor` for `mxfp4`, for `floor` and for MXFP4().
+
+    Args:
+      format: A name, as in `find_format`, or a format.
+
+    Returns:
+      A name that `find_format` knows; for an object that no name stands for, its repr.
+
+    Raises:
+      ValueError: An unknown name.
+    """
+    found = find_format(format) if isinstance(format, str) else format
+    for name, value in FORMATS.items():
+        if isinstance(found, MX) and isinstance(value, MX):
+            if found == dataclasses.replace(value, scale_rule=found.scale_rule):
+                return f"{name}:{found.scale_rule.value}"
+        elif found == value:
+            return name
+    return format if isinstance(format, str) else repr(format)
+
+
+def under_rule(name: str, rule: str) -> str:
+    """The name of a format under a scale rule.
+
+    Args:
+      name: As in `find_format`. One that names a rule itself, or has none to choose, stays.
+      rule: Of RULES. For mxfp4 also a whole format, such as log256.
+
+    Raises:
+      ValueError: An unknown name, or a rule that the format has not.
+    """
+    if ":" in name or name in RULES or not isinstance(find_format(name), MX):
+        return name
+    return format_name(rule if name == "mxfp4" else f"{name}:{rule}")
+
+
+def _outside(kind: str, name: str, noun: str, about: str, suits: Callable[[Any], bool]) -> Any:
+    """What `module:NAME` names; imports the module.
+
+    Args:
+      kind: What the name is given for.
+      noun, about: What is looked for, in words.
+      suits: Whether an object is that.
+
+    Raises:
+      ValueError: The module cannot be imported, or holds no such object of that name.
+    """
     module, _, attribute = name.partition(":")
     try:
         imported = importlib.import_module(module)
     except Exception as error:  # whatever a module of the user's may raise
         raise ValueError(
-            f"recipe {name!r}: cannot import {module} ({type(error).__name__}: {error}): "
+            f"{kind} {name!r}: cannot import {module} ({type(error).__name__}: {error}): "
             "is it installed, or its directory in PYTHONPATH?"
         ) from error
-    fit = getattr(imported, attribute, None)
-    if not callable(fit):
-        raise ValueError(
-            f"recipe {name!r}: module {module} has no fit {attribute} "
-            "(called as fit(weights, stats, recipe, key))"
-        )
-    return cast(Fit, fit)
+    found = getattr(imported, attribute, None)
+    if not suits(found):
+        raise ValueError(f"{kind} {name!r}: module {module} has no {noun} {attribute} ({about})")
+    return found
 
 
 def known(kind: str, name: str, names: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from duquantpp_jax.evaluation.intervals import clusters, estimate
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.lab.table import distinct
-from duquantpp_jax.recipes import SCALE_RULES
+from duquantpp_jax.recipes import FORMATS, RULES
 
 COMPARED = {
     "a": ("a_hadamard", "a_affine_400"),
@@ -74,7 +74,9 @@ def table(entries: list[dict]) -> str:
     """Markdown: of each attempt KL, its differences to those of COMPARED, and the share of its
     gain over RTN Hadamard, relative to that, that is left on the other text."""
     there = {(one["attempt"], one["scale_rule"]): one["texts"] for one in entries}
-    rules = [rule for rule in SCALE_RULES if any(one["scale_rule"] == rule for one in entries)]
+    rules = [
+        rule for rule in (*RULES, *FORMATS) if any(one["scale_rule"] == rule for one in entries)
+    ]
     heads = ("KL", "- Hadamard", "- known", "transfer KL", "gain kept")
     lines = [
         "| attempt | " + " | ".join(f"{rule}: {head}" for rule in rules for head in heads) + " |",

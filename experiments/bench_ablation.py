@@ -55,7 +55,7 @@ def grid_seconds(cells: list[Cell], tokens: int, workers: int) -> float:
 def compare_seconds(cell: Cell, tokens: int) -> float:
     """Of one `duquantpp compare` of one recipe and one rule."""
     with tempfile.TemporaryDirectory() as place:
-        given = ["--recipes", cell.recipe, "--scale-rules", cell.scale_rule]
+        given = ["--recipes", cell.recipe, "--scale-rules", cell.format]
         more = ["--tokens", str(tokens), "--out", str(Path(place) / "out")]
         return _seconds(["duquantpp_jax.cli", "compare", *given, *more])
 

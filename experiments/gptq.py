@@ -55,7 +55,7 @@ BASELINE = "block_hadamard"
 
 def COLUMNS(cell: Cell) -> str:
     """How weights are rounded, and the scale rule."""
-    return f"{cell.rounding}, {cell.scale_rule}"
+    return f"{cell.rounding}, {cell.format}"
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ BASELINE = "none"
 def COLUMNS(cell: Cell) -> str:
     """The format of the cache, and that of the linears."""
     (name,) = (name for name, format in FORMATS.items() if cell.store.format == format)
-    return f"{name}, linears {'float' if cell.scale_rule == 'float' else 'mxfp4'}"
+    return f"{name}, linears {'float' if cell.format == 'float' else 'mxfp4'}"
 
 
 if __name__ == "__main__":

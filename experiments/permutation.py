@@ -65,7 +65,7 @@ def ROWS(cell: Cell) -> str:
 
 def COLUMNS(cell: Cell) -> str:
     """The rotation and the scale rule."""
-    return f"{cell.recipe.partition('+')[2]}, {cell.scale_rule}"
+    return f"{cell.recipe.partition('+')[2]}, {cell.format}"
 
 
 if __name__ == "__main__":

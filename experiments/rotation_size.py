@@ -88,7 +88,7 @@ def ROWS(cell: Cell) -> str:
 
 def COLUMNS(cell: Cell) -> str:
     """The method and the scale rule."""
-    return f"{cell.recipe.rpartition(' ')[0]}, {cell.scale_rule}"
+    return f"{cell.recipe.rpartition(' ')[0]}, {cell.format}"
 
 
 if __name__ == "__main__":

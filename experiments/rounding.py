@@ -40,7 +40,7 @@ def ROWS(cell: Cell) -> str:
 
 def COLUMNS(cell: Cell) -> str:
     """The recipe and the scale rule."""
-    return f"{cell.recipe}, {cell.scale_rule}"
+    return f"{cell.recipe}, {cell.format}"
 
 
 if __name__ == "__main__":

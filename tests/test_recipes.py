@@ -3,20 +3,99 @@
 import pytest
 
 from duquantpp_jax import MXFP4, ScaleRule
-from duquantpp_jax.recipes import ALIASES, FITS, SCALE_RULES, recipe
+from duquantpp_jax.formats import MXFP8, NVFP4, FP32Scale
+from duquantpp_jax.formats.plain import BFloat16
+from duquantpp_jax.recipes import (
+    ALIASES,
+    FITS,
+    FORMATS,
+    RULES,
+    find_format,
+    format_name,
+    recipe,
+    under_rule,
+)
 from duquantpp_jax.transforms.basic import FitSmooth
 from duquantpp_jax.transforms.duquant import FitDuquantpp
 
 
 @pytest.mark.parametrize("name", [*FITS, *ALIASES])
-@pytest.mark.parametrize("rule", sorted(SCALE_RULES))
-def test_every_name_makes_a_hashable_recipe(name, rule):
-    assert hash(recipe(name, rule)) == hash(recipe(name, rule))
+def test_every_name_makes_a_hashable_recipe(name):
+    for format in (*RULES, *FORMATS):
+        one = recipe(name, "mxfp4", activation_format=format)
+        assert hash(one) == hash(recipe(name, activation_format=find_format(format)))
 
 
-def test_scale_rules_of_mxfp4_are_those_of_the_format():
+def test_scale_rules_belong_to_the_mx_formats_and_a_rule_alone_is_mxfp4s():
     for rule in ScaleRule:
+        assert find_format(rule.value) == find_format(f"mxfp4:{rule.value}")
         assert recipe("rtn", rule.value).activation_format == MXFP4(scale_rule=rule)
+        assert find_format(f"mxfp8:{rule.value}") == MXFP8(scale_rule=rule)
+
+
+def test_sides_may_differ_in_format_and_in_scale_rule():
+    one = recipe("rtn", "floor", weight_format="even", activation_format="mxfp8:rceil")
+    assert one.weight_format == MXFP4(scale_rule=ScaleRule.EVEN)
+    assert one.activation_format == MXFP8(scale_rule=ScaleRule.RCEIL)
+    assert recipe("rtn", "floor", weight_format="even").activation_format == MXFP4()
+    assert recipe("rtn", activation_format=BFloat16()).activation_format == BFloat16()
+
+
+def test_every_format_has_one_name_in_full_which_finds_it():
+    full = [format_name(name) for name in FORMATS]
+    assert len(set(full)) == len(full)
+    for name in (*full, *RULES):
+        assert format_name(find_format(name)) == format_name(name)
+    assert format_name("mxfp4") == format_name("floor") == format_name(MXFP4()) == "mxfp4:floor"
+    assert format_name(NVFP4()) == "nvfp4"
+    assert "block_size=16" in format_name(MXFP4(block_size=16))
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "full"),
+    [
+        ("mxfp4", "even", "mxfp4:even"),
+        ("mxfp8_e5m2", "even", "mxfp8_e5m2:even"),
+        ("mxfp8:ceil", "even", "mxfp8:ceil"),
+        ("floor", "even", "floor"),
+        ("nvfp4", "even", "nvfp4"),
+        ("mxfp4", "log256", "log256"),
+    ],
+)
+def test_a_scale_rule_holds_where_the_name_leaves_it_open(name, rule, full):
+    assert under_rule(name, rule) == full
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("mxfp5", "unknown format 'mxfp5': did you mean mxfp"),
+        ("mxfp5:even", "unknown format 'mxfp5': did you mean mxfp"),
+        ("nvfp4:even", "nvfp4 has no scale rule 'even': mxfp4, .* have the rules floor, ceil"),
+        ("mxfp4:evn", "mxfp4 has no scale rule 'evn': mxfp4, .* have the rules floor, ceil, even"),
+        ("nowhere:even_more", "format 'nowhere:even_more': cannot import nowhere"),
+        ("math:pi", "module math has no format pi .an instance of"),
+    ],
+)
+def test_a_format_that_there_is_not_is_refused(name, says):
+    with pytest.raises(ValueError, match=says):
+        find_format(name)
+
+
+def test_bf16_is_refused_for_weights():
+    with pytest.raises(ValueError, match=r"BFloat16 stores no weights: .* activations only"):
+        recipe("rtn", "bf16")
+
+
+@pytest.mark.parametrize("make", [MXFP4, MXFP8, NVFP4, FP32Scale])
+def test_a_name_where_an_enumeration_is_meant_works_or_is_refused(make):
+    assert make(rounding="away") == make(rounding=find_format("floor").rounding.AWAY)
+    with pytest.raises(ValueError, match="'up' is no ElementRounding: choose one of nearest_even"):
+        make(rounding="up")
+    if hasattr(make, "scale_rule"):
+        assert make(scale_rule="even") == make(scale_rule=ScaleRule.EVEN)
+        with pytest.raises(ValueError, match="'evn' is no ScaleRule: choose one of floor"):
+            make(scale_rule="evn")
 
 
 def test_the_identity_is_an_alias_of_rtn():

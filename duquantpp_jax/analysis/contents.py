@@ -23,7 +23,7 @@ def contents(quantized: Quantized, held: Held | None) -> dict[str, Any]:
     `held` have which exponent E of their scale 2^E, and of its elements which code."""
     linears = _report(quantized)
     job = dataclasses.asdict(quantized.job)
-    names = ("recipe", "rounding", "scale_rule", "weight_formats", "activation_formats")
+    names = ("recipe", "rounding", "weight_formats", "activation_formats")
     return {
         **{name: job[name] for name in names},
         "bytes": sum(one["bytes"] for one in linears),

@@ -8,14 +8,11 @@ from duquantpp_jax.checkpoints.hugging_face import (
     save,
     sha256,
 )
-from duquantpp_jax.checkpoints.job import ACTIVATION_FORMATS, WEIGHT_FORMATS, Job, format_named
+from duquantpp_jax.checkpoints.job import Job
 
 __all__ = [
-    "ACTIVATION_FORMATS",
-    "WEIGHT_FORMATS",
     "Job",
     "Quantized",
-    "format_named",
     "is_quantized",
     "load",
     "load_config",

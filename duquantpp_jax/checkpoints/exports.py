@@ -122,12 +122,11 @@ def _write(directory: Path, name: str, tensors: Tensors, places: dict[str, str])
 
 
 def _check_formats(model: Quantized) -> None:
-    wrong = {name for name in model.job.weight_formats.values() if name != "mxfp4"}
-    if wrong or model.job.scale_rule in ("log256", "fp32"):
-        what = f"weights in {min(wrong)}" if wrong else f"scales by {model.job.scale_rule}"
-        raise ValueError(f"{PACKED} holds MXFP4 weights: this model has {what}")
+    for name in model.job.weight_formats.values():
+        if name.partition(":")[0] != "mxfp4":
+            raise ValueError(f"{PACKED} holds MXFP4 weights: this model has weights in {name}")
     for name in model.job.activation_formats.values():
-        if name not in _ACTIVATIONS:
+        if name.partition(":")[0] not in _ACTIVATIONS:
             raise ValueError(
                 f"{PACKED} with activations in {name} is not known to its readers: "
                 f"use one of {', '.join(_ACTIVATIONS)}"
@@ -265,7 +264,8 @@ def quantization_config(model: Quantized, rotated: list[str], floats: list[str])
       rotated, floats: As in `Layer`, of all layers.
     """
     groups: dict[str, Any] = {}
-    formats = model.job.activation_formats
+    # The library has no names for scale rules: formats that differ in the rule alone are one group.
+    formats = {site: name.partition(":")[0] for site, name in model.job.activation_formats.items()}
     for number, format in enumerate(dict.fromkeys(formats.values())):
         names = [n for site in SITES if formats[site] == format for n in SITE_WEIGHTS[site]]
         groups[f"group_{number}"] = {
@@ -307,10 +307,10 @@ def _notes(model: Quantized, packed: bool, rotated: list[str]) -> list[str]:
             "Activations are not quantized in this layout; the quantized model's are.",
         ]
     notes = [f"Weights are {PACKED}, bit for bit those of the quantized model."]
-    if set(model.job.activation_formats.values()) - {"bf16"}:
+    if formats := sorted(set(model.job.activation_formats.values()) - {"bf16"}):
         notes.append(
             "Activations are quantized by the reader, with its own scale rule; this model was "
-            f"quantized for {model.job.scale_rule}."
+            f"quantized for {', '.join(formats)}."
         )
     if rotated:
         notes.append(

@@ -8,47 +8,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from duquantpp_jax.core import Format
-from duquantpp_jax.formats import E3M2, E5M2, MXFP6, MXFP8, NVFP4
-from duquantpp_jax.formats.plain import BFloat16
 from duquantpp_jax.models import SITES, DecoderConfig
 from duquantpp_jax.ptq.walk import Plan
-from duquantpp_jax.recipes import SCALE_RULES, known, recipe
+from duquantpp_jax.recipes import recipe
 
-SCHEMA = 1
-"""Of the files; one that is newer than this is refused."""
-
-_OTHERS: Mapping[str, Format] = {
-    "mxfp6": MXFP6(),
-    "mxfp6_e3m2": MXFP6(E3M2),
-    "mxfp8": MXFP8(),
-    "mxfp8_e5m2": MXFP8(E5M2),
-    "nvfp4": NVFP4(),
-    "bf16": BFloat16(),
-}
-ACTIVATION_FORMATS = ("mxfp4", *_OTHERS)
-WEIGHT_FORMATS = tuple(name for name in ACTIVATION_FORMATS if name != "bf16")
-
-
-def format_named(name: str, scale_rule: str) -> Format:
-    """A format by its name on the command line.
-
-    Args:
-      name: One of ACTIVATION_FORMATS.
-      scale_rule: Of MX formats; for mxfp4 also log256 and fp32, which are not MX.
-
-    Raises:
-      ValueError: An unknown name, or a rule that the format has not.
-    """
-    rule = SCALE_RULES[known("scale rule", scale_rule, SCALE_RULES)]
-    if known("format", name, ACTIVATION_FORMATS) == "mxfp4":
-        return rule
-    format = _OTHERS[name]
-    if name in ("bf16", "nvfp4"):  # they have no rule to choose
-        return format
-    if not hasattr(rule, "scale_rule"):
-        raise ValueError(f"{name} has no scale rule {scale_rule!r}: choose it for mxfp4 alone")
-    return dataclasses.replace(format, scale_rule=rule.scale_rule)  # type: ignore[call-arg]
+SCHEMA = 2
+"""Of the files; any other is refused."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,17 +22,16 @@ class Job:
 
     Attributes:
       model: Name and SHA-256 of the float model.
-      recipe, rounding, scale_rule: By their names in duquantpp_jax.recipes.
-      weight_formats, activation_formats: For each site, by name.
+      recipe, rounding: By their names in duquantpp_jax.recipes.
+      weight_formats, activation_formats: For each site, by its name as `format_name` writes it.
       include, exclude, pad, seed, sequential: As in `Plan`.
       calibration: Where the rows are from, how many of what length, and the SHA-256 of their ids.
-      environment: Versions and device; other ones may round other numbers up.
+      environment: Versions and device: others may round numbers differently.
     """
 
     model: Mapping[str, str]
     recipe: str
     rounding: str
-    scale_rule: str
     weight_formats: Mapping[str, str]
     activation_formats: Mapping[str, str]
     include: tuple[str, ...]
@@ -107,12 +71,12 @@ class Job:
         Raises:
           ValueError: A name is not known.
         """
-        whole = recipe(self.recipe, self.scale_rule, self.rounding)
         recipes = {
-            site: dataclasses.replace(
-                whole,
-                weight_format=format_named(self.weight_formats[site], self.scale_rule),
-                activation_format=format_named(self.activation_formats[site], self.scale_rule),
+            site: recipe(
+                self.recipe,
+                rounding=self.rounding,
+                weight_format=self.weight_formats[site],
+                activation_format=self.activation_formats[site],
             )
             for site in SITES
         }

@@ -26,8 +26,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from duquantpp_jax import files
+from duquantpp_jax.core import Format
 from duquantpp_jax.lab import report, running, table
-from duquantpp_jax.lab.cells import Cell
+from duquantpp_jax.lab.cells import DEFAULT_FORMAT, Cell
 from duquantpp_jax.lab.executors import Processes, Slurm, gpus
 from duquantpp_jax.lab.running import Executor
 from duquantpp_jax.recipes import known
@@ -45,6 +46,11 @@ class AblateOptions:
       calibration_text: UTF-8 texts to calibrate on; every cell that names none runs with each.
       data: Further data, where the file asks for it.
       tokens: Targets to evaluate on, in place of what the cells say.
+      formats: Of weights and activations, as `duquantpp quantize --formats`; every cell that leaves
+        its format open runs with each.
+      weight_formats: Of weights alone.
+      activation_formats: Of activations alone.
+      scale_rules: Short for --formats mxfp4:RULE.
       only: Rows (besides the baseline) and columns of the table to run, by name; all without it.
       workers: Processes, GPUs or jobs that measure at once.
       executor: Where: this process (or, with several workers, processes that share its cores),
@@ -62,6 +68,10 @@ class AblateOptions:
     calibration_text: tuple[Path, ...] = ()
     data: Path | None = None
     tokens: int | None = None
+    formats: tuple[str, ...] = ()
+    weight_formats: tuple[str, ...] = ()
+    activation_formats: tuple[str, ...] = ()
+    scale_rules: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     workers: int = 1
     executor: Literal["processes", "gpus", "slurm"] = "processes"
@@ -162,10 +172,13 @@ def grid(cells: Iterable[Cell], options: AblateOptions) -> list[Cell]:
             if cell.calibration_text
             else list(options.calibration_text) or [None]
         )
-        for text, calibration in itertools.product(texts, calibrations):
+        for text, calibration, formats in itertools.product(
+            texts, calibrations, _formats(cell, options)
+        ):
             given.append(
                 dataclasses.replace(
                     cell,
+                    **formats,
                     model=cell.model or options.model,
                     text=text,
                     calibration_text=calibration,
@@ -173,6 +186,20 @@ def grid(cells: Iterable[Cell], options: AblateOptions) -> list[Cell]:
                 )
             )
     return list({cell.digest: cell for cell in given}.values())
+
+
+def _formats(cell: Cell, options: AblateOptions) -> list[dict[str, str | Format | None]]:
+    """The fields of the cell that say its formats, for each choice of the options."""
+    own = {
+        "format": cell.format,
+        "weight_format": cell.weight_format,
+        "activation_format": cell.activation_format,
+    }
+    if own != {"format": DEFAULT_FORMAT, "weight_format": None, "activation_format": None}:
+        return [own]
+    both = (*options.formats, *options.scale_rules) or (DEFAULT_FORMAT,)
+    sides = (both, options.weight_formats or (None,), options.activation_formats or (None,))
+    return [dict(zip(own, chosen, strict=True)) for chosen in itertools.product(*sides)]
 
 
 def _only(names: tuple[str, ...], cells: list[Cell], layout: table.Layout) -> list[Cell]:
@@ -248,6 +275,8 @@ def main(module: ModuleType, arguments: list[str] | None = None) -> None:
     for name in ("--model", "--data", "--out", "--summary", "--report"):
         parser.add_argument(name, type=Path)
     several = {"--text": Path, "--calibration-text": Path, "--only": str, "--slurm": str}
+    formats = ("formats", "weight_formats", "activation_formats", "scale_rules")
+    several |= {f"--{name.replace('_', '-')}": str for name in formats}
     for name, kind in several.items():
         parser.add_argument(name, type=kind, nargs="+", default=())
     parser.add_argument("--tokens", type=int)
@@ -256,7 +285,7 @@ def main(module: ModuleType, arguments: list[str] | None = None) -> None:
     parser.add_argument("--cache-gib", type=float, default=2.0)
     parser.add_argument("--table", action="store_true")
     given = vars(parser.parse_args(arguments))
-    for name in ("text", "calibration_text", "only", "slurm"):
+    for name in ("text", "calibration_text", "only", "slurm", *formats):
         given[name] = tuple(given[name])
     try:
         sys.exit(ablate_module(module, AblateOptions(**given)))

@@ -64,7 +64,7 @@ def sentence(results: Mapping[str, Any]) -> str:
             for side in ("weight", "activation")
         ]
         said += (
-            f"\nQuantized: {held['recipe']}, {held['rounding']}, {held['scale_rule']}; weights "
+            f"\nQuantized: {held['recipe']}, {held['rounding']}; weights "
             f"{bits[0]}, activations {bits[1]}; linears {held['bytes'] / 2**20:.1f} MiB."
         )
     return (

@@ -16,12 +16,7 @@ from duquantpp_jax.checkpoints.directory import (
     REPORT,
     is_quantized,
 )
-from duquantpp_jax.checkpoints.job import (
-    ACTIVATION_FORMATS,
-    WEIGHT_FORMATS,
-    Job,
-    format_named,
-)
+from duquantpp_jax.checkpoints.job import Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.checkpoints.writer import Progress, begin, finish, write_layers
@@ -31,7 +26,7 @@ from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import environment, load_rows, model_name
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.estimate import estimate
-from duquantpp_jax.recipes import ALIASES, known
+from duquantpp_jax.recipes import ALIASES, format_name, known, under_rule
 
 ROWS = 64
 
@@ -46,17 +41,19 @@ class QuantizeOptions:
       model: Hugging Face directory (config.json, safetensors, tokenizer.json).
       recipe: How linear inputs are moved, by its name in duquantpp_jax.recipes.
       rounding: How moved weights are rounded.
-      scale_rule: How a block's scale is chosen: floor, ceil, even, rceil, mse; for mxfp4 also
-        log256, fp32.
+      scale_rule: How a block's scale is chosen where a format has scale rules and its name says
+        none: floor, ceil, even, rceil, mse; for mxfp4 also log256, fp32.
       calibration_text: UTF-8 text to calibrate on, documents separated by <|endoftext|>; without
         it random token ids (or, without --model, the embedded rows).
       seed: For random ids, and for recipes that draw.
       rows: Rows of 511 tokens to calibrate on (512 of random ids).
       include: Linears to quantize, by name, as in '*.mlp.*'.
       exclude: Of those, the ones to leave in float.
-      weight_format: mxfp4, mxfp6, mxfp6_e3m2, mxfp8, mxfp8_e5m2 or nvfp4; SITE=FORMAT for one
-        of the sites attention_in, attention_out, mlp_in, mlp_out.
-      activation_format: As --weight-format, and bf16 (W4A16).
+      formats: Of weights and activations: mxfp4, mxfp6, mxfp8, nvfp4, .. of duquantpp_jax.recipes,
+        a scale rule with it (mxfp4:even) or alone (even), or module:NAME; SITE=FORMAT for one of
+        the sites attention_in, attention_out, mlp_in, mlp_out.
+      weight_formats: Of weights alone, over --formats.
+      activation_formats: Of activations alone, over --formats; also bf16 (W4A16).
       sequential: Calibrate each layer on what the quantized layers before it give.
       pad: Widen linear inputs that blocks do not divide, with zeros (exact).
       dry_run: Say sizes, memory and time; write nothing.
@@ -73,8 +70,9 @@ class QuantizeOptions:
     rows: int = ROWS
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-    weight_format: tuple[str, ...] = ("mxfp4",)
-    activation_format: tuple[str, ...] = ("mxfp4",)
+    formats: tuple[str, ...] = ("mxfp4",)
+    weight_formats: tuple[str, ...] = ()
+    activation_formats: tuple[str, ...] = ()
     sequential: bool = False
     pad: bool = False
     dry_run: bool = False
@@ -168,11 +166,8 @@ def job_of(
         model={"name": model_name(options.model), "sha256": sha256(directory)},
         recipe=ALIASES.get(options.recipe, options.recipe),
         rounding=options.rounding,
-        scale_rule=options.scale_rule,
-        weight_formats=_by_site(options.weight_format, WEIGHT_FORMATS, options.scale_rule),
-        activation_formats=_by_site(
-            options.activation_format, ACTIVATION_FORMATS, options.scale_rule
-        ),
+        weight_formats=_by_site(options, options.weight_formats),
+        activation_formats=_by_site(options, options.activation_formats),
         include=options.include,
         exclude=options.exclude,
         pad=options.pad,
@@ -188,14 +183,19 @@ def job_of(
     )
 
 
-def _by_site(given: tuple[str, ...], names: tuple[str, ...], scale_rule: str) -> dict[str, str]:
-    """The format of each site: the last that names it, or all."""
-    formats: dict[str, str] = dict.fromkeys(SITES, names[0])
-    for one in given:
-        site, equals, name = one.rpartition("=")
-        format_named(known("format", name, names), scale_rule)
+def _by_site(options: QuantizeOptions, side: tuple[str, ...]) -> dict[str, str]:
+    """The format of each site, in full: the last that names the site, or all sites.
+
+    Args:
+      side: `NAME` or `SITE=NAME`, which go over those of both sides.
+    """
+    formats = dict.fromkeys(SITES, "mxfp4")
+    for given in (*options.formats, *side):
+        site, equals, name = given.rpartition("=")
         formats |= dict.fromkeys([known("site", site, SITES)] if equals else SITES, name)
-    return formats
+    return {
+        site: format_name(under_rule(name, options.scale_rule)) for site, name in formats.items()
+    }
 
 
 def run(options: QuantizeOptions) -> int:

@@ -48,7 +48,7 @@ def quantized_line(report: Mapping[str, Any]) -> str:
     }
     calibration = job["calibration"]
     return (
-        f"{job['model']['name']}: {job['recipe']}, {job['rounding']}, {job['scale_rule']}; weights "
+        f"{job['model']['name']}: {job['recipe']}, {job['rounding']}; weights "
         f"{bits['weight']}, activations {bits['activation']}; calibrated on "
         f"{calibration['rows']} rows of {calibration['length']} tokens ({calibration['source']}). "
         f"{report['float_bytes'] / MIB:.1f} MiB became {report['bytes'] / MIB:.1f} MiB."

@@ -13,9 +13,12 @@ how their values are made is in the rooms beside this one, and arrows point from
 from duquantpp_jax.core.arrays import (
     Element,
     ElementRounding,
+    ElementRoundingField,
     Format,
     MXArray,
     ScaleRule,
+    ScaleRuleField,
+    choice,
     times_power_of_two,
 )
 from duquantpp_jax.core.recipe import Fit, Fitted, Recipe, Rounding, Weights, stack
@@ -27,6 +30,7 @@ __all__ = [
     "Cost",
     "Element",
     "ElementRounding",
+    "ElementRoundingField",
     "Fit",
     "Fitted",
     "Format",
@@ -34,9 +38,11 @@ __all__ = [
     "Recipe",
     "Rounding",
     "ScaleRule",
+    "ScaleRuleField",
     "Stats",
     "Transform",
     "Weights",
+    "choice",
     "stack",
     "times_power_of_two",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,30 @@ class ElementRounding(enum.Enum):
     STOCHASTIC = "stochastic"
     AWAY = "away"
     TOWARD_ZERO = "toward_zero"
+
+
+# Fields of a format: enumerations to whoever reads them, which may be given by name.
+if TYPE_CHECKING:
+    ScaleRuleField = ScaleRule
+    ElementRoundingField = ElementRounding
+else:
+    ScaleRuleField = ScaleRule | str
+    ElementRoundingField = ElementRounding | str
+
+Choice = TypeVar("Choice", ScaleRule, ElementRounding)
+
+
+def choice(kind: type[Choice], value: Choice | str) -> Choice:
+    """The member of an enumeration that `value` is, or names.
+
+    Raises:
+      ValueError: There is no such member; says which there are.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        names = ", ".join(member.value for member in kind)
+        raise ValueError(f"{value!r} is no {kind.__name__}: choose one of {names}") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +275,8 @@ class Format(abc.ABC):
     """How numbers are rounded. Frozen, hashable, without arrays: a static choice under jit."""
 
     block_size: int
+    holds_weights: ClassVar[bool] = True
+    """Whether weights can be stored in it; if not, it is for activations only."""
 
     @abc.abstractmethod
     def encode(

@@ -82,6 +82,13 @@ class Recipe:
     weight_format: Format
     activation_format: Format
 
+    def __post_init__(self) -> None:
+        if not self.weight_format.holds_weights:
+            raise ValueError(
+                f"{type(self.weight_format).__name__} stores no weights: it is for activations "
+                "only (W4A16)"
+            )
+
     @property
     def needs(self) -> frozenset[str]:
         """What the fit wants of Stats besides the sample and the maxima."""

@@ -17,7 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int, Key
 
-from duquantpp_jax.core import Element, ElementRounding, Format, MXArray, ScaleRule
+from duquantpp_jax.core import (
+    Element,
+    ElementRounding,
+    ElementRoundingField,
+    Format,
+    MXArray,
+    ScaleRule,
+    ScaleRuleField,
+    choice,
+)
 from duquantpp_jax.formats import scales as sc
 from duquantpp_jax.formats.elements import E2M1, E2M3, E3M2, E4M3, E5M2, encode
 
@@ -79,19 +88,21 @@ class MX(Format):
     Attributes:
       element: The element type.
       block_size: Elements that share one scale; 32 in the standard.
-      scale_rule: How the scale follows from the block.
-      rounding: How x / scale becomes an element.
+      scale_rule: How the scale follows from the block; also by its name, as in "even".
+      rounding: How x / scale becomes an element; also by its name.
     """
 
     element: Element
     _: dataclasses.KW_ONLY
     block_size: int = 32
-    scale_rule: ScaleRule = ScaleRule.FLOOR
-    rounding: ElementRounding = ElementRounding.NEAREST_EVEN
+    scale_rule: ScaleRuleField = ScaleRule.FLOOR
+    rounding: ElementRoundingField = ElementRounding.NEAREST_EVEN
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise ValueError(f"a block of {self.block_size} elements: give at least 1")
+        object.__setattr__(self, "scale_rule", choice(ScaleRule, self.scale_rule))
+        object.__setattr__(self, "rounding", choice(ElementRounding, self.rounding))
 
     def encode(
         self,
@@ -141,7 +152,7 @@ class MXFP8(MX):
 def _check_element(format: MX, elements: tuple[Element, ...]) -> None:
     if format.element not in elements:
         names = " or ".join(element.name for element in elements)
-        raise ValueError(f"{type(format).__name__} has {names} elements, not {format.element.name}")
+        raise ValueError(f"{type(format).__name__} has {names} elements, not {format.element}")
 
 
 @functools.partial(jax.jit, static_argnames="format")

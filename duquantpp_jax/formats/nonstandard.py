@@ -18,7 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Key, UInt32
 
-from duquantpp_jax.core import Element, ElementRounding, Format, MXArray, times_power_of_two
+from duquantpp_jax.core import (
+    Element,
+    ElementRounding,
+    ElementRoundingField,
+    Format,
+    MXArray,
+    choice,
+    times_power_of_two,
+)
 from duquantpp_jax.formats import scales as sc
 from duquantpp_jax.formats.division import divide_by, magnitude_bits, quotient, split
 from duquantpp_jax.formats.elements import E2M1, encode
@@ -31,8 +39,13 @@ class FloatScaled(Format):
 
     _: dataclasses.KW_ONLY
     block_size: int = 32
-    rounding: ElementRounding = ElementRounding.NEAREST_EVEN
+    rounding: ElementRoundingField = ElementRounding.NEAREST_EVEN
     element: Element = dataclasses.field(default=E2M1, init=False)
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ValueError(f"a block of {self.block_size} elements: give at least 1")
+        object.__setattr__(self, "rounding", choice(ElementRounding, self.rounding))
 
     def scales(
         self, blocks: Float32[Array, "*blocks size"], amax: UInt32[Array, "*blocks"]

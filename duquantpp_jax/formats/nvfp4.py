@@ -24,7 +24,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Int32, Key, UInt8, UInt32
 
-from duquantpp_jax.core import Element, ElementRounding, Format, MXArray, times_power_of_two
+from duquantpp_jax.core import (
+    Element,
+    ElementRounding,
+    ElementRoundingField,
+    Format,
+    MXArray,
+    choice,
+    times_power_of_two,
+)
 from duquantpp_jax.formats import scales as sc
 from duquantpp_jax.formats.division import divide_by, magnitude_bits, quotient, split
 from duquantpp_jax.formats.elements import E2M1, E4M3, encode
@@ -48,12 +56,13 @@ class NVFP4(Format):
     _: dataclasses.KW_ONLY
     four_over_six: bool = False
     block_size: int = 16
-    rounding: ElementRounding = ElementRounding.NEAREST_EVEN
+    rounding: ElementRoundingField = ElementRounding.NEAREST_EVEN
     element: Element = dataclasses.field(default=E2M1, init=False)
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise ValueError(f"a block of {self.block_size} elements: give at least 1")
+        object.__setattr__(self, "rounding", choice(ElementRounding, self.rounding))
 
     def encode(
         self,

@@ -4,7 +4,7 @@ fake_quantize(x) = x rounded to bfloat16
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +23,7 @@ class BFloat16(Format):
 
     _: dataclasses.KW_ONLY
     block_size: int = 32
+    holds_weights: ClassVar[bool] = False
 
     def encode(self, x: Array | np.ndarray, **options: Any) -> MXArray:
         """Raises ValueError: there are no elements and no scales."""

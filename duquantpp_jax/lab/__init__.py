@@ -1,6 +1,6 @@
 """The ablation laboratory: a grid of frozen cells, run anywhere, killed and resumed, tabulated.
 
-cells = [Cell(recipe, rule, seed=seed) for recipe in ... for rule in ... for seed in ...]
+cells = [Cell(recipe, format, seed=seed) for recipe in ... for format in ... for seed in ...]
 outcome = run(cells, Path("ablate-out"))
 """
 

@@ -22,12 +22,13 @@ from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.core import Element, Fit, Format, Recipe, Rounding
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.models import Decoder, Store
-from duquantpp_jax.recipes import ROUNDINGS, SCALE_RULES, find_fit, known
+from duquantpp_jax.recipes import format_name, recipe
 
 SCHEMA = 1
 """Of a cell's configuration and record: results of another schema are measured anew."""
 FLOAT = "float"
-"""The scale rule of cells whose linears stay in float."""
+"""The format of cells whose linears stay in float."""
+DEFAULT_FORMAT = "mxfp4"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +37,12 @@ class Cell:
 
     Attributes:
       recipe: Name of the method in tables, and in duquantpp_jax.recipes unless `fit` is given.
-      scale_rule: Name of the format in tables, and in duquantpp_jax.recipes unless both formats
-        are given; "float" leaves all linears as they are, so that only `store` is measured.
+      format: Name of the format of both sides in duquantpp_jax.recipes, as in `find_format`; a
+        label alone where both formats are given. "float" leaves all linears as they are, so that
+        only `store` is measured.
       fit: How the transform is fitted.
       rounding: How moved weights are rounded, or its name.
-      weight_format, activation_format: Each, where given, in place of scale_rule's.
+      weight_format, activation_format: Each, where given, in place of `format`: a name or a format.
       store: How keys and values are kept; None keeps them as they are.
       seed: For fits that draw random numbers.
       change: Called with the float model before anything else; what it gives is the float model.
@@ -56,12 +58,12 @@ class Cell:
     """
 
     recipe: str
-    scale_rule: str = "floor"
+    format: str = DEFAULT_FORMAT
     _: dataclasses.KW_ONLY
     fit: Fit | None = None
     rounding: str | Rounding = "rtn"
-    weight_format: Format | None = None
-    activation_format: Format | None = None
+    weight_format: str | Format | None = None
+    activation_format: str | Format | None = None
     store: Store | None = None
     seed: int = 0
     change: Callable[[Decoder], Decoder] | None = None
@@ -79,17 +81,28 @@ class Cell:
         Raises:
           ValueError: An unknown name; says the nearest known one.
         """
-        formats = (self.weight_format, self.activation_format)
-        if self.scale_rule == FLOAT and formats == (None, None):
+        if self.format == FLOAT and self.weight_format is self.activation_format is None:
             return None
-        weight_format, activation_format = (
-            one or SCALE_RULES[known("scale rule", self.scale_rule, SCALE_RULES)] for one in formats
+        return recipe(
+            self.fit or self.recipe,
+            self.format,
+            self.rounding,
+            weight_format=self.weight_format,
+            activation_format=self.activation_format,
         )
-        rounding = self.rounding
-        if isinstance(rounding, str):
-            rounding = ROUNDINGS[known("rounding", rounding, ROUNDINGS)]
-        fit = self.fit or find_fit(self.recipe)
-        return Recipe(fit, rounding, weight_format, activation_format)
+
+    @property
+    def format_label(self) -> str:
+        """The formats in a table: `format`, unless names of the sides' formats replace it."""
+        sides = (self.weight_format, self.activation_format)
+        if not any(isinstance(side, str) for side in sides):
+            return self.format
+        weight, activation = (
+            format_name(side) if isinstance(side, Format) else side or self.format for side in sides
+        )
+        if weight == activation:
+            return weight
+        return f"{weight} weights, {activation} activations"
 
     def configuration(self) -> dict[str, Any]:
         """What the result depends on, as JSON: equal for cells of equal results.
@@ -121,7 +134,7 @@ class Cell:
 
     def labels(self) -> str:
         """The cell in a few words."""
-        words = (self.recipe, self.scale_rule, f"seed {self.seed}")
+        words = (self.recipe, self.format_label, f"seed {self.seed}")
         return ", ".join(word for word in words if word)
 
 

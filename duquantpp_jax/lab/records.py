@@ -107,7 +107,7 @@ def forget_failures(out: Path, cells: list[Cell]) -> None:
 def _about(cell: Cell) -> Record:
     return {
         "schema": SCHEMA,
-        "cell": {"recipe": cell.recipe, "scale_rule": cell.scale_rule, "seed": cell.seed},
+        "cell": {"recipe": cell.recipe, "format": cell.format_label, "seed": cell.seed},
         "configuration": cell.configuration(),
         "subject": {
             "model": model_name(cell.model),

@@ -24,7 +24,7 @@ from duquantpp_jax.lab.records import Record
 from duquantpp_jax.lab.running import Outcome
 
 Label = str | Callable[[Cell], str]
-"""A field of Cell, or a function of the cell."""
+"""A field or property of Cell, or a function of the cell."""
 Pivot = dict[str, Any]
 
 
@@ -38,7 +38,7 @@ class Layout:
     """
 
     rows: Label = "recipe"
-    columns: Label = "scale_rule"
+    columns: Label = "format_label"
     baseline: str | None = None
 
     def place(self, cell: Cell) -> tuple[str, str]:

@@ -79,7 +79,7 @@ def test_a_transform_that_the_layout_cannot_express_is_refused_with_the_reason(
     [
         ({"weight_formats": dict.fromkeys(SITES, "mxfp8")}, "this model has weights in mxfp8"),
         ({"activation_formats": dict.fromkeys(SITES, "nvfp4")}, "activations in nvfp4"),
-        ({"scale_rule": "fp32"}, "scales by fp32"),
+        ({"weight_formats": dict.fromkeys(SITES, "fp32")}, "weights in fp32"),
     ],
 )
 def test_a_format_that_the_layout_has_not_is_refused(job, says, tiny_directory, tmp_path, capsys):

@@ -79,9 +79,7 @@ def test_a_quantized_directory_shows_what_it_holds(quantized, tiny_text, tmp_pat
     results = json.loads((tmp_path / "outliers.json").read_text())
     assert [one["site"] for one in results["sites"]] == ["mlp_out", "mlp_out"]
     held = results["quantized"]
-    assert (held["recipe"], held["rounding"], held["scale_rule"]) == (
-        *("smooth_hadamard", "rtn", "floor"),
-    )
+    assert (held["recipe"], held["rounding"]) == ("smooth_hadamard", "rtn")
     report = json.loads((quantized / "report.json").read_text())
     assert held["bytes"] == sum(one["bytes"] for one in report["linears"])
     inputs = inputs_of(quantized, tiny_text)["mlp_out"]
@@ -97,7 +95,7 @@ def test_a_quantized_directory_shows_what_it_holds(quantized, tiny_text, tmp_pat
         *("scales", "codes", "sqnr"),
     }
     said = capsys.readouterr().out
-    assert "Quantized: smooth_hadamard, rtn, floor; weights mxfp4, activations mxfp4" in said
+    assert "Quantized: smooth_hadamard, rtn; weights mxfp4:floor, activations mxfp4:floor" in said
 
 
 def test_codes_scales_and_sqnr_are_those_of_the_files(quantized, tiny_text):

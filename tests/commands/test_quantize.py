@@ -59,8 +59,8 @@ def quantized(three_layers, tmp_path_factory):
 @pytest.mark.slow
 def test_a_reloaded_model_gives_the_logits_of_the_one_in_memory_bit_for_bit(three_layers, tmp_path):
     options = options_of(three_layers, tmp_path / "q", recipe="smooth_hadamard",
-                         weight_format=("mxfp4", "mlp_out=mxfp8"), exclude=("*.1.mlp.up_proj",),
-                         activation_format=("mxfp8", "attention_out=bf16"))  # fmt: skip
+                         weight_formats=("mxfp4", "mlp_out=mxfp8"), exclude=("*.1.mlp.up_proj",),
+                         activation_formats=("mxfp8", "attention_out=bf16"))  # fmt: skip
     quantize(options)
     tokens, source = calibration_tokens(options)
     model = load(three_layers)
@@ -285,10 +285,10 @@ def assert_one_line(code, capsys, says):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("--weight-format", "mxfp5"), "unknown format 'mxfp5': did you mean"),
-        (("--weight-format", "bf16"), "unknown format 'bf16'"),
-        (("--activation-format", "mlp_inn=mxfp8"), "unknown site 'mlp_inn': did you mean mlp_in?"),
-        (("--weight-format", "mxfp8", "--scale-rule", "log256"), "mxfp8 has no scale rule"),
+        (("--weight-formats", "mxfp5"), "unknown format 'mxfp5': did you mean"),
+        (("--weight-formats", "bf16"), "BFloat16 stores no weights"),
+        (("--activation-formats", "mlp_inn=mxfp8"), "unknown site 'mlp_inn': did you mean mlp_in?"),
+        (("--weight-formats", "mxfp8", "--scale-rule", "log256"), "mxfp8 has no scale rule"),
         (("--exclude", "*.nothing"), "--exclude '*.nothing' matches no linear"),
         (("--rows", "0"), "at least one row"),
         (("--recipe", "duqantpp"), "did you mean duquantpp?"),
@@ -328,9 +328,9 @@ def test_a_newer_schema_is_refused(quantized, tmp_path):
     newer = tmp_path / "newer"
     shutil.copytree(quantized, newer)
     described = json.loads((newer / "quantization.json").read_text())
-    (newer / "quantization.json").write_text(json.dumps(described | {"schema": 2}))
+    (newer / "quantization.json").write_text(json.dumps(described | {"schema": 3}))
     with pytest.raises(
-        ValueError, match=r"has schema 2, and this version reads 1: install a newer"
+        ValueError, match=r"has schema 3, and this version reads 2: install a newer"
     ):
         load_any(newer)
 

@@ -11,7 +11,7 @@ from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.formats import MXFP4, NVFP4
 from duquantpp_jax.lab.cells import Cell, canonical
 from duquantpp_jax.ptq.stores import HeadStore
-from duquantpp_jax.recipes import FITS, ROUNDINGS, SCALE_RULES
+from duquantpp_jax.recipes import FITS, FORMATS, ROUNDINGS, RULES
 from duquantpp_jax.rounding.gptq import GPTQ
 from duquantpp_jax.transforms.basic import FitSmooth
 
@@ -29,7 +29,8 @@ def test_known_names_are_distinct_cells():
     cells = [
         Cell(name, rule, rounding=rounding)
         for name in FITS
-        for rule in SCALE_RULES
+        for rule in (*RULES, *FORMATS)
+        if rule not in ("mxfp4", "bf16")
         for rounding in ROUNDINGS
     ]
     assert len({cell.digest for cell in cells}) == len(cells)
@@ -45,7 +46,7 @@ class Change:
 
 CHANGES = {
     "recipe": "smooth",
-    "scale_rule": "even",
+    "format": "even",
     "fit": FitSmooth(alpha=0.25),
     "rounding": "gptq",
     "weight_format": NVFP4(),
@@ -109,7 +110,7 @@ def test_what_has_no_name_is_refused(value):
     ("cell", "says"),
     [
         (Cell("hadamrd"), "unknown recipe 'hadamrd'"),
-        (Cell("rtn", "flor"), "unknown scale rule"),
+        (Cell("rtn", "flor"), "unknown format 'flor': did you mean floor"),
         (Cell("rtn", rounding="gtpq"), "unknown rounding"),
     ],
 )

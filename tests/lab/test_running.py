@@ -98,9 +98,7 @@ def test_a_cell_gives_what_compare_gives(ran, tiny_directory, tiny_text, monkeyp
     rows = {(r["recipe"], r["scale_rule"]): r for r in compare(options).results["rows"]}
     for cell in grid[:3]:
         for name in ("kl", "perplexity", "sqnr_db"):
-            assert (
-                outcome.records[cell]["metrics"][name] == rows[cell.recipe, cell.scale_rule][name]
-            )
+            assert outcome.records[cell]["metrics"][name] == rows[cell.recipe, cell.format][name]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ ROWS = 12
 def _record(cell, kl):
     kl = np.asarray(kl, np.float64)
     return {
-        "cell": {"recipe": cell.recipe, "scale_rule": cell.scale_rule, "seed": cell.seed},
+        "cell": {"recipe": cell.recipe, "format": cell.format_label, "seed": cell.seed},
         "configuration": {"fit": cell.recipe},
         "subject": {"model": "tiny", "text": "text.txt"},
         "metrics": {
@@ -59,22 +59,22 @@ LAYOUT = Layout(baseline="block_hadamard")
 def test_a_pivot_holds_means_over_seeds_and_paired_intervals(outcome):
     (pivot,) = pivots(outcome, LAYOUT)
     assert pivot["rows"] == ["block_hadamard", "ahead", "level", "broken"]
-    assert pivot["columns"] == ["floor", "even"]
+    assert pivot["columns"] == ["mxfp4", "even"]
     entries = {(one["row"], one["column"]): one for one in pivot["entries"]}
     kl = {cell: np.asarray(r["rows"]["kl"]) / TARGETS for cell, r in outcome.records.items()}
     seeds = {seed: kl[Cell("ahead", seed=seed)] for seed in (0, 1)}
     wanted = estimate(seeds, np.arange(ROWS), {0: kl[Cell("block_hadamard")]})
-    ahead = entries["ahead", "floor"]
+    ahead = entries["ahead", "mxfp4"]
     assert ahead["seeds"] == [0, 1]
     assert ahead["kl"] == pytest.approx(np.mean([kl[Cell("ahead", seed=s)].mean() for s in (0, 1)]))
     assert (ahead["difference"], ahead["ci95"], ahead["p"]) == wanted[:3]
     assert wanted.sources == "text and seeds"
-    assert entries["block_hadamard", "floor"]["difference"] is None
+    assert entries["block_hadamard", "mxfp4"]["difference"] is None
     assert ("ahead", "even") not in entries
     (failed,) = pivot["failed"]
     assert failed == {
         "row": "broken",
-        "column": "floor",
+        "column": "mxfp4",
         "seed": 0,
         "error": "ValueError: no <luck>",
     }
@@ -83,10 +83,10 @@ def test_a_pivot_holds_means_over_seeds_and_paired_intervals(outcome):
 def test_stars_follow_holms_correction_within_a_column(outcome):
     (pivot,) = pivots(outcome, LAYOUT)
     entries = {(one["row"], one["column"]): one for one in pivot["entries"]}
-    assert entries["ahead", "floor"]["significant"]
-    adjusted = holm([entries[row, "floor"]["p"] for row in ("ahead", "level")])
-    assert entries["level", "floor"]["significant"] == (adjusted[1] <= 0.05)
-    assert entries["block_hadamard", "floor"]["significant"] is None
+    assert entries["ahead", "mxfp4"]["significant"]
+    adjusted = holm([entries[row, "mxfp4"]["p"] for row in ("ahead", "level")])
+    assert entries["level", "mxfp4"]["significant"] == (adjusted[1] <= 0.05)
+    assert entries["block_hadamard", "mxfp4"]["significant"] is None
 
 
 def test_each_model_and_text_has_its_table(outcome, tmp_path):
