@@ -77,7 +77,7 @@ def test_a_search_weighs_each_channel_by_its_own_mean_square():
     wanted = reference(w, np.asarray(gram, np.float64), ScaleRule.FLOOR, steps=SCALE.candidates)
     assert np.mean((found == wanted).all(axis=1)) > 0.8
     unsearched = reference(w, np.asarray(gram, np.float64), ScaleRule.FLOOR)
-    assert np.mean((found == unsearched).all(axis=1)) < 0.2
+    assert np.mean((found == unsearched).all(axis=1)) < 0.5
 
 
 def test_the_factor_is_that_of_the_inverse():
