@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from duquantpp_jax import files
 from duquantpp_jax.core import Fitted, MXArray, Recipe, Stats, Weights
-from duquantpp_jax.evaluation.divergence import float_log_probabilities, row_divergence
+from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS, Rows
 from duquantpp_jax.evaluation.subject import environment
 from duquantpp_jax.learning.blocks import learn_model_by_blocks
@@ -24,7 +23,7 @@ from duquantpp_jax.learning.moves import PARTS
 from duquantpp_jax.models import SITES, Decoder
 from duquantpp_jax.ptq.asymmetric import quantize_asymmetric
 from duquantpp_jax.ptq.calibration import calibrate
-from duquantpp_jax.ptq.site import QuantizedSite, fit_model, quantize_model
+from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, fit_model, quantize_model
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.rounding.descent import GPTQDescent
 from duquantpp_jax.transforms import storage
@@ -200,18 +199,12 @@ class Bench:
 
     def measure(self, state: dict[str, QuantizedSite], plain: Recipe, rows: Rows) -> dict:
         """KL and excess NLL in nats a target, row by row and as means."""
-        kl, excess = [], []
-        for first in range(0, len(rows.tokens), 16):
-            batch = jnp.asarray(rows.tokens[first : first + 16])
-            log_p, float_nll = float_log_probabilities(self.model, batch)
-            format = plain.activation_format
-            sums = row_divergence(self.model, state, batch, log_p, format=format)
-            kl += (np.asarray(sums[0], np.float64) / TARGETS).tolist()
-            excess += (np.asarray(sums[1] - float_nll, np.float64) / TARGETS).tolist()
+        predictor = Predictor(self.model, QuantizedLinear(plain.activation_format), state)
+        sums = Reference(Predictor(self.model), rows.tokens).row_sums(predictor)
         return {
-            "kl": float(np.mean(kl)),
-            "excess_nll": float(np.mean(excess)),
-            "row_kl": kl,
+            "kl": float(np.mean(sums.kl / TARGETS)),
+            "excess_nll": float(np.mean((sums.nll - sums.reference_nll) / TARGETS)),
+            "row_kl": (sums.kl / TARGETS).tolist(),
             "document": rows.documents.tolist(),
         }
 

@@ -22,13 +22,13 @@ import optax
 from duquantpp_jax import MXFP4
 from duquantpp_jax.analysis import figures
 from duquantpp_jax.checkpoints import testbed
-from duquantpp_jax.evaluation.divergence import float_log_probabilities, row_divergence
 from duquantpp_jax.evaluation.intervals import estimate
+from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.learning.model import at_rates, learn_model
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.calibration import calibrate, site_widths
-from duquantpp_jax.ptq.site import fit_model, layer_of, quantize_model
+from duquantpp_jax.ptq.site import QuantizedLinear, fit_model, layer_of, quantize_model
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.block import BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard
@@ -228,12 +228,11 @@ figures.training(10 * np.arange(5), histories, title="the whole model: KL on hel
 # % interval over rows.
 
 # %%
-tokens = jnp.asarray(testbed.evaluation_rows()[:8])
-log_p, _ = float_log_probabilities(model, tokens)
+reference = Reference(Predictor(model), testbed.evaluation_rows()[:8], keep_bytes=2**30)
 kl = {}
 for name, fitted in fits.items():
     state = quantize_model(floor, weights, stats, fitted)
-    kl[name] = np.asarray(row_divergence(model, state, tokens, log_p, format=format)[0]) / 511
+    kl[name] = reference.row_sums(Predictor(model, QuantizedLinear(format), state)).kl / 511
     mean, (low, high), *_ = estimate({0: kl[name] - kl["block Hadamard"]}, np.arange(8))
     print(f"{name:18s} KL {kl[name].mean():.4f}   {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
 

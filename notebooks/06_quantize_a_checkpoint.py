@@ -29,7 +29,7 @@ from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.generate import GenerateOptions, continued
 from duquantpp_jax.commands.quantize import QuantizeOptions, dry_run, quantize
 from duquantpp_jax.evaluation.intervals import estimate
-from duquantpp_jax.evaluation.predict import Predictor, row_sums
+from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.formats import E2M1
 
 # %matplotlib inline
@@ -118,7 +118,7 @@ figures.code_occupancy(
 
 # %%
 quantized, float_model = Predictor(*load_any(out)), Predictor(*load_any(testbed.directory()))
-sums = row_sums(quantized, float_model, testbed.evaluation_rows()[:8])
+sums = Reference(float_model, testbed.evaluation_rows()[:8]).row_sums(quantized)
 mean, (low, high), *_ = estimate({0: sums.kl / 511}, np.arange(8))
 print(f"KL {mean:.4f} [{low:.4f}, {high:.4f}]")
 print(f"the likeliest token is the same in {np.sum(sums.agreement) / (8 * 511):.1%} of targets")

@@ -24,17 +24,17 @@ from duquantpp_jax import files
 from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.core import Fitted, Recipe, Stats
 from duquantpp_jax.evaluation.intervals import clusters, estimate
+from duquantpp_jax.evaluation.predict import BATCH_ROWS, Predictor, Reference, RowSums
 from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.evaluation.sqnr import mean_sqnr
 from duquantpp_jax.evaluation.subject import Subject, environment, load_subject
-from duquantpp_jax.lab.bench import FloatModel, Measured, Quantized, fit, measure, quantize
+from duquantpp_jax.lab.bench import CACHE_BYTES, fit, quantize
 from duquantpp_jax.models import linear_names
 from duquantpp_jax.ptq.calibration import calibrate, site_widths
 from duquantpp_jax.ptq.site import layer_of
 from duquantpp_jax.recipes import ALIASES, recipe
 
 BASELINE = "block_hadamard"
-BATCH_ROWS = 16
-"""Rows evaluated at once; under log256, whose scale spans a batch, part of the result."""
 CALIBRATION_ROWS = 64
 BLOCK_SIZE = 32
 
@@ -118,7 +118,10 @@ def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Co
         options.model, options.text, options.calibration_text, options.tokens, CALIBRATION_ROWS
     )
     widths = site_widths(subject.model, BLOCK_SIZE, pad=options.pad)
-    step = _steps(progress, subject, len(recipes))
+    float_model = Predictor(subject.model)
+    rows = subject.evaluation.tokens
+    reference = Reference(float_model, rows, batch_rows=BATCH_ROWS, keep_bytes=CACHE_BYTES)
+    step = _steps(progress, subject, reference, len(recipes))
 
     stats = calibrate(
         subject.model,
@@ -130,19 +133,19 @@ def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Co
     )
     jax.block_until_ready(stats)  # or the first fit would be charged with it
     fits, seconds, quantized = _quantize(subject, recipes, stats, options.seed, step)
-    float_model = FloatModel(subject.model, subject.evaluation.tokens, BATCH_ROWS)
-    measured = measure(
-        float_model,
-        quantized,
-        lambda cell: step(f"evaluating {', '.join(cell) if cell else 'the float model'}"),
-    )
+    measured: dict[Cell, RowSums] = {}
+    sqnr: dict[Cell, float | None] = {}
+    for cell, predictor in quantized.items():
+        what = f"evaluating {', '.join(cell)}"
+        measured[cell] = reference.row_sums(predictor, lambda *_, what=what: step(what))
+        sqnr[cell] = mean_sqnr(predictor, rows[: reference.batch_rows])
 
     unit, cluster = clusters(subject.evaluation.documents)
     results = {
         "schema": 1,
-        "float_perplexity": float(np.exp(np.mean(measured.float_nll / TARGETS))),
+        "float_perplexity": float(np.exp(np.mean(reference.nll() / TARGETS))),
         "targets": len(subject.evaluation.tokens) * TARGETS,
-        "rows": [_row(cell, options.rounding, measured, cluster) for cell in recipes],
+        "rows": [_row(cell, options.rounding, measured, sqnr, cluster) for cell in recipes],
         "environment": environment(),
         "options": {
             **subject.files,
@@ -166,12 +169,13 @@ def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Co
     return Comparison(results, timings, (unit, len(np.unique(cluster))), channels)
 
 
-def _steps(progress: Progress, subject: Subject, cells: int) -> Callable[[str], None]:
+def _steps(
+    progress: Progress, subject: Subject, reference: Reference, cells: int
+) -> Callable[[str], None]:
     """A function that reports one more step done."""
-    calibration, evaluation = (
-        -(-len(rows.tokens) // BATCH_ROWS) for rows in (subject.calibration, subject.evaluation)
-    )
-    total = calibration + cells + evaluation * (1 + cells)
+    calibration = -(-len(subject.calibration.tokens) // BATCH_ROWS)
+    evaluation = -(-len(subject.evaluation.tokens) // reference.rows_at_once)
+    total = calibration + cells * (1 + evaluation)
     done = itertools.count(1)
     progress("calibrating", 0, total)
     return lambda what: progress(what, next(done), total)
@@ -183,12 +187,12 @@ def _quantize(
     stats: dict[str, Stats],
     seed: int,
     step: Callable[[str], None],
-) -> tuple[dict[Cell, dict[str, Fitted]], dict[Cell, float], dict[Cell, Quantized]]:
+) -> tuple[dict[Cell, dict[str, Fitted]], dict[Cell, float], dict[Cell, Predictor]]:
     """What each cell fits, in how many seconds, and the quantized sites."""
     rows = subject.calibration.tokens[:, :-1]
     fits: dict[Cell, dict[str, Fitted]] = {}
     seconds: dict[Cell, float] = {}
-    quantized: dict[Cell, Quantized] = {}
+    quantized: dict[Cell, Predictor] = {}
     for cell, one in recipes.items():
         # A fit that does not look at the formats is the same under every rule.
         twin = next((other for other in fits if other[0] == cell[0]), None)
@@ -201,20 +205,27 @@ def _quantize(
     return fits, seconds, quantized
 
 
-def _row(cell: Cell, rounding: str, measured: Measured, cluster: np.ndarray) -> dict[str, Any]:
+def _row(
+    cell: Cell,
+    rounding: str,
+    measured: dict[Cell, RowSums],
+    sqnr: dict[Cell, float | None],
+    cluster: np.ndarray,
+) -> dict[str, Any]:
     """A row of results.json.
 
     Raises:
       ValueError: The cell gave NaN or Inf.
     """
     kl, nll, float_nll = (
-        one / TARGETS for one in (measured.kl[cell], measured.nll[cell], measured.float_nll)
+        sums / TARGETS
+        for sums in (measured[cell].kl, measured[cell].nll, measured[cell].reference_nll)
     )
     difference, interval = None, None
     if cell[0] == BASELINE:
         difference, interval = 0.0, [0.0, 0.0]
-    elif (baseline := measured.kl.get((BASELINE, cell[1]))) is not None:
-        difference, interval, *_ = estimate({0: kl}, cluster, {0: baseline / TARGETS})
+    elif (baseline := measured.get((BASELINE, cell[1]))) is not None:
+        difference, interval, *_ = estimate({0: kl}, cluster, {0: baseline.kl / TARGETS})
     row = {
         "recipe": cell[0],
         "rounding": rounding,
@@ -224,9 +235,9 @@ def _row(cell: Cell, rounding: str, measured: Measured, cluster: np.ndarray) -> 
         "kl_difference_ci95": interval,
         "excess_nll": float(np.mean(nll - float_nll)),
         "perplexity": float(np.exp(np.mean(nll))),
-        "sqnr_db": measured.sqnr[cell],
+        "sqnr_db": sqnr[cell],
     }
-    if not all(np.isfinite([row["kl"], row["perplexity"], row["sqnr_db"]])):
+    if not all(np.isfinite([row["kl"], row["perplexity"], row["sqnr_db"] or 0.0])):
         raise ValueError(f"{cell[0]} under {cell[1]} gave NaN or Inf: no result is reported")
     return row
 
@@ -344,7 +355,7 @@ def _print_table(comparison: Comparison) -> None:
             _difference(row),
             f"{row['excess_nll']:.4f}",
             f"{row['perplexity']:.3f}",
-            f"{row['sqnr_db']:.2f}",
+            "" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}",
             f"{seconds[row['recipe'], row['scale_rule']]:.1f}",
             end_section=row["scale_rule"] == last_rule,
         )

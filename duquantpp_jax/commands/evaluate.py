@@ -20,7 +20,7 @@ from duquantpp_jax.checkpoints import load_tokenizer, sha256
 from duquantpp_jax.checkpoints.loading import load_any
 from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.evaluation.intervals import clusters, estimate
-from duquantpp_jax.evaluation.predict import Predictor, RowSums, row_sums
+from duquantpp_jax.evaluation.predict import Predictor, Reference, RowSums
 from duquantpp_jax.evaluation.rows import (
     PROTOCOLS,
     Protocol,
@@ -108,18 +108,21 @@ def evaluate(
         _check_same_tokens(options, config, reference.model.config)
     if options.cache is not None:
         store = cache.store(options.cache, config.head_dim, rotate_keys=options.rotate_keys)
-        predictor = predictor._replace(store=store)
-    sums = row_sums(
-        predictor,
-        reference,
-        rows.tokens,
-        progress=lambda done, total: progress("evaluating", done, total),
-    )
+        predictor = dataclasses.replace(predictor, store=store)
+
+    def step(done: int, total: int) -> None:
+        progress("evaluating", done, total)
+
+    if reference is None:
+        nll, sums = Reference(predictor, rows.tokens).nll(step), None
+    else:
+        sums = Reference(reference, rows.tokens).row_sums(predictor, step)
+        nll = sums.nll
     unit, cluster = clusters(rows.documents)
     return {
         "schema": 2,
         "targets": rows.tokens.shape[0] * rows.targets,
-        **_measures(sums, rows, cluster),
+        **_measures(nll, sums, rows, cluster),
         "clusters": {"unit": unit, "count": len(np.unique(cluster))},
         "interval": "text",
         "environment": environment(),
@@ -171,7 +174,9 @@ def _identity(directory: Path) -> dict[str, str]:
     return {"name": directory.resolve().name, "sha256": sha256(directory)}
 
 
-def _measures(sums: RowSums, rows: Rows, cluster: np.ndarray) -> dict[str, Any]:
+def _measures(
+    nll_sums: np.ndarray, sums: RowSums | None, rows: Rows, cluster: np.ndarray
+) -> dict[str, Any]:
     """Means over targets, each with its 95 % interval.
 
     Raises:
@@ -184,14 +189,14 @@ def _measures(sums: RowSums, rows: Rows, cluster: np.ndarray) -> dict[str, Any]:
             raise ValueError("the model gave NaN or Inf: no result is reported")
         return {"value": value, "ci95": ci95}
 
-    nll = mean(sums.nll)
+    nll = mean(nll_sums)
     bounds = nll["ci95"]
     perplexity = {
         "value": float(np.exp(nll["value"])),
         "ci95": None if bounds is None else [float(np.exp(one)) for one in bounds],
     }
     measures = {"perplexity": perplexity, "nll": nll}
-    if sums.kl is not None and sums.reference_nll is not None and sums.agreement is not None:
+    if sums is not None:
         measures |= {
             "kl": mean(sums.kl),
             "excess_nll": mean(sums.nll - sums.reference_nll),

@@ -1,42 +1,76 @@
-"""Perplexity of a model on rows of tokens, and how far its predictions are from a reference's.
+"""The one engine that measures: how well a model predicts rows of tokens, and how far from another.
 
     NLL = mean over targets of -log q_target                      nats; PPL = exp(NLL)
     KL  = mean over targets of sum_v p_v (log p_v - log q_v)      p the reference, q the model
     agreement = share of targets at which both put the same token first
 
-Each is computed at every target in float32 and summed over targets and rows in float64, so the mean
-is over targets. Rows are spread over all devices, the models are on each of them.
+Each is computed at every target in float32 and summed over the targets of a row in float64.
+
+Rows run in batches of `BATCH_ROWS`, or fewer where the logits of a batch would be too large. Under
+a format whose scale spans a tensor (log256) the batch is part of the result, so a batch holds the
+same rows on any number of devices: each device runs whole batches of its own. The last batch is
+filled up with copies of its first row. Copies change neither the largest nor the smallest magnitude
+of a batch, and so no scale that is made of them; their sums are dropped.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float64, Integer
 
-from duquantpp_jax.models import Decoder, Linear, Store
+from duquantpp_jax.models import Decoder, Linear, Store, dense
 
 LARGEST_LOGITS = 2**28
-"""Logits on one device at once (1 GiB); a few such arrays are live together."""
-MOST_ROWS = 16
-"""Rows on one device at once, however small the vocabulary."""
+"""Logits of a batch, at most (1 GiB in float32); a few such arrays are live together."""
+BATCH_ROWS = 16
+"""Rows of a batch, at most."""
+
+Progress = Callable[[int, int], None]
+"""Called with the rows that are done and the rows in all."""
+
+ROWS = PartitionSpec("rows")
 
 
-class Predictor(NamedTuple):
-    """A model as it predicts: `model(tokens, linear, state, store=store)`."""
+@struct.dataclass
+class Predictor:
+    """A model as it predicts: `model(tokens, linear, state, store=store)`.
+
+    Attributes:
+      model: The decoder.
+      linear: What computes its linears.
+      state: What `linear` is given at each site.
+      store: How keys and values are kept; None keeps them as they are.
+    """
 
     model: Decoder
-    linear: Linear
+    linear: Linear = struct.field(pytree_node=False, default=dense)
     state: Any = None
-    store: Store | None = None
+    store: Store | None = struct.field(pytree_node=False, default=None)
+
+    def log_probabilities(
+        self, tokens: Integer[Array, "rows length"]
+    ) -> Float[Array, "rows targets vocab"]:
+        """log q of every token at every target of rows; a row's targets are all but its first."""
+        logits, _ = self.model(tokens[:, :-1], self.linear, self.state, store=self.store)
+        return jax.nn.log_softmax(logits)
+
+
+def kl_divergence(
+    log_p: Float[Array, "*targets vocab"], log_q: Float[Array, "*targets vocab"]
+) -> Float[Array, "*targets"]:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v) at every target, in nats."""
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 class RowSums(NamedTuple):
-    """Sums over each row's targets; those against a reference are None without one.
+    """Sums over each row's targets, of a model compared with a reference.
 
     Attributes:
       nll: -log q_target, in nats.
@@ -46,65 +80,145 @@ class RowSums(NamedTuple):
     """
 
     nll: Float64[np.ndarray, " rows"]
-    reference_nll: Float64[np.ndarray, " rows"] | None = None
-    kl: Float64[np.ndarray, " rows"] | None = None
-    agreement: Float64[np.ndarray, " rows"] | None = None
+    reference_nll: Float64[np.ndarray, " rows"]
+    kl: Float64[np.ndarray, " rows"]
+    agreement: Float64[np.ndarray, " rows"]
 
 
-def row_sums(
-    predictor: Predictor,
-    reference: Predictor | None,
-    tokens: Integer[np.ndarray, "rows length"],
-    *,
-    devices: Sequence[Any] | None = None,
-    progress: Callable[[int, int], None] = lambda *_: None,
-) -> RowSums:
-    """What the model makes of each row.
+class _Predicted(NamedTuple):
+    """What the reference says of a batch: log p, the token it puts first, and -log p_target."""
 
-    Args:
-      tokens: All but the last of a row are inputs, all but the first are targets.
-      devices: Over which rows are spread; all if not given.
-      progress: Called after each batch with rows done and rows in all.
+    log_p: Float[Array, "rows targets vocab"]
+    first: Integer[Array, "rows targets"]
+    nll: Float[Array, "rows targets"]
+
+
+class Reference:
+    """A model on rows of tokens, with which others are compared.
+
+    The log-probabilities of the first batches are kept, as many as fit into the bound; the rest is
+    computed anew for every model. (Models visit the batches in turn: the first ones, kept for
+    good, save more than the latest ones would.)
     """
-    mesh = Mesh(np.asarray(devices or jax.devices()), ("rows",))
-    spread = NamedSharding(mesh, PartitionSpec("rows"))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    models = [(one.model, one.state) for one in (predictor, reference) if one is not None]
-    models = jax.device_put(models, everywhere)
-    choices = tuple((one.linear, one.store) for one in (predictor, reference) if one is not None)
 
-    count, length = tokens.shape
-    at_once = LARGEST_LOGITS // (length * predictor.model.config.vocab_size)
-    at_once = max(1, min(at_once, MOST_ROWS, -(-count // mesh.size))) * mesh.size
-    sums = []
-    for first in range(0, count, at_once):
-        batch = tokens[first : first + at_once]
-        rows = len(batch)
-        full = np.concatenate([batch, np.repeat(batch[:1], at_once - rows, axis=0)])
-        parts = _at_targets(models, jax.device_put(full, spread), choices=choices)
-        sums.append([np.asarray(one, np.float64)[:rows].sum(axis=1) for one in parts])
-        progress(first + rows, count)
-    return RowSums(*(np.concatenate(one) for one in zip(*sums, strict=True)))
+    def __init__(
+        self,
+        predictor: Predictor,
+        tokens: Integer[np.ndarray, "rows length"],
+        *,
+        batch_rows: int = BATCH_ROWS,
+        keep_bytes: int = 0,
+        devices: Sequence[Any] | None = None,
+    ):
+        """Args:
+          predictor: Usually the float model.
+          tokens: All but the last of a row are inputs, all but the first are targets.
+          batch_rows: Rows of a batch, at most; see the top of this file.
+          keep_bytes: Bound on the log-probabilities kept, on each device.
+          devices: Over which batches are spread; all of this process if not given.
+
+        Raises:
+          ValueError: There are no rows, or a batch of none.
+        """
+        if not len(tokens) or batch_rows < 1:
+            raise ValueError(
+                f"{len(tokens)} rows in batches of {batch_rows} were given: give at least one"
+            )
+        self.tokens = tokens
+        count, length = tokens.shape
+        largest = LARGEST_LOGITS // (length * predictor.model.config.vocab_size)
+        self.batch_rows = max(1, min(batch_rows, largest, count))
+        """Rows of a batch."""
+        self._mesh = Mesh(np.asarray(devices or jax.local_devices()), ("rows",))
+        self.rows_at_once = self.batch_rows * self._mesh.size
+        """Rows of all devices' batches together; progress is told after each."""
+        self._given = predictor
+        self._placed = jax.device_put(predictor, NamedSharding(self._mesh, PartitionSpec()))
+        self._kept: dict[int, _Predicted] = {}
+        self._left = keep_bytes * self._mesh.size
+
+    def row_sums(self, predictor: Predictor, progress: Progress = lambda *_: None) -> RowSums:
+        """Sums over each row's targets, of a model compared with the reference."""
+        if predictor.model is self._given.model:  # it is on the devices already
+            predictor = dataclasses.replace(predictor, model=self._placed.model)
+        predictor = jax.device_put(predictor, NamedSharding(self._mesh, PartitionSpec()))
+        parts = [
+            _by_row(said.nll, *_compared(predictor, tokens, said, mesh=self._mesh))
+            for tokens, said in self._batches(progress)
+        ]
+        reference_nll, nll, kl, agreement = self._joined(parts)
+        return RowSums(nll, reference_nll, kl, agreement)
+
+    def nll(self, progress: Progress = lambda *_: None) -> Float64[np.ndarray, " rows"]:
+        """Sums of -log p_target over each row's targets, of the reference itself."""
+        return self._joined([_by_row(said.nll) for _, said in self._batches(progress)])[0]
+
+    def _batches(self, progress: Progress) -> Iterator[tuple[Array, _Predicted]]:
+        """Tokens of one batch for every device, and what the reference says of them."""
+        count, step = len(self.tokens), self.rows_at_once
+        spread = NamedSharding(self._mesh, ROWS)
+        for first in range(0, count, step):
+            rows = np.arange(first, first + step)
+            batch = rows // self.batch_rows * self.batch_rows  # first row of each row's batch
+            filled = np.where(rows < count, rows, np.where(batch < count, batch, 0))
+            tokens = jax.device_put(self.tokens[filled], spread)
+            said = self._kept.get(first)
+            if said is None:
+                said = _predicted(self._placed, tokens, mesh=self._mesh)
+                if said.log_p.nbytes <= self._left:
+                    self._left -= said.log_p.nbytes
+                    self._kept[first] = said
+            yield tokens, said
+            progress(min(first + step, count), count)
+
+    def _joined(self, parts: list[list[np.ndarray]]) -> list[Float64[np.ndarray, " rows"]]:
+        """The sums of all batches, without the rows that only fill a batch up."""
+        return [np.concatenate(sums)[: len(self.tokens)] for sums in zip(*parts, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnames="choices")
-def _at_targets(
-    models: list[tuple[Decoder, Any]],
-    tokens: Integer[Array, "rows length"],
-    *,
-    choices: tuple[tuple[Linear, Store | None], ...],
-) -> list[Float[Array, "rows targets"]]:
-    """The summands of `RowSums` at every target."""
-    logs = []
-    for (model, state), (linear, store) in zip(models, choices, strict=True):
-        logits, _ = model(tokens[:, :-1], linear, state, store=store)
-        logs.append(jax.nn.log_softmax(logits))
-    nll = [
-        -jnp.take_along_axis(log, tokens[:, 1:, None], axis=-1, mode="fill")[..., 0] for log in logs
-    ]
-    if len(logs) == 1:
-        return nll
-    log_q, log_p = logs
-    kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-    agree = jnp.argmax(log_p, axis=-1) == jnp.argmax(log_q, axis=-1)
-    return [*nll, kl, agree.astype(jnp.float32)]
+@functools.partial(jax.jit, static_argnames="mesh")
+def _predicted(
+    predictor: Predictor, tokens: Integer[Array, "rows length"], *, mesh: Mesh
+) -> _Predicted:
+    def of_batch(predictor: Predictor, tokens: Array) -> _Predicted:
+        log_p = predictor.log_probabilities(tokens)
+        return _Predicted(log_p, jnp.argmax(log_p, axis=-1), _nll(log_p, tokens))
+
+    return _on_each(of_batch, mesh)(predictor, tokens)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _compared(
+    predictor: Predictor, tokens: Integer[Array, "rows length"], said: _Predicted, *, mesh: Mesh
+) -> tuple[Float[Array, "rows targets"], ...]:
+    """-log q_target, KL and agreement at every target."""
+
+    def of_batch(predictor: Predictor, tokens: Array, said: _Predicted) -> tuple[Array, ...]:
+        log_q = predictor.log_probabilities(tokens)
+        agree = said.first == jnp.argmax(log_q, axis=-1)
+        return _nll(log_q, tokens), kl_divergence(said.log_p, log_q), agree.astype(jnp.float32)
+
+    return _on_each(of_batch, mesh)(predictor, tokens, said)
+
+
+def _on_each(of_batch: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """The function of (predictor, *arrays), each device on the rows that it has."""
+
+    def spread(predictor: Predictor, *arrays: Any) -> Any:
+        specs = (PartitionSpec(), *[ROWS] * len(arrays))
+        mapped = jax.shard_map(of_batch, mesh=mesh, in_specs=specs, out_specs=ROWS, check_vma=False)
+        return mapped(predictor, *arrays)
+
+    return spread
+
+
+def _by_row(*at_targets: Float[Array, "rows targets"]) -> list[Float64[np.ndarray, " rows"]]:
+    """Sums over targets; they are waited for, so that one batch is on the devices at a time."""
+    return [np.asarray(values, np.float64).sum(axis=1) for values in at_targets]
+
+
+def _nll(
+    log_q: Float[Array, "rows targets vocab"], tokens: Integer[Array, "rows length"]
+) -> Float[Array, "rows targets"]:
+    targets = tokens[:, 1:, None]
+    return -jnp.take_along_axis(log_q, targets, axis=-1, mode="fill")[..., 0]

@@ -1,52 +1,60 @@
 """SQNR of each linear alone, on the inputs that the float model gives it.
 
-SQNR = 10 log10( sum y^2 / sum (y - y^)^2 )  dB,   y = x @ w.T,   y^ its quantized twin
-"""
+    SQNR = 10 log10( sum y^2 / sum (y - y^)^2 )  dB,   y = x @ w.T,   y^ its quantized twin
 
-import functools
-from collections.abc import Mapping
+A linear that is silent (no signal) or exact (no error) has no SQNR; it is masked.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from duquantpp_jax.core import Format
-from duquantpp_jax.models import Decoder, dense
-from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
+from duquantpp_jax.evaluation.predict import Predictor
+from duquantpp_jax.models import dense
 
 
 def linear_sqnr(
-    model: Decoder,
-    state: Mapping[str, QuantizedSite],
-    tokens: Integer[Array, "rows 512"],
-    *,
-    format: Format,
-) -> dict[str, Float[np.ndarray, "layers linears"]]:
-    """SQNR in dB of every linear, by site."""
-    energies = _energies(model, state, tokens, format=format)
+    predictor: Predictor, tokens: Integer[np.ndarray, "rows length"]
+) -> dict[str, Float[np.ma.MaskedArray, "layers linears"]]:
+    """SQNR in dB of every linear, by site.
+
+    Args:
+      predictor: The float model, and the linear and the state that it is quantized with.
+      tokens: All but the last of a row are inputs.
+    """
     return {
-        site: 10 * np.log10(np.asarray(signal, np.float64) / np.asarray(error, np.float64))
-        for site, (signal, error) in energies.items()
+        site: decibels(np.asarray(signal), np.asarray(error))
+        for site, (signal, error) in _energies(predictor, jnp.asarray(tokens)).items()
     }
 
 
-@functools.partial(jax.jit, static_argnames="format")
-def _energies(
-    model: Decoder,
-    state: Mapping[str, QuantizedSite],
-    tokens: Integer[Array, "rows 512"],
-    *,
-    format: Format,
-) -> dict[str, tuple[Float[Array, "layers linears"], Float[Array, "layers linears"]]]:
-    quantized = QuantizedLinear(format)
+def decibels(
+    signal: Float[np.ndarray, "*linears"], error: Float[np.ndarray, "*linears"]
+) -> Float[np.ma.MaskedArray, "*linears"]:
+    """10 log10(signal / error), masked where either is zero."""
+    none = (signal == 0) | (error == 0)
+    signal, error = (np.where(none, 1.0, energy.astype(np.float64)) for energy in (signal, error))
+    return np.ma.masked_array(10 * np.log10(signal / error), mask=none)
 
-    def both(site: str, x: Array, weights: tuple[Array, ...], state: QuantizedSite):
+
+def mean_sqnr(predictor: Predictor, tokens: Integer[np.ndarray, "rows length"]) -> float | None:
+    """Mean SQNR in dB over the linears that have one; None where none has."""
+    by_site = linear_sqnr(predictor, tokens)
+    found = np.ma.concatenate([sqnr.ravel() for sqnr in by_site.values()]).compressed()
+    return float(np.mean(found)) if found.size else None
+
+
+@jax.jit
+def _energies(
+    predictor: Predictor, tokens: Integer[Array, "rows length"]
+) -> dict[str, tuple[Float[Array, "layers linears"], Float[Array, "layers linears"]]]:
+    def both(site: str, x: Array, weights: tuple[Array, ...], state: object):
         ys, _ = dense(site, x, weights, None)
-        rounded, _ = quantized(site, x, weights, state)
+        rounded, _ = predictor.linear(site, x, weights, state)
         signal = jnp.stack([jnp.sum(jnp.square(y)) for y in ys])
         error = [jnp.sum(jnp.square(y - z)) for y, z in zip(ys, rounded, strict=True)]
         return ys, (signal, jnp.stack(error))
 
-    _, energies = model(tokens[:, :-1], both, state)
+    _, energies = predictor.model(tokens[:, :-1], both, predictor.state)
     return energies

@@ -8,120 +8,28 @@ bytes (batches beyond it are computed anew, cell by cell). Everything else that 
 compiled code, which is kept for as long as only arrays differ.
 """
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Integer
+from jaxtyping import Float32, Integer
 
 from duquantpp_jax.checkpoints import load, testbed
-from duquantpp_jax.core import Fitted, Format, Recipe, Stats
-from duquantpp_jax.evaluation.divergence import float_log_probabilities, row_divergence
+from duquantpp_jax.core import Fitted, Recipe, Stats
+from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS, Rows
-from duquantpp_jax.evaluation.sqnr import linear_sqnr
+from duquantpp_jax.evaluation.sqnr import mean_sqnr
 from duquantpp_jax.evaluation.subject import check_texts, load_rows
 from duquantpp_jax.lab.cells import Cell
-from duquantpp_jax.models import SITES, Decoder, Store
+from duquantpp_jax.models import SITES, Decoder
 from duquantpp_jax.ptq.calibration import calibrate, site_widths
-from duquantpp_jax.ptq.site import QuantizedSite, fit_model, quantize_model
+from duquantpp_jax.ptq.site import QuantizedLinear, fit_model, quantize_model
 
 CACHE_BYTES = 2 << 30
-"""Default bound on log-probabilities kept, on the device that computes."""
-
-K = TypeVar("K")
-
-
-class Quantized(NamedTuple):
-    """A model quantized.
-
-    Attributes:
-      state: The quantized sites; None where all linears stay in float.
-      format: Of the activations; None as well.
-      store: How keys and values are kept.
-    """
-
-    state: dict[str, QuantizedSite] | None
-    format: Format | None
-    store: Store | None = None
-
-
-class FloatModel:
-    """The float model on one set of rows, batch by batch.
-
-    Log-probabilities of the first batches are kept while they fit into `cache_bytes`: a fixed part
-    of a cyclic sweep is worth more than the latest part.
-    """
-
-    def __init__(
-        self,
-        model: Decoder,
-        tokens: Integer[np.ndarray, "rows 512"],
-        batch_rows: int,
-        cache_bytes: int = 0,
-    ):
-        self.model, self.tokens, self.batch_rows = model, tokens, batch_rows
-        self._kept: dict[int, tuple[Array, Array]] = {}
-        self._left = cache_bytes
-
-    def batches(self) -> Iterator[tuple[Array, Array, Array]]:
-        """Tokens, log p at every target, and the sum of -log p_target over each row."""
-        for first in range(0, len(self.tokens), self.batch_rows):
-            batch = jnp.asarray(self.tokens[first : first + self.batch_rows])
-            kept = self._kept.get(first)
-            if kept is None:
-                kept = float_log_probabilities(self.model, batch)
-                if kept[0].nbytes <= self._left:
-                    self._left -= kept[0].nbytes
-                    self._kept[first] = kept
-            yield batch, kept[0], kept[1]
-
-
-class Measured(NamedTuple):
-    """Sums over each row's targets, in nats, exact float32 values; and the SQNR in dB (of those
-    that have quantized linears)."""
-
-    float_nll: Float[np.ndarray, " rows"]
-    kl: dict[Any, Float[np.ndarray, " rows"]]
-    nll: dict[Any, Float[np.ndarray, " rows"]]
-    sqnr: dict[Any, float]
-
-
-def measure(
-    float_model: FloatModel,
-    quantized: Mapping[K, Quantized],
-    step: Callable[[K | None], None] = lambda _: None,
-) -> Measured:
-    """Runs every quantized model on every batch, beside the float model.
-
-    Args:
-      quantized: By any key.
-      step: Called after a batch of the float model (None), and of each quantized one (its key).
-    """
-    model = float_model.model
-    float_nll: list[np.ndarray] = []
-    kl: dict[K, list[np.ndarray]] = {key: [] for key in quantized}
-    nll: dict[K, list[np.ndarray]] = {key: [] for key in quantized}
-    sqnr: dict[K, float] = {}
-    for number, (batch, log_p, batch_nll) in enumerate(float_model.batches()):
-        float_nll.append(np.asarray(batch_nll, np.float64))
-        step(None)
-        for key, (state, format, store) in quantized.items():
-            sums = row_divergence(model, state, batch, log_p, format=format, store=store)
-            kl[key].append(np.asarray(sums[0], np.float64))
-            nll[key].append(np.asarray(sums[1], np.float64))
-            if number == 0 and state is not None and format is not None:
-                by_site = linear_sqnr(model, state, batch, format=format)
-                sqnr[key] = float(np.mean(np.concatenate([v.ravel() for v in by_site.values()])))
-            step(key)
-    return Measured(
-        np.concatenate(float_nll),
-        {key: np.concatenate(sums) for key, sums in kl.items()},
-        {key: np.concatenate(sums) for key, sums in nll.items()},
-        sqnr,
-    )
+"""Default bound on log-probabilities kept, on each device that computes."""
 
 
 def fit(
@@ -140,7 +48,7 @@ def quantize(
     rows: Integer[np.ndarray, "rows length"],
     stats: Mapping[str, Stats],
     fits: Mapping[str, Fitted],
-) -> Quantized:
+) -> Predictor:
     """Moves and rounds every site; with a second calibration where the rounding needs one.
 
     Args:
@@ -151,7 +59,8 @@ def quantize(
         widths = {site: one.absmax.shape[-1] for site, one in stats.items()}
         moved = calibrate(model, rows, widths, needs=needs, fits=fits, format=format)
     weights = {site: model.weights(site) for site in SITES}
-    return Quantized(quantize_model(recipe, weights, stats, fits, moved), format)
+    state = quantize_model(recipe, weights, stats, fits, moved)
+    return Predictor(model, QuantizedLinear(format), state)
 
 
 class Found(NamedTuple):
@@ -159,14 +68,16 @@ class Found(NamedTuple):
 
     Attributes:
       kl, nll, float_nll: Sums over each row's targets, in nats.
+      agreement: Targets of each row at which both models put the same token first.
       documents: Number of each row's document.
-      sqnr: In dB, mean over linears; None where all stay in float.
+      sqnr: In dB, mean over the linears that have one; None where all stay in float.
       seconds: To fit (of the cell that fitted what this one may share), and in all.
     """
 
     kl: Float32[np.ndarray, " rows"]
     nll: Float32[np.ndarray, " rows"]
     float_nll: Float32[np.ndarray, " rows"]
+    agreement: Float32[np.ndarray, " rows"]
     documents: Integer[np.ndarray, " rows"]
     sqnr: float | None
     seconds: dict[str, float]
@@ -198,22 +109,34 @@ class Bench:
         began = time.perf_counter()
         model = self._latest("model", _of_model(cell), lambda: _model(cell))
         rows = self._latest("rows", _of_rows(cell), lambda: _evaluation(cell))
-        float_model = self._latest(
-            "float model",
+        reference = self._latest(
+            "reference",
             (_of_model(cell), _of_rows(cell), cell.batch_rows),
-            lambda: FloatModel(model, rows.tokens, cell.batch_rows, self._cache_bytes),
+            lambda: Reference(
+                Predictor(model),
+                rows.tokens,
+                batch_rows=cell.batch_rows,
+                keep_bytes=self._cache_bytes,
+            ),
         )
-        quantized, fit_seconds = Quantized(None, None), 0.0
+        predictor, fit_seconds, sqnr = Predictor(model), 0.0, None
         if recipe := cell.method():
             fits, fit_seconds, calibration, stats = self._fit(cell, recipe, model)
-            quantized = quantize(recipe, model, calibration, stats, fits)
-        found = measure(float_model, {cell: quantized._replace(store=cell.store)})
-        kl, nll = (np.asarray(one[cell], np.float32) for one in (found.kl, found.nll))
-        if not np.isfinite([np.sum(kl), np.sum(nll), *found.sqnr.values()]).all():
+            predictor = quantize(recipe, model, calibration, stats, fits)
+            sqnr = mean_sqnr(predictor, rows.tokens[: reference.batch_rows])
+        predictor = dataclasses.replace(predictor, store=cell.store)
+        sums = reference.row_sums(predictor)
+        if not np.isfinite([np.sum(sums.kl), np.sum(sums.nll), sqnr or 0.0]).all():
             raise ValueError("gave NaN or Inf: no result is reported")
-        seconds = {"fit": fit_seconds, "total": time.perf_counter() - began}
-        float_nll = np.asarray(found.float_nll, np.float32)
-        return Found(kl, nll, float_nll, rows.documents, found.sqnr.get(cell), seconds)
+        return Found(
+            kl=sums.kl.astype(np.float32),
+            nll=sums.nll.astype(np.float32),
+            float_nll=sums.reference_nll.astype(np.float32),
+            agreement=sums.agreement.astype(np.float32),
+            documents=rows.documents,
+            sqnr=sqnr,
+            seconds={"fit": fit_seconds, "total": time.perf_counter() - began},
+        )
 
     def _fit(
         self, cell: Cell, recipe: Recipe, model: Decoder

@@ -1,8 +1,9 @@
 """Learning through the whole model: the least KL(float || quantized) over calibration text.
 
-    loss = mean over targets of sum_v p_v (log p_v - log q_v)
+    loss = mean over targets of KL(p || q)
 
-p from the float model, q from the model whose linears round (moves.py).
+p from the float model, q from the model whose linears round (moves.py). Both predict, and KL is
+computed, as everywhere (evaluation/predict.py); only the dtype of the matrix products may differ.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from flax import struct
 from jaxtyping import Array, Float, Integer, Key
 
 from duquantpp_jax.core import Fitted, Format, Weights
+from duquantpp_jax.evaluation.predict import Predictor, kl_divergence
 from duquantpp_jax.learning.moves import (
     PARTS,
     Learned,
@@ -61,16 +63,15 @@ class Divergence(Objective):
     ) -> Float[Array, ""]:
         """See the top of this file."""
         model = Decoder(self.model.config, self.model.parameters(), dtype=self.dtype)
-        inputs = batch[:, :-1]
         plain = dense if self.dtype == jnp.float32 else _bfloat16_linear
-        log_p = jax.nn.log_softmax(jax.lax.stop_gradient(model(inputs, plain)[0]))
+        log_p = jax.lax.stop_gradient(Predictor(model, plain).log_probabilities(batch))
         linear = LearningLinear(self.moves, *self.formats)
         held = self.rounded or {}
         state = {
             site: SiteState(self.start[site], one, held.get(site)) for site, one in learned.items()
         }
-        log_q = jax.nn.log_softmax(model(inputs, linear, state)[0])
-        return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+        log_q = Predictor(model, linear, state).log_probabilities(batch)
+        return jnp.mean(kl_divergence(log_p, log_q))
 
     def bounded(self, learned: dict[str, Learned]) -> dict[str, Learned]:
         """Within `Moves.max_condition`."""

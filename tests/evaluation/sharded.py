@@ -1,15 +1,17 @@
-"""Run by test_perplexity.py in a process of its own, as devices are counted before their first use.
+"""Run by test_predict.py in a process of its own, as devices are counted before their first use.
 
-Rows are whole on a device and are never added up with others there, so that only the order of sums
-inside a matrix product may differ with the rows beside them: some 2^-22 of a logit.
+A batch is whole on its device, so that under log256, whose scale spans a batch, a device sees what
+one device alone would: only the order of sums inside a matrix product may differ.
 """
 
 import jax
 import numpy as np
 
-from duquantpp_jax.evaluation.predict import Predictor, row_sums
-from duquantpp_jax.models import dense
-from duquantpp_jax.ptq import stores as cache
+from duquantpp_jax.evaluation.predict import Predictor, Reference
+from duquantpp_jax.models import SITES
+from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.site import QuantizedLinear, fit_model, quantize_model
+from duquantpp_jax.recipes import recipe
 from tests.conftest import tiny_decoder
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -18,13 +20,21 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 def main() -> None:
     devices = jax.devices()
-    reference = Predictor(tiny_decoder(), dense)
-    predictor = reference._replace(store=cache.store("bf16", 16))
+    model = tiny_decoder()
     tokens = np.random.default_rng(0).integers(0, 257, (19, 24)).astype(np.int32)
-    everywhere = row_sums(predictor, reference, tokens)
-    alone = row_sums(predictor, reference, tokens, devices=devices[:1])
-    for one, other in zip(everywhere, alone, strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-6, atol=7e-6)
+    log256 = recipe("rtn", "log256")
+    weights = {site: model.weights(site) for site in SITES}
+    stats = calibrate(model, tokens, site_widths(model, 32))
+    fits = fit_model(log256, weights, stats, jax.random.key(0))
+    linear = QuantizedLinear(log256.activation_format)
+    predictor = Predictor(model, linear, quantize_model(log256, weights, stats, fits))
+    # 19 rows are ten batches: eight, and two beside six devices that have none.
+    everywhere, alone = (
+        Reference(Predictor(model), tokens, batch_rows=2, devices=some).row_sums(predictor)
+        for some in (None, devices[:1])
+    )
+    for values, others in zip(everywhere, alone, strict=True):
+        np.testing.assert_allclose(values, others, rtol=1e-6, atol=7e-6)
     print(len(devices), "devices agree")
 
 
