@@ -304,7 +304,7 @@ def test_an_interrupt_is_one_line_and_130(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "compare", interrupted)
+    monkeypatch.setattr("duquantpp_jax.commands.compare.compare", interrupted)
     assert cli.main(["compare", "--out", str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err == "duquantpp: interrupted\n"
     assert not (tmp_path / "out").exists()
@@ -318,7 +318,7 @@ def test_an_interrupt_that_a_library_swallows_is_raised_at_the_next_step(
             signal.raise_signal(signal.SIGINT)
         progress("on", 1, 2)
 
-    monkeypatch.setattr(cli, "compare", swallowed)
+    monkeypatch.setattr("duquantpp_jax.commands.compare.compare", swallowed)
     assert cli.main(["compare", "--out", str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err == "duquantpp: interrupted\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
