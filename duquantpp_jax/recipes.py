@@ -7,10 +7,10 @@ wherever one is named.
 import dataclasses
 import difflib
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-from duquantpp_jax.core import Fit, Format, Recipe, Rounding, ScaleRule
+from duquantpp_jax.core import Fit, Format, Needs, Recipe, Rounding, ScaleRule
 from duquantpp_jax.formats import (
     E3M2,
     E5M2,
@@ -160,7 +160,7 @@ def find_fit(name: str) -> Fit:
     """
     if ":" not in name:
         return FITS[ALIASES.get(name, known("recipe", name, [*FITS, *ALIASES]))]
-    return _outside("recipe", name, "fit", "called as fit(weights, stats, recipe, key)", callable)
+    return _outside("recipe", name, "fit", "called as fit(weights, stats, recipe, key)", Fit)
 
 
 def find_rounding(name: str) -> Rounding:
@@ -172,7 +172,7 @@ def find_rounding(name: str) -> Rounding:
     if ":" not in name:
         return ROUNDINGS[known("rounding", name, ROUNDINGS)]
     called = "called as rounding(weight, format, stats)"
-    return _outside("rounding", name, "rounding", called, callable)
+    return _outside("rounding", name, "rounding", called, Rounding)
 
 
 def find_format(name: str) -> Format:
@@ -192,7 +192,7 @@ def find_format(name: str) -> Format:
         return FORMATS[known("format", name, [*FORMATS, *RULES])]
     if base not in FORMATS and rule not in RULES:
         made = "an instance of duquantpp_jax.core.Format"
-        return _outside("format", name, "format", made, lambda x: isinstance(x, Format))
+        return _outside("format", name, "format", made, Format)
     format = FORMATS[known("format", base, FORMATS)]
     if not isinstance(format, MX) or rule not in RULES:
         has = ", ".join(key for key, value in FORMATS.items() if isinstance(value, MX))
@@ -239,13 +239,13 @@ def under_rule(name: str, rule: str) -> str:
     return format_name(rule if name == "mxfp4" else f"{name}:{rule}")
 
 
-def _outside(kind: str, name: str, noun: str, about: str, suits: Callable[[Any], bool]) -> Any:
+def _outside(kind: str, name: str, noun: str, about: str, of: type) -> Any:
     """What `module:NAME` names; imports the module.
 
     Args:
       kind: What the name is given for.
       noun, about: What is looked for, in words.
-      suits: Whether an object is that.
+      of: The type or protocol that it must be an instance of.
 
     Raises:
       ValueError: The module cannot be imported, or holds no such object of that name.
@@ -259,7 +259,14 @@ def _outside(kind: str, name: str, noun: str, about: str, suits: Callable[[Any],
             "is it installed, or its directory in PYTHONPATH?"
         ) from error
     found = getattr(imported, attribute, None)
-    if not suits(found):
+    right = isinstance(found, of) and not isinstance(found, type)
+    if of is not Format and callable(found) and not (right and isinstance(found.needs, Needs)):
+        raise ValueError(
+            f"{kind} {name!r} does not say what it needs: "
+            "give it an attribute needs = Needs.NOTHING, "
+            "or what it reads of Stats, of duquantpp_jax.core.Needs"
+        )
+    if not right:
         raise ValueError(f"{kind} {name!r}: module {module} has no {noun} {attribute} ({about})")
     return found
 

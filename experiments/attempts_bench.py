@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from duquantpp_jax import files
-from duquantpp_jax.core import Fitted, MXArray, Recipe, Stats, Weights
+from duquantpp_jax.core import Fitted, MXArray, Needs, Recipe, Stats, Weights
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS, Rows
 from duquantpp_jax.evaluation.subject import environment
@@ -191,7 +191,7 @@ class Bench:
             self.model,
             self.calibration,
             self.widths,
-            needs=frozenset({"gram"}),
+            needs=Needs.GRAM,
             fits=fits,
             format=plain.activation_format,
         )

@@ -117,6 +117,7 @@ import numpy as np
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load_config, load_tokenizer, testbed
+from duquantpp_jax.core import Needs
 from duquantpp_jax.evaluation.rows import Rows, read_text, rows_of_text
 from duquantpp_jax.evaluation.subject import load_subject
 from duquantpp_jax.ptq.calibration import calibrate, site_widths
@@ -145,7 +146,7 @@ def bench(arguments: argparse.Namespace) -> Bench:
     dtype = jnp.bfloat16 if arguments.model else jnp.float32
     calibration = subject.calibration.tokens[:, :-1]
     widths = site_widths(subject.model, SIZE)
-    stats = calibrate(subject.model, calibration, widths, needs=frozenset({"gram"}))
+    stats = calibrate(subject.model, calibration, widths, needs=Needs.GRAM)
     return Bench(subject.model, learn, held_out, calibration, texts, widths, stats, dtype)
 
 

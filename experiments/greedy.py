@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from duquantpp_jax.commands.ablate import main
-from duquantpp_jax.core import Fitted, Recipe, Stats, Weights
+from duquantpp_jax.core import Fitted, Needs, Recipe, Stats, Weights
 from duquantpp_jax.lab import Cell
 from duquantpp_jax.recipes import FITS
 from duquantpp_jax.transforms.block import BlockRotation
@@ -59,7 +59,7 @@ class FitBestOf:
 
     count: int
     size: int = 32
-    needs = frozenset[str]()
+    needs = Needs.NOTHING
     draws = True
 
     def __call__(

@@ -26,7 +26,7 @@ import numpy as np
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load, testbed
-from duquantpp_jax.core import Stats
+from duquantpp_jax.core import Needs, Stats
 from duquantpp_jax.evaluation.subject import environment
 from duquantpp_jax.models import dense
 from duquantpp_jax.ptq.site import QuantizedLinear, fit_linear, quantize_linear
@@ -77,7 +77,7 @@ def measure(name: str, rule: str, x: jax.Array, w: jax.Array) -> dict[str, float
     half = len(x) // 2
     width = x.shape[-1]
     stats = Stats.init(
-        width, half, x.shape[1], needs=frozenset({"gram", "positions"}), sample_limit=2048
+        width, half, x.shape[1], needs=Needs.GRAM | Needs.POSITIONS, sample_limit=2048
     ).update(x[:half], jnp.int32(0))
     one = recipe(name, rule)
     fitted = fit_linear(one, (w,), stats, jax.random.key(0))

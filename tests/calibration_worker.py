@@ -10,6 +10,7 @@ import sys
 import jax
 import numpy as np
 
+from duquantpp_jax.core import Needs
 from duquantpp_jax.ptq.calibration import calibrate, rows_mesh, site_widths
 from tests.conftest import tiny_decoder
 
@@ -26,7 +27,7 @@ def main() -> None:
         model,
         tokens,
         site_widths(model, 32),
-        needs=frozenset({"gram", "positions"}),
+        needs=Needs.GRAM | Needs.POSITIONS,
         batch_rows=8,  # the last batch of 4 is one that 8 devices do not divide
         mesh=rows_mesh() if jax.device_count() > 1 else None,
     )

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from duquantpp_jax.checkpoints import save
-from duquantpp_jax.core import Stats
+from duquantpp_jax.core import Needs, Stats
 from duquantpp_jax.models import Decoder, DecoderConfig, random_parameters
 
 DATA_VARIABLE = "DUQUANTPP_DATA"
@@ -109,7 +109,7 @@ def tiny_text(tmp_path_factory) -> pathlib.Path:
     return place
 
 
-def stats_of(x, needs=frozenset({"gram", "positions"})) -> Stats:
+def stats_of(x, needs=Needs.GRAM | Needs.POSITIONS) -> Stats:
     """Stats of tokens [rows, length, k], all kept."""
     rows, length, width = x.shape
     empty = Stats.init(width, rows, length, sample_limit=rows * length, needs=needs)

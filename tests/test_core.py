@@ -1,6 +1,7 @@
 """Stats are a fold; transforms chain; a core import does not reach into the rooms."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,14 @@ import numpy as np
 import pytest
 
 from duquantpp_jax import Stats
-from duquantpp_jax.core import Fitted
+from duquantpp_jax.core import Fitted, Needs
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.basic import FitInTurn, Identity, Smooth
 from duquantpp_jax.transforms.block import BlockAffine, BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard
 
 RECIPE = recipe("rtn", "floor")
-NEEDS = frozenset({"gram", "positions"})
+NEEDS = Needs.GRAM | Needs.POSITIONS
 
 
 def _parts(sample_limit=10):
@@ -131,21 +132,46 @@ class _Doubled:
     """Gives twice the weights, and a clip; keeps in `seen` what it was given."""
 
     seen: list
+    needs = Needs.NOTHING
 
     def __call__(self, weights, stats, recipe, key):
         self.seen.append(weights)
         return Fitted(Identity(), tuple(2 * w for w in weights), jnp.float32([0.5, 0.5]))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Gives:
+    """Gives what it holds."""
+
+    fitted: Fitted
+    needs = Needs.NOTHING
+
+    def __call__(self, weights, stats, recipe, key):
+        return self.fitted
+
+
 def test_fits_in_turn_lose_neither_weights_nor_clips():
     w, stats = _normal(1, 7, 64), Stats.init(64, 1, 1)
+    given = ((w,), stats, RECIPE, jax.random.key(0))
     smooth = Fitted(Smooth(jnp.full(64, 4.0)))
     doubled = _Doubled([])
-    fitted = FitInTurn((lambda *_: smooth, doubled, doubled))(
-        (w,), stats, RECIPE, jax.random.key(0)
-    )
+    fitted = FitInTurn((_Gives(smooth), doubled, doubled))(*given)
     np.testing.assert_array_equal(fitted.weights[0], 4 * w)
     np.testing.assert_array_equal(doubled.seen[1][0], 8 * w)  # moved by 4, doubled by the earlier
     np.testing.assert_array_equal(fitted.clip, [0.5, 0.5])
     with pytest.raises(ValueError, match="fit the clip last"):
-        FitInTurn((doubled, lambda *_: Fitted(_moves(2))))(*given)
+        FitInTurn((doubled, _Gives(Fitted(_moves(2)))))(*given)
+
+
+def test_what_is_to_be_kept_is_said_in_needs_and_nothing_else():
+    init = inspect.unwrap(Stats.init.__func__)  # as it is without the type checks of these tests
+    for wrong in ({"grams"}, frozenset({"gram"}), "gram", None, 1):
+        with pytest.raises(ValueError, match=r"give Needs, as in Needs\.GRAM \| Needs\.POSITIONS"):
+            init(Stats, 8, 1, 1, needs=wrong)
+
+
+def test_whoever_misses_something_is_named():
+    empty = Stats.init(8, 1, 1, needs=Needs.POSITIONS)
+    assert empty.require(Needs.POSITIONS, "a fit").shape == (1, 8)
+    with pytest.raises(ValueError, match=r"WUSH needs Needs\.GRAM, which these Stats do not hold"):
+        empty.require(Needs.GRAM, "WUSH")

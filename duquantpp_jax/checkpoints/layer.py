@@ -124,7 +124,8 @@ def read_layer(path: Path) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSi
         own = f"{prefix}{site}/"
         moved = {k.removeprefix(own): a for k, a in tensors.items() if k.startswith(own)}
         fitted = from_arrays(moved, about["sites"][site])
-        assert isinstance(fitted, Fitted)
+        if not isinstance(fitted, Fitted):
+            raise ValueError(f"{path}: site {site} holds {type(fitted).__name__}, not Fitted")
         weights = tuple(
             from_tensors(prefix + name, arrays[name], tensors)
             if name in arrays

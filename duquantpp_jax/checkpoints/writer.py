@@ -124,7 +124,7 @@ def _resume(out: Path, count: int) -> tuple[int, Float32[np.ndarray, "rows lengt
 
 def steps_of_layer(plan: Plan, rows: int) -> int:
     """How often `quantize_layer` reports progress, at most."""
-    needs = any(getattr(recipe.rounding, "needs", None) for recipe in plan.recipes.values())
+    needs = any(bool(recipe.rounding.needs) for recipe in plan.recipes.values())
     passes = 1 + needs + plan.sequential
     return passes * -(-rows // BATCH_ROWS) + 2 * len(SITES)
 

@@ -6,7 +6,9 @@ summed per row, differences to block_hadamard under the same rule are taken row 
 """
 
 import dataclasses
+import functools
 import itertools
+import operator
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ from rich.table import Table
 
 from duquantpp_jax import files
 from duquantpp_jax.commands.progress import progress_bar
-from duquantpp_jax.core import Fitted, Recipe, Stats
+from duquantpp_jax.core import Fitted, Needs, Recipe, Stats
 from duquantpp_jax.evaluation.intervals import clusters, estimate
 from duquantpp_jax.evaluation.predict import BATCH_ROWS, Predictor, Reference, RowSums
 from duquantpp_jax.evaluation.rows import TARGETS
@@ -127,7 +129,7 @@ def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Co
         subject.model,
         subject.calibration.tokens[:, :-1],
         widths,
-        needs=frozenset().union(*(one.needs for one in recipes.values())),
+        needs=functools.reduce(operator.or_, (one.needs for one in recipes.values())),
         batch_rows=BATCH_ROWS,
         progress=lambda: step("calibrating"),
     )
@@ -196,7 +198,7 @@ def _quantize(
     for cell, one in recipes.items():
         # A fit that does not look at the formats is the same under every rule.
         twin = next((other for other in fits if other[0] == cell[0]), None)
-        if twin and "formats" not in one.needs:
+        if twin and Needs.FORMATS not in one.needs:
             fits[cell], seconds[cell] = fits[twin], seconds[twin]
         else:
             fits[cell], seconds[cell] = fit(one, subject.model, stats, seed)

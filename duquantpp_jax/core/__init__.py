@@ -22,7 +22,7 @@ from duquantpp_jax.core.arrays import (
     times_power_of_two,
 )
 from duquantpp_jax.core.recipe import Fit, Fitted, Recipe, Rounding, Weights, stack
-from duquantpp_jax.core.stats import Stats
+from duquantpp_jax.core.stats import Needs, Stats
 from duquantpp_jax.core.transform import Chain, Cost, Transform
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Fitted",
     "Format",
     "MXArray",
+    "Needs",
     "Recipe",
     "Rounding",
     "ScaleRule",

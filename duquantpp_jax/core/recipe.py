@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
 from duquantpp_jax.core.arrays import Format, MXArray
-from duquantpp_jax.core.stats import Stats
+from duquantpp_jax.core.stats import Needs, Stats
 from duquantpp_jax.core.transform import Transform
 
 Weights = tuple[Float[Array, "*layers _ k"], ...]
@@ -64,13 +65,47 @@ class Fitted:
         )
 
 
-Fit = Callable[[Weights, Stats, "Recipe", Key[Array, ""]], Fitted]
-"""(weights of the site, Stats of its input, the recipe for its formats, key) -> Fitted. A fit
-says in an attribute `needs` what of Stats it wants besides the sample and the maxima."""
+@runtime_checkable
+class Fit(Protocol):
+    """How the transform of a site is made."""
 
-Rounding = Callable[[Float[Array, "n k"], Format, Stats], MXArray]
-"""(moved weight, its format, Stats of the moved input) -> the quantized weight. A rounding that
-needs more than RTN says in `needs` what the Stats of the moved and quantized input must hold."""
+    @property
+    def needs(self) -> Needs:
+        """What the fit reads besides the token sample and the channel maxima."""
+        ...
+
+    def __call__(
+        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""], /
+    ) -> Fitted:
+        """The fit of one site of one layer.
+
+        Args:
+          weights: Of the linears that share the input.
+          stats: Of the input.
+          recipe: The whole method, for its formats.
+          key: For fits that draw random numbers.
+        """
+        ...
+
+
+@runtime_checkable
+class Rounding(Protocol):
+    """How a moved weight becomes numbers of its format."""
+
+    @property
+    def needs(self) -> Needs:
+        """What the rounding reads of the Stats of the moved and quantized input."""
+        ...
+
+    def __call__(self, w: Float[Array, "n k"], format: Format, stats: Stats, /) -> MXArray:
+        """The quantized weight.
+
+        Args:
+          w: The moved weight.
+          format: Of the weight.
+          stats: Of the moved input; of the moved and quantized input for a rounding with needs.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +125,9 @@ class Recipe:
             )
 
     @property
-    def needs(self) -> frozenset[str]:
-        """What the fit wants of Stats besides the sample and the maxima."""
-        return getattr(self.fit, "needs", frozenset())
+    def needs(self) -> Needs:
+        """What the fit reads besides the token sample and the channel maxima."""
+        return self.fit.needs
 
 
 def stack(weights: Sequence[Float[Array, "_ k"]]) -> Float[Array, "n k"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,23 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from duquantpp_jax.core.transform import Transform
+
+
+class Needs(enum.Flag):
+    """What a fit or a rounding reads besides the token sample and the channel maxima.
+
+    Attributes:
+      GRAM: The Gram matrix X^T X.
+      POSITIONS: The sum over rows of the token at each position.
+      FORMATS: The recipe's formats, so that each pair of formats has a fit of its own.
+      CROSS: Moments of the quantized model's inputs with the float model's.
+    """
+
+    NOTHING = 0
+    GRAM = enum.auto()
+    POSITIONS = enum.auto()
+    FORMATS = enum.auto()
+    CROSS = enum.auto()
 
 
 @struct.dataclass
@@ -43,23 +61,28 @@ class Stats:
         length: int,
         *,
         sample_limit: int = 2048,
-        needs: frozenset[str] = frozenset(),
+        needs: Needs = Needs.NOTHING,
     ) -> Stats:
-        """Stats of no token yet, for a calibration set of rows x length tokens.
+        """Empty Stats, for a calibration set of rows x length tokens.
 
         Args:
           width: Channels k of the site.
           sample_limit: Most tokens kept as they are.
-          needs: Of "gram" and "positions", what is to be kept besides.
+          needs: What to keep besides the sample and the maxima.
+
+        Raises:
+          ValueError: `needs` is no Needs.
         """
+        if not isinstance(needs, Needs):
+            raise ValueError(f"needs={needs!r}: give Needs, as in Needs.GRAM | Needs.POSITIONS")
         stride = -(-rows * length // sample_limit)
         return cls(
             count=jnp.zeros((), jnp.int32),
             absmax=jnp.zeros(width, jnp.float32),
             sample=jnp.zeros((-(-rows * length // stride), width), jnp.float32),
-            gram=jnp.zeros((width, width), jnp.float32) if "gram" in needs else None,
+            gram=jnp.zeros((width, width), jnp.float32) if Needs.GRAM in needs else None,
             position_sum=(
-                jnp.zeros((length, width), jnp.float32) if "positions" in needs else None
+                jnp.zeros((length, width), jnp.float32) if Needs.POSITIONS in needs else None
             ),
             stride=stride,
         )
@@ -87,6 +110,24 @@ class Stats:
             gram=gram,
             position_sum=position_sum,
         )
+
+    def require(self, need: Needs, who: str) -> Array:
+        """What was kept for this need: the Gram matrix, or the sums by position.
+
+        Args:
+          need: GRAM or POSITIONS.
+          who: The fit or rounding that needs it, by name.
+
+        Raises:
+          ValueError: It was not kept; says who needs what.
+        """
+        kept = {Needs.GRAM: self.gram, Needs.POSITIONS: self.position_sum}.get(need)
+        if kept is None:
+            raise ValueError(
+                f"{who} needs Needs.{need.name}, which these Stats do not hold: calibrate with "
+                f"needs=Needs.{need.name}"
+            )
+        return kept
 
     def merge(self, other: Stats) -> Stats:
         """Stats of both sets of tokens (disjoint parts of one calibration set)."""

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from typing import IO, cast
 
 from duquantpp_jax.kernels import compiling, sass, target
 from duquantpp_jax.kernels.compiling import Record
@@ -98,12 +99,11 @@ def prove(options: Options) -> Iterator[Record]:
         with subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         ) as worker:
-            assert worker.stdout is not None
-            assert worker.stderr is not None
-            for line in worker.stdout:
+            output, errors_of = cast(IO[str], worker.stdout), cast(IO[str], worker.stderr)
+            for line in output:
                 fields = json.loads(line)
                 yield Record(**fields | {"failures": tuple(fields["failures"])})
-            errors = worker.stderr.read()
+            errors = errors_of.read()
         if worker.returncode:
             raise RuntimeError(f"compiling for {options.target} failed:\n{errors[-4000:]}")
 

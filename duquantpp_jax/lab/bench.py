@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float32, Integer
 
 from duquantpp_jax.checkpoints import load, testbed
-from duquantpp_jax.core import Fitted, Recipe, Stats
+from duquantpp_jax.core import Fitted, Needs, Recipe, Stats
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS, Rows
 from duquantpp_jax.evaluation.sqnr import mean_sqnr
@@ -55,7 +55,7 @@ def quantize(
       rows: Of the calibration, its inputs.
     """
     moved, format = None, recipe.activation_format
-    if needs := getattr(recipe.rounding, "needs", None):
+    if needs := recipe.rounding.needs:
         widths = {site: one.absmax.shape[-1] for site, one in stats.items()}
         moved = calibrate(model, rows, widths, needs=needs, fits=fits, format=format)
     weights = {site: model.weights(site) for site in SITES}
@@ -151,7 +151,7 @@ class Bench:
             stats[recipe.needs] = calibrate(model, rows, widths, needs=recipe.needs)
         # A fit that does not look at the formats is the same under every rule.
         formats = (recipe.weight_format, recipe.activation_format)
-        seen = formats if "formats" in recipe.needs else recipe.activation_format.block_size
+        seen = formats if Needs.FORMATS in recipe.needs else recipe.activation_format.block_size
         fits, seconds = self._latest(
             "fit",
             (inputs, recipe.fit, cell.seed, seen),

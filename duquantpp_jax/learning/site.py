@@ -23,7 +23,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Key
 
-from duquantpp_jax.core import Fit, Fitted, Format, Recipe, Stats, Weights
+from duquantpp_jax.core import Fit, Fitted, Format, Needs, Recipe, Stats, Weights
 from duquantpp_jax.learning.moves import Learned, LearningLinear, Moves, SiteState
 from duquantpp_jax.learning.training import Objective, train
 from duquantpp_jax.models import dense
@@ -104,9 +104,9 @@ class FitLearned:
     draws = True
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """The formats, whose error it lowers, and what the start needs."""
-        return frozenset({"formats"}) | getattr(self.start, "needs", frozenset())
+        return Needs.FORMATS | self.start.needs
 
     def __call__(
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]

@@ -87,7 +87,8 @@ def quantize_asymmetric(
                     format=format,
                 )
                 sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
-            assert sums is not None
+            if sums is None:
+                raise ValueError("asymmetric calibration has no rows: give at least one")
             stats = _stats(sums[0], rows.size)
             fitted = layer_of(fits[site], layer)
             moved = _regress(layer_of(weights[site], layer), fitted, *sums, jnp.float32(damping))

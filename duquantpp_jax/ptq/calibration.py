@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int, Integer
 
-from duquantpp_jax.core import Fitted, Format, Stats
+from duquantpp_jax.core import Fitted, Format, Needs, Stats
 from duquantpp_jax.models import SITES, Decoder, DecoderConfig, Linear, dense, linear_names
 from duquantpp_jax.models.layers import layer, window
 from duquantpp_jax.ptq.site import quantize_input, widen
@@ -70,7 +70,7 @@ def rows_mesh(devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def empty_stats(
-    widths: Mapping[str, int], rows: int, length: int, needs: frozenset[str], sample_limit: int
+    widths: Mapping[str, int], rows: int, length: int, needs: Needs, sample_limit: int
 ) -> dict[str, Stats]:
     """Stats of no token yet, for every site."""
     return {
@@ -84,7 +84,7 @@ def calibrate(
     rows: Integer[np.ndarray, "rows length"],
     widths: Mapping[str, int],
     *,
-    needs: frozenset[str] = frozenset(),
+    needs: Needs = Needs.NOTHING,
     batch_rows: int = 16,
     sample_limit: int = SAMPLE_LIMIT,
     fits: Mapping[str, Fitted] | None = None,

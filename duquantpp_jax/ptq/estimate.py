@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from duquantpp_jax.core import Format
+from duquantpp_jax.core import Format, Needs
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, linear_names
 from duquantpp_jax.ptq.calibration import SAMPLE_LIMIT
 from duquantpp_jax.ptq.plan import linear_shapes
@@ -53,7 +53,7 @@ def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
                 held = packed_bytes(recipe.weight_format, n, width)
                 linears.append({"linear": name, "bytes": held, "parameters": n * k})
             linears[-1]["bytes"] += 4 * width + 8 * width * size  # the transform of the site
-            grams = ("gram" in recipe.needs) + bool(_needs(plan, site))
+            grams = (Needs.GRAM in recipe.needs) + bool(_needs(plan, site))
             flops += grams * 2.0 * tokens * width**2
             flops += (
                 2.0 * width**3 + sum(6.0 * n * width**2 for _, n, _ in picked)
@@ -102,4 +102,4 @@ def flops_per_second() -> float:
 
 
 def _needs(plan: Plan, site: str) -> bool:
-    return bool(getattr(plan.recipes[site].rounding, "needs", None))
+    return bool(plan.recipes[site].rounding.needs)

@@ -109,7 +109,8 @@ def fuse(
                 key = _LAYER + name
                 parameters[key] = jax.vmap(lambda t, w: t.weights(w))(link, parameters[key])
             made = _producer(site, link, model)
-            assert made is not None
+            if made is None:
+                raise ValueError(f"{site}: nothing before it takes up {type(link).__name__}")
             for name, move in made.items():
                 _move_rows(parameters, _LAYER + name, move)
     fused = type(model)(model.config, parameters, dtype=model.dtype)

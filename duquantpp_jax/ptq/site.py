@@ -107,7 +107,7 @@ def _move_and_round(
     weights: Weights, transform: Transform, moved: Stats, *, rounding: Rounding, format: Format
 ) -> tuple[MXArray, ...]:
     ws = tuple(transform.weights(w) for w in weights)
-    if not getattr(rounding, "needs", None) or not isinstance(format, MX):
+    if not rounding.needs or not isinstance(format, MX):
         return tuple(rounding(w, format, moved) for w in ws)
     # Rows of an MX format are rounded each for itself: one factorization serves all linears.
     whole = rounding(stack(ws), format, moved)

@@ -11,6 +11,7 @@ give it, as in GPTQ; within a layer all sites are still calibrated on the float 
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Integer
 
-from duquantpp_jax.core import Format, MXArray
+from duquantpp_jax.core import Format, MXArray, Needs
 from duquantpp_jax.models import (
     SITE_WEIGHTS,
     SITES,
@@ -80,11 +81,11 @@ def quantize_layer(
     """
     widths = plan.widths(number)
     parameters = {name: jnp.asarray(array) for name, array in parameters.items()}
-    rounding_needs = frozenset().union(
-        *(getattr(plan.recipes[site].rounding, "needs", frozenset()) for site in widths)
+    rounding_needs = functools.reduce(
+        operator.or_, (plan.recipes[site].rounding.needs for site in widths), Needs.NOTHING
     )
 
-    def stats_of(needs: frozenset[str], last: bool, **second_pass: Any) -> dict[str, Any]:
+    def stats_of(needs: Needs, last: bool, **second_pass: Any) -> dict[str, Any]:
         rows, length, _ = hidden.shape
         return calibrate_layer(
             plan.config,
@@ -98,7 +99,9 @@ def quantize_layer(
             **second_pass,
         )
 
-    needs = frozenset().union(*(plan.recipes[site].needs for site in widths))
+    needs = functools.reduce(
+        operator.or_, (plan.recipes[site].needs for site in widths), Needs.NOTHING
+    )
     stats = stats_of(needs, last=not rounding_needs)
     weights = {site: _chosen_weights(plan, site, number, parameters) for site in widths}
     fits = {}

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from duquantpp_jax.core import Format, MXArray, Stats
+from duquantpp_jax.core import Format, MXArray, Needs, Stats
 
 Importance = Float[Array, " k"]
 """Weight of each channel's squared error."""
@@ -39,6 +39,7 @@ class Search:
     option: Literal["clip", "scale_offset"] = "clip"
     candidates: tuple[float | int, ...] = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
     per: Literal["block", "row"] = "block"
+    needs = Needs.NOTHING
 
     def __call__(self, w: Float[Array, "n k"], format: Format, stats: Stats) -> MXArray:
         """See the top of this file; the mean squares are those of the sample."""

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from duquantpp_jax.core import Format, MXArray, Stats
+from duquantpp_jax.core import Format, MXArray, Needs, Stats
 from duquantpp_jax.formats.elements import encode
 from duquantpp_jax.rounding.gptq import GPTQ, HIGHEST, damped
 
@@ -33,7 +33,7 @@ class GPTQDescent:
 
     damping: float = 0.01
     passes: int = 4
-    needs = frozenset({"gram"})
+    needs = Needs.GRAM
 
     def __call__(self, w: Float[Array, "n k"], format: Format, stats: Stats) -> MXArray:
         """See `descend`.
@@ -41,10 +41,10 @@ class GPTQDescent:
         Raises:
           ValueError: The Stats hold no Gram matrix.
         """
-        if stats.gram is None:
-            raise ValueError("descent needs the Gram matrix of the moved input: calibrate for it")
         rounded = GPTQ(self.damping)(w, format, stats)
-        gram = stats.gram / jnp.maximum(stats.count, 1).astype(jnp.float32)
+        gram = stats.require(Needs.GRAM, "descent") / jnp.maximum(stats.count, 1).astype(
+            jnp.float32
+        )
         return descend(w, rounded, damped(gram, self.damping), self.passes)
 
 

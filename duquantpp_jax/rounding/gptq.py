@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from duquantpp_jax.core import Format, MXArray, Stats
+from duquantpp_jax.core import Format, MXArray, Needs, Stats
 from duquantpp_jax.formats.elements import encode
 from duquantpp_jax.rounding.clip import Search
 
@@ -36,7 +36,7 @@ class GPTQ:
 
     damping: float = 0.01
     search: Search | None = None
-    needs = frozenset({"gram"})
+    needs = Needs.GRAM
 
     def __call__(self, w: Float[Array, "n k"], format: Format, stats: Stats) -> MXArray:
         """See `gptq`.
@@ -44,9 +44,8 @@ class GPTQ:
         Raises:
           ValueError: The Stats hold no Gram matrix.
         """
-        if stats.gram is None:
-            raise ValueError("GPTQ needs the Gram matrix of the moved input: calibrate for it")
-        gram = stats.gram / jnp.maximum(stats.count, 1).astype(jnp.float32)
+        gram = stats.require(Needs.GRAM, "GPTQ")
+        gram = gram / jnp.maximum(stats.count, 1).astype(jnp.float32)
         return gptq(w, format, gram, self.damping, self.search)
 
 

@@ -1,10 +1,21 @@
 """RTN: every number of a moved weight to the nearest that its format has."""
 
+import dataclasses
+
 from jaxtyping import Array, Float
 
-from duquantpp_jax.core import Format, MXArray, Stats
+from duquantpp_jax.core import Format, MXArray, Needs, Stats
 
 
-def rtn(w: Float[Array, "n k"], format: Format, stats: Stats) -> MXArray:
-    """format.quantize(w), whatever the input looks like."""
-    return format.quantize(w)
+@dataclasses.dataclass(frozen=True)
+class Rtn:
+    """The rounding."""
+
+    needs = Needs.NOTHING
+
+    def __call__(self, w: Float[Array, "n k"], format: Format, stats: Stats) -> MXArray:
+        """format.quantize(w), whatever the input looks like."""
+        return format.quantize(w)
+
+
+rtn = Rtn()

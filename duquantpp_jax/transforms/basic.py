@@ -8,6 +8,7 @@ Source: SmoothQuant, Xiao et al., arXiv 2211.10438 (its equations 3 and 4).
 
 import dataclasses
 import functools
+import operator
 from typing import Literal
 
 import jax
@@ -15,7 +16,18 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Key
 
-from duquantpp_jax.core import Chain, Cost, Fit, Fitted, Recipe, Stats, Transform, Weights, stack
+from duquantpp_jax.core import (
+    Chain,
+    Cost,
+    Fit,
+    Fitted,
+    Needs,
+    Recipe,
+    Stats,
+    Transform,
+    Weights,
+    stack,
+)
 
 
 @struct.dataclass
@@ -78,7 +90,7 @@ def links(transform: Transform) -> tuple[Transform, ...]:
 class FitIdentity:
     """Fits nothing."""
 
-    needs = frozenset[str]()
+    needs = Needs.NOTHING
 
     def __call__(
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
@@ -103,7 +115,7 @@ class FitSmooth:
     alpha: float | Float[Array, ""] = 0.6
     weight_max: Literal["all", "first"] = "all"
     floor: float = 1e-5
-    needs = frozenset[str]()
+    needs = Needs.NOTHING
 
     def __call__(
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
@@ -131,9 +143,9 @@ class FitInTurn:
     fits: tuple[Fit, ...]
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """All that any of the fits needs."""
-        return frozenset().union(*(getattr(fit, "needs", frozenset()) for fit in self.fits))
+        return functools.reduce(operator.or_, (fit.needs for fit in self.fits), Needs.NOTHING)
 
     def __call__(
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]

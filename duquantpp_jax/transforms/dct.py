@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from duquantpp_jax.core import Fitted, Recipe, Stats, Weights
+from duquantpp_jax.core import Fitted, Needs, Recipe, Stats, Weights
 from duquantpp_jax.transforms.block import BlockRotation, rotation_size
 
 
@@ -32,7 +32,7 @@ class FitDct:
     """
 
     size: int | None = 32
-    needs = frozenset[str]()
+    needs = Needs.NOTHING
 
     def __call__(
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]

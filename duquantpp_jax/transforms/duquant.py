@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from duquantpp_jax.core import Fitted, Format, Recipe, Stats, Weights
+from duquantpp_jax.core import Fitted, Format, Needs, Recipe, Stats, Weights
 from duquantpp_jax.transforms.block import BlockRotation, polished, rotation_size
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -91,7 +91,8 @@ def greedy_search(
             case "range":
                 return d, jnp.max(x) - jnp.min(x)
             case "mse":
-                assert format is not None
+                if format is None:
+                    raise ValueError("criterion mse measures a format's error: give the format")
                 return d, jnp.mean(jnp.square(x - format.fake_quantize(x)))
 
     def step(carry: tuple) -> tuple:
@@ -180,19 +181,18 @@ class FitDuquantpp:
     polish: bool = True
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """Means by position if averaged; the formats if it measures their error."""
-        wanted = {"positions": self.averaged, "formats": self.criterion == "mse"}
-        return frozenset(name for name, want in wanted.items() if want)
+        positions = Needs.POSITIONS if self.averaged else Needs.NOTHING
+        return positions | (Needs.FORMATS if self.criterion == "mse" else Needs.NOTHING)
 
     def __call__(
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
     ) -> Fitted:
         tokens = stats.sample
         if self.averaged:
-            assert stats.position_sum is not None
-            rows = stats.count / stats.position_sum.shape[0]
-            tokens = stats.position_sum / rows
+            sums = stats.require(Needs.POSITIONS, "DuQuant++ averaged over rows")
+            tokens = sums / (stats.count / sums.shape[0])
         format = recipe.activation_format if self.criterion == "mse" else None
         rotation_size(self.size, tokens.shape[-1])
         best, least = _fit_blocks(tokens, key, fit=self, format=format)

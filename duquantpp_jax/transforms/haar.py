@@ -12,7 +12,7 @@ import dataclasses
 import jax
 from jaxtyping import Array, Key
 
-from duquantpp_jax.core import Fitted, Recipe, Stats, Weights
+from duquantpp_jax.core import Fitted, Needs, Recipe, Stats, Weights
 from duquantpp_jax.transforms.block import BlockRotation, polished, rotation_size
 
 
@@ -25,7 +25,7 @@ class FitHaar:
     """
 
     size: int | None = 32
-    needs = frozenset[str]()
+    needs = Needs.NOTHING
 
     def __call__(
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from duquantpp_jax.core import Chain, Fitted, Recipe, Stats, Weights
+from duquantpp_jax.core import Chain, Fitted, Needs, Recipe, Stats, Weights
 from duquantpp_jax.transforms.basic import Smooth
 from duquantpp_jax.transforms.block import BlockRotation, rotation_size
 from duquantpp_jax.transforms.kronecker import KroneckerRotation
@@ -110,7 +110,7 @@ class FitHadamard:
     size: int | None = 32
     random_signs: bool = False
     order: Literal["natural", "sequency"] = "natural"
-    needs = frozenset[str]()
+    needs = Needs.NOTHING
 
     def __call__(
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from duquantpp_jax.core import Fitted, Recipe, Stats, Weights
+from duquantpp_jax.core import Fitted, Needs, Recipe, Stats, Weights
 from duquantpp_jax.transforms.block import BlockRotation, rotation_size
 from duquantpp_jax.transforms.hadamard import hadamard
 from duquantpp_jax.transforms.wush import block_gram
@@ -32,14 +32,14 @@ class FitPca:
 
     hadamard: bool = False
     size: int | None = 32
-    needs = frozenset({"gram"})
+    needs = Needs.GRAM
 
     def __call__(
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
     ) -> Fitted:
-        assert stats.gram is not None
+        gram = stats.require(Needs.GRAM, "PCA")
         size = rotation_size(self.size, weights[0].shape[-1])
-        _, v = np.linalg.eigh(block_gram(np.asarray(stats.gram, np.float64), size))
+        _, v = np.linalg.eigh(block_gram(np.asarray(gram, np.float64), size))
         v = v[..., ::-1]
         # An eigenvector has no sign of its own: its largest entry is made positive.
         largest = np.argmax(np.abs(v), axis=-2, keepdims=True)

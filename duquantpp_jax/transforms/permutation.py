@@ -26,7 +26,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
-from duquantpp_jax.core import Cost, Fitted, Recipe, Stats, Transform, Weights
+from duquantpp_jax.core import Cost, Fitted, Needs, Recipe, Stats, Transform, Weights
 from duquantpp_jax.transforms.block import rotation_size
 
 
@@ -87,7 +87,7 @@ class FitPermutation:
 
     kind: Literal["zigzag", "mass", "random"]
     size: int = 32
-    needs = frozenset[str]()
+    needs = Needs.NOTHING
 
     def __call__(
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]

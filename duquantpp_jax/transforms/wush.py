@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from duquantpp_jax.core import Fitted, Recipe, Stats, Weights, stack
+from duquantpp_jax.core import Fitted, Needs, Recipe, Stats, Weights, stack
 from duquantpp_jax.transforms.block import BlockAffine, rotation_size
 from duquantpp_jax.transforms.hadamard import hadamard
 
@@ -77,15 +77,15 @@ class FitWush:
     damping: float = 1e-3
     size: int = 32
     max_condition: float | None = None
-    needs = frozenset({"gram"})
+    needs = Needs.GRAM
 
     def __call__(
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
     ) -> Fitted:
-        assert stats.gram is not None
+        gram = stats.require(Needs.GRAM, "WUSH")
         rotation_size(self.size, weights[0].shape[-1])
         w = np.asarray(stack(weights), np.float64)
-        x_gram = np.asarray(stats.gram, np.float64) / float(stats.count)
+        x_gram = np.asarray(gram, np.float64) / float(stats.count)
         x_moments, w_moments = (block_gram(m, self.size) for m in (x_gram, w.T @ w / len(w)))
         forward, back = wush(x_moments, w_moments, self.damping)
         if self.max_condition is not None:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from duquantpp_jax.core import Needs
 from duquantpp_jax.models import SITES, dense
 from duquantpp_jax.ptq.calibration import calibrate, site_widths
 from duquantpp_jax.ptq.site import (
@@ -100,9 +101,7 @@ def test_a_model_is_quantized_site_by_site_and_layer_by_layer(name):
 def test_calibration_sees_what_the_linears_see():
     model = tiny_decoder()
     tokens = np.asarray(jax.random.randint(KEY, (5, 20), 0, 257))
-    stats = calibrate(
-        model, tokens, site_widths(model, 32), needs=frozenset({"gram"}), batch_rows=2
-    )
+    stats = calibrate(model, tokens, site_widths(model, 32), needs=Needs.GRAM, batch_rows=2)
     _, inputs = jax.jit(lambda m, t: m(t, lambda s, x, w, _: (dense(s, x, w, _)[0], x)))(
         model, tokens
     )
@@ -132,7 +131,7 @@ def test_the_second_calibration_sees_the_moved_and_quantized_input():
     widths = site_widths(model, 32)
     stats = calibrate(model, tokens, widths)
     fits = fit_model(one, weights, stats, KEY)
-    needs = frozenset({"gram"})
+    needs = Needs.GRAM
     moved = calibrate(model, tokens, widths, needs=needs, fits=fits, format=one.activation_format)
     for site in SITES:
         for layer in range(2):

@@ -80,12 +80,15 @@ def test_the_pages_command_compares_it_beside_the_others(
         ("my_reflection:OTHER", "module my_reflection has no fit OTHER"),
         ("my_reflection:PI", "module my_reflection has no fit PI"),
         ("broken_module:FIT", "cannot import broken_module (RuntimeError: two lines)"),
+        ("my_reflection:FitReflection", "'my_reflection:FitReflection' does not say what it needs"),
+        ("my_reflection:needless", "give it an attribute needs = Needs.NOTHING"),
         (":FIT", "cannot import"),
         ("my_reflection:", "module my_reflection has no fit"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_one_line(outside, capsys, name, says):
-    importlib.import_module("my_reflection").PI = 3.14
+    module = importlib.import_module("my_reflection")
+    module.PI, module.needless = 3.14, lambda *arguments: None
     assert cli.main(["compare", "--recipes", name, "--out", str(outside / "out")]) == 2
     error = capsys.readouterr().err
     assert says in error

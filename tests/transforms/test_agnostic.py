@@ -8,6 +8,7 @@ import scipy.fft
 import scipy.stats
 
 from duquantpp_jax import MXFP4
+from duquantpp_jax.core import Needs
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.block import BlockRotation, rotation_size
 from duquantpp_jax.transforms.dct import dct
@@ -27,7 +28,7 @@ KEY = jax.random.key(3)
 
 def _fit(fit, width, key=KEY):
     x = jax.random.normal(jax.random.key(0), (1, 8, width))
-    stats = stats_of(x, frozenset())
+    stats = stats_of(x, Needs.NOTHING)
     return fit((jnp.ones((2, width)),), stats, recipe("rtn", "floor"), key).transform
 
 
