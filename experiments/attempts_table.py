@@ -12,7 +12,7 @@ import numpy as np
 
 from duquantpp_jax.evaluation.intervals import clusters, estimate
 from duquantpp_jax.evaluation.rows import TARGETS
-from duquantpp_jax.lab.table import distinct
+from duquantpp_jax.lab.pivot import distinct
 from duquantpp_jax.recipes import FORMATS, RULES
 
 COMPARED = {

@@ -27,10 +27,9 @@ from matplotlib.figure import Figure
 
 from duquantpp_jax import files
 from duquantpp_jax.analysis import figures
+from duquantpp_jax.analysis.outliers import moved_maxima
 from duquantpp_jax.checkpoints import testbed
-from duquantpp_jax.commands.compare import BLOCK_SIZE, CompareOptions, compare
 from duquantpp_jax.core import Fitted, Stats
-from duquantpp_jax.evaluation.intervals import clusters
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.lab.bench import fit
 from duquantpp_jax.models import linear_names
@@ -40,6 +39,7 @@ from duquantpp_jax.recipes import recipe
 
 ROOT = Path(__file__).parent.parent
 RULE = "floor"
+BLOCK_SIZE = 32
 TOKENS = 64
 """Shown in a surface."""
 EVERY = 32
@@ -50,12 +50,10 @@ def comparison() -> Figure:
     """docs/compare.png."""
     path = ROOT / "experiments/results/compare_testbed_128rows.json"
     results = json.loads(path.read_text(encoding="utf-8"))
-    options = CompareOptions(
-        recipes=tuple(results["options"]["recipes"]), scale_rules=(RULE,), tokens=TARGETS
-    )
-    channels = compare(options).channels
-    unit, numbers = clusters(np.arange(len(testbed.evaluation_rows())))
-    return figures.comparison(results, channels, (unit, len(numbers)))
+    maxima = {}
+    for name in results["rows"]:
+        site, maxima["before"], maxima[name] = moved_maxima(_stats(), _fits(name))
+    return figures.comparison(results, (site, maxima))
 
 
 def surface() -> Figure:

@@ -20,7 +20,8 @@
 import dataclasses
 
 from duquantpp_jax.analysis import figures
-from duquantpp_jax.commands.compare import CompareOptions, compare, verdict
+from duquantpp_jax.commands.compare import CompareOptions, compare
+from duquantpp_jax.lab.table import verdict
 
 # %matplotlib inline
 # %config InlineBackend.print_figure_kwargs = {"dpi": 100}
@@ -41,13 +42,13 @@ from duquantpp_jax.commands.compare import CompareOptions, compare, verdict
 options = CompareOptions(tokens=4088, scale_rules=("floor", "log256"))
 comparison = compare(options)
 results = comparison.results
-rows = {(row["recipe"], row["scale_rule"]): row for row in results["rows"]}
+entries = {(entry["row"], entry["column"]): entry for entry in results["entries"]}
 
 print(f"{results['targets']:,} targets, float perplexity {results['float_perplexity']:.2f}")
-print(f"{'KL':20s}" + "".join(f"{rule:>10s}" for rule in options.scale_rules))
-for recipe in options.recipes:
-    cells = "".join(f"{rows[recipe, rule]['kl']:10.4f}" for rule in options.scale_rules)
-    print(f"{recipe:20s}{cells}")
+print(f"{'KL':20s}" + "".join(f"{rule:>10s}" for rule in results["columns"]))
+for recipe in results["rows"]:
+    kl = (entries[recipe, rule]["kl"]["value"] for rule in results["columns"])
+    print(f"{recipe:20s}" + "".join(f"{one:10.4f}" for one in kl))
 
 # %% [markdown]
 # It is as expected. Smoothing (`smooth_hadamard`, and both forms of DuQuant++, which contain it) is
@@ -65,26 +66,24 @@ for recipe in options.recipes:
 # be several times narrower than the spread of KL would make it.
 
 # %%
-unit, count = comparison.clusters
+unit, count = results["clusters"]["unit"], results["clusters"]["count"]
 print(f"difference to block_hadamard, 95 % interval over {count} {unit}s")
-for rule in options.scale_rules:
-    for recipe in options.recipes:
-        row = rows[recipe, rule]
-        low, high = row["kl_difference_ci95"]
-        clear = "" if low <= 0 <= high else "  *"
-        print(f"{rule:8s}{recipe:20s}{row['kl_difference']:+.4f} [{low:+.4f}, {high:+.4f}]{clear}")
-    print()
+for (recipe, rule), entry in entries.items():
+    if entry["difference"]:
+        found = entry["difference"]["kl"]
+        low, high = found["ci95"]
+        star = "  *" if found["significant"] else ""
+        print(f"{rule:8s}{recipe:20s}{found['value']:+.4f} [{low:+.4f}, {high:+.4f}]{star}")
 
 # %%
 print(verdict(results))
 
 # %% [markdown]
-# With 8 rows little is certain under `floor`: of six recipes only `duquantpp` is ahead of
-# `block_hadamard` by more than its interval, and it is not ahead of `smooth_hadamard`, which has
-# its smoothing and a plain Hadamard matrix. The verdict looks at the recipe of least KL alone, and
-# says so when its interval includes zero. Under `log256` plain rounding is ahead: where scales fit
-# each block closely there is less for a rotation to win. With 128 rows the intervals are four times
-# narrower (README).
+# A star stands where Holm's correction over all ten differences still calls one significant. With
+# 8 rows little is certain under `floor`, where no recipe has a star. The verdict asks for a star,
+# and of a recipe that draws random numbers for several seeds too. Under `log256` plain rounding is
+# ahead: where scales fit each block closely there is less for a rotation to win. With 128 rows the
+# intervals are four times narrower (README).
 #
 # ## The picture
 #
@@ -93,7 +92,7 @@ print(verdict(results))
 # level, and smoothing to pull the largest down further.
 
 # %%
-figures.comparison(results, comparison.channels, comparison.clusters)
+figures.comparison(results, comparison.channels)
 
 # %% [markdown]
 # Two recipes without smoothing spread the largest channel over its block: 32 channels on one level,
@@ -110,10 +109,9 @@ figures.comparison(results, comparison.channels, comparison.clusters)
 
 # %%
 print(f"{'floor':20s}{'KL':>9s}{'excess NLL':>12s}{'difference':>12s}")
-for recipe in options.recipes:
-    row = rows[recipe, "floor"]
-    noise = row["excess_nll"] - row["kl"]
-    print(f"{recipe:20s}{row['kl']:9.4f}{row['excess_nll']:12.4f}{noise:+12.4f}")
+for recipe in results["rows"]:
+    kl, nll = (entries[recipe, "floor"][name]["value"] for name in ("kl", "excess_nll"))
+    print(f"{recipe:20s}{kl:9.4f}{nll:12.4f}{nll - kl:+12.4f}")
 
 # %% [markdown]
 # The two columns differ by up to .008 here, which is more than most recipes differ by. KL uses the
@@ -128,12 +126,13 @@ for recipe in options.recipes:
 # %%
 drawn = ("random_hadamard", "duquantpp")
 other = dataclasses.replace(options, recipes=drawn, scale_rules=("floor",), seed=1)
-for row in compare(other).results["rows"]:
-    kl = rows[row["recipe"], "floor"]["kl"]
-    print(f"{row['recipe']:16s} seed 0 {kl:.4f}, seed 1 {row['kl']:.4f}")
+for entry in compare(other).results["entries"]:
+    kl = entries[entry["row"], "floor"]["kl"]["value"]
+    print(f"{entry['row']:16s} seed 0 {kl:.4f}, seed 1 {entry['kl']['value']:.4f}")
 
 # %% [markdown]
 # The other seed moves them by .002 and .004: as much as many differences between recipes. A method
-# that draws random numbers needs several seeds, and a mean.
+# that draws random numbers needs several seeds: `--seeds 3` gives their mean, and an interval in
+# which seeds count as a source of variance beside text.
 #
 # With your own model: `duquantpp compare --model DIR --text FILE --calibration-text FILE`.

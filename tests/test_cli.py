@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -16,19 +17,12 @@ from safetensors.numpy import load_file, save_file
 
 from duquantpp_jax import cli, files
 from duquantpp_jax.checkpoints import save
-from duquantpp_jax.commands.compare import verdict
+from duquantpp_jax.commands.compare import CompareOptions, cells
 from tests.conftest import byte_tokenizer, tiny_decoder
 
-ROW_KEYS = [
-    "recipe",
-    "rounding",
-    "scale_rule",
-    "kl",
-    "kl_difference",
-    "kl_difference_ci95",
-    "excess_nll",
-    "perplexity",
-    "sqnr_db",
+ENTRY = [
+    *("row", "column", "seeds", "draws", "kl", "excess_nll", "nll", "perplexity", "agreement"),
+    *("sqnr_db", "interval", "environments", "difference"),
 ]
 
 
@@ -60,6 +54,8 @@ def compared(tiny_directory, tiny_text, tmp_path_factory):
             "--scale-rules",
             "floor",
             "log256",
+            "--seeds",
+            "2",
         )
         assert cli.main(_arguments(tiny_directory, tiny_text, out / "a", *recipes)) == 0
         assert cli.main(_arguments(tiny_directory, tiny_text, out / "b", *recipes)) == 0
@@ -74,32 +70,40 @@ def test_the_same_seed_gives_the_same_bytes(compared):
 def test_results_keep_their_contract(compared):
     results = json.loads((compared / "a" / "results.json").read_text())
     assert list(results) == [
-        *("schema", "float_perplexity", "targets", "rows", "environment", "options", "model")
+        *("schema", "model", "text", "targets", "float_perplexity", "clusters", "rows", "columns"),
+        *("baseline", "corrected_over", "entries", "failed", "environments", "options"),
     ]
-    assert results["schema"] == 1
+    page = (Path(cli.__file__).parents[1] / "docs/results.md").read_text(encoding="utf-8")
+    for name in {*results, *ENTRY, *results["entries"][0]["kl"], *results["options"]}:
+        assert f"`{name}`" in page, "docs/results.md documents every field"
+    assert results["schema"] == 2
     assert results["targets"] == 5110
-    assert list(results["model"]) == ["name", "sha256"]
+    assert results["clusters"] == {"unit": "document", "count": 10}
     assert results["model"]["name"] == "tiny"
+    assert results["text"]["name"] == "text.txt"
+    assert {len(results[one]["sha256"]) for one in ("model", "text")} == {64}
     assert "out" not in results["options"]
-    assert results["options"]["text"]["name"] == "text.txt"
-    assert len(results["options"]["text"]["sha256"]) == 64
-    cells = [(row["recipe"], row["scale_rule"]) for row in results["rows"]]
-    names = ("rtn", "block_hadamard", "duquantpp")
-    assert cells == [(name, rule) for name in names for rule in ("floor", "log256")]
-    for row in results["rows"]:
-        assert list(row) == ROW_KEYS
-        low, high = row["kl_difference_ci95"]
-        assert low <= row["kl_difference"] <= high
-        if row["recipe"] == "block_hadamard":
-            assert (row["kl_difference"], low, high) == (0, 0, 0)
-        base = next(
-            one
-            for one in results["rows"]
-            if one["recipe"] == "block_hadamard" and one["scale_rule"] == row["scale_rule"]
-        )
-        assert row["kl"] - base["kl"] == pytest.approx(row["kl_difference"], abs=1e-12)
-        excess = np.log(row["perplexity"] / results["float_perplexity"])
-        assert row["excess_nll"] == pytest.approx(excess, abs=1e-9)
+    assert results["environments"][0]["cores"] >= 1
+    names, rules = ("rtn", "block_hadamard", "duquantpp"), ("floor", "log256")
+    cells = [(entry["row"], entry["column"]) for entry in results["entries"]]
+    assert cells == [(name, rule) for rule in rules for name in names]
+    entries = dict(zip(cells, results["entries"], strict=True))
+    for (row, column), entry in entries.items():
+        assert sorted(entry) == sorted(ENTRY)
+        assert entry["seeds"] == ([0, 1] if row == "duquantpp" else [0])
+        excess = np.log(entry["perplexity"]["range"][0] / results["float_perplexity"])
+        assert entry["excess_nll"]["range"][0] == pytest.approx(excess, abs=1e-9)
+        if row == "block_hadamard":
+            assert entry["difference"] is None
+            continue
+        sources = "text and seeds" if row == "duquantpp" else "text"
+        assert entry["difference"]["interval"] == sources
+        for measure in ("kl", "excess_nll"):
+            found, base = entry["difference"][measure], entries["block_hadamard", column][measure]
+            low, high = found["ci95"]
+            assert low <= found["value"] <= high
+            difference = entry[measure]["value"] - base["value"]
+            assert difference == pytest.approx(found["value"], abs=1e-7)  # digits of float32
 
 
 @pytest.mark.slow
@@ -107,47 +111,47 @@ def test_without_the_baseline_differences_are_null(tiny_directory, tiny_text, tm
     more = ("--recipes", "rtn", "--scale-rules", "floor")
     assert cli.main(_arguments(tiny_directory, tiny_text, tmp_path / "out", *more)) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["rows"][0]["kl_difference"] is None
-    assert results["rows"][0]["kl_difference_ci95"] is None
+    assert results["baseline"] is None
+    assert results["entries"][0]["difference"] is None
     said = capsys.readouterr().out
-    assert "Without block_hadamard" in said
-    assert "by document (10)" in said
+    assert "Without a baseline" in said
 
 
 @pytest.mark.slow
-def test_a_single_row_has_no_interval_but_the_baselines_is_nothing(
-    tiny_directory, tiny_text, tmp_path
-):
+def test_a_single_row_has_no_interval(tiny_directory, tiny_text, tmp_path, capsys):
     more = ("--recipes", "rtn", "block_hadamard", "--scale-rules", "floor", "--tokens", "511")
     assert cli.main(_arguments(tiny_directory, tiny_text, tmp_path / "out", *more)) == 0
-    rtn, baseline = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    assert rtn["kl_difference"] == pytest.approx(rtn["kl"] - baseline["kl"])
-    assert rtn["kl_difference_ci95"] is None
-    assert (baseline["kl_difference"], baseline["kl_difference_ci95"]) == (0, [0, 0])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    rtn, base = results["entries"]
+    found = rtn["difference"]["kl"]
+    assert found["value"] == pytest.approx(rtn["kl"]["value"] - base["kl"]["value"])
+    assert (found["ci95"], found["p"], found["significant"]) == (None, None, None)
+    assert "one row gives no interval" in capsys.readouterr().out
 
 
-def _row(recipe, kl, difference, low, high):
-    return {
-        "recipe": recipe,
-        "scale_rule": "floor",
-        "kl": kl,
-        "kl_difference": difference,
-        "kl_difference_ci95": [low, high],
-    }
+def _columns(**options):
+    return list(dict.fromkeys(cell.format_label for cell in cells(CompareOptions(**options))))
+
+
+def test_formats_of_both_sides_are_columns_one_of_each_pair():
+    assert _columns() == ["floor", "even", "log256"]
+    assert _columns(scale_rules=("mse",), formats=("nvfp4", "mxfp6:even")) == [
+        *("mse", "nvfp4", "mxfp6:even")
+    ]
+    assert _columns(weight_formats=("floor", "even"), activation_formats=("even",)) == [
+        *("floor weights, even activations", "even")
+    ]
+    assert len(_columns(weight_formats=("mse",))) == 3
 
 
 @pytest.mark.parametrize(
-    ("row", "says"),
-    [
-        (_row("x", 0.1, -0.1, -0.2, -0.05), "under floor x is ahead"),
-        (_row("x", 0.1, -0.1, -0.2, 0.05), "no recipe is shown to be ahead"),
-        (_row("x", 0.3, 0.1, 0.05, 0.2), "block_hadamard is ahead"),
-        (_row("x", 0.3, 0.1, -0.05, 0.2), "no recipe is shown to be ahead"),
-    ],
+    ("chosen", "drawn"), [({}, [0]), ({"seed": 5}, [5]), ({"seeds": (3,)}, [0, 1, 2])]
 )
-def test_the_verdict_follows_the_interval(row, says):
-    rows = [_row("block_hadamard", 0.2, 0.0, 0.0, 0.0), row]
-    assert says in verdict({"rows": rows, "options": {"scale_rules": ["floor"]}})
+def test_recipes_that_draw_run_with_every_seed_and_the_others_once(chosen, drawn):
+    recipes = ("rtn", "random_hadamard")
+    grid = cells(CompareOptions(recipes=recipes, scale_rules=("floor",), **chosen))
+    seeds = {name: [cell.seed for cell in grid if cell.recipe == name] for name in recipes}
+    assert seeds == {"rtn": drawn[:1], "random_hadamard": drawn}
 
 
 def _damaged(directory, tmp_path, damage):
@@ -229,13 +233,15 @@ def test_a_bad_model_is_one_line(name, tiny_directory, tiny_text, tmp_path, caps
     ("more", "says"),
     [
         (("--recipes", "duqantpp"), "unknown recipe 'duqantpp': did you mean duquantpp?"),
-        (("--scale-rules", "flor"), "unknown scale rule 'flor': did you mean floor?"),
+        (("--scale-rules", "flor"), "unknown format 'flor': did you mean floor?"),
         (("--rounding", "gtpq"), "unknown rounding 'gtpq'"),
         (("--tokens", "999999"), "whole rows"),
         (("--tokens", "100"), "at least 511"),
         (("--tokens", "many"), "--tokens"),
         (("--nonsense",), "Unrecognized options: --nonsense"),
         (("--recipes",), "--recipes is empty"),
+        (("--seeds", "0"), "--seeds 0 are no seeds"),
+        (("--formats", "float"), "float quantizes nothing"),
     ],
 )
 def test_a_bad_option_is_one_line(more, says, tiny_directory, tiny_text, tmp_path, capsys):

@@ -77,7 +77,7 @@ def test_the_comparison_has_the_numbers_of_the_command_line(tmp_path):
     options = 'CompareOptions(tokens=4088, scale_rules=("floor", "log256"))'
     assert f"options = {options}\ncomparison = compare(options)" in source.read_text("utf-8")
     said = printed(source)
-    for row in json.loads((tmp_path / "results.json").read_text())["rows"]:
-        (shown,) = re.findall(rf"^{row['recipe']} +([0-9.]+) +([0-9.]+)$", said, re.M)
-        kl = float(shown[("floor", "log256").index(row["scale_rule"])])
-        assert kl == pytest.approx(row["kl"], abs=CLOSE[row["scale_rule"]])
+    for entry in json.loads((tmp_path / "results.json").read_text())["entries"]:
+        (shown,) = re.findall(rf"^{entry['row']} +([0-9.]+) +([0-9.]+)$", said, re.M)
+        kl = float(shown[("floor", "log256").index(entry["column"])])
+        assert kl == pytest.approx(entry["kl"]["value"], abs=CLOSE[entry["column"]])

@@ -18,13 +18,17 @@ Source: max / median and positions after Sun et al., Massive Activations, arXiv 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
+from duquantpp_jax.core import Fitted, Stats
 from duquantpp_jax.formats.division import magnitude_bits, split
+from duquantpp_jax.models import linear_names
+from duquantpp_jax.ptq.site import layer_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +189,27 @@ def statistics(moments: Moments, thresholds: Thresholds) -> dict[str, Any]:
             float(moments.position_max[position]), float(np.median(moments.position_max))
         ),
     }
+
+
+def moved_maxima(
+    stats: Mapping[str, Stats], fits: Mapping[str, Fitted]
+) -> tuple[str, Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
+    """Channel maxima over the calibration sample before and after a fit, where max / median is
+    largest.
+
+    Returns:
+      The input's name, its channel maxima, and those of the moved input.
+    """
+    ratio = {
+        (site, layer): float(np.max(maxima) / max(np.median(maxima), np.finfo(np.float32).tiny))
+        for site, kept in stats.items()
+        for layer, maxima in enumerate(np.asarray(kept.absmax))
+    }
+    site, layer = max(ratio, key=lambda key: ratio[key])
+    sample = stats[site].sample[layer]
+    moved = layer_of(fits[site].transform, layer).activations(sample)
+    before, after = (np.asarray(jnp.max(jnp.abs(x), axis=0)) for x in (sample, moved))
+    return f"{linear_names(site, layer)[0]} input", before, after
 
 
 def _over(a: float, b: float) -> float | None:

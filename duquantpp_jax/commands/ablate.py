@@ -28,12 +28,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from duquantpp_jax import files
 from duquantpp_jax.core import Format
 from duquantpp_jax.lab import report, running, table
-from duquantpp_jax.lab.cells import DEFAULT_FORMAT, Cell
+from duquantpp_jax.lab.cells import DEFAULT_FORMAT, SCHEMA, Cell
 from duquantpp_jax.lab.executors import Processes, Slurm, gpus
+from duquantpp_jax.lab.pivot import COMPARED, Layout, pivots
 from duquantpp_jax.lab.running import Executor
 from duquantpp_jax.recipes import known
-
-SCHEMA = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,19 +124,20 @@ def ablate_module(module: ModuleType, options: AblateOptions) -> int:
         outcome = running.run(
             cells, out, executor, cache_bytes=int(options.cache_gib * 2**30), progress=progress
         )
-    pivots = table.pivots(outcome, layout)
+    found = pivots(outcome, layout)
     if options.table:
         console = Console(width=1000)  # a wide table is wrapped by the terminal, not cut short
-        for pivot in pivots:
+        for pivot in found:
             print(f"{table.title(pivot)}\n{table.legend(pivot)}")
-            console.print(table.terminal(pivot))
+            for measure in COMPARED if pivot["entries"] else ():
+                console.print(table.terminal(pivot, measure))
     if options.summary:
         options.summary.parent.mkdir(parents=True, exist_ok=True)
-        summary = {"schema": SCHEMA, "grid": name, "tables": pivots}
+        summary = {"schema": SCHEMA, "grid": name, "tables": found}
         files.write_whole(options.summary, files.to_json(summary))
     if options.report:
         options.report.parent.mkdir(parents=True, exist_ok=True)
-        page = report.page(name, module.__doc__ or "", pivots, outcome)
+        page = report.page(name, module.__doc__ or "", found, outcome)
         files.write_whole(options.report, page.encode())
     for cell, error in outcome.errors.items():
         print(f"failed: {cell.labels()}: {error}", file=sys.stderr)
@@ -202,7 +202,7 @@ def _formats(cell: Cell, options: AblateOptions) -> list[dict[str, str | Format 
     return [dict(zip(own, chosen, strict=True)) for chosen in itertools.product(*sides)]
 
 
-def _only(names: tuple[str, ...], cells: list[Cell], layout: table.Layout) -> list[Cell]:
+def _only(names: tuple[str, ...], cells: list[Cell], layout: Layout) -> list[Cell]:
     """The cells in the named rows, or the baseline's, and in the named columns; in all where no
     row, or no column, is named.
 
@@ -221,10 +221,10 @@ def _only(names: tuple[str, ...], cells: list[Cell], layout: table.Layout) -> li
     return cells
 
 
-def layout_of(module: ModuleType) -> table.Layout:
+def layout_of(module: ModuleType) -> Layout:
     """How the module wants its table."""
-    default = table.Layout()
-    return table.Layout(
+    default = Layout()
+    return Layout(
         getattr(module, "ROWS", default.rows),
         getattr(module, "COLUMNS", default.columns),
         getattr(module, "BASELINE", default.baseline),

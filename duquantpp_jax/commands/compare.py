@@ -1,21 +1,18 @@
-"""The main job: recipes compared on one model, under several scale rules, with paired intervals.
+"""The main job: recipes compared on one model, in several formats, with paired intervals.
 
-Every cell (recipe, scale rule) sees the same rows as the float model. A row's KL and NLL are
-summed per row, differences to block_hadamard under the same rule are taken row by row, and their
-95 % intervals are clustered by document (evaluation/intervals.py).
+A comparison is a small grid: a cell for each recipe, format and, where the recipe draws random
+numbers, seed. Every cell sees the same rows of text as the float model. Its table is that of any
+grid (lab/pivot.py): differences to block_hadamard in the same format, row by row, with intervals
+over text and seeds.
 """
 
 import dataclasses
-import functools
 import itertools
-import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from rich import box
@@ -23,22 +20,25 @@ from rich.console import Console
 from rich.table import Table
 
 from duquantpp_jax import files
+from duquantpp_jax.analysis.outliers import moved_maxima
 from duquantpp_jax.commands.progress import progress_bar
-from duquantpp_jax.core import Fitted, Needs, Recipe, Stats
-from duquantpp_jax.evaluation.intervals import clusters, estimate
-from duquantpp_jax.evaluation.predict import BATCH_ROWS, Predictor, Reference, RowSums
 from duquantpp_jax.evaluation.rows import TARGETS
-from duquantpp_jax.evaluation.sqnr import mean_sqnr
-from duquantpp_jax.evaluation.subject import Subject, environment, load_subject
-from duquantpp_jax.lab.bench import CACHE_BYTES, fit, quantize
-from duquantpp_jax.models import linear_names
-from duquantpp_jax.ptq.calibration import calibrate, site_widths
-from duquantpp_jax.ptq.site import layer_of
-from duquantpp_jax.recipes import ALIASES, recipe
+from duquantpp_jax.evaluation.subject import check_texts, name_and_hash
+from duquantpp_jax.lab import table
+from duquantpp_jax.lab.bench import Bench, order
+from duquantpp_jax.lab.cells import DEFAULT_FORMAT, SCHEMA, Cell
+from duquantpp_jax.lab.pivot import Layout, pivots
+from duquantpp_jax.lab.records import Record, record_of
+from duquantpp_jax.lab.running import Outcome
+from duquantpp_jax.recipes import ALIASES
 
 BASELINE = "block_hadamard"
+BATCH_ROWS = 16
+"""Rows evaluated at once; under log256, whose scale spans a batch, part of the result."""
 CALIBRATION_ROWS = 64
-BLOCK_SIZE = 32
+FORMATS = ("floor", "even", "log256")
+TIMES = ("fit_seconds", "seconds")
+"""What differs from run to run, and so stands in timings.json."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done, steps in all."""
@@ -57,11 +57,15 @@ class CompareOptions:
       calibration_text: UTF-8 text to calibrate on; its first 64 rows of 511 tokens are used.
       tokens: Targets to evaluate on, cut down to whole rows of 511.
       recipes: Methods, by their names in duquantpp_jax.recipes.
-      scale_rules: How a block's scale is chosen: floor, ceil, even, rceil, mse (MXFP4), or log256,
-        fp32 (not MXFP4).
+      scale_rules: Short form of --formats: floor, ceil, even, rceil, mse (MXFP4), or log256, fp32
+        (not MXFP4); floor, even and log256 where no format is given.
+      formats: Of weights and activations alike: mxfp4, mxfp4:even, mxfp6, nvfp4, log256, ..
+      weight_formats: Of weights alone, each with every format of activations.
+      activation_formats: Of activations alone, each with every format of weights.
       rounding: How moved weights are rounded.
       pad: Widen linear inputs that blocks of 32 do not divide, with zeros (exact).
       seed: For recipes that draw random numbers.
+      seeds: Several of them in place of --seed: which (0 1 2), or how many (3).
       out: Directory for results.json, timings.json and compare.png.
     """
 
@@ -77,10 +81,14 @@ class CompareOptions:
         "duquantpp",
         "duquantpp_released",
     )
-    scale_rules: tuple[str, ...] = ("floor", "even", "log256")
+    scale_rules: tuple[str, ...] | None = None
+    formats: tuple[str, ...] | None = None
+    weight_formats: tuple[str, ...] | None = None
+    activation_formats: tuple[str, ...] | None = None
     rounding: str = "rtn"
     pad: bool = False
     seed: int = 0
+    seeds: tuple[int, ...] | None = None
     out: Path = Path("compare-out")
 
 
@@ -88,20 +96,42 @@ class Comparison(NamedTuple):
     """What a comparison found.
 
     Attributes:
-      results: The contents of results.json.
-      timings: Seconds to fit each recipe, and of the whole comparison.
-      clusters: What the intervals are clustered by, and how many clusters there are.
+      results: The contents of results.json (docs/results.md).
+      timings: Seconds to fit and to measure each entry, and of the whole comparison.
       channels: For the figure: a site, and its channel maxima before and after each recipe.
     """
 
     results: dict[str, Any]
     timings: dict[str, Any]
-    clusters: tuple[str, int]
     channels: tuple[str, dict[str, Float[np.ndarray, " k"]]]
 
 
-Cell = tuple[str, str]
-"""A recipe's name and a scale rule's."""
+def cells(options: CompareOptions) -> list[Cell]:
+    """The grid, row by row; a recipe that draws no random numbers stands in it once.
+
+    Raises:
+      ValueError: An unknown name, or an empty list of names.
+    """
+    grid = []
+    for name in _recipes(options):
+        for format, weight_format, activation_format in _formats(options):
+            cell = Cell(
+                name,
+                format,
+                weight_format=weight_format,
+                activation_format=activation_format,
+                rounding=options.rounding,
+                model=options.model,
+                text=options.text,
+                calibration_text=options.calibration_text,
+                tokens=options.tokens,
+                calibration_tokens=CALIBRATION_ROWS * TARGETS,
+                batch_rows=BATCH_ROWS,
+                pad=options.pad,
+            )
+            seeds = _seeds(options) if cell.draws else _seeds(options)[:1]
+            grid += [dataclasses.replace(cell, seed=seed) for seed in seeds]
+    return grid
 
 
 def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Comparison:
@@ -111,199 +141,85 @@ def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Co
       ValueError: Bad input; one line that says what was wrong and what would be right.
     """
     start = time.perf_counter()
-    names = _unique("recipes", tuple(ALIASES.get(name, name) for name in options.recipes))
-    rules = _unique("scale-rules", options.scale_rules)
-    recipes = {
-        (name, rule): recipe(name, rule, options.rounding) for name in names for rule in rules
-    }
-    subject = load_subject(
-        options.model, options.text, options.calibration_text, options.tokens, CALIBRATION_ROWS
-    )
-    widths = site_widths(subject.model, BLOCK_SIZE, pad=options.pad)
-    float_model = Predictor(subject.model)
-    rows = subject.evaluation.tokens
-    reference = Reference(float_model, rows, batch_rows=BATCH_ROWS, keep_bytes=CACHE_BYTES)
-    step = _steps(progress, subject, reference, len(recipes))
-
-    stats = calibrate(
-        subject.model,
-        subject.calibration.tokens[:, :-1],
-        widths,
-        needs=functools.reduce(operator.or_, (one.needs for one in recipes.values())),
-        batch_rows=BATCH_ROWS,
-        progress=lambda: step("calibrating"),
-    )
-    jax.block_until_ready(stats)  # or the first fit would be charged with it
-    fits, seconds, quantized = _quantize(subject, recipes, stats, options.seed, step)
-    measured: dict[Cell, RowSums] = {}
-    sqnr: dict[Cell, float | None] = {}
-    for cell, predictor in quantized.items():
-        what = f"evaluating {', '.join(cell)}"
-        measured[cell] = reference.row_sums(predictor, lambda *_, what=what: step(what))
-        sqnr[cell] = mean_sqnr(predictor, rows[: reference.batch_rows])
-
-    unit, cluster = clusters(subject.evaluation.documents)
-    results = {
-        "schema": 1,
-        "float_perplexity": float(np.exp(np.mean(reference.nll() / TARGETS))),
-        "targets": len(subject.evaluation.tokens) * TARGETS,
-        "rows": [_row(cell, options.rounding, measured, sqnr, cluster) for cell in recipes],
-        "environment": environment(),
-        "options": {
-            **subject.files,
-            "tokens": options.tokens,
-            "recipes": list(names),
-            "scale_rules": list(rules),
-            "rounding": options.rounding,
-            "pad": options.pad,
-            "seed": options.seed,
-        },
-        "model": {"name": subject.name, "sha256": subject.sha256},
-    }
+    check_texts(options.model, options.text, options.calibration_text)
+    grid = cells(options)
+    records: dict[Cell, Record] = {}
+    maxima: dict[str, Float[np.ndarray, " k"]] = {}
+    bench, site = Bench(), ""
+    for done, cell in enumerate(order(grid)):
+        progress(f"measuring {cell.labels()}", done, len(grid))
+        records[cell] = record_of(cell, bench.run(cell))
+        if (cell.format_label, cell.seed) == (grid[0].format_label, grid[0].seed):
+            fits, stats = bench.fitted(cell)
+            site, before, moved = moved_maxima(stats, fits)
+            maxima |= {"before": before, cell.recipe: moved}
+    progress("measured", len(grid), len(grid))
+    names = _recipes(options)
+    layout = Layout(baseline=BASELINE if BASELINE in names else None)
+    (pivot,) = pivots(Outcome({cell: records[cell] for cell in grid}, {}), layout)
     timings = {
-        "fit_seconds": [
-            {"recipe": name, "scale_rule": rule, "seconds": seconds[name, rule]}
-            for name, rule in recipes
+        "entries": [
+            {name: entry[name] for name in ("row", "column", *TIMES)} for entry in pivot["entries"]
         ],
         "total_seconds": time.perf_counter() - start,
     }
-    channels = _channel_maxima(stats, {name: fits[name, rules[0]] for name in names})
-    return Comparison(results, timings, (unit, len(np.unique(cluster))), channels)
+    pivot["entries"] = [
+        {name: value for name, value in entry.items() if name not in TIMES}
+        for entry in pivot["entries"]
+    ]
+    results = {"schema": SCHEMA, **pivot, "options": _chosen(options)}
+    return Comparison(results, timings, (site, {name: maxima[name] for name in ("before", *names)}))
 
 
-def _steps(
-    progress: Progress, subject: Subject, reference: Reference, cells: int
-) -> Callable[[str], None]:
-    """A function that reports one more step done."""
-    calibration = -(-len(subject.calibration.tokens) // BATCH_ROWS)
-    evaluation = -(-len(subject.evaluation.tokens) // reference.rows_at_once)
-    total = calibration + cells * (1 + evaluation)
-    done = itertools.count(1)
-    progress("calibrating", 0, total)
-    return lambda what: progress(what, next(done), total)
+def _recipes(options: CompareOptions) -> list[str]:
+    _check_not_empty("recipes", options.recipes)
+    return list(dict.fromkeys(ALIASES.get(name, name) for name in options.recipes))
 
 
-def _quantize(
-    subject: Subject,
-    recipes: dict[Cell, Recipe],
-    stats: dict[str, Stats],
-    seed: int,
-    step: Callable[[str], None],
-) -> tuple[dict[Cell, dict[str, Fitted]], dict[Cell, float], dict[Cell, Predictor]]:
-    """What each cell fits, in how many seconds, and the quantized sites."""
-    rows = subject.calibration.tokens[:, :-1]
-    fits: dict[Cell, dict[str, Fitted]] = {}
-    seconds: dict[Cell, float] = {}
-    quantized: dict[Cell, Predictor] = {}
-    for cell, one in recipes.items():
-        # A fit that does not look at the formats is the same under every rule.
-        twin = next((other for other in fits if other[0] == cell[0]), None)
-        if twin and Needs.FORMATS not in one.needs:
-            fits[cell], seconds[cell] = fits[twin], seconds[twin]
-        else:
-            fits[cell], seconds[cell] = fit(one, subject.model, stats, seed)
-        quantized[cell] = quantize(one, subject.model, rows, stats, fits[cell])
-        step(f"fitted {', '.join(cell)}")
-    return fits, seconds, quantized
+def _formats(options: CompareOptions) -> Iterator[tuple[str, str | None, str | None]]:
+    """Of each column the format of both sides, and those of weights and activations."""
+    for name in ("scale_rules", "formats", "weight_formats", "activation_formats"):
+        _check_not_empty(name, getattr(options, name))
+    both = dict.fromkeys([*(options.scale_rules or ()), *(options.formats or ())]) or FORMATS
+    if "float" in both:
+        raise ValueError("format float quantizes nothing: name the formats to compare in")
+    if not options.weight_formats and not options.activation_formats:
+        yield from ((name, None, None) for name in both)
+        return
+    sides = options.weight_formats or both, options.activation_formats or both
+    for weight, activation in itertools.product(*sides):
+        yield DEFAULT_FORMAT, weight, activation
 
 
-def _row(
-    cell: Cell,
-    rounding: str,
-    measured: dict[Cell, RowSums],
-    sqnr: dict[Cell, float | None],
-    cluster: np.ndarray,
-) -> dict[str, Any]:
-    """A row of results.json.
-
-    Raises:
-      ValueError: The cell gave NaN or Inf.
-    """
-    kl, nll, float_nll = (
-        sums / TARGETS
-        for sums in (measured[cell].kl, measured[cell].nll, measured[cell].reference_nll)
-    )
-    difference, interval = None, None
-    if cell[0] == BASELINE:
-        difference, interval = 0.0, [0.0, 0.0]
-    elif (baseline := measured.get((BASELINE, cell[1]))) is not None:
-        difference, interval, *_ = estimate({0: kl}, cluster, {0: baseline.kl / TARGETS})
-    row = {
-        "recipe": cell[0],
-        "rounding": rounding,
-        "scale_rule": cell[1],
-        "kl": float(np.mean(kl)),
-        "kl_difference": difference,
-        "kl_difference_ci95": interval,
-        "excess_nll": float(np.mean(nll - float_nll)),
-        "perplexity": float(np.exp(np.mean(nll))),
-        "sqnr_db": sqnr[cell],
-    }
-    if not all(np.isfinite([row["kl"], row["perplexity"], row["sqnr_db"] or 0.0])):
-        raise ValueError(f"{cell[0]} under {cell[1]} gave NaN or Inf: no result is reported")
-    return row
-
-
-def verdict(results: dict[str, Any]) -> str:
-    """One sentence: who is ahead of block_hadamard under each rule, or that no one is.
-
-    Ahead is the least KL, if the 95 % interval of its paired difference lies below zero.
-    """
-    parts = []
-    for rule in results["options"]["scale_rules"]:
-        rows = sorted(
-            (row for row in results["rows"] if row["scale_rule"] == rule),
-            key=lambda row: row["kl"],
+def _seeds(options: CompareOptions) -> tuple[int, ...]:
+    """The seeds that are asked for; a single number in --seeds says how many."""
+    _check_not_empty("seeds", options.seeds)
+    seeds = options.seeds or (options.seed,)
+    if options.seeds and len(seeds) == 1:
+        seeds = tuple(range(seeds[0]))
+    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"--seeds {' '.join(map(str, options.seeds or seeds))} are no seeds: give how many (3) "
+            "or which (0 1 2), each once"
         )
-        first = rows[0]
-        if first["kl_difference"] is None:
-            parts.append(f"under {rule} {first['recipe']} has the least KL ({first['kl']:.4f})")
-            continue
-        # Where the baseline itself leads, the question is whether the second is behind it.
-        lead = rows[1] if first["recipe"] == BASELINE and len(rows) > 1 else first
-        if lead["kl_difference_ci95"] is None:
-            parts.append(f"under {rule} one row gives no interval")
-            continue
-        low, high = lead["kl_difference_ci95"]
-        interval = f"{lead['kl_difference']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}"
-        if low <= 0 <= high:
-            parts.append(
-                f"under {rule} no recipe is shown to be ahead (nearest {lead['recipe']} "
-                f"{interval}, which includes zero)"
-            )
-        elif lead is first:
-            parts.append(f"under {rule} {first['recipe']} is ahead ({interval})")
-        else:
-            parts.append(f"under {rule} {BASELINE} is ahead (next {lead['recipe']} {interval})")
-    given = any(row["kl_difference"] is not None for row in results["rows"])
-    opening = f"In KL against {BASELINE}: " if given else f"Without {BASELINE} to compare with: "
-    return opening + "; ".join(parts) + "."
+    return seeds
 
 
-def _unique(option: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    if not names:
-        raise ValueError(f"--{option} is empty: name at least one")
-    return tuple(dict.fromkeys(names))
+def _check_not_empty(option: str, values: tuple[Any, ...] | None) -> None:
+    if values is not None and not values:
+        raise ValueError(f"--{option.replace('_', '-')} is empty: name at least one")
 
 
-def _channel_maxima(
-    stats: dict[str, Stats], fits: dict[str, dict[str, Fitted]]
-) -> tuple[str, dict[str, Float[np.ndarray, " k"]]]:
-    """Channel maxima over the calibration sample, before and after each fit, at the site with the
-    largest channel maximum / median over channels."""
-    ratio = {
-        (site, layer): float(np.max(maxima) / max(np.median(maxima), np.finfo(np.float32).tiny))
-        for site in stats
-        for layer, maxima in enumerate(np.asarray(stats[site].absmax))
+def _chosen(options: CompareOptions) -> dict[str, Any]:
+    """The options as results.json has them, without places."""
+    fields = dataclasses.asdict(options) | {
+        "recipes": _recipes(options),
+        "seeds": list(_seeds(options)),
+        "calibration_text": name_and_hash(options.calibration_text),
     }
-    site, layer = max(ratio, key=lambda key: ratio[key])
-    sample = stats[site].sample[layer]
-    moved = {"before": sample} | {
-        name: layer_of(fitted[site].transform, layer).activations(sample)
-        for name, fitted in fits.items()
-    }
-    maxima = {name: np.asarray(jnp.max(jnp.abs(x), axis=0)) for name, x in moved.items()}
-    return f"{linear_names(site, layer)[0]} input", maxima
+    for name in ("model", "text", "out", "seed"):  # model and text are named beside the options
+        del fields[name]
+    return fields
 
 
 def run(options: CompareOptions) -> int:
@@ -313,7 +229,7 @@ def run(options: CompareOptions) -> int:
         comparison = compare(options, progress)
     _write(options, comparison)
     _print_table(comparison)
-    print(verdict(comparison.results))
+    print(table.verdict(comparison.results))
     print(f"Written to {options.out}: results.json, timings.json, compare.png")
     return 0
 
@@ -321,7 +237,7 @@ def run(options: CompareOptions) -> int:
 def _write(options: CompareOptions, comparison: Comparison) -> None:
     from duquantpp_jax.analysis import figures
 
-    figure = figures.comparison(comparison.results, comparison.channels, comparison.clusters)
+    figure = figures.comparison(comparison.results, comparison.channels)
     options.out.mkdir(parents=True, exist_ok=True)
     files.write_whole(options.out / "compare.png", figures.picture(figure, "png"))
     files.write_whole(options.out / "timings.json", files.to_json(comparison.timings))
@@ -329,45 +245,33 @@ def _write(options: CompareOptions, comparison: Comparison) -> None:
 
 
 def _print_table(comparison: Comparison) -> None:
-    results, (unit, count) = comparison.results, comparison.clusters
-    seconds = {
-        (one["recipe"], one["scale_rule"]): one["seconds"]
-        for one in comparison.timings["fit_seconds"]
-    }
-    print(
-        f"{results['model']['name']}, {results['targets']:,} targets, float perplexity "
-        f"{results['float_perplexity']:.3f}; weights and activations in 4 bits, "
-        f"{results['options']['rounding']}.\n"
-        f"KL(float || quantized) in nats per token; 95 % intervals of paired differences, "
-        f"clustered by {unit} ({count})."
-    )
+    results = comparison.results
+    print(f"{table.title(results)}; weights rounded by {results['options']['rounding']}.")
+    print(f"{table.legend(results)}.")
     if results["options"]["pad"]:
         print("--pad: inputs that blocks of 32 do not divide are widened with zeros (exact).")
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("recipe", no_wrap=True)
-    table.add_column("scale rule", no_wrap=True)
-    for heading in ("KL", f"KL - {BASELINE}", "excess NLL", "PPL", "SQNR dB", "fit s"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    last_rule = results["options"]["scale_rules"][-1]
-    for row in results["rows"]:
-        table.add_row(
-            row["recipe"],
-            row["scale_rule"],
-            f"{row['kl']:.4f}",
-            _difference(row),
-            f"{row['excess_nll']:.4f}",
-            f"{row['perplexity']:.3f}",
-            "" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}",
-            f"{seconds[row['recipe'], row['scale_rule']]:.1f}",
-            end_section=row["scale_rule"] == last_rule,
+    seconds = {
+        (one["row"], one["column"]): one["fit_seconds"] for one in comparison.timings["entries"]
+    }
+    entries = {(one["row"], one["column"]): one for one in results["entries"]}
+    beside = f"- {results['baseline']}" if results["baseline"] else ""
+    shown = Table(box=box.SIMPLE_HEAD)
+    for heading in ("recipe", "format"):
+        shown.add_column(heading, no_wrap=True)
+    for heading in ("KL", beside, "excess NLL", beside, "PPL", "SQNR dB", "fit s"):
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for row, column in itertools.product(results["rows"], results["columns"]):
+        entry = entries[row, column]
+        shown.add_row(
+            row,
+            column,
+            table.value(entry, "kl"),
+            table.difference(entry, "kl"),
+            table.value(entry, "excess_nll"),
+            table.difference(entry, "excess_nll"),
+            f"{entry['perplexity']['value']:.3f}",
+            f"{entry['sqnr_db']['value']:.2f}",
+            f"{seconds[row, column]:.1f}",
+            end_section=column == results["columns"][-1],
         )
-    Console(width=120).print(table)
-
-
-def _difference(row: dict[str, Any]) -> str:
-    if row["kl_difference"] is None:
-        return ""
-    if row["kl_difference_ci95"] is None:
-        return f"{row['kl_difference']:+.4f}"
-    low, high = row["kl_difference_ci95"]
-    return f"{row['kl_difference']:+.4f} [{low:+.4f}, {high:+.4f}]"
+    Console(width=160).print(shown)

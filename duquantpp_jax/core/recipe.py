@@ -67,7 +67,11 @@ class Fitted:
 
 @runtime_checkable
 class Fit(Protocol):
-    """How the transform of a site is made."""
+    """How the transform of a site is made.
+
+    A fit that draws random numbers, so that another key gives another transform, says so in an
+    attribute `draws`.
+    """
 
     @property
     def needs(self) -> Needs:
@@ -128,6 +132,11 @@ class Recipe:
     def needs(self) -> Needs:
         """What the fit reads besides the token sample and the channel maxima."""
         return self.fit.needs
+
+    @property
+    def draws(self) -> bool:
+        """Whether the fit draws random numbers; a fit that does not say so does not."""
+        return getattr(self.fit, "draws", False)
 
 
 def stack(weights: Sequence[Float[Array, "_ k"]]) -> Float[Array, "n k"]:

@@ -2,6 +2,7 @@
 the numbers come from."""
 
 import importlib.metadata
+import os
 import platform
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -136,15 +137,26 @@ def name_and_hash(path: Path | None) -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and device, for a result to name what it was measured with."""
+    """Versions, device and threads, for a result to name what it was measured with.
+
+    On a CPU XLA splits sums over a pool of threads, one for each core that this process may use
+    unless NPROC or PJRT_NPROC says otherwise, so that numbers depend on `cores` in their last
+    digits. Flags that only write files are left out of `xla_flags`.
+    """
     packages = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes", "tokenizers")
     device = jax.devices()[0]
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
+    flags = os.environ.get("XLA_FLAGS", "").split()
     return {
         "duquantpp_jax": duquantpp_jax.__version__,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
         "device": device.device_kind,
         "platform": device.platform,
+        "devices": jax.device_count(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "threads": os.environ.get("PJRT_NPROC") or os.environ.get("NPROC"),
+        "xla_flags": " ".join(sorted(flag for flag in flags if "dump" not in flag)),
         "machine": platform.machine(),
         "matmul_precision": "float32 (highest)",
     }

@@ -127,7 +127,7 @@ class Bench:
         predictor = dataclasses.replace(predictor, store=cell.store)
         sums = reference.row_sums(predictor)
         if not np.isfinite([np.sum(sums.kl), np.sum(sums.nll), sqnr or 0.0]).all():
-            raise ValueError("gave NaN or Inf: no result is reported")
+            raise ValueError(f"{cell.labels()} gave NaN or Inf: no result is reported")
         return Found(
             kl=sums.kl.astype(np.float32),
             nll=sums.nll.astype(np.float32),
@@ -137,6 +137,19 @@ class Bench:
             sqnr=sqnr,
             seconds={"fit": fit_seconds, "total": time.perf_counter() - began},
         )
+
+    def fitted(self, cell: Cell) -> tuple[dict[str, Fitted], dict[str, Stats]]:
+        """What the cell's recipe fits at every site, and the Stats that it saw; for nothing right
+        after `run` of the cell.
+
+        Raises:
+          ValueError: The cell's linears stay in float.
+        """
+        if (recipe := cell.method()) is None:
+            raise ValueError(f"{cell.labels()} fits nothing: its linears stay in float")
+        model = self._latest("model", _of_model(cell), lambda: _model(cell))
+        fits, _, _, stats = self._fit(cell, recipe, model)
+        return fits, stats
 
     def _fit(
         self, cell: Cell, recipe: Recipe, model: Decoder

@@ -24,7 +24,7 @@ from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.models import Decoder, Store
 from duquantpp_jax.recipes import format_name, recipe
 
-SCHEMA = 1
+SCHEMA = 2
 """Of a cell's configuration and record: results of another schema are measured anew."""
 FLOAT = "float"
 """The format of cells whose linears stay in float."""
@@ -103,6 +103,12 @@ class Cell:
         if weight == activation:
             return weight
         return f"{weight} weights, {activation} activations"
+
+    @property
+    def draws(self) -> bool:
+        """Whether the recipe draws random numbers, so that another seed gives another result."""
+        method = self.method()
+        return method is not None and method.draws
 
     def configuration(self) -> dict[str, Any]:
         """What the result depends on, as JSON: equal for cells of equal results.

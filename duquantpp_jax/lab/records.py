@@ -58,18 +58,19 @@ def _read(path: Path) -> Record | None:
         raise ValueError(f"{path} is not the record of a cell: remove it to run it anew") from None
 
 
-def write(out: Path, cell: Cell, found: Found) -> None:
-    """Records a finished cell.
+def record_of(cell: Cell, found: Found) -> Record:
+    """What is known of a finished cell.
 
-    Sums over rows are written as the shortest digits that give the same float32 numbers.
+    Sums over rows are the shortest digits that give the same float32 numbers.
     """
     kl, nll, float_nll = (
         np.mean(np.asarray(one, np.float64) / TARGETS)
         for one in (found.kl, found.nll, found.float_nll)
     )
-    record = _about(cell) | {
+    return _about(cell) | {
         "metrics": {
             "kl": float(kl),
+            "nll": float(nll),
             "excess_nll": float(nll - float_nll),
             "perplexity": float(np.exp(nll)),
             "float_perplexity": float(np.exp(float_nll)),
@@ -87,7 +88,11 @@ def write(out: Path, cell: Cell, found: Found) -> None:
         "environment": environment(),
         "seconds": {name: round(value, 3) for name, value in found.seconds.items()},
     }
-    files.write_whole(path_of(out, cell), files.to_json(record, indent=None))
+
+
+def write(out: Path, cell: Cell, found: Found) -> None:
+    """Records a finished cell."""
+    files.write_whole(path_of(out, cell), files.to_json(record_of(cell, found), indent=None))
 
 
 def write_error(out: Path, cell: Cell, error: Exception) -> None:
@@ -109,7 +114,12 @@ def forget_failures(out: Path, cells: list[Cell]) -> None:
 def _about(cell: Cell) -> Record:
     return {
         "schema": SCHEMA,
-        "cell": {"recipe": cell.recipe, "format": cell.format_label, "seed": cell.seed},
+        "cell": {
+            "recipe": cell.recipe,
+            "format": cell.format_label,
+            "seed": cell.seed,
+            "draws": cell.draws,
+        },
         "configuration": cell.configuration(),
         "subject": {
             "model": model_name(cell.model),

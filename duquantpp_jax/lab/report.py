@@ -5,8 +5,8 @@ import json
 from typing import Any
 
 from duquantpp_jax.lab import table
+from duquantpp_jax.lab.pivot import COMPARED, Pivot, distinct
 from duquantpp_jax.lab.running import Outcome
-from duquantpp_jax.lab.table import Pivot
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 62em; padding: 0 1em;
@@ -42,6 +42,7 @@ _HEADINGS = (
     "KL",
     "difference",
     "excess NLL",
+    "difference",
     "PPL",
     "SQNR dB",
     "seeds",
@@ -55,7 +56,7 @@ def page(name: str, about: str, pivots: list[Pivot], outcome: Outcome) -> str:
     Args:
       name: Of the grid.
       about: What it asks, as its file says.
-      pivots: Of `table.pivots`.
+      pivots: Of lab/pivot.py.
       outcome: For the configuration of every cell.
     """
     parts = [_section(pivot) for pivot in pivots]
@@ -63,7 +64,7 @@ def page(name: str, about: str, pivots: list[Pivot], outcome: Outcome) -> str:
         {name: record[name] for name in ("cell", "subject", "configuration")}
         for record in outcome.records.values()
     ]
-    environments = table.distinct(one for pivot in pivots for one in pivot["environments"])
+    environments = distinct(one for pivot in pivots for one in pivot["environments"])
     return "".join(
         [
             f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{_text(name)}</title>",
@@ -102,11 +103,21 @@ def _row(pivot: Pivot, entry: dict[str, Any]) -> str:
     cells: list[tuple[Any, str]] = [
         (None, entry["row"]),
         (None, entry["column"]),
-        (entry["kl"], table.kl(entry)),
-        (entry["difference"], table.difference(entry)),
-        (entry["excess_nll"], f"{entry['excess_nll']:.4f}"),
-        (entry["perplexity"], f"{entry['perplexity']:.3f}"),
-        (entry["sqnr_db"], "" if entry["sqnr_db"] is None else f"{entry['sqnr_db']:.2f}"),
+        *(
+            shown
+            for measure in COMPARED
+            for shown in (
+                (entry[measure]["value"], table.value(entry, measure)),
+                (
+                    entry["difference"] and entry["difference"][measure]["value"],
+                    table.difference(entry, measure),
+                ),
+            )
+        ),
+        (entry["perplexity"]["value"], f"{entry['perplexity']['value']:.3f}"),
+        (entry["sqnr_db"]["value"], f"{entry['sqnr_db']['value']:.2f}")
+        if "sqnr_db" in entry
+        else ("", ""),
         (None, ", ".join(map(str, entry["seeds"]))),
         (entry["seconds"], f"{entry['seconds']:.1f}"),
     ]
@@ -126,21 +137,7 @@ def _row(pivot: Pivot, entry: dict[str, Any]) -> str:
 def _figure(pivot: Pivot) -> str:
     from duquantpp_jax.analysis import figures  # matplotlib, which nothing else here needs
 
-    results = {
-        "targets": pivot["targets"],
-        "options": {"recipes": pivot["rows"], "scale_rules": pivot["columns"]},
-        "rows": [
-            {
-                "recipe": entry["row"],
-                "scale_rule": entry["column"],
-                "kl": entry["kl"],
-                "kl_difference": entry["difference"],
-                "kl_difference_ci95": entry["ci95"],
-            }
-            for entry in pivot["entries"]
-        ],
-    }
-    figure = figures.divergences(results, tuple(pivot["clusters"]), pivot["baseline"], "column")
+    figure = figures.divergences(pivot, "column")
     svg = figures.picture(figure, "svg").decode()
     return svg[svg.index("<svg") :]
 

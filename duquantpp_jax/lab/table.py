@@ -1,178 +1,11 @@
-"""Tables from records: a pivot of KL with paired differences to a baseline row.
+"""Pivots in words: tables for a terminal and in Markdown, what differs, and who is ahead."""
 
-A row of text is seen by every cell, so differences are taken row by row. Cells that differ in the
-seed alone are one entry: their mean, with the least and the largest beside it. The 95 % interval of
-a difference is over text, clustered by document, and over seeds (evaluation/intervals.py); what
-Holm's correction over all rows of the column still calls significant at 5 % carries a star.
-
-A pivot is a plain JSON value, small enough to commit; the forms it is shown in are made of it.
-"""
-
-import dataclasses
-from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
 from rich import box
 from rich.table import Table
 
-from duquantpp_jax.evaluation.intervals import clusters, estimate, holm
-from duquantpp_jax.evaluation.rows import TARGETS
-from duquantpp_jax.lab.cells import Cell
-from duquantpp_jax.lab.records import Record
-from duquantpp_jax.lab.running import Outcome
-
-Label = str | Callable[[Cell], str]
-"""A field or property of Cell, or a function of the cell."""
-Pivot = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where cells stand in a table.
-
-    Attributes:
-      rows, columns: What names a cell's row and its column.
-      baseline: The row that the others of a column are compared with.
-    """
-
-    rows: Label = "recipe"
-    columns: Label = "format_label"
-    baseline: str | None = None
-
-    def place(self, cell: Cell) -> tuple[str, str]:
-        """The cell's row and column."""
-        row, column = (
-            str(getattr(cell, label)) if isinstance(label, str) else label(cell)
-            for label in (self.rows, self.columns)
-        )
-        return row, column
-
-
-def pivots(outcome: Outcome, layout: Layout) -> list[Pivot]:
-    """A pivot for each model and evaluation text of the grid.
-
-    Raises:
-      ValueError: Two cells stand in one place and do not differ in the seed; or the baseline is
-        the name of no row.
-    """
-    subjects: dict[tuple[Any, ...], list[Cell]] = {}
-    for cell in [*outcome.records, *outcome.errors]:
-        subjects.setdefault((cell.model, cell.text, cell.tokens), []).append(cell)
-    return [_pivot(cells, outcome, layout) for cells in subjects.values()]
-
-
-def _pivot(cells: list[Cell], outcome: Outcome, layout: Layout) -> Pivot:
-    places: dict[tuple[str, str], dict[int, Cell]] = {}
-    for cell in cells:
-        there = places.setdefault(layout.place(cell), {})
-        if cell.seed in there:
-            raise ValueError(
-                f"two cells stand in row {layout.place(cell)[0]}, column {layout.place(cell)[1]} "
-                "and do not differ in the seed: give ROWS or COLUMNS that tell them apart"
-            )
-        there[cell.seed] = cell
-    rows, columns = (list(dict.fromkeys(place[i] for place in places)) for i in (0, 1))
-    if layout.baseline is not None and layout.baseline not in rows:
-        raise ValueError(
-            f"the baseline {layout.baseline} is no row of the table: choose one of "
-            f"{', '.join(rows)}"
-        )
-    found = {
-        place: records
-        for place, there in places.items()
-        if (records := [outcome.records[c] for c in there.values() if c in outcome.records])
-    }
-    entries = [
-        _entry(place, records, found.get((str(layout.baseline), place[1])), layout.baseline)
-        for place, records in sorted(
-            found.items(), key=lambda item: (columns.index(item[0][1]), rows.index(item[0][0]))
-        )
-    ]
-    for column in columns:
-        _correct([one for one in entries if one["column"] == column])
-    every = [record for records in found.values() for record in records]
-    return {
-        **_subject(every),
-        "rows": rows,
-        "columns": columns,
-        "baseline": layout.baseline,
-        "entries": entries,
-        "failed": [
-            {"row": place[0], "column": place[1], "seed": seed, "error": outcome.errors[cell]}
-            for place, there in places.items()
-            for seed, cell in there.items()
-            if cell in outcome.errors
-        ],
-        "environments": distinct(record["environment"] for record in every),
-    }
-
-
-def _subject(every: list[Record]) -> dict[str, Any]:
-    if not every:
-        return {"model": "", "text": "", "targets": 0, "float_perplexity": None, "clusters": None}
-    first = every[0]
-    unit, numbers = clusters(np.asarray(first["rows"]["document"]))
-    return {
-        "model": first["subject"]["model"],
-        "text": first["subject"]["text"],
-        "targets": first["metrics"]["targets"],
-        "float_perplexity": first["metrics"]["float_perplexity"],
-        "clusters": [unit, len(np.unique(numbers))],
-    }
-
-
-def _entry(
-    place: tuple[str, str],
-    records: list[Record],
-    base: list[Record] | None,
-    baseline: str | None,
-) -> dict[str, Any]:
-    kl = [record["metrics"]["kl"] for record in records]
-    entry = {
-        "row": place[0],
-        "column": place[1],
-        "seeds": [record["cell"]["seed"] for record in records],
-        "kl": float(np.mean(kl)),
-        "kl_range": [min(kl), max(kl)],
-        "difference": None,
-        "ci95": None,
-        "p": None,
-        "significant": None,
-        **{
-            name: None if None in values else float(np.mean(values))
-            for name in ("excess_nll", "perplexity", "sqnr_db")
-            for values in [[record["metrics"][name] for record in records]]
-        },
-        "fit_seconds": min(record["seconds"]["fit"] for record in records),
-        "seconds": sum(record["seconds"]["total"] for record in records),
-    }
-    if base is not None and place[0] != baseline:
-        _, cluster = clusters(np.asarray(records[0]["rows"]["document"]))
-        found = estimate(_by_seed(records), cluster, _by_seed(base))
-        entry |= {"difference": found.mean, "ci95": found.ci95, "p": found.p}
-    return entry
-
-
-def _by_seed(records: list[Record]) -> dict[int, Float[np.ndarray, " rows"]]:
-    """KL of each row of text in nats per token."""
-    return {one["cell"]["seed"]: np.asarray(one["rows"]["kl"]) / TARGETS for one in records}
-
-
-def _correct(column: list[dict[str, Any]]) -> None:
-    judged = [entry for entry in column if entry["p"] is not None]
-    for entry, p in zip(judged, holm([entry["p"] for entry in judged]), strict=True):
-        entry["significant"] = p <= 0.05
-
-
-def distinct(values: Iterable[Any]) -> list[Any]:
-    """The values without repetitions, in their order."""
-    found: list[Any] = []
-    for value in values:
-        if value not in found:
-            found.append(value)
-    return found
+from duquantpp_jax.lab.pivot import COMPARED, Entry, Pivot, distinct
 
 
 def title(pivot: Pivot) -> str:
@@ -180,39 +13,57 @@ def title(pivot: Pivot) -> str:
     if not pivot["entries"]:
         return "no cell is finished"
     return (
-        f"{pivot['model']}, {pivot['text']}, {pivot['targets']:,} targets, float perplexity "
-        f"{pivot['float_perplexity']:.3f}"
+        f"{pivot['model']['name']}, {pivot['text']['name']}, {pivot['targets']:,} targets, "
+        f"float perplexity {pivot['float_perplexity']:.3f}"
     )
 
 
 def legend(pivot: Pivot) -> str:
-    """How to read a table, in one line."""
-    said = "KL(float || quantized) in nats per token, mean over seeds (least-largest)"
-    if pivot["baseline"] is None or pivot["clusters"] is None:
-        return said
-    unit, count = pivot["clusters"]
-    return (
-        f"{said}; paired difference to {pivot['baseline']} with half its 95 % interval, clustered "
-        f"by {unit} ({count}); * significant after Holm's correction over the column"
+    """How to read a table, in one line; where its cells were not measured alike, says so."""
+    said = (
+        "KL(float || quantized) and excess NLL in nats per token, mean over seeds (least-largest)"
     )
+    if pivot["entries"] and pivot["baseline"] is not None:
+        unit, count = pivot["clusters"]["unit"], pivot["clusters"]["count"]
+        sources = {e["difference"]["interval"] for e in pivot["entries"] if e["difference"]}
+        over = "text and, where several were run, seeds" if len(sources) > 1 else "".join(sources)
+        said += (
+            f"; paired difference to {pivot['baseline']} in the same column with half its 95 % "
+            f"interval over {over or 'text'}, clustered by {unit} ({count})"
+        )
+        if pivot["corrected_over"]:
+            said += f"; * significant after Holm's correction over the {pivot['corrected_over']}"
+    return "; ".join([said, *machines(pivot["environments"])])
 
 
-def kl(entry: dict[str, Any]) -> str:
-    """KL of an entry, and the spread of its seeds."""
-    if len(entry["seeds"]) == 1:
-        return f"{entry['kl']:.4f}"
-    return f"{entry['kl']:.4f} ({entry['kl_range'][0]:.4f}-{entry['kl_range'][1]:.4f})"
+def machines(environments: list[dict[str, Any]]) -> list[str]:
+    """What differs between the environments that cells were measured in; nothing if none does."""
+    if len(environments) < 2:
+        return []
+    names = distinct(name for one in environments for name in one)
+    values = {name: distinct(str(one.get(name, "?")) for one in environments) for name in names}
+    differ = [f"{name} {' | '.join(found)}" for name, found in values.items() if len(found) > 1]
+    return [f"cells were measured on {len(environments)} kinds of machines: {', '.join(differ)}"]
 
 
-def difference(entry: dict[str, Any]) -> str:
+def value(entry: Entry, measure: str = "kl") -> str:
+    """A measure of an entry, and the spread of its seeds, or that there is no such spread yet."""
+    mean, spread = entry[measure]["value"], entry[measure].get("range")
+    if len(entry["seeds"]) > 1 and spread:
+        return f"{mean:.4f} ({spread[0]:.4f}-{spread[1]:.4f})"
+    return f"{mean:.4f}" + (" (1 seed)" if entry["draws"] and len(entry["seeds"]) == 1 else "")
+
+
+def difference(entry: Entry, measure: str = "kl") -> str:
     """The paired difference of an entry, with half its interval and its star."""
-    if entry["difference"] is None:
+    found = (entry["difference"] or {}).get(measure)
+    if found is None:
         return ""
-    said = f"{entry['difference']:+.4f}"
-    if entry["ci95"] is not None:
-        low, high = entry["ci95"]
+    said = f"{found['value']:+.4f}"
+    if found["ci95"] is not None:
+        low, high = found["ci95"]
         said += f" ± {(high - low) / 2:.4f}"
-    return said + ("*" if entry["significant"] else "")
+    return said + ("*" if found["significant"] else "")
 
 
 def fit_seconds(pivot: Pivot, row: str) -> str:
@@ -223,31 +74,89 @@ def fit_seconds(pivot: Pivot, row: str) -> str:
     return f"{min(seconds):.1f}" if seconds else ""
 
 
-def terminal(pivot: Pivot) -> Table:
-    """The pivot for a terminal: KL, and the difference below it."""
+def terminal(pivot: Pivot, measure: str = "kl") -> Table:
+    """A measure of the pivot for a terminal, and the difference below it."""
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
+    table.add_column(COMPARED[measure], no_wrap=True)
     for column in pivot["columns"]:
         table.add_column(column, justify="right", no_wrap=True)
     entries = {(one["row"], one["column"]): one for one in pivot["entries"]}
     for row in pivot["rows"]:
         there = [entries.get((row, column)) for column in pivot["columns"]]
-        table.add_row(row, *(f"{kl(e)}\n{difference(e)}".strip() if e else "" for e in there))
+        pairs = [(value(e, measure), difference(e, measure)) if e else ("",) for e in there]
+        table.add_row(row, *("\n".join(pair).strip() for pair in pairs))
     return table
 
 
-def markdown(pivot: Pivot) -> str:
-    """The pivot as a Markdown table: each column's KL and differences side by side, and last
-    `fit_seconds` where a summary has them."""
+def markdown(pivot: Pivot, measure: str = "kl") -> str:
+    """A measure of the pivot as a Markdown table: each column's values and differences side by
+    side, and last `fit_seconds` where a summary has them."""
     beside = f"- {pivot['baseline']}"
     heads = [head for column in pivot["columns"] for head in (column, beside)]
     timed = any("fit_seconds" in one for one in pivot["entries"])
     heads += ["fit, s"] * timed
-    lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(heads)]
+    lines = [
+        f"| {COMPARED[measure]} | " + " | ".join(heads) + " |",
+        "| --- |" + " ---: |" * len(heads),
+    ]
     entries = {(one["row"], one["column"]): one for one in pivot["entries"]}
     for row in pivot["rows"]:
         there = [entries.get((row, column)) for column in pivot["columns"]]
-        cells = [text for e in there for text in ((kl(e), difference(e)) if e else ("", ""))]
+        pairs = [(value(e, measure), difference(e, measure)) if e else ("", "") for e in there]
+        cells = [text for pair in pairs for text in pair]
         cells += [fit_seconds(pivot, row)] * timed
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def verdict(pivot: Pivot) -> str:
+    """One sentence: who is ahead of the baseline in each format, or that no one is.
+
+    Ahead is the least KL whose paired difference is significant after Holm's correction and, where
+    the recipe draws random numbers, accounts for seeds.
+    """
+    parts = []
+    for column in pivot["columns"]:
+        entries = sorted(
+            (entry for entry in pivot["entries"] if entry["column"] == column),
+            key=lambda entry: entry["kl"]["value"],
+        )
+        parts.append(f"under {column} {_leader(entries, pivot['baseline'])}")
+    baseline = pivot["baseline"]
+    opening = f"In KL against {baseline}: " if baseline else "Without a baseline to compare with: "
+    return opening + "; ".join(parts) + "."
+
+
+def _leader(entries: list[Entry], baseline: str | None) -> str:
+    """Who of a column, sorted by KL, is ahead."""
+    first = entries[0]
+    others = [entry for entry in entries if entry["row"] != baseline]
+    if baseline is None or not others:
+        return f"{first['row']} has the least KL ({first['kl']['value']:.4f})"
+    nearest = others[0]
+    if nearest["difference"]["kl"]["ci95"] is None:
+        return "one row gives no interval"
+    if first is not nearest and not _doubt(nearest):
+        return f"{baseline} is ahead (next {_interval(nearest)})"
+    for entry in others:
+        if entry["difference"]["kl"]["value"] < 0 and not _doubt(entry):
+            said = f"{entry['row']} is ahead ({_interval(entry).partition(' ')[2]})"
+            if entry is not first:
+                said += f", and of less KL, but not shown to be, {_interval(first)}{_doubt(first)}"
+            return said
+    return f"no recipe is shown to be ahead (nearest {_interval(nearest)}{_doubt(nearest)})"
+
+
+def _interval(entry: Entry) -> str:
+    found = entry["difference"]["kl"]
+    low, high = found["ci95"]
+    return f"{entry['row']} {found['value']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}"
+
+
+def _doubt(entry: Entry) -> str:
+    """Why a difference shows nothing; empty where it does."""
+    if not entry["difference"]["kl"]["significant"]:
+        return ", not significant among all differences shown"
+    if entry["draws"] and len(entry["seeds"]) == 1:
+        return " over text alone: one seed of a recipe that draws random numbers, give several"
+    return ""

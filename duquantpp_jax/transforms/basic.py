@@ -147,6 +147,11 @@ class FitInTurn:
         """All that any of the fits needs."""
         return functools.reduce(operator.or_, (fit.needs for fit in self.fits), Needs.NOTHING)
 
+    @property
+    def draws(self) -> bool:
+        """Whether any of the fits draws random numbers."""
+        return any(getattr(fit, "draws", False) for fit in self.fits)
+
     def __call__(
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
     ) -> Fitted:

@@ -179,6 +179,7 @@ class FitDuquantpp:
     size: int | None = 32
     seeds: int = 1
     polish: bool = True
+    draws = True
 
     @property
     def needs(self) -> Needs:

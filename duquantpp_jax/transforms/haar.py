@@ -26,6 +26,7 @@ class FitHaar:
 
     size: int | None = 32
     needs = Needs.NOTHING
+    draws = True
 
     def __call__(
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]

@@ -112,6 +112,11 @@ class FitHadamard:
     order: Literal["natural", "sequency"] = "natural"
     needs = Needs.NOTHING
 
+    @property
+    def draws(self) -> bool:
+        """Only signs are random."""
+        return self.random_signs
+
     def __call__(
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
     ) -> Fitted:

@@ -89,6 +89,11 @@ class FitPermutation:
     size: int = 32
     needs = Needs.NOTHING
 
+    @property
+    def draws(self) -> bool:
+        """Only one kind is random."""
+        return self.kind == "random"
+
     def __call__(
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
     ) -> Fitted:

@@ -21,55 +21,43 @@ from duquantpp_jax.analysis.figures.style import (
 
 
 def comparison(
-    results: dict[str, Any],
-    channels: tuple[str, dict[str, Float[np.ndarray, " k"]]],
-    clusters: tuple[str, int],
+    pivot: dict[str, Any], channels: tuple[str, Mapping[str, Float[np.ndarray, " k"]]]
 ) -> Figure:
-    """KL of every recipe and scale rule, and what the recipes do to one site's channels.
+    """KL of every recipe and format, and what the recipes do to one site's channels.
 
-    Left: KL to the float model; the bar is the 95 % interval of the paired difference to
-    block_hadamard under the same rule, drawn around the recipe's KL (block_hadamard has none).
+    Left: KL to the float model; the bar is the 95 % interval of the paired difference to the
+    baseline in the same format, drawn around the recipe's KL (the baseline has none).
     Right: the largest magnitude of each channel before and after, from the largest to the least.
 
     Args:
-      results: The contents of a results.json.
+      pivot: The contents of a results.json of `compare`, or a table of a grid's summary.
       channels: A site's name, and channel maxima under "before" and by recipe.
-      clusters: What intervals are clustered by, and how many clusters there are.
     """
     figure = blank(2, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    _kl(left, results, clusters, "block_hadamard")
+    _kl(left, pivot)
     site, maxima = channels
     _channels(right, maxima, site)
-    for axes, title, across in ((left, "scale rule", 3), (right, "", 2)):
+    for axes, title, across in ((left, "format", 3), (right, "", 2)):
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "columnspacing": 1.0}
         legend(axes, title=title, ncols=across, **below)
     return figure
 
 
-def divergences(
-    results: dict[str, Any],
-    clusters: tuple[str, int],
-    baseline: str | None,
-    title: str = "scale rule",
-    *,
-    columns: Columns = 2,
-) -> Figure:
-    """KL of every recipe and scale rule alone, as in `comparison`; some may be missing.
+def divergences(pivot: dict[str, Any], title: str = "format", *, columns: Columns = 2) -> Figure:
+    """KL of every row and column of a pivot alone, as in `comparison`; some may be missing.
 
     Args:
-      results: As there.
-      clusters: As there.
-      baseline: What the differences are to.
+      pivot: As there.
       title: Of the legend.
 
     Raises:
       ValueError: Another number of columns than 1 or 2.
     """
-    height = 1.2 + 0.28 * len(results["options"]["recipes"])
+    height = 1.2 + 0.28 * len(pivot["rows"])
     figure = blank(columns, height)
     axes = figure.subplots()
-    _kl(axes, results, clusters, baseline)
+    _kl(axes, pivot)
     # Legends are outside the axes: with many columns they would hide what they explain.
     if columns == 1:
         figure.suptitle(axes.get_title(), fontsize=LABEL_SIZE)  # wider than the axes
@@ -102,49 +90,45 @@ def channels(
     return figure
 
 
-def _kl(
-    axes: Any,
-    results: dict[str, Any],
-    clusters: tuple[str, int],
-    baseline: str | None,
-) -> None:
-    names, rules = results["options"]["recipes"], results["options"]["scale_rules"]
-    for number, rule in enumerate(rules):
-        rows = {row["recipe"]: row for row in results["rows"] if row["scale_rule"] == rule}
-        there = [name for name in names if name in rows]
-        kl = np.array([rows[name]["kl"] for name in there])
-        bars = np.array([_interval_around(rows[name]) for name in there]).reshape(-1, 2).T
-        offset = 0.5 * (number / max(len(rules) - 1, 1) - 0.5)
+def _kl(axes: Any, pivot: dict[str, Any]) -> None:
+    names, columns = pivot["rows"], pivot["columns"]
+    offsets = np.linspace(-0.25, 0.25, len(columns)) if len(columns) > 1 else [0.0]
+    for number, (column, offset) in enumerate(zip(columns, offsets, strict=True)):
+        entries = [entry for entry in pivot["entries"] if entry["column"] == column]
+        bars = np.array([_interval_around(entry) for entry in entries]).reshape(-1, 2).T
         axes.errorbar(
-            kl,
-            np.array([names.index(name) for name in there]) + offset,
+            [entry["kl"]["value"] for entry in entries],
+            np.array([names.index(entry["row"]) for entry in entries]) + offset,
             xerr=bars,
             fmt=MARKERS[number % len(MARKERS)],
             color=COLORS[number % len(COLORS)],
             markersize=4,
             capsize=2,
             linewidth=1,
-            label=rule,
+            label=column,
         )
     axes.set_yticks(range(len(names)), names, fontsize=LABEL_SIZE)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(axis="x", linewidth=0.3)
     axes.tick_params(axis="x", labelsize=LABEL_SIZE)
     axes.set_xlabel("KL(float || quantized), nats per token", fontsize=LABEL_SIZE)
-    axes.set_title(
-        f"{results['targets']:,} targets; bars: 95 % interval of the paired\n"
-        f"difference to {baseline}, by {clusters[0]} ({clusters[1]})"
-        if baseline
-        else f"{results['targets']:,} targets",
-        fontsize=LABEL_SIZE,
-    )
+    title = f"{pivot['targets']:,} targets"
+    if pivot["baseline"]:
+        unit, count = pivot["clusters"]["unit"], pivot["clusters"]["count"]
+        title += (
+            f"; bars: 95 % interval of the paired\ndifference to {pivot['baseline']}, "
+            f"by {unit} ({count})"
+        )
+    axes.set_title(title, fontsize=LABEL_SIZE)
 
 
-def _interval_around(row: dict[str, Any]) -> tuple[float, float]:
-    if row["kl_difference_ci95"] is None:
+def _interval_around(entry: dict[str, Any]) -> tuple[float, float]:
+    """How far the interval of a difference in KL reaches below and above it."""
+    found = entry["difference"] and entry["difference"]["kl"]
+    if not found or found["ci95"] is None:
         return 0.0, 0.0
-    low, high = row["kl_difference_ci95"]
-    return row["kl_difference"] - low, high - row["kl_difference"]
+    low, high = found["ci95"]
+    return found["value"] - low, high - found["value"]
 
 
 def _channels(axes: Any, maxima: Mapping[str, Float[np.ndarray, " k"]], title: str) -> None:

@@ -8,35 +8,39 @@ from duquantpp_jax.analysis import figures
 RECIPES, RULES = ("rtn", "block_hadamard"), ("floor", "even", "log256")
 
 
-def _results():
+def _entry(row, column, kl, difference=None, ci95=None):
+    found = None if difference is None else {"kl": {"value": difference, "ci95": ci95}}
+    return {"row": row, "column": column, "kl": {"value": kl}, "difference": found}
+
+
+def _pivot(columns=RULES):
     rng = np.random.default_rng(0)
-    rows = [
-        {
-            "recipe": recipe,
-            "scale_rule": rule,
-            "kl": float(rng.uniform(0.1, 0.2)),
-            "kl_difference": 0.02,
-            "kl_difference_ci95": [0.015, 0.03],
-        }
+    entries = [
+        _entry(recipe, rule, float(rng.uniform(0.1, 0.2)), 0.02, [0.015, 0.03])
+        for rule in columns
         for recipe in RECIPES
-        for rule in RULES
     ]
-    options = {"recipes": list(RECIPES), "scale_rules": list(RULES)}
-    return {"targets": 1022, "rows": rows, "options": options}
+    return {
+        "targets": 1022,
+        "rows": list(RECIPES),
+        "columns": list(columns),
+        "baseline": "block_hadamard",
+        "clusters": {"unit": "row", "count": 2},
+        "entries": entries,
+    }
 
 
 def test_the_comparison_draws_kl_its_intervals_and_the_sorted_channels():
-    results = _results()
+    pivot = _pivot()
     maxima = {"before": np.array([1.0, 8.0, 2.0]), "rtn": np.array([4.0, 1.0, 2.0])}
-    figure = figures.comparison(results, ("a site", maxima), ("row", 2))
+    figure = figures.comparison(pivot, ("a site", maxima))
     left, right = figure.axes
     for rule, container in zip(RULES, left.containers, strict=True):
-        rows = [row for row in results["rows"] if row["scale_rule"] == rule]
+        kl = [entry["kl"]["value"] for entry in pivot["entries"] if entry["column"] == rule]
         points, _, (bars,) = container.lines
-        np.testing.assert_array_equal(points.get_xdata(), [row["kl"] for row in rows])
+        np.testing.assert_array_equal(points.get_xdata(), kl)
         ends = np.array([segment[:, 0] for segment in bars.get_segments()])
-        wanted = [[row["kl"] - 0.005, row["kl"] + 0.01] for row in rows]
-        np.testing.assert_allclose(ends, wanted)
+        np.testing.assert_allclose(ends, [[one - 0.005, one + 0.01] for one in kl])
         assert container.get_label() == rule
     assert [text.get_text() for text in left.get_yticklabels()] == list(RECIPES)
     for (name, values), line in zip(maxima.items(), right.lines, strict=True):
@@ -45,31 +49,32 @@ def test_the_comparison_draws_kl_its_intervals_and_the_sorted_channels():
     assert right.get_title() == "a site"
 
 
+@pytest.mark.parametrize("columns", [RULES[:1], RULES[:2], RULES])
+def test_the_points_of_a_recipe_lie_around_its_name(columns):
+    (axes,) = figures.divergences(_pivot(columns)).axes
+    heights = np.array([container.lines[0].get_ydata() for container in axes.containers])
+    np.testing.assert_allclose(heights.mean(axis=0), range(len(RECIPES)), atol=1e-12)
+    assert np.ptp(heights, axis=0).max() < 0.6
+
+
 def test_without_a_baseline_no_bar_is_drawn():
-    results = _results()
-    for row in results["rows"]:
-        row["kl_difference"] = row["kl_difference_ci95"] = None
-    figure = figures.comparison(results, ("a site", {"before": np.ones(3)}), ("row", 2))
+    pivot = _pivot() | {"baseline": None}
+    for entry in pivot["entries"]:
+        entry["difference"] = None
+    figure = figures.comparison(pivot, ("a site", {"before": np.ones(3)}))
     for container in figure.axes[0].containers:
         _, _, (bars,) = container.lines
         assert all(np.ptp(segment[:, 0]) == 0 for segment in bars.get_segments())
+    assert "difference" not in figure.axes[0].get_title()
 
 
 def test_divergences_are_drawn_where_they_are_and_left_out_where_they_are_not():
-    rows = [
-        {"recipe": r, "scale_rule": s, "kl": kl, "kl_difference": d, "kl_difference_ci95": ci}
-        for r, s, kl, d, ci in (
-            ("a", "floor", 0.2, None, None),
-            ("b", "floor", 0.1, -0.1, [-0.15, -0.05]),
-            ("b", "even", 0.3, None, None),
-        )
+    entries = [
+        _entry("a", "floor", 0.2),
+        _entry("b", "floor", 0.1, -0.1, [-0.15, -0.05]),
+        _entry("b", "even", 0.3),
     ]
-    results = {
-        "targets": 511,
-        "options": {"recipes": ["a", "b"], "scale_rules": ["floor", "even"]},
-        "rows": rows,
-    }
-    figure = figures.divergences(results, ("row", 1), "a", "column")
+    figure = figures.divergences(_pivot(RULES[:2]) | {"entries": entries, "rows": ["a", "b"]})
     (axes,) = figure.axes
     floor, even = (container.lines[0] for container in axes.containers)
     assert floor.get_xdata().tolist() == [0.2, 0.1]
@@ -77,11 +82,11 @@ def test_divergences_are_drawn_where_they_are_and_left_out_where_they_are_not():
     assert [round(y) for y in even.get_ydata()] == [1]
     ends = axes.containers[0].lines[2][0].get_segments()[1]
     assert ends[:, 0].tolist() == pytest.approx([0.05, 0.15])
-    assert "difference to a" in axes.get_title()
+    assert "difference to block_hadamard" in axes.get_title()
 
 
 def test_in_one_column_divergences_are_the_same_numbers_and_the_title_spans_the_page():
-    one, two = (figures.divergences(_results(), ("row", 2), "rtn", columns=c) for c in (1, 2))
+    one, two = (figures.divergences(_pivot(), columns=c) for c in (1, 2))
     for narrow, wide in zip(one.axes[0].containers, two.axes[0].containers, strict=True):
         np.testing.assert_array_equal(narrow.lines[0].get_xdata(), wide.lines[0].get_xdata())
     assert one.get_suptitle() == two.axes[0].get_title()
