@@ -7,6 +7,7 @@ import shutil
 import jax.numpy as jnp
 import pytest
 
+from duquantpp_jax.commands.ablate import AblateOptions, grid
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.formats import MXFP4, NVFP4
 from duquantpp_jax.lab.cells import Cell, canonical
@@ -122,3 +123,19 @@ def test_unknown_names_are_refused_before_anything_runs(cell, says):
 def test_a_missing_text_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read .*nowhere\.txt"):
         _ = Cell("rtn", text=tmp_path / "nowhere.txt").digest
+
+
+@pytest.mark.parametrize(
+    ("options", "labels"),
+    [
+        ({}, ["mxfp4", "even", "float"]),
+        ({"formats": ("nvfp4",), "scale_rules": ("ceil",)}, ["nvfp4", "ceil", "even", "float"]),
+        (
+            {"weight_formats": ("even",), "activation_formats": ("floor",)},
+            ["even weights, floor activations", "even", "float"],
+        ),
+    ],
+)
+def test_formats_as_options_reach_the_cells_that_leave_them_open(options, labels):
+    cells = [Cell("rtn"), Cell("rtn", "even"), Cell("rtn", "float")]
+    assert [cell.format_label for cell in grid(cells, AblateOptions(**options))] == labels
