@@ -84,11 +84,14 @@ def test_the_directory_has_what_the_float_one_has(three_layers, quantized):
     assert not list(quantized.glob("hidden-*"))
 
 
-def test_the_report_has_every_linear(quantized):
+def test_the_report_has_every_linear_and_the_bytes_of_both_models(three_layers, quantized):
     report = json.loads((quantized / "report.json").read_text())
     assert len(report["linears"]) == 3 * 7
     for row in report["linears"]:
         assert set(row) == {"linear", "bytes", "sqnr_db", "weight_error"}
+    for place, said in ((three_layers, "float_bytes"), (quantized, "bytes")):
+        stored = sum(path.stat().st_size for path in place.glob("*.safetensors"))
+        assert report[said] == stored
     kept = sum((quantized / f"layer-0000{n}.safetensors").stat().st_size for n in range(3))
     assert sum(row["bytes"] for row in report["linears"]) < kept
 
