@@ -161,7 +161,10 @@ def test_killed_before_it_drops_old_hidden_states_it_drops_them_later(
         with pytest.raises(Killed):
             quantize(options)
     assert len(list(options.out.glob("hidden-*"))) == 2
+    finished = {path: path.stat().st_ino for path in options.out.glob("layer-*")}
+    assert len(finished) == 2
     quantize(options)
+    assert {path: path.stat().st_ino for path in finished} == finished  # none is done again
     assert contents(options.out) == contents(quantized)
 
 

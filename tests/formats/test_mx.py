@@ -383,3 +383,16 @@ def test_float32_scales_have_no_bytes():
 
     with pytest.raises(ValueError, match="scales of type float32 have no byte"):
         FP32Scale().quantize(jnp.ones((1, 32))).scale_bytes()
+
+
+@pytest.mark.parametrize(
+    ("clip", "byte"), [(2.0, 128), (4.0, 129), (8.0, 129)], ids=["clip 2", "clip 4", "clip 8"]
+)
+def test_of_scales_that_hold_a_block_exactly_mse_takes_the_largest(clip, byte):
+    """4 and 1 are exact under 2^0 and 2^1, 4 and 2 under 2^2 too: whichever is tried first."""
+    x = np.zeros((1, 32), np.float32)
+    x[0, :2] = (4, 1) if clip == 2 else (4, 2)
+    format = MXFP4(scale_rule=ScaleRule.MSE)
+    q = format.quantize(x, clip=jnp.full((1, 1), clip, jnp.float32))
+    np.testing.assert_array_equal(q.dequantize(), x)
+    assert q.scale_bytes().item() == byte

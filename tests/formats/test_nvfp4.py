@@ -186,3 +186,12 @@ def test_clip_shrinks_the_amax_of_blocks_and_not_the_tensor_scale():
     assert float(q.tensor_scale) == float(half.tensor_scale)
     limit, half_limit = np.asarray(q.limit())[0, 0], np.asarray(half.limit())[0, 0]
     assert half_limit == limit / 2
+
+
+def test_a_block_that_six_and_four_hold_alike_takes_six():
+    """The largest number of a tensor is exact as 6 * 256 and as 4 * 384."""
+    x = np.zeros((1, 16), np.float32)
+    x[0, 3] = 1536
+    q = NVFP4(four_over_six=True).quantize(x)
+    np.testing.assert_array_equal(q.dequantize(), x)
+    assert float(q.scales[0, 0]) == 256
