@@ -13,17 +13,18 @@ import numpy as np
 import optax
 
 from duquantpp_jax import files
-from duquantpp_jax.core import Fitted, MXArray, Needs, Recipe, Stats, Weights
+from duquantpp_jax.core import Fitted, MXArray, Recipe, Stats, Weights
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS, Rows
 from duquantpp_jax.evaluation.subject import environment
 from duquantpp_jax.learning.blocks import learn_model_by_blocks
 from duquantpp_jax.learning.model import Learning, at_rates, learn_model
 from duquantpp_jax.learning.moves import PARTS
-from duquantpp_jax.models import SITES, Decoder
+from duquantpp_jax.models import Decoder
 from duquantpp_jax.ptq.asymmetric import quantize_asymmetric
-from duquantpp_jax.ptq.calibration import calibrate
-from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, fit_model, quantize_model
+from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
+from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.rounding.descent import GPTQDescent
 from duquantpp_jax.transforms import storage
@@ -82,8 +83,8 @@ class Bench:
 
     def start(self, name: str, rule: str, seed: int) -> dict[str, BlockAffine]:
         """The transforms of a recipe."""
-        weights = {site: self.model.weights(site) for site in SITES}
-        fits = fit_model(recipe(name, rule), weights, self.stats, jax.random.key(seed))
+        plan = Plan.of(self.model.config, recipe(name, rule), seed=seed)
+        fits = fit_decoder(plan, self.model, self.stats)
         return {
             site: jax.vmap(lambda t, width=width: block_affine(t, width, SIZE))(
                 fits[site].transform
@@ -178,24 +179,17 @@ class Bench:
         self, rounding: str, plain: Recipe, fits: dict[str, Fitted]
     ) -> dict[str, QuantizedSite]:
         """The quantized sites."""
-        weights = {site: self.model.weights(site) for site in SITES}
         if rounding == "rtn":
-            return quantize_model(plain, weights, self.stats, fits)
+            plan = Plan.of(self.model.config, plain, fits=fits)
+            return quantize_decoder(plan, self.model, self.calibration, stats=self.stats)
         one = recipe("rtn", "floor", "gptq").rounding
         if rounding.endswith("descent"):
             one = GPTQDescent()
         chosen = dataclasses.replace(plain, rounding=one)
         if rounding.startswith("asymmetric"):
             return quantize_asymmetric(self.model, chosen, self.calibration, fits)
-        moved = calibrate(
-            self.model,
-            self.calibration,
-            self.widths,
-            needs=Needs.GRAM,
-            fits=fits,
-            format=plain.activation_format,
-        )
-        return quantize_model(chosen, weights, self.stats, fits, moved)
+        plan = Plan.of(self.model.config, chosen, fits=fits)
+        return quantize_decoder(plan, self.model, self.calibration, stats=self.stats)
 
     def measure(self, state: dict[str, QuantizedSite], plain: Recipe, rows: Rows) -> dict:
         """KL and excess NLL in nats a target, row by row and as means."""

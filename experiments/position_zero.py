@@ -24,16 +24,16 @@ Last result (2026-11-25, jax 0.12.0.1, CPU, 8,176 targets, KL in nats per token;
 import argparse
 import dataclasses
 
-import jax
 import numpy as np
 from jaxtyping import Array
 
 from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS
-from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.calibration import calibrate, site_widths
-from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, fit_model, quantize_model
+from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
+from duquantpp_jax.ptq.walk import quantize_decoder
 from duquantpp_jax.recipes import recipe
 
 CASES = (
@@ -60,15 +60,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16 * TARGETS)
     rows = parser.parse_args().tokens // TARGETS
     model = testbed.load()
-    weights = {site: model.weights(site) for site in SITES}
-    stats = calibrate(model, testbed.calibration_rows()[:, :-1], site_widths(model, 32))
+    calibration = testbed.calibration_rows()[:, :-1]
+    stats = calibrate(model, calibration, site_widths(model, 32))
     tokens = testbed.evaluation_rows()[:rows]
     float_model = Reference(Predictor(model), tokens, keep_bytes=2**30)
     for name, seed in CASES:
         for rule in ("floor", "even"):
             one = recipe(name, rule)
-            fits = fit_model(one, weights, stats, jax.random.key(seed))
-            state = quantize_model(one, weights, stats, fits)
+            plan = Plan.of(model.config, one, seed=seed)
+            state = quantize_decoder(plan, model, calibration, stats=stats)
             everywhere, but_zero = (
                 Predictor(model, linear(one.activation_format), state)
                 for linear in (QuantizedLinear, PositionZeroInFloat)

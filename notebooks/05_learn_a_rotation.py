@@ -14,6 +14,8 @@
 # and optax, and then learns rotations through the whole model with the package's loop.
 
 # %%
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,9 +28,10 @@ from duquantpp_jax.evaluation.intervals import estimate
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.learning.model import at_rates, learn_model
 from duquantpp_jax.learning.moves import Moves
-from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.calibration import calibrate, site_widths
-from duquantpp_jax.ptq.site import QuantizedLinear, fit_model, layer_of, quantize_model
+from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.site import layer_of
+from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.block import BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard
@@ -193,9 +196,8 @@ print(f"{'q, k, v of layer 1':18s} held out {found[0]:.5f} -> {found[-1]:.5f}")
 # learn, which need not stay orthogonal. Both start from Hadamard.
 
 # %%
-floor = recipe("block_hadamard", "floor")
-weights = {site: model.weights(site) for site in SITES}
-fits = {"block Hadamard": fit_model(floor, weights, stats, jax.random.key(0))}
+plan = Plan.of(model.config, recipe("block_hadamard", "floor"))
+fits = {"block Hadamard": fit_decoder(plan, model, stats)}
 starts = {
     site: jax.vmap(lambda fit, width=widths[site]: block_affine(fit.transform, width, 32))(fitted)
     for site, fitted in fits["block Hadamard"].items()
@@ -231,8 +233,9 @@ figures.training(10 * np.arange(5), histories, title="the whole model: KL on hel
 reference = Reference(Predictor(model), testbed.evaluation_rows()[:8], keep_bytes=2**30)
 kl = {}
 for name, fitted in fits.items():
-    state = quantize_model(floor, weights, stats, fitted)
-    kl[name] = reference.row_sums(Predictor(model, QuantizedLinear(format), state)).kl / 511
+    given = dataclasses.replace(plan, fits=fitted)
+    state = quantize_decoder(given, model, testbed.calibration_rows()[:16, :-1], stats=stats)
+    kl[name] = reference.row_sums(Predictor(model, plan.linear, state)).kl / 511
     mean, (low, high), *_ = estimate({0: kl[name] - kl["block Hadamard"]}, np.arange(8))
     print(f"{name:18s} KL {kl[name].mean():.4f}   {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
 

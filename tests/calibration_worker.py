@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from duquantpp_jax.core import Needs
-from duquantpp_jax.ptq.calibration import calibrate, rows_mesh, site_widths
+from duquantpp_jax.ptq.calibration import calibrate, site_widths
 from tests.conftest import tiny_decoder
 
 
@@ -22,14 +22,12 @@ def main() -> None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{port}", processes, process)
     model = tiny_decoder()
-    tokens = np.random.default_rng(0).integers(0, 257, (20, 24), np.int32)
+    tokens = np.random.default_rng(0).integers(0, 257, (36, 24), np.int32)
     stats = calibrate(
         model,
         tokens,
         site_widths(model, 32),
         needs=Needs.GRAM | Needs.POSITIONS,
-        batch_rows=8,  # the last batch of 4 is one that 8 devices do not divide
-        mesh=rows_mesh() if jax.device_count() > 1 else None,
     )
     np.savez(file, devices=jax.device_count(), **flat(stats))
 

@@ -31,7 +31,7 @@ from duquantpp_jax.evaluation.subject import (
     text_rows,
 )
 from duquantpp_jax.models import SITES, Decoder, Linear, linear_names
-from duquantpp_jax.ptq.site import QuantizedSite, widen
+from duquantpp_jax.ptq.site import QuantizedSite, pad_channels
 from duquantpp_jax.ptq.walk import State
 
 BATCH_ROWS = 4
@@ -181,7 +181,7 @@ def _named(at: tuple[int, str], pattern: str) -> bool:
 def _seeing(linear: Linear, look: Callable[[str, Array], Any], state: State | None) -> Linear:
     """The linear, giving out what `look` finds in its input, and in that moved by a transform.
 
-    Layers give out arrays of one shape: where a site is widened in some, what is moved has that
+    Layers give out arrays of one shape: where a site is padded in some, what is moved has that
     width in all, also in those that are left in float.
     """
     runs = (state,) if isinstance(state, dict) else state or ()
@@ -194,8 +194,8 @@ def _seeing(linear: Linear, look: Callable[[str, Array], Any], state: State | No
         seen = {"input": look(site, x)}
         if isinstance(state, QuantizedSite):
             widths = [w.shape[-1] for w in state.weights if isinstance(w, MXArray)]
-            moved = state.transform.activations(widen(x, widths[0])) if widths else x
-            seen["moved"] = look(site, widen(moved, widest(site)))
+            moved = state.transform.activations(pad_channels(x, widths[0])) if widths else x
+            seen["moved"] = look(site, pad_channels(moved, widest(site)))
         return ys, seen
 
     return seeing

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from duquantpp_jax.models import SITES, DecoderConfig
-from duquantpp_jax.ptq.walk import Plan
+from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.recipes import recipe
 
 SCHEMA = 2

@@ -25,8 +25,9 @@ from duquantpp_jax.checkpoints.shards import one_line
 from duquantpp_jax.core import Fitted, MXArray
 from duquantpp_jax.formats.storage import from_tensors, to_tensors
 from duquantpp_jax.models import SITE_WEIGHTS, SITES
+from duquantpp_jax.ptq.calibration import Parameters
 from duquantpp_jax.ptq.site import QuantizedSite
-from duquantpp_jax.ptq.walk import Parameters, QuantizedLayer
+from duquantpp_jax.ptq.walk import QuantizedLayer
 from duquantpp_jax.transforms.storage import from_arrays, to_arrays
 
 _ABOUT = "duquantpp_jax"
@@ -105,7 +106,7 @@ def layer_tensors(
                 tensors |= own
             else:
                 tensors[names[name]] = np.asarray(parameters[name])
-    about = {"layer": number, "arrays": arrays, "sites": structures, "report": layer.report}
+    about = {"layer": number, "arrays": arrays, "sites": structures}
     return tensors, about
 
 

@@ -30,7 +30,10 @@ from duquantpp_jax.checkpoints.layer import layer_tensors, read_about, write_ten
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.shards import INDEX, SINGLE, read_json
 from duquantpp_jax.models import SITES
-from duquantpp_jax.ptq.walk import BATCH_ROWS, Plan, quantize_layer
+from duquantpp_jax.ptq.calibration import BATCH_ROWS
+from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.report import report_layer
+from duquantpp_jax.ptq.walk import quantize_layer
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done, steps in all."""
@@ -91,6 +94,7 @@ def write_layers(
         )
         names = {inside: name for name, inside in checkpoint.layer_tensors(number).items()}
         tensors, about = layer_tensors(number, parameters, names, layer)
+        about |= {"report": report_layer(plan, number, layer)}
         about = {"schema": SCHEMA, "job": job.to_dict(), **about}
         write_tensors(out / layer_file(number), tensors, about)
         if number + 1 < count:
@@ -124,8 +128,8 @@ def _resume(out: Path, count: int) -> tuple[int, Float32[np.ndarray, "rows lengt
 
 def steps_of_layer(plan: Plan, rows: int) -> int:
     """How often `quantize_layer` reports progress, at most."""
-    needs = any(bool(recipe.rounding.needs) for recipe in plan.recipes.values())
-    passes = 1 + needs + plan.sequential
+    twice = any(plan.rounding_needs(number) for number in range(plan.config.num_hidden_layers))
+    passes = 1 + twice + plan.sequential
     return passes * -(-rows // BATCH_ROWS) + 2 * len(SITES)
 
 

@@ -54,7 +54,7 @@ def to_blocks(x: Array | np.ndarray, block_size: int) -> Float32[Array, "*blocks
             f"pad to {-(-width // block_size) * block_size} or choose another block"
         )
     blocks = (*x.shape[:-1], width // block_size, block_size)
-    return widen(jnp.asarray(x)).reshape(blocks)
+    return to_float32(jnp.asarray(x)).reshape(blocks)
 
 
 def from_blocks(blocks: Array) -> Array:
@@ -63,7 +63,7 @@ def from_blocks(blocks: Array) -> Array:
     return blocks.reshape(*batch, count * size)
 
 
-def widen(x: Array) -> Float32[Array, "*shape"]:
+def to_float32(x: Array) -> Float32[Array, "*shape"]:
     """x in float32, exact also where it is subnormal in its own type."""
     if x.dtype == jnp.float32:
         return x

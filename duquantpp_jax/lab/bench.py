@@ -18,49 +18,46 @@ import numpy as np
 from jaxtyping import Float32, Integer
 
 from duquantpp_jax.checkpoints import load, testbed
-from duquantpp_jax.core import Fitted, Needs, Recipe, Stats
+from duquantpp_jax.core import Fitted, Needs, Stats
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS, Rows
 from duquantpp_jax.evaluation.sqnr import mean_sqnr
 from duquantpp_jax.evaluation.subject import check_texts, load_rows
 from duquantpp_jax.lab.cells import Cell
-from duquantpp_jax.models import SITES, Decoder
-from duquantpp_jax.ptq.calibration import calibrate, site_widths
-from duquantpp_jax.ptq.site import QuantizedLinear, fit_model, quantize_model
+from duquantpp_jax.models import Decoder
+from duquantpp_jax.ptq.calibration import calibrate
+from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder
 
 CACHE_BYTES = 2 << 30
 """Default bound on log-probabilities kept, on each device that computes."""
 
 
-def fit(
-    recipe: Recipe, model: Decoder, stats: Mapping[str, Stats], seed: int
-) -> tuple[dict[str, Fitted], float]:
-    """What the recipe fits at every site, and in how many seconds."""
+def fit(plan: Plan, model: Decoder, stats: Mapping[str, Stats]) -> tuple[dict[str, Fitted], float]:
+    """What the plan's recipes fit at every site, and in how many seconds."""
     began = time.perf_counter()
-    weights = {site: model.weights(site) for site in SITES}
-    fits = jax.block_until_ready(fit_model(recipe, weights, stats, jax.random.key(seed)))
+    fits = jax.block_until_ready(fit_decoder(plan, model, stats))
     return fits, time.perf_counter() - began
 
 
 def quantize(
-    recipe: Recipe,
+    plan: Plan,
     model: Decoder,
     rows: Integer[np.ndarray, "rows length"],
     stats: Mapping[str, Stats],
     fits: Mapping[str, Fitted],
 ) -> Predictor:
-    """Moves and rounds every site; with a second calibration where the rounding needs one.
+    """Moves and rounds every site, as `duquantpp quantize` does.
 
     Args:
-      rows: Of the calibration, its inputs.
+      plan: What is done.
+      model: The float model.
+      rows: Inputs of the calibration.
+      stats: Of these inputs, stacked over layers.
+      fits: As `fit` gives them.
     """
-    moved, format = None, recipe.activation_format
-    if needs := recipe.rounding.needs:
-        widths = {site: one.absmax.shape[-1] for site, one in stats.items()}
-        moved = calibrate(model, rows, widths, needs=needs, fits=fits, format=format)
-    weights = {site: model.weights(site) for site in SITES}
-    state = quantize_model(recipe, weights, stats, fits, moved)
-    return Predictor(model, QuantizedLinear(format), state)
+    plan = dataclasses.replace(plan, fits=fits)
+    return Predictor(model, plan.linear, quantize_decoder(plan, model, rows, stats=stats))
 
 
 class Found(NamedTuple):
@@ -121,8 +118,9 @@ class Bench:
         )
         predictor, fit_seconds, sqnr = Predictor(model), 0.0, None
         if recipe := cell.method():
-            fits, fit_seconds, calibration, stats = self._fit(cell, recipe, model)
-            predictor = quantize(recipe, model, calibration, stats, fits)
+            plan = Plan.of(model.config, recipe, pad=cell.pad, seed=cell.seed)
+            fits, fit_seconds, calibration, stats = self._fit(cell, plan, model)
+            predictor = quantize(plan, model, calibration, stats, fits)
             sqnr = mean_sqnr(predictor, rows.tokens[: reference.batch_rows])
         predictor = dataclasses.replace(predictor, store=cell.store)
         sums = reference.row_sums(predictor)
@@ -152,15 +150,14 @@ class Bench:
         return fits, stats
 
     def _fit(
-        self, cell: Cell, recipe: Recipe, model: Decoder
+        self, cell: Cell, plan: Plan, model: Decoder
     ) -> tuple[dict[str, Fitted], float, np.ndarray, dict[str, Stats]]:
         """The fit, its seconds, and the calibration inputs and Stats that it saw."""
-        block = max(recipe.weight_format.block_size, recipe.activation_format.block_size)
         rows = self._latest("calibration", _of_calibration(cell), lambda: _calibration(cell))
-        inputs = (_of_model(cell), _of_calibration(cell), block, cell.pad)
+        widths, recipe = plan.widths(0), plan.recipes["mlp_in"]
+        inputs = (_of_model(cell), _of_calibration(cell), tuple(widths.items()))
         stats = self._latest("stats", inputs, dict)
         if recipe.needs not in stats:
-            widths = site_widths(model, block, pad=cell.pad)
             stats[recipe.needs] = calibrate(model, rows, widths, needs=recipe.needs)
         # A fit that does not look at the formats is the same under every rule.
         formats = (recipe.weight_format, recipe.activation_format)
@@ -168,7 +165,7 @@ class Bench:
         fits, seconds = self._latest(
             "fit",
             (inputs, recipe.fit, cell.seed, seen),
-            lambda: fit(recipe, model, stats[recipe.needs], cell.seed),
+            lambda: fit(plan, model, stats[recipe.needs]),
         )
         return fits, seconds, rows, stats[recipe.needs]
 

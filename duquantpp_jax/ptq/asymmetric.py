@@ -29,9 +29,9 @@ from duquantpp_jax.ptq.site import (
     QuantizedLinear,
     QuantizedSite,
     layer_of,
+    pad_channels,
     quantize_input,
     quantize_linear,
-    widen,
 )
 from duquantpp_jax.rounding.gptq import damped
 
@@ -130,7 +130,7 @@ def _regress(weights: Any, fitted: Fitted, gram: Array, cross: Any, damping: Arr
     back = transform.inverse()
     return tuple(
         back.weights(
-            transform.weights(widen(w, gram.shape[0]))
+            transform.weights(pad_channels(w, gram.shape[0]))
             + jax.scipy.linalg.solve(h, c.T, assume_a="pos").T
         )
         for w, c in zip(weights, cross, strict=True)
@@ -163,7 +163,7 @@ def _moments(
         ys, _ = dense(name, x, weights, None)
         ys = tuple(jnp.where(done, a, b) for a, b in zip(rounded, ys, strict=True))
         wide = jax.tree.leaves(fitted.transform)[-1].shape
-        x = quantize_input(widen(x, wide[0] * wide[1]), fitted, format)
+        x = quantize_input(pad_channels(x, wide[0] * wide[1]), fitted, format)
         return ys, (x if name == site else None, ys[0] if name in WRITERS else None)
 
     both = {name: (states[name], done[name], fits[name]) for name in SITES}
@@ -184,7 +184,7 @@ def _moments(
         drifted = drift * drifted.reshape(-1, drifted.shape[-1])
 
     def cross(w: Array) -> Array:
-        moved = fitted.transform.weights(widen(w, x_hat.shape[-1]))
+        moved = fitted.transform.weights(pad_channels(w, x_hat.shape[-1]))
         d = _mm(x, w.T) - _mm(x_hat, moved.T) + drifted
         return _mm(d.T, x_hat)
 

@@ -1,11 +1,18 @@
 """Calibration: Stats of every linear input of a model, as a fold over batches of rows.
 
-The model runs in float; the `linear` it calls computes what the float linear does and folds its
-input into the site's Stats on the way.
+    x = what the float layer gives the linears of a site, for a batch of rows
+    stats = stats.update(x)                                    the first pass
+    stats = stats.update(Q(transform.activations(x)))          the second: what the quantized
+                                                               linear will see
+
+One compiled program runs a layer and returns the inputs of its sites, whatever is kept of them;
+another folds the input of one site into its Stats. So what is kept of an input never changes its
+bits. Several devices share the rows of a batch; the sums are then added in another order.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,23 +23,30 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int, Integer
 
 from duquantpp_jax.core import Fitted, Format, Needs, Stats
-from duquantpp_jax.models import SITES, Decoder, DecoderConfig, Linear, dense, linear_names
+from duquantpp_jax.models import SITES, Decoder, DecoderConfig, dense, linear_names
 from duquantpp_jax.models.layers import layer, window
-from duquantpp_jax.ptq.site import quantize_input, widen
+from duquantpp_jax.ptq.site import pad_channels, quantize_input
 
 SAMPLE_LIMIT = 2048
 """Most tokens of a site that are kept as they are."""
 
-Formats = tuple[tuple[str, Format], ...]
-"""The activation format of each site: hashable, for it is static under jit."""
+BATCH_ROWS = 4
+"""Rows that a device runs at once: their attention takes less than the weights of a large layer."""
+
+Parameters = Mapping[str, Float[Array | np.ndarray, "..."]]
+"""The parameters of one layer, by name inside it."""
+
+Hidden = Float32[np.ndarray, "rows length k"]
+"""Hidden states of all calibration rows between two layers, in the memory of the host."""
 
 
 def site_widths(model: Decoder, block_size: int, *, pad: bool = False) -> dict[str, int]:
-    """Width of every site, each a multiple of the block.
+    """Input width of every site, each a multiple of the block.
 
     Args:
+      model: The float model.
       block_size: Of the format.
-      pad: Widen other widths to the next multiple (with zeros, later, which is exact).
+      pad: Round other widths up to the next multiple (zeros are appended later, which is exact).
 
     Raises:
       ValueError: A width is not a multiple and `pad` was not asked for; names the linear.
@@ -46,37 +60,18 @@ def site_widths(model: Decoder, block_size: int, *, pad: bool = False) -> dict[s
 
 
 def padded_width(name: str, width: int, block_size: int, *, pad: bool) -> int:
-    """The width itself where blocks divide it, or, with `pad`, the next one that they do.
+    """The width itself if blocks divide it; with `pad`, the next multiple of the block.
 
     Raises:
-      ValueError: They do not, and `pad` was not asked for; names the linear.
+      ValueError: Blocks do not divide it, and `pad` was not asked for; names the linear.
     """
-    widened = -(-width // block_size) * block_size
-    if widened != width and not pad:
+    padded = -(-width // block_size) * block_size
+    if padded != width and not pad:
         raise ValueError(
             f"{name} has input width {width}, which is not a multiple of "
-            f"block {block_size}: give --pad to widen it to {widened} with zeros (exact)"
+            f"block {block_size}: give --pad to widen it to {padded} with zeros (exact)"
         )
-    return widened
-
-
-def rows_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """Devices in a line, over which the rows of a batch are spread; all there are if not given.
-
-    Under jax.distributed these are the devices of all processes, each of which calls `calibrate`
-    with the same arguments and gets the same Stats.
-    """
-    return Mesh(np.array(jax.devices() if devices is None else devices), ("rows",))
-
-
-def empty_stats(
-    widths: Mapping[str, int], rows: int, length: int, needs: Needs, sample_limit: int
-) -> dict[str, Stats]:
-    """Stats of no token yet, for every site."""
-    return {
-        site: Stats.init(width, rows, length, sample_limit=sample_limit, needs=needs)
-        for site, width in widths.items()
-    }
+    return padded
 
 
 def calibrate(
@@ -85,163 +80,217 @@ def calibrate(
     widths: Mapping[str, int],
     *,
     needs: Needs = Needs.NOTHING,
-    batch_rows: int = 16,
     sample_limit: int = SAMPLE_LIMIT,
-    fits: Mapping[str, Fitted] | None = None,
-    format: Format | None = None,
-    mesh: Mesh | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Stats]:
     """Stats of the float model's inputs at every site, stacked over layers.
 
-    With `fits` and `format` it is the second pass that roundings such as GPTQ need: Stats of what
-    the quantized linear will see, the float model's input moved and quantized.
+    `calibrate_layer` on one layer after another: the same bits as the walk finds.
 
     Args:
       model: The float model.
       rows: Token ids; every position is an input.
       widths: Of every site, as `site_widths` gives them.
       needs: What to keep besides a sample and the maxima; see `Stats.init`.
-      batch_rows: Rows that run at once; bounds memory, does not change the result beyond the
-        order of float additions.
       sample_limit: Most tokens of each site kept as they are: every stride-th, so that memory
         does not grow with the calibration set.
-      fits: What moves the inputs of each site, stacked over layers.
-      format: Of the moved activations.
-      mesh: Devices over which the rows of each batch are spread (`rows_mesh`); the model is on
-        each. A batch that they do not divide runs on every device whole. The result is that of one
-        device but for the order of float additions.
-      progress: Called after each batch.
+      progress: Called after each layer.
     """
-    count, length = rows.shape
-    layers = model.config.num_hidden_layers
-    stats = jax.tree.map(
-        lambda leaf: jnp.broadcast_to(leaf, (layers, *leaf.shape)),
-        empty_stats(widths, count, length, needs, sample_limit),
-    )
-    formats = None if format is None else tuple((site, format) for site in widths)
-    if mesh is not None:
-        model, stats, fits = (_spread(tree, mesh, P()) for tree in (model, stats, fits))
-    for first in range(0, count, batch_rows):
-        batch = rows[first : first + batch_rows]
-        if mesh is not None:
-            whole = len(batch) % mesh.size
-            batch = _spread(batch, mesh, P() if whole else P("rows"))
-        else:
-            batch = jnp.asarray(batch)
-        stats = _fold(
-            model, batch, stats, np.int32(first * length), fits, formats=formats, mesh=mesh
+    hidden = embed(model, rows)
+    layers = []
+    for number, parameters in enumerate(layers_of(model)):
+        layers.append(
+            calibrate_layer(
+                model.config,
+                number,
+                parameters,
+                hidden,
+                widths,
+                needs,
+                sample_limit=sample_limit,
+                after=hidden,
+            )
         )
         progress()
-    return stats
+    return {
+        site: jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *(stats.pop(site) for stats in layers)
+        )
+        for site in widths
+    }
 
 
-@functools.partial(jax.jit, donate_argnames="stats", static_argnames=("formats", "mesh"))
-def _fold(
-    model: Decoder,
-    batch: Integer[Array, "rows length"],
-    stats: dict[str, Stats],
-    first: Int[Array, ""] | np.int32,
-    fits: Mapping[str, Fitted] | None,
-    *,
-    formats: Formats | None,
-    mesh: Mesh | None,
-) -> dict[str, Stats]:
-    state = {site: (stats[site], fits[site] if fits else None) for site in stats}
-    _, folded = model(batch, _folding(jnp.asarray(first), formats), state)
-    if mesh is not None:
-        folded = jax.lax.with_sharding_constraint(folded, NamedSharding(mesh, P()))
-    return folded
+def embed(model: Decoder, rows: Integer[np.ndarray, "rows length"]) -> Hidden:
+    """The hidden states that the first layer reads, in a new array.
+
+    Raises:
+      ValueError: The model does not compute in float32, as the walk does.
+    """
+    if model.dtype != jnp.float32:
+        raise ValueError(f"a model is quantized in float32, not in {model.dtype}: load it so")
+    return np.array(model.embedding[...])[rows]
+
+
+def layers_of(model: Decoder) -> Iterator[dict[str, Float32[Array, "..."]]]:
+    """The parameters of each layer, by name inside it."""
+    for number in range(model.config.num_hidden_layers):
+        yield {name: array[...][number] for name, array in model.layers.items()}
 
 
 def calibrate_layer(
     config: DecoderConfig,
     number: int,
-    parameters: Mapping[str, Float[Array, "..."]],
-    hidden: Float32[np.ndarray, "rows length k"],
-    stats: dict[str, Stats],
+    parameters: Parameters,
+    hidden: Hidden,
+    widths: Mapping[str, int],
+    needs: Needs,
     *,
+    sample_limit: int = SAMPLE_LIMIT,
     fits: Mapping[str, Fitted] | None = None,
-    formats: Formats | None = None,
-    batch_rows: int = 4,
-    after: Float32[np.ndarray, "rows length k"] | None = None,
+    formats: Mapping[str, Format] | None = None,
+    after: Hidden | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Stats]:
-    """`calibrate` for one layer of a model that need not be in memory.
+    """Stats of the inputs of one layer.
+
+    With `fits` and `formats` they are those of the second pass, which roundings such as GPTQ need:
+    Stats of what the quantized linears will see, the float layer's inputs moved and quantized.
 
     Args:
       config: Of the model.
       number: Of the layer.
-      parameters: Of the layer, by name inside it.
-      hidden: What the layer is given for every row.
-      stats: Of the sites wanted, of no token yet.
-      fits, formats: For the second pass; sites without a fit keep what their linears see.
-      batch_rows: As in `calibrate`.
-      after: Is filled with what the layer gives, if given; may be `hidden` itself.
+      parameters: Of the layer, in any float type.
+      hidden: Input hidden states.
+      widths: Of the sites that are calibrated.
+      needs, sample_limit: As for `calibrate`.
+      fits: What moves the input of each site, for the second pass.
+      formats: Of the moved input of each site.
+      after: Overwritten with the layer's output; may be `hidden` itself.
       progress: Called after each batch.
     """
     rows, length, _ = hidden.shape
-    for first in range(0, rows, batch_rows):
-        x = jnp.asarray(hidden[first : first + batch_rows])
-        y, stats = _fold_layer(
-            x,
+    mesh = all_devices()
+    stats = {
+        site: Stats.init(width, rows, length, sample_limit=sample_limit, needs=needs)
+        for site, width in widths.items()
+    }
+    if mesh is not None:
+        parameters, stats, fits = (spread(tree, mesh, P()) for tree in (parameters, stats, fits))
+    for batch in batches(rows, mesh):
+        y, inputs = _run_layer(
+            on_devices(hidden[batch], mesh),
             parameters,
             window(config, number),
-            stats,
-            np.int32(first * length),
-            fits,
             config=config,
-            formats=formats,
+            mesh=mesh,
         )
+        for site in stats:
+            stats[site] = _fold(
+                stats[site],
+                inputs[site],
+                np.int32(batch.start * length),
+                fits[site] if fits else None,
+                format=formats[site] if formats else None,
+                mesh=mesh,
+            )
+        jax.block_until_ready(y)  # batches that wait in a queue would all be in memory
         if after is not None:
-            after[first : first + batch_rows] = np.asarray(y)
+            after[batch] = np.asarray(y)
         progress()
-    return stats
+    return stats if mesh is None else jax.tree.map(lambda leaf: leaf.addressable_data(0), stats)
 
 
-@functools.partial(jax.jit, donate_argnames="stats", static_argnames=("config", "formats"))
-def _fold_layer(
+def keep(stats: Stats, needs: Needs) -> Stats:
+    """The Stats as they would be if only `needs` had been asked for."""
+    return dataclasses.replace(
+        stats,
+        gram=stats.gram if Needs.GRAM in needs else None,
+        position_sum=stats.position_sum if Needs.POSITIONS in needs else None,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+def _run_layer(
     x: Float32[Array, "rows length k"],
     parameters: Mapping[str, Float[Array, "..."]],
     window: Int[Array, ""] | None,
-    stats: dict[str, Stats],
-    first: Int[Array, ""] | np.int32,
-    fits: Mapping[str, Fitted] | None,
     *,
     config: DecoderConfig,
-    formats: Formats | None,
-) -> tuple[Float32[Array, "rows length k"], dict[str, Stats]]:
-    state = dict.fromkeys(SITES) | {
-        site: (stats[site], fits[site] if fits else None) for site in stats
-    }
-    y, folded = layer(config, x, parameters, window, _folding(jnp.asarray(first), formats), state)
-    return y, {site: folded[site] for site in stats}
+    mesh: Mesh | None,
+) -> tuple[Float32[Array, "rows length k"], dict[str, Array]]:
+    """The output of a float layer, and the input of each of its sites."""
+
+    def linear(site: str, x: Array, weights: tuple[Array, ...], state: None) -> tuple[Any, Array]:
+        return dense(site, x, weights, None)[0], x
+
+    y, inputs = layer(config, x, parameters, window, linear, dict.fromkeys(SITES))
+    return replicated(y, mesh), inputs
 
 
-def _folding(first: Int[Array, ""], formats: Formats | None) -> Linear:
-    """The float linear, which folds its input into the Stats of its site on the way."""
+@functools.partial(jax.jit, donate_argnames="stats", static_argnames=("format", "mesh"))
+def _fold(
+    stats: Stats,
+    x: Float[Array, "rows length k"],
+    first: Int[Array, ""] | np.int32,
+    fitted: Fitted | None,
+    *,
+    format: Format | None,
+    mesh: Mesh | None,
+) -> Stats:
+    """Folds the input of one site into its Stats, moved and quantized if there is a fit.
 
-    def linear(
-        site: str, x: Array, weights: tuple[Array, ...], state: tuple[Stats, Fitted | None] | None
-    ) -> tuple[tuple[Array, ...], Stats | None]:
-        ys, _ = dense(site, x, weights, None)
-        if state is None:
-            return ys, None
-        stats, fitted = state
-        x = widen(x, stats.absmax.shape[-1])
-        if fitted is not None and formats is not None:
-            x = quantize_input(x, fitted, dict(formats)[site])
-        return ys, stats.update(x, first)
-
-    return linear
+    A format whose scale spans a tensor sees BATCH_ROWS rows at a time, on any number of devices.
+    """
+    x = pad_channels(x, stats.absmax.shape[-1])
+    if fitted is not None and format is not None:
+        groups = x.reshape(max(1, x.shape[0] // BATCH_ROWS), -1, *x.shape[1:])
+        x = jax.vmap(lambda group: quantize_input(group, fitted, format))(groups).reshape(x.shape)
+    return replicated(stats.update(x, jnp.asarray(first)), mesh)
 
 
-def _spread(tree: Any, mesh: Mesh, spec: P) -> Any:
-    """A pytree that every process holds whole, laid over the devices of all of them."""
+def rows_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """Devices in a line, over which the rows of a batch are spread; all there are if not given.
+
+    Under jax.distributed these are the devices of all processes, each of which does the same with
+    the same arguments and gets the same result.
+    """
+    return Mesh(np.array(jax.devices() if devices is None else devices), ("rows",))
+
+
+def all_devices() -> Mesh | None:
+    """The mesh of all devices; None where there is a single device."""
+    return rows_mesh() if jax.device_count() > 1 else None
+
+
+def batches(rows: int, mesh: Mesh | None) -> Iterator[slice]:
+    """BATCH_ROWS rows for every device while there are so many, then BATCH_ROWS on each device."""
+    first, whole = 0, BATCH_ROWS * (1 if mesh is None else mesh.size)
+    while first < rows:
+        count = whole if rows - first >= whole else BATCH_ROWS
+        yield slice(first, min(first + count, rows))
+        first += count
+
+
+def on_devices(x: Hidden, mesh: Mesh | None) -> Float32[Array, "rows length k"]:
+    """A batch of `batches` on its devices."""
+    if mesh is None:
+        return jnp.asarray(x)
+    return spread(x, mesh, P("rows") if len(x) == BATCH_ROWS * mesh.size else P())
+
+
+def spread(tree: Any, mesh: Mesh, spec: P) -> Any:
+    """A pytree that every process has whole, laid over the devices of all of them."""
     sharding = NamedSharding(mesh, spec)
 
     def place(leaf: Any) -> Array:
-        held = np.asarray(leaf)
-        return jax.make_array_from_callback(held.shape, sharding, lambda index: held[index])
+        array = np.asarray(leaf)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(place, tree)
+
+
+def replicated(tree: Any, mesh: Mesh | None) -> Any:
+    """Inside jit: the pytree whole on every device."""
+    if mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P()))

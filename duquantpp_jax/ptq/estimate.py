@@ -15,10 +15,9 @@ import numpy as np
 
 from duquantpp_jax.core import Format, Needs
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, linear_names
-from duquantpp_jax.ptq.calibration import SAMPLE_LIMIT
-from duquantpp_jax.ptq.plan import linear_shapes
+from duquantpp_jax.ptq.calibration import BATCH_ROWS, SAMPLE_LIMIT
+from duquantpp_jax.ptq.plan import Plan, linear_shapes
 from duquantpp_jax.ptq.site import HIGHEST
-from duquantpp_jax.ptq.walk import BATCH_ROWS, Plan
 
 RUNTIME = 2**29
 """Bytes of a Python process that has imported JAX and compiled a few programs, roughly."""

@@ -2,9 +2,14 @@
 
 import dataclasses
 import fnmatch
+import functools
+import operator
 from collections.abc import Mapping
+from typing import Any
 
-from duquantpp_jax.core import Recipe
+import jax
+
+from duquantpp_jax.core import Fitted, Format, Needs, Recipe
 from duquantpp_jax.models import (
     SITE_WEIGHTS,
     SITES,
@@ -13,7 +18,7 @@ from duquantpp_jax.models import (
     parameter_shapes,
 )
 from duquantpp_jax.models.parameters import LAYER
-from duquantpp_jax.ptq.calibration import Formats, padded_width
+from duquantpp_jax.ptq.calibration import padded_width
 from duquantpp_jax.ptq.site import MixedLinear
 
 
@@ -27,8 +32,9 @@ class Plan:
       include: Patterns of the linears that are quantized, such as `*.mlp.*` or `model.layers.3.*`.
       exclude: Of those, the ones that are left in float all the same.
       pad: Widen inputs that blocks do not divide, with zeros (exact).
-      seed: For fits that draw.
+      seed: For fits that draw random numbers.
       sequential: Calibrate each layer on what the quantized layers before it give.
+      fits: For each site what moves it, stacked over layers; None where the recipes fit that.
     """
 
     config: DecoderConfig
@@ -38,9 +44,15 @@ class Plan:
     pad: bool = False
     seed: int = 0
     sequential: bool = False
+    fits: Mapping[str, Fitted] | None = None
+
+    @staticmethod
+    def of(config: DecoderConfig, recipe: Recipe, **options: Any) -> "Plan":
+        """The plan that treats all sites by one recipe."""
+        return Plan(config, dict.fromkeys(SITES, recipe), **options)
 
     @property
-    def formats(self) -> Formats:
+    def formats(self) -> tuple[tuple[str, Format], ...]:
         """The activation format of each site."""
         return tuple((site, self.recipes[site].activation_format) for site in SITES)
 
@@ -78,6 +90,16 @@ class Plan:
             if any(self.chosen(site, number))
         }
 
+    def fit_needs(self, number: int) -> Needs:
+        """What the fits of a layer need of the Stats of their inputs."""
+        needs = (self.recipes[site].needs for site in self.widths(number))
+        return functools.reduce(operator.or_, needs, Needs.NOTHING)
+
+    def rounding_needs(self, number: int) -> Needs:
+        """What the roundings of a layer need of the Stats of the moved and quantized inputs."""
+        needs = (self.recipes[site].rounding.needs for site in self.widths(number))
+        return functools.reduce(operator.or_, needs, Needs.NOTHING)
+
     def check(self) -> None:
         """Raises ValueError where this cannot be carried out on such a model."""
         layers = range(self.config.num_hidden_layers)
@@ -90,6 +112,14 @@ class Plan:
                     )
         if not any(self.widths(number) for number in layers):
             raise ValueError("--include and --exclude leave nothing to quantize")
+        for site in {site for n in layers for site in self.widths(n)} if self.fits else ():
+            fitted = (self.fits or {}).get(site)
+            leaves = jax.tree.leaves(fitted)
+            if fitted is None or any(leaf.shape[:1] != (len(layers),) for leaf in leaves):
+                raise ValueError(
+                    f"the fits that are given have none for {site} of {len(layers)} layers: "
+                    "give every site that is quantized a Fitted that is stacked over the layers"
+                )
 
 
 def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:

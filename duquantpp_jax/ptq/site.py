@@ -5,14 +5,13 @@ For the weights W of the linears that share an input x,
     transform = fit(W, Stats of x),     W^ = round(transform.weights(W)),
     y = Q(transform.activations(x)) @ W^.T
 
-with Q the activation format. `quantize_linear` does one site, `quantize_model` all of them, and
+with Q the activation format. `quantize_linear` does one site, the walk (walk.py) all of them, and
 `QuantizedLinear` computes y where a model would compute x @ W.T.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -53,10 +52,11 @@ class QuantizedSite:
     scale_offset: Int[Array, "*layers blocks"] | None = None
 
 
-def widen(x: Float[Array, "*batch k"], width: int) -> Float[Array, "*batch width"]:
+def pad_channels(x: Float[Array, "*batch k"], width: int) -> Float[Array, "*batch width"]:
     """x with zeros appended to its last axis up to `width`.
 
-    Zeros on both sides of a linear leave its output as it is: x @ w.T = widen(x) @ widen(w).T.
+    Zeros on both sides of a linear leave its output as it is:
+    x @ w.T = pad_channels(x) @ pad_channels(w).T.
     """
     missing = width - x.shape[-1]
     return x if missing == 0 else jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
@@ -68,7 +68,7 @@ def fit_linear(recipe: Recipe, weights: Weights, stats: Stats, key: Key[Array, "
     Its transform is lowered to the one form that all block transforms share, where it has it.
     """
     width = stats.absmax.shape[-1]
-    fitted = recipe.fit(tuple(widen(w, width) for w in weights), stats, recipe, key)
+    fitted = recipe.fit(tuple(pad_channels(w, width) for w in weights), stats, recipe, key)
     return dataclasses.replace(
         fitted, transform=lower(fitted.transform, width, recipe.activation_format.block_size)
     )
@@ -93,7 +93,7 @@ def quantize_linear(
     """
     width = stats.absmax.shape[-1]
     rounded = _move_and_round(
-        tuple(widen(w, width) for w in fitted.weights or weights),
+        tuple(pad_channels(w, width) for w in fitted.weights or weights),
         fitted.transform,
         moved or stats.through(fitted.transform),
         rounding=recipe.rounding,
@@ -118,53 +118,6 @@ def _move_and_round(
     )
 
 
-def fit_model(
-    recipe: Recipe,
-    weights: Mapping[str, Weights],
-    stats: Mapping[str, Stats],
-    key: Key[Array, ""],
-) -> dict[str, Fitted]:
-    """Fits every site of every layer.
-
-    Args:
-      recipe: The method.
-      weights: For each site, weights stacked over layers, each [layers, out, in].
-      stats: For each site, Stats stacked over layers.
-      key: For fits that draw; each site of each layer gets its own.
-
-    Returns:
-      For each site, what was fitted, stacked over layers.
-    """
-    fits = {}
-    for number, (site, stacked) in enumerate(weights.items()):
-        keys = jax.random.split(jax.random.fold_in(key, number), stacked[0].shape[0])
-        layers = [
-            fit_linear(recipe, layer_of(stacked, layer), layer_of(stats[site], layer), layer_key)
-            for layer, layer_key in enumerate(keys)
-        ]
-        fits[site] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    return fits
-
-
-def quantize_model(
-    recipe: Recipe,
-    weights: Mapping[str, Weights],
-    stats: Mapping[str, Stats],
-    fits: Mapping[str, Fitted],
-    moved: Mapping[str, Stats] | None = None,
-) -> dict[str, QuantizedSite]:
-    """Quantizes every site of every layer, as `fits` has moved it; see `quantize_linear`.
-
-    Returns:
-      For each site, its layers' `QuantizedSite`s stacked: the state that a decoder scans.
-    """
-    quantize = jax.vmap(functools.partial(quantize_linear, recipe))
-    return {
-        site: quantize(weights[site], stats[site], fits[site], moved[site] if moved else None)
-        for site in weights
-    }
-
-
 def layer_of(stacked: Any, layer: int) -> Any:
     """One layer's slice of a pytree whose arrays have a leading layer axis."""
     return jax.tree.map(lambda leaf: leaf[layer], stacked)
@@ -184,7 +137,7 @@ class QuantizedLinear:
         self, site: str, x: Array, weights: tuple[Array, ...], state: QuantizedSite
     ) -> tuple[tuple[Array, ...], None]:
         widths = [w.shape[-1] for w in state.weights if isinstance(w, MXArray)]
-        rounded = self.quantize_input(widen(x, widths[0]), state) if widths else x
+        rounded = self.quantize_input(pad_channels(x, widths[0]), state) if widths else x
         return tuple(
             _matmul(rounded, w.dequantize())
             if isinstance(w, MXArray)

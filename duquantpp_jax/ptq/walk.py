@@ -1,282 +1,291 @@
-"""A model quantized layer after layer, one layer's weights and the hidden states in memory.
+"""The walk: the one pipeline that quantizes a model, layer after layer.
 
     hidden_0 = embedding[tokens]
-    sites_l = quantize(layer l, Stats of what hidden_l gives its linears)
-    hidden_(l+1) = layer l (hidden_l)        float, or, if sequential, the layer as quantized
+    stats_l  = Stats of what the float layer l, given hidden_l, gives its linears
+    fits_l   = fit(weights of layer l, stats_l)            or fits that are given
+    moved_l  = Stats of the moved and quantized inputs     for roundings that need them
+    sites_l  = round(transform.weights(weights of layer l), moved_l)
+    hidden_(l+1) = layer l (hidden_l)                      float or, if sequential, as quantized
 
-With the float layers this is what `calibrate` and `quantize_model` do with the whole model at
-once. Sequential, each layer is fitted and rounded on what the layers before it, quantized, really
-give it, as in GPTQ; within a layer all sites are still calibrated on the float layer.
+`quantize_layer` takes one step of it, for a model that need not be in memory: `duquantpp quantize`
+writes what it returns. `quantize_decoder` takes all steps for a model in memory: the laboratory
+measures what it returns, bit for bit what is written. Sequential, each layer is fitted and rounded
+on what the quantized layers before it really give it, as in GPTQ; within a layer all sites are
+still calibrated on the float layer.
 """
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int, Integer
 
-from duquantpp_jax.core import Format, MXArray, Needs
-from duquantpp_jax.models import (
-    SITE_WEIGHTS,
-    SITES,
-    Decoder,
-    DecoderConfig,
-    linear_names,
-)
+from duquantpp_jax.core import Fitted, Needs, Stats
+from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder, DecoderConfig
 from duquantpp_jax.models.layers import layer, window
 from duquantpp_jax.ptq.calibration import (
-    SAMPLE_LIMIT,
+    Hidden,
+    Parameters,
+    all_devices,
+    batches,
     calibrate_layer,
-    empty_stats,
+    embed,
+    keep,
+    layers_of,
+    on_devices,
+    replicated,
+    spread,
 )
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import (
-    HIGHEST,
     MixedLinear,
     QuantizedSite,
     fit_linear,
-    quantize_input,
+    layer_of,
     quantize_linear,
-    widen,
 )
 from duquantpp_jax.transforms.basic import Identity
 
-BATCH_ROWS = 4
-"""Rows that run at once: what their attention takes stays below the weights of a large layer."""
-
-Parameters = Mapping[str, Float[Array | np.ndarray, "..."]]
-"""Of one layer, by name inside it."""
+Progress = Callable[[str], None]
+"""Called with what is being done, whenever a part of it is done."""
 
 State = dict[str, QuantizedSite] | tuple[dict[str, QuantizedSite], ...]
-"""Of all layers: stacked, or, where layers differ in what is quantized, stacked in runs."""
+"""The sites of all layers: stacked, or, where layers differ in what is quantized, stacked in runs.
+"""
 
 
 class QuantizedLayer(NamedTuple):
-    """A layer's sites, and a row of the report for each of its linears."""
+    """What the walk makes of one layer.
+
+    Attributes:
+      sites: The quantized linears.
+      parameters: Of the float layer that has been rounded.
+      samples: Tokens of the input of each site that has a quantized linear.
+    """
 
     sites: dict[str, QuantizedSite]
-    report: list[dict[str, Any]]
+    parameters: Mapping[str, Array]
+    samples: dict[str, Float[Array, "tokens k"]]
 
 
 def quantize_layer(
     plan: Plan,
     number: int,
     parameters: Parameters,
-    hidden: Float32[np.ndarray, "rows length k"],
-    progress: Callable[[str], None] = lambda _: None,
+    hidden: Hidden | None,
+    progress: Progress = lambda _: None,
+    *,
+    stats: Mapping[str, Stats] | None = None,
 ) -> QuantizedLayer:
-    """Quantizes a layer and takes `hidden` through it, in place.
+    """Quantizes a layer and takes the hidden states through it.
 
     Args:
       plan: What is done.
       number: Of the layer.
       parameters: Of the layer, in any float type.
-      hidden: What the layer is given; on return, what the next is.
-      progress: Called with what is being done, whenever some of it is done.
+      hidden: Input hidden states; overwritten with the layer's output. None if the `stats` are all
+        that is needed.
+      progress: Called after each batch, fit and rounding.
+      stats: Of the float inputs of the layer's sites, if they have been found before; else the
+        layer is calibrated.
     """
-    widths = plan.widths(number)
     parameters = {name: jnp.asarray(array) for name, array in parameters.items()}
-    rounding_needs = functools.reduce(
-        operator.or_, (plan.recipes[site].rounding.needs for site in widths), Needs.NOTHING
+    widths, needs = plan.widths(number), plan.rounding_needs(number)
+    pass_over = functools.partial(
+        calibrate_layer, plan.config, number, parameters, progress=lambda: progress("calibrating")
     )
-
-    def stats_of(needs: Needs, last: bool, **second_pass: Any) -> dict[str, Any]:
-        rows, length, _ = hidden.shape
-        return calibrate_layer(
-            plan.config,
-            number,
-            parameters,
-            hidden,
-            empty_stats(widths, rows, length, needs, SAMPLE_LIMIT),
-            batch_rows=BATCH_ROWS,
-            after=hidden if last and not plan.sequential else None,
-            progress=lambda: progress("calibrating"),
-            **second_pass,
-        )
-
-    needs = functools.reduce(
-        operator.or_, (plan.recipes[site].needs for site in widths), Needs.NOTHING
-    )
-    stats = stats_of(needs, last=not rounding_needs)
-    weights = {site: _chosen_weights(plan, site, number, parameters) for site in widths}
-    fits = {}
-    for site in widths:
-        place = jax.random.fold_in(jax.random.key(plan.seed), SITES.index(site))
-        key = jax.random.split(place, plan.config.num_hidden_layers)[number]
-        fits[site] = fit_linear(plan.recipes[site], weights[site], stats[site], key)
-        progress("fitting")
-    moved = {}
-    if rounding_needs:
-        moved = stats_of(rounding_needs, last=True, fits=fits, formats=plan.formats)
-
-    sites, report = {}, []
+    last = None if plan.sequential else hidden
+    if stats is None:
+        if hidden is None:
+            raise ValueError("a layer is calibrated on hidden states: give them, or its Stats")
+        after = None if needs else last
+        stats = pass_over(hidden, widths, plan.fit_needs(number), after=after)
+    fits = fit_layer(plan, number, parameters, stats, progress)
+    if needs:
+        if hidden is None:
+            raise ValueError("the rounding looks at moved inputs: give the hidden states")
+        formats = dict(plan.formats)
+        moved = pass_over(hidden, widths, needs, fits=fits, formats=formats, after=last)
+    else:
+        plain = {site: keep(stats[site], Needs.NOTHING) for site in widths}
+        moved = {site: plain[site].through(fits[site].transform) for site in widths}
+    # Fusing belongs here: `moved` describes the moved inputs, which it leaves as they are.
+    sites = {}
     for site in SITES:
-        quantized = QuantizedSite(Identity(), ())
-        if site in widths:
-            given, sample = weights.pop(site), stats[site].sample
-            quantized = quantize_linear(
-                plan.recipes[site], given, stats[site], fits[site], moved.get(site)
-            )
-            report += _report(plan, site, number, sample, given, quantized)
-        rounded = iter(quantized.weights)
-        each = tuple(
-            next(rounded) if wanted else parameters[name]
-            for name, wanted in zip(SITE_WEIGHTS[site], plan.chosen(site, number), strict=True)
-        )
-        sites[site] = dataclasses.replace(quantized, weights=each)
+        sites[site] = _round_site(plan, site, number, parameters, fits.get(site), moved.get(site))
         progress("rounding")
-    if plan.sequential:
-        _take_through(plan, number, parameters, sites, hidden, progress)
-    return QuantizedLayer(sites, report)
+    if plan.sequential and hidden is not None:
+        _run_quantized(plan, number, parameters, sites, hidden, progress)
+    return QuantizedLayer(sites, parameters, {site: stats[site].sample for site in widths})
+
+
+def fit_layer(
+    plan: Plan,
+    number: int,
+    parameters: Parameters,
+    stats: Mapping[str, Stats],
+    progress: Progress = lambda _: None,
+) -> dict[str, Fitted]:
+    """What moves each site of a layer: fitted by its recipe, or given by the plan.
+
+    Args:
+      plan: What is done.
+      number: Of the layer.
+      parameters: Of the layer, in any float type.
+      stats: Of the float inputs of its sites; may hold more than the fits need.
+      progress: Called after each fit.
+    """
+    fits = {}
+    for site in plan.widths(number):
+        if plan.fits is not None:
+            fits[site] = layer_of(plan.fits[site], number)
+        else:
+            recipe = plan.recipes[site]
+            place = jax.random.fold_in(jax.random.key(plan.seed), SITES.index(site))
+            key = jax.random.split(place, plan.config.num_hidden_layers)[number]
+            weights = _chosen_weights(plan, site, number, parameters)
+            fits[site] = fit_linear(recipe, weights, keep(stats[site], recipe.needs), key)
+        progress("fitting")
+    return fits
+
+
+def fit_decoder(plan: Plan, model: Decoder, stats: Mapping[str, Stats]) -> dict[str, Fitted]:
+    """What the recipes fit at every site of a model in memory, stacked over layers.
+
+    Args:
+      plan: What is done. Every layer must have the same sites to quantize.
+      model: The float model.
+      stats: As `calibrate` gives them, stacked over layers.
+    """
+    layers = [
+        fit_layer(plan, number, parameters, layer_of(stats, number))
+        for number, parameters in enumerate(layers_of(model))
+    ]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
 def quantize_decoder(
-    plan: Plan, model: Decoder, tokens: Integer[np.ndarray, "rows length"]
+    plan: Plan,
+    model: Decoder,
+    tokens: Integer[np.ndarray, "rows length"],
+    *,
+    stats: Mapping[str, Stats] | None = None,
+    progress: Progress = lambda _: None,
 ) -> State:
     """Quantizes a model in memory, layer after layer.
 
+    Args:
+      plan: What is done.
+      model: The float model.
+      tokens: Of the calibration; every position is an input.
+      stats: As `calibrate` gives them for these tokens, stacked over layers, if they have been
+        found before. They may hold more than the plan needs: the result is the same.
+      progress: As of `quantize_layer`.
+
     Returns:
       The state for `model(tokens, plan.linear, state)`.
+
+    Raises:
+      ValueError: The plan cannot be carried out, or is sequential and `stats` are given.
     """
     plan.check()
-    hidden = np.array(model.embedding[...])[tokens]
-    parameters = {name: np.asarray(array[...]) for name, array in model.layers.items()}
-    layers = (
-        {name: array[number] for name, array in parameters.items()}
-        for number in range(plan.config.num_hidden_layers)
-    )
+    if plan.sequential and stats is not None:
+        raise ValueError("a sequential plan calibrates on the quantized layers: give no stats")
+    layers = range(plan.config.num_hidden_layers)
+    runs = stats is None or any(plan.rounding_needs(number) for number in layers)
+    hidden = embed(model, tokens) if runs else None
     return stack_layers(
-        quantize_layer(plan, number, one, hidden).sites for number, one in enumerate(layers)
+        quantize_layer(
+            plan,
+            number,
+            parameters,
+            hidden,
+            progress,
+            stats=None if stats is None else layer_of(stats, number),
+        ).sites
+        for number, parameters in enumerate(layers_of(model))
     )
 
 
 def stack_layers(layers: Iterable[dict[str, QuantizedSite]]) -> State:
     """The state that a decoder scans: layers stacked, a run for each stretch that are alike."""
 
-    def kind(one: dict[str, QuantizedSite]) -> Any:
-        shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(one)]
-        return jax.tree.structure(one), shapes
+    def kind(sites: dict[str, QuantizedSite]) -> Any:
+        shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(sites)]
+        return jax.tree.structure(sites), shapes
 
     runs: list[list[dict[str, QuantizedSite]]] = []
-    for one in layers:
-        if not runs or kind(runs[-1][-1]) != kind(one):
+    for sites in layers:
+        if not runs or kind(runs[-1][-1]) != kind(sites):
             runs.append([])
-        runs[-1].append(one)
+        runs[-1].append(sites)
     stacked = tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *run) for run in runs)
     return stacked[0] if len(stacked) == 1 else stacked
 
 
-def storage_bytes(q: MXArray) -> int:
-    """Bytes of an array as it is stored: packed codes, scales, tensor scale."""
-    scale = q.scales.size * q.scales.dtype.itemsize
-    return -(-q.elements.size * q.element.bits // 8) + scale + 4 * (q.tensor_scale is not None)
-
-
-@functools.partial(jax.jit, static_argnames="format")
-def sensitivity(
-    sample: Float[Array, "tokens k"],
-    weights: tuple[Float[Array, "_ _"], ...],
-    site: QuantizedSite,
-    *,
-    format: Format,
-) -> list[tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]]:
-    """What quantizing costs each linear alone, on a sample of its float input.
-
-    Args:
-      sample: Tokens, as wide as the quantized weights.
-      weights: In float; maybe narrower.
-      site: Quantized.
-      format: Of the activations.
-
-    Returns:
-      For each linear the energies sum y^2, sum (y - y^)^2 and sum (x^ (W' - W^)^T)^2: of the
-      output, of its error, and of the part of it that rounding the weights alone gives; W' is
-      moved, W^ rounded, x^ the moved and quantized input.
-    """
-    width = sample.shape[-1]
-    seen = quantize_input(sample, site, format)
-
-    def one(w: Float[Array, "n _"], rounded: MXArray) -> tuple[Array, Array, Array]:
-        held = rounded.dequantize()
-        y = jnp.matmul(sample[:, : w.shape[-1]], w.T, precision=HIGHEST)
-        error = y - jnp.matmul(seen, held.T, precision=HIGHEST)
-        off = site.transform.weights(widen(w, width)) - held
-        rounding = jnp.matmul(seen, off.T, precision=HIGHEST)
-        return tuple(jnp.sum(jnp.square(v)) for v in (y, error, rounding))  # type: ignore[return-value]
-
-    return [one(w, q) for w, q in zip(weights, site.weights, strict=True)]  # type: ignore[arg-type]
-
-
-def _report(
+def _round_site(
     plan: Plan,
     site: str,
     number: int,
-    sample: Float[Array, "tokens k"],
-    weights: tuple[Float[Array, "_ _"], ...],
-    quantized: QuantizedSite,
-) -> list[dict[str, Any]]:
-    """A row for each quantized linear of a site."""
-    format = plan.recipes[site].activation_format
-    chosen = plan.chosen(site, number)
-    names = [name for name, c in zip(linear_names(site, number), chosen, strict=True) if c]
-    energies = sensitivity(sample, weights, quantized, format=format)
-    return [
-        {
-            "linear": name,
-            "bytes": storage_bytes(rounded),
-            "sqnr_db": _decibel(signal, error),
-            "weight_error": float(weight_error) / max(float(signal), 1e-30),
-        }
-        for name, rounded, (signal, error, weight_error) in zip(
-            names, quantized.weights, energies, strict=True
-        )
-        if isinstance(rounded, MXArray)
-    ]
-
-
-def _decibel(signal: Float[Array, ""], error: Float[Array, ""]) -> float | None:
-    """Signal to noise in dB; None where either is nothing."""
-    if not (signal > 0 and error > 0):
-        return None
-    return float(10 * np.log10(np.float64(signal) / np.float64(error)))
+    parameters: Mapping[str, Array],
+    fitted: Fitted | None,
+    moved: Stats | None,
+) -> QuantizedSite:
+    """The linears of a site, rounded; those that are not chosen as they are."""
+    quantized = QuantizedSite(Identity(), ())
+    if fitted is not None and moved is not None:
+        weights = _chosen_weights(plan, site, number, parameters)
+        quantized = quantize_linear(plan.recipes[site], weights, moved, fitted, moved)
+    rounded = iter(quantized.weights)
+    weights = tuple(
+        next(rounded) if wanted else parameters[name]
+        for name, wanted in zip(SITE_WEIGHTS[site], plan.chosen(site, number), strict=True)
+    )
+    return dataclasses.replace(quantized, weights=weights)
 
 
 def _chosen_weights(
-    plan: Plan, site: str, number: int, parameters: Mapping[str, Array]
+    plan: Plan, site: str, number: int, parameters: Parameters
 ) -> tuple[Float32[Array, "_ k"], ...]:
     chosen = zip(SITE_WEIGHTS[site], plan.chosen(site, number), strict=True)
-    return tuple(parameters[name].astype(jnp.float32) for name, wanted in chosen if wanted)
+    return tuple(
+        jnp.asarray(parameters[name]).astype(jnp.float32) for name, wanted in chosen if wanted
+    )
 
 
-def _take_through(
+def _run_quantized(
     plan: Plan,
     number: int,
     parameters: Mapping[str, Array],
     sites: dict[str, QuantizedSite],
-    hidden: Float32[np.ndarray, "rows length k"],
-    progress: Callable[[str], None],
+    hidden: Hidden,
+    progress: Progress,
 ) -> None:
-    """Replaces the hidden states by what the quantized layer makes of them."""
-    for first in range(0, len(hidden), BATCH_ROWS):
-        batch = slice(first, first + BATCH_ROWS)
+    """Overwrites the hidden states with the output of the quantized layer."""
+    mesh = all_devices()
+    if mesh is not None:
+        parameters, sites = spread((parameters, sites), mesh, P())
+    for batch in batches(len(hidden), mesh):
         y = _forward(
-            jnp.asarray(hidden[batch]),
+            on_devices(hidden[batch], mesh),
             parameters,
             window(plan.config, number),
             sites,
             config=plan.config,
             linear=plan.linear,
+            mesh=mesh,
         )
         hidden[batch] = np.asarray(y)
         progress("running the quantized layer")
 
 
-@functools.partial(jax.jit, static_argnames=("config", "linear"))
+@functools.partial(jax.jit, static_argnames=("config", "linear", "mesh"))
 def _forward(
     x: Float32[Array, "rows length k"],
     parameters: Mapping[str, Float[Array, "..."]],
@@ -285,5 +294,6 @@ def _forward(
     *,
     config: DecoderConfig,
     linear: MixedLinear,
+    mesh: Mesh | None,
 ) -> Float32[Array, "rows length k"]:
-    return layer(config, x, parameters, window, linear, sites)[0]
+    return replicated(layer(config, x, parameters, window, linear, sites)[0], mesh)

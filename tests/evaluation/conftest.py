@@ -1,13 +1,11 @@
 """A tiny model, rows of tokens, and the model quantized."""
 
-import jax
 import numpy as np
 import pytest
 
 from duquantpp_jax.evaluation.predict import Predictor
-from duquantpp_jax.models import SITES
-from duquantpp_jax.ptq.calibration import calibrate, site_widths
-from duquantpp_jax.ptq.site import QuantizedLinear, fit_model, quantize_model
+from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.walk import quantize_decoder
 from duquantpp_jax.recipes import recipe
 from tests.conftest import tiny_decoder
 
@@ -30,12 +28,8 @@ def quantize(predictor, tokens):
     model = predictor.model
 
     def quantize(name: str, format: str) -> Predictor:
-        chosen = recipe(name, format)
-        weights = {site: model.weights(site) for site in SITES}
-        stats = calibrate(model, tokens, site_widths(model, 32))
-        fits = fit_model(chosen, weights, stats, jax.random.key(0))
-        state = quantize_model(chosen, weights, stats, fits)
-        return Predictor(model, QuantizedLinear(chosen.activation_format), state)
+        plan = Plan.of(model.config, recipe(name, format))
+        return Predictor(model, plan.linear, quantize_decoder(plan, model, tokens))
 
     return quantize
 

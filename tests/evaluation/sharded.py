@@ -8,9 +8,8 @@ import jax
 import numpy as np
 
 from duquantpp_jax.evaluation.predict import Predictor, Reference
-from duquantpp_jax.models import SITES
-from duquantpp_jax.ptq.calibration import calibrate, site_widths
-from duquantpp_jax.ptq.site import QuantizedLinear, fit_model, quantize_model
+from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.walk import quantize_decoder
 from duquantpp_jax.recipes import recipe
 from tests.conftest import tiny_decoder
 
@@ -22,12 +21,8 @@ def main() -> None:
     devices = jax.devices()
     model = tiny_decoder()
     tokens = np.random.default_rng(0).integers(0, 257, (19, 24)).astype(np.int32)
-    log256 = recipe("rtn", "log256")
-    weights = {site: model.weights(site) for site in SITES}
-    stats = calibrate(model, tokens, site_widths(model, 32))
-    fits = fit_model(log256, weights, stats, jax.random.key(0))
-    linear = QuantizedLinear(log256.activation_format)
-    predictor = Predictor(model, linear, quantize_model(log256, weights, stats, fits))
+    plan = Plan.of(model.config, recipe("rtn", "log256"))
+    predictor = Predictor(model, plan.linear, quantize_decoder(plan, model, tokens))
     # 19 rows are ten batches: eight, and two beside six devices that have none.
     everywhere, alone = (
         Reference(Predictor(model), tokens, batch_rows=2, devices=some).row_sums(predictor)

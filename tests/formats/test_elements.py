@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from duquantpp_jax.core import ElementRounding, times_power_of_two
 from duquantpp_jax.formats import elements
-from duquantpp_jax.formats.mx import widen
+from duquantpp_jax.formats.mx import to_float32
 
 encode = jax.jit(elements.encode, static_argnums=(2, 3))
 ELEMENTS = pytest.mark.parametrize("element", oracle.ELEMENTS, ids=repr)
@@ -60,7 +60,7 @@ def test_constants_follow_from_the_bits(element):
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16], ids=["bf16", "fp16"])
 def test_every_16_bit_number_is_rounded_exactly(element, rounding, dtype):
     numbers = every(dtype)
-    encoded = jax.jit(lambda x, e: elements.encode(widen(x), e, element, rounding))
+    encoded = jax.jit(lambda x, e: elements.encode(to_float32(x), e, element, rounding))
     for exponent in (0, -3, 5, -127, 127):
         codes = encoded(jnp.asarray(numbers), jnp.int32(exponent))
         exact = np.ldexp(numbers.astype(np.float64), -exponent)
@@ -72,7 +72,7 @@ def test_every_16_bit_number_is_rounded_exactly(element, rounding, dtype):
 def test_nearest_even_is_the_cast_of_ml_dtypes_within_range(element, dtype):
     numbers = every(dtype)
     numbers = numbers[np.abs(numbers.astype(np.float64)) <= element.max]
-    codes = encode(widen(jnp.asarray(numbers)), jnp.int32(0), element)
+    codes = encode(to_float32(jnp.asarray(numbers)), jnp.int32(0), element)
     theirs = numbers.astype(oracle.DTYPES[element.name]).view(np.uint8)
     np.testing.assert_array_equal(codes, theirs)
 
@@ -147,7 +147,7 @@ def test_powers_of_two_multiply_subnormal_results_exactly():
 def test_every_16_bit_number_is_rounded_stochastically_to_a_neighbour(element, dtype):
     numbers = every(dtype)
     draw = lambda x: elements.encode(  # noqa: E731
-        widen(x), jnp.int32(0), element, ElementRounding.STOCHASTIC, jax.random.key(5)
+        to_float32(x), jnp.int32(0), element, ElementRounding.STOCHASTIC, jax.random.key(5)
     )
     up = np.asarray(jax.jit(draw)(jnp.asarray(numbers))).astype(int)
     up -= oracle.codes_float64(numbers, element.name, ElementRounding.TOWARD_ZERO)

@@ -14,8 +14,9 @@ from duquantpp_jax.learning.model import at_rates
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.models import SITES, dense
 from duquantpp_jax.models.layers import layer
-from duquantpp_jax.ptq.calibration import calibrate, site_widths
-from duquantpp_jax.ptq.site import QuantizedLinear, layer_of, quantize_model
+from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.site import QuantizedLinear, layer_of
+from duquantpp_jax.ptq.walk import quantize_decoder
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.learned import Cayley
@@ -79,10 +80,8 @@ def test_held_out_loss_falls_and_is_that_of_the_quantized_blocks(model, learned)
     assert least < learned.start_loss
     assert [step for step, _, _ in learned.history] == [3, 6]
 
-    one = recipe("rtn", "floor")
-    weights = {site: model.weights(site) for site in SITES}
-    stats = calibrate(model, TOKENS[8:, :-1], site_widths(model, 32))
-    state = quantize_model(one, weights, stats, learned.fits)
+    plan = Plan.of(model.config, recipe("rtn", "floor"), fits=learned.fits)
+    state = quantize_decoder(plan, model, TOKENS[8:, :-1])
     plain = hidden = model.embedding[...][TOKENS[8:, :-1]]
     losses = []
     for number in range(2):

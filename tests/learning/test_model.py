@@ -16,8 +16,9 @@ from duquantpp_jax.formats import MXFP4
 from duquantpp_jax.learning.model import at_rates, learn_model
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.models import SITES
-from duquantpp_jax.ptq.calibration import calibrate, site_widths
-from duquantpp_jax.ptq.site import QuantizedLinear, quantize_model
+from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.site import QuantizedLinear
+from duquantpp_jax.ptq.walk import quantize_decoder
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.learned import PARAMETRIZATIONS
@@ -86,11 +87,8 @@ def test_held_out_loss_falls_and_the_best_is_kept(model, moves, rate):
 
     # The quantized model made of what was learned has the loss that was measured, but for single
     # numbers that round the other way (1 % on so few targets).
-    widths = site_widths(model, 32)
-    weights = {site: model.weights(site) for site in SITES}
-    one = recipe("rtn", "floor")
-    stats = calibrate(model, rows[16:, :-1], widths, batch_rows=4)
-    state = quantize_model(one, weights, stats, learning.fits)
+    plan = Plan.of(model.config, recipe("rtn", "floor"), fits=learning.fits)
+    state = quantize_decoder(plan, model, rows[16:, :-1])
 
     assert _divergence(model, MXFP4(), state, rows[16:]) == pytest.approx(best, rel=0.05)
 
@@ -104,10 +102,8 @@ def test_rates_are_for_parts_that_learn():
 def test_a_transform_learns_to_make_good_what_rounding_has_done_to_weights(model):
     rows = testbed.calibration_rows()[:20, :64]
     start, one = _start(model), recipe("rtn", "floor")
-    weights = {site: model.weights(site) for site in SITES}
-    stats = calibrate(model, rows[16:, :-1], site_widths(model, 32), batch_rows=4)
     fits = {site: Fitted(transform) for site, transform in start.items()}
-    state = quantize_model(one, weights, stats, fits)
+    state = quantize_decoder(Plan.of(model.config, one, fits=fits), model, rows[16:, :-1])
     rounded = {
         site: tuple(w.dequantize() for w in quantized.weights) for site, quantized in state.items()
     }

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from duquantpp_jax.checkpoints import load, load_tokenizer
-from duquantpp_jax.models import SITES, dense
-from duquantpp_jax.ptq.calibration import calibrate, site_widths
-from duquantpp_jax.ptq.site import fit_model, quantize_model, widen
+from duquantpp_jax.models import dense
+from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.site import pad_channels
+from duquantpp_jax.ptq.walk import quantize_decoder
 from duquantpp_jax.recipes import recipe
 from tests.stories import BOS, convert
 
@@ -62,7 +63,9 @@ def test_padding_leaves_logits_unchanged(stories):
 
     def padded(site, x, weights, state):
         width = -(-x.shape[-1] // 32) * 32
-        return dense(site, widen(x, width), tuple(widen(w, width) for w in weights), state)
+        return dense(
+            site, pad_channels(x, width), tuple(pad_channels(w, width) for w in weights), state
+        )
 
     run = jax.jit(lambda m, t, linear: m(t, linear)[0], static_argnums=2)
     plain, wide = (np.asarray(run(model, tokens, one)) for one in (dense, padded))
@@ -72,12 +75,9 @@ def test_padding_leaves_logits_unchanged(stories):
 @pytest.mark.slow
 def test_quantized_weights_of_a_padded_linear_are_zero_beyond_its_width(stories):
     model, tokens = stories
-    widths = site_widths(model, 32, pad=True)
-    assert widths["mlp_out"] == 192
-    weights = {site: model.weights(site) for site in SITES}
-    stats = calibrate(model, np.asarray(tokens[:4, :128]), widths)
-    one = recipe("rtn", "floor")
-    state = quantize_model(one, weights, stats, fit_model(one, weights, stats, jax.random.key(0)))
+    plan = Plan.of(model.config, recipe("rtn", "floor"), pad=True)
+    assert plan.widths(0)["mlp_out"] == 192
+    state = quantize_decoder(plan, model, np.asarray(tokens[:4, :128]))
     (down,) = (w.dequantize() for w in state["mlp_out"].weights)
     assert down.shape == (5, 64, 192)
     assert not down[..., 172:].any()

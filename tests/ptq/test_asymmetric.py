@@ -1,6 +1,5 @@
 """Regression on what the quantized model gives: nearer to the float model than rounding alone."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -8,8 +7,9 @@ from duquantpp_jax.checkpoints import load, testbed
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.asymmetric import quantize_asymmetric
-from duquantpp_jax.ptq.calibration import calibrate, site_widths
-from duquantpp_jax.ptq.site import QuantizedLinear, fit_model, quantize_model
+from duquantpp_jax.ptq.calibration import calibrate
+from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder
 from duquantpp_jax.recipes import recipe
 
 
@@ -18,18 +18,17 @@ def test_rows_that_it_did_not_see_diverge_less_than_with_rounding_alone():
     model = load(testbed.directory())
     rows = testbed.calibration_rows()[:24, :256]
     one = recipe("block_hadamard", "floor", "rtn")
-    widths = site_widths(model, 32)
-    weights = {site: model.weights(site) for site in SITES}
-    stats = calibrate(model, rows[:16, :-1], widths)
-    fits = fit_model(one, weights, stats, jax.random.key(0))
-
+    plan = Plan.of(model.config, one)
+    stats = calibrate(model, rows[:16, :-1], plan.widths(0))
+    fits = fit_decoder(plan, model, stats)
+    state = quantize_decoder(plan, model, rows[:16, :-1], stats=stats)
     reference = Reference(Predictor(model), rows[16:], keep_bytes=2**30)
 
     def divergence(state):
-        predictor = Predictor(model, QuantizedLinear(one.activation_format), state)
+        predictor = Predictor(model, plan.linear, state)
         return reference.row_sums(predictor).kl.mean()
 
-    plain = divergence(quantize_model(one, weights, stats, fits))
+    plain = divergence(state)
     moved = quantize_asymmetric(model, one, rows[:16, :-1], fits)
     assert divergence(moved) < plain
     # With no room to move the regression changes nothing, whatever rows it sees.
@@ -37,8 +36,6 @@ def test_rows_that_it_did_not_see_diverge_less_than_with_rounding_alone():
     same = [
         np.mean(np.asarray(a.codes()) == np.asarray(b.codes()))
         for site in SITES
-        for a, b in zip(
-            kept[site].weights, quantize_model(one, weights, stats, fits)[site].weights, strict=True
-        )
+        for a, b in zip(kept[site].weights, state[site].weights, strict=True)
     ]
     assert min(same) > 0.999

@@ -40,7 +40,7 @@ def one_device(tmp_path_factory):
 def assert_same_but_for_the_order_of_sums(found, wanted, devices):
     assert int(found["devices"]) == devices
     for name in set(wanted) - {"devices"}:
-        # Sums of 480 float32 products in another order: off by some sqrt(480) halves of 2^-24.
+        # Sums of 864 float32 products in another order: off by some sqrt(864) halves of 2^-24.
         bound = 4e-6 * np.abs(wanted[name]).max()
         np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=bound, err_msg=name)
 

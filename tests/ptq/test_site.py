@@ -7,15 +7,22 @@ import pytest
 
 from duquantpp_jax.core import Needs
 from duquantpp_jax.models import SITES, dense
-from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.calibration import (
+    calibrate,
+    calibrate_layer,
+    embed,
+    layers_of,
+    site_widths,
+)
+from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import (
     QuantizedLinear,
     fit_linear,
-    fit_model,
+    layer_of,
+    pad_channels,
     quantize_linear,
-    quantize_model,
-    widen,
 )
+from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder
 from duquantpp_jax.recipes import FITS, recipe
 from tests.conftest import stats_of, tiny_decoder
 
@@ -61,7 +68,7 @@ def test_both_sides_are_quantized():
 @pytest.mark.slow
 def test_padding_with_zeros_is_exact():
     x, weights = _site(44)
-    wide = (widen(x, 64), tuple(widen(w, 64) for w in weights))
+    wide = (pad_channels(x, 64), tuple(pad_channels(w, 64) for w in weights))
     one = recipe("block_hadamard", "floor")
     stats = stats_of(wide[0])
     fitted = fit_linear(one, weights, stats, KEY)
@@ -84,24 +91,23 @@ def test_a_model_is_quantized_site_by_site_and_layer_by_layer(name):
     model = tiny_decoder()
     tokens = np.asarray(jax.random.randint(KEY, (3, 32), 0, 257))
     one = recipe(name, "floor")
-    weights = {site: model.weights(site) for site in SITES}
     stats = calibrate(model, tokens, site_widths(model, 32), needs=one.needs)
-    fits = fit_model(one, weights, stats, KEY)
-    state = quantize_model(one, weights, stats, fits)
+    state = quantize_decoder(Plan.of(model.config, one, seed=5), model, tokens, stats=stats)
     number, layer = 2, 1
     site = SITES[number]
-    at = lambda tree: jax.tree.map(lambda leaf: leaf[layer], tree)  # noqa: E731
+    weights, seen = layer_of((model.weights(site), stats[site]), layer)
     key = jax.random.split(jax.random.fold_in(KEY, number), 2)[layer]
-    fitted = fit_linear(one, at(weights[site]), at(stats[site]), key)
-    alone = quantize_linear(one, at(weights[site]), at(stats[site]), fitted)
-    for a, b in zip(jax.tree.leaves(at(state[site])), jax.tree.leaves(alone), strict=True):
+    alone = quantize_linear(one, weights, seen, fit_linear(one, weights, seen, key))
+    for a, b in zip(
+        jax.tree.leaves(layer_of(state[site], layer)), jax.tree.leaves(alone), strict=True
+    ):
         np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
 
 
 def test_calibration_sees_what_the_linears_see():
     model = tiny_decoder()
     tokens = np.asarray(jax.random.randint(KEY, (5, 20), 0, 257))
-    stats = calibrate(model, tokens, site_widths(model, 32), needs=Needs.GRAM, batch_rows=2)
+    stats = calibrate(model, tokens, site_widths(model, 32), needs=Needs.GRAM)
     _, inputs = jax.jit(lambda m, t: m(t, lambda s, x, w, _: (dense(s, x, w, _)[0], x)))(
         model, tokens
     )
@@ -126,17 +132,25 @@ def test_a_width_that_blocks_do_not_divide_is_refused_by_name_unless_padded():
 def test_the_second_calibration_sees_the_moved_and_quantized_input():
     model = tiny_decoder()
     tokens = np.asarray(jax.random.randint(KEY, (3, 32), 0, 257))
-    one = recipe("smooth_hadamard", "floor")
-    weights = {site: model.weights(site) for site in SITES}
-    widths = site_widths(model, 32)
+    plan = Plan.of(model.config, recipe("smooth_hadamard", "floor"))
+    formats, widths = dict(plan.formats), plan.widths(0)
     stats = calibrate(model, tokens, widths)
-    fits = fit_model(one, weights, stats, KEY)
-    needs = Needs.GRAM
-    moved = calibrate(model, tokens, widths, needs=needs, fits=fits, format=one.activation_format)
-    for site in SITES:
-        for layer in range(2):
-            x = stats[site].sample[layer]
-            transform = jax.tree.map(lambda leaf: leaf[layer], fits[site].transform)  # noqa: B023
-            seen = one.activation_format.fake_quantize(transform.activations(x))
-            np.testing.assert_allclose(moved[site].sample[layer], seen, atol=1e-4)
-            np.testing.assert_allclose(moved[site].gram[layer], seen.T @ seen, rtol=1e-3, atol=1e-3)
+    fits = fit_decoder(plan, model, stats)
+    hidden = embed(model, tokens)
+    for layer, parameters in enumerate(layers_of(model)):
+        moved = calibrate_layer(
+            model.config,
+            layer,
+            parameters,
+            hidden,
+            widths,
+            Needs.GRAM,
+            fits=layer_of(fits, layer),
+            formats=formats,
+            after=hidden,
+        )
+        for site in SITES:
+            x, transform = layer_of((stats[site].sample, fits[site].transform), layer)
+            seen = formats[site].fake_quantize(transform.activations(x))
+            np.testing.assert_array_equal(moved[site].sample, seen)
+            np.testing.assert_allclose(moved[site].gram, seen.T @ seen, rtol=1e-3, atol=1e-3)

@@ -1,0 +1,103 @@
+"""The report of a quantized layer: bytes of each linear, and what quantizing it alone costs."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from duquantpp_jax.core import Format, MXArray
+from duquantpp_jax.models import SITE_WEIGHTS, linear_names
+from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.site import HIGHEST, QuantizedSite, pad_channels, quantize_input
+from duquantpp_jax.ptq.walk import QuantizedLayer
+
+
+def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[str, Any]]:
+    """A row for each quantized linear of a layer: its name, bytes, SQNR, and error of its weights.
+
+    Args:
+      plan: What was done.
+      number: Of the layer.
+      layer: As `quantize_layer` gives it.
+    """
+    report = []
+    for site, sample in layer.samples.items():
+        names = [
+            (name, inside)
+            for name, inside, chosen in zip(
+                linear_names(site, number),
+                SITE_WEIGHTS[site],
+                plan.chosen(site, number),
+                strict=True,
+            )
+            if chosen
+        ]
+        weights = tuple(layer.parameters[inside].astype(jnp.float32) for _, inside in names)
+        rounded = tuple(q for q in layer.sites[site].weights if isinstance(q, MXArray))
+        quantized = dataclasses.replace(layer.sites[site], weights=rounded)
+        format = plan.recipes[site].activation_format
+        energies = sensitivity(sample, weights, quantized, format=format)
+        report += [
+            {
+                "linear": name,
+                "bytes": storage_bytes(q),
+                "sqnr_db": _decibel(signal, error),
+                "weight_error": float(weight_error) / max(float(signal), 1e-30),
+            }
+            for (name, _), q, (signal, error, weight_error) in zip(
+                names, rounded, energies, strict=True
+            )
+        ]
+    return report
+
+
+def storage_bytes(q: MXArray) -> int:
+    """Bytes of an array as it is stored: packed codes, scales, tensor scale."""
+    scale = q.scales.size * q.scales.dtype.itemsize
+    return -(-q.elements.size * q.element.bits // 8) + scale + 4 * (q.tensor_scale is not None)
+
+
+@functools.partial(jax.jit, static_argnames="format")
+def sensitivity(
+    sample: Float[Array, "tokens k"],
+    weights: tuple[Float[Array, "_ _"], ...],
+    site: QuantizedSite,
+    *,
+    format: Format,
+) -> list[tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]]:
+    """What quantizing costs each linear alone, on a sample of its float input.
+
+    Args:
+      sample: Tokens, as wide as the quantized weights.
+      weights: In float; maybe narrower.
+      site: Quantized.
+      format: Of the activations.
+
+    Returns:
+      For each linear the energies sum y^2, sum (y - y^)^2 and sum (x^ (W' - W^)^T)^2: of the
+      output, of its error, and of the part of it that rounding the weights alone gives; W' is
+      moved, W^ rounded, x^ the moved and quantized input.
+    """
+    width = sample.shape[-1]
+    seen = quantize_input(sample, site, format)
+
+    def energies(w: Float[Array, "n _"], q: MXArray) -> tuple[Array, Array, Array]:
+        rounded = q.dequantize()
+        y = jnp.matmul(sample[:, : w.shape[-1]], w.T, precision=HIGHEST)
+        error = y - jnp.matmul(seen, rounded.T, precision=HIGHEST)
+        off = site.transform.weights(pad_channels(w, width)) - rounded
+        of_weights = jnp.matmul(seen, off.T, precision=HIGHEST)
+        return tuple(jnp.sum(jnp.square(v)) for v in (y, error, of_weights))  # type: ignore[return-value]
+
+    return [energies(w, q) for w, q in zip(weights, site.weights, strict=True)]  # type: ignore[arg-type]
+
+
+def _decibel(signal: Float[Array, ""], error: Float[Array, ""]) -> float | None:
+    """Signal to noise in dB; None if either is zero."""
+    if not (signal > 0 and error > 0):
+        return None
+    return float(10 * np.log10(np.float64(signal) / np.float64(error)))
