@@ -146,7 +146,8 @@ class Bench:
         if (recipe := cell.method()) is None:
             raise ValueError(f"{cell.labels()} fits nothing: its linears stay in float")
         model = self._latest("model", _of_model(cell), lambda: _model(cell))
-        fits, _, _, stats = self._fit(cell, recipe, model)
+        plan = Plan.of(model.config, recipe, pad=cell.pad, seed=cell.seed)
+        fits, _, _, stats = self._fit(cell, plan, model)
         return fits, stats
 
     def _fit(

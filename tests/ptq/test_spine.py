@@ -1,0 +1,70 @@
+"""One spine: a cell of the laboratory measures, bit for bit, what `quantize` writes."""
+
+import jax
+import numpy as np
+import pytest
+
+from duquantpp_jax.checkpoints import testbed
+from duquantpp_jax.checkpoints.loading import load_any
+from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
+from duquantpp_jax.core import MXArray, Needs
+from duquantpp_jax.evaluation.predict import Predictor, Reference
+from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.lab.bench import Bench, fit
+from duquantpp_jax.lab.bench import quantize as quantize_in_memory
+from duquantpp_jax.lab.cells import Cell
+from duquantpp_jax.models import SITES
+from duquantpp_jax.ptq.calibration import calibrate
+from duquantpp_jax.ptq.plan import Plan
+
+ROWS = 2
+QUICK = (("block_hadamard", "rtn"), ("random_hadamard", "gptq"))
+RECIPES = ("rtn", "block_hadamard", "random_hadamard", "smooth_hadamard", "duquantpp",
+           "zigzag_hadamard", "wush", "learned_affine")  # fmt: skip
+ALL = [(name, rounding) for name in RECIPES for rounding in ("rtn", "gptq")]
+"""What is measured here: recipes and roundings."""
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Bench()
+
+
+@pytest.fixture(scope="module")
+def subject():
+    """The float model, calibration inputs, and Stats that hold more than any one recipe needs."""
+    model, rows = testbed.load(), testbed.calibration_rows()[:ROWS, :-1]
+    widths = Plan.of(model.config, Cell("rtn").method()).widths(0)
+    return model, rows, calibrate(model, rows, widths, needs=Needs.GRAM | Needs.POSITIONS)
+
+
+def cell_of(name, rounding):
+    return Cell(name, rounding=rounding, seed=3, tokens=2 * TARGETS,
+                calibration_tokens=ROWS * TARGETS)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "rounding"),
+    [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in ALL],
+)
+def test_a_cell_measures_what_quantize_writes(name, rounding, bench, subject, tmp_path):
+    model, rows, stats = subject
+    out = tmp_path / "quantized"
+    quantize(QuantizeOptions(recipe=name, rounding=rounding, rows=ROWS, seed=3, out=out))
+    decoder, linear, written = load_any(out)
+
+    cell = cell_of(name, rounding)
+    plan = Plan.of(model.config, cell.method(), seed=3)
+    predictor = quantize_in_memory(plan, model, rows, stats, fit(plan, model, stats)[0])
+    for site in SITES:
+        for a, b in zip(written[site].weights, predictor.state[site].weights, strict=True):
+            assert isinstance(a, MXArray)
+            np.testing.assert_array_equal(a.codes(), b.codes())
+            np.testing.assert_array_equal(a.scale_bytes(), b.scale_bytes())
+        moved = (jax.tree.leaves(state[site].transform) for state in (written, predictor.state))
+        for a, b in zip(*moved, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    tokens = testbed.evaluation_rows()[:2]
+    found = Reference(Predictor(model), tokens).row_sums(Predictor(decoder, linear, written))
+    np.testing.assert_allclose(found.kl, bench.run(cell).kl, rtol=0, atol=1e-6 * TARGETS)
