@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from duquantpp_jax import recipes
-from duquantpp_jax.core import Element, Format, MXArray
+from duquantpp_jax.core import Element, Format, MXArray, Needs
 from duquantpp_jax.formats import MXFP4
 from duquantpp_jax.formats.elements import E2M1
 from duquantpp_jax.ptq.site import fit_linear, quantize_linear
@@ -51,14 +51,20 @@ class Halved(Format):
         return MXFP4().encode(jnp.asarray(x) / 2, **options)
 
 
-def zero(w, format, stats) -> MXArray:
-    return format.quantize(jnp.zeros_like(w))
+@dataclasses.dataclass(frozen=True)
+class Zero:
+    """Every weight becomes zero."""
+
+    needs = Needs.NOTHING
+
+    def __call__(self, w, format, stats) -> MXArray:
+        return format.quantize(jnp.zeros_like(w))
 
 
 @pytest.mark.parametrize(("rounding", "halves"), [("rtn", True), ("toy", False)])
 def test_a_line_in_the_table_is_enough_for_a_format_and_a_rounding(rounding, halves, monkeypatch):
     monkeypatch.setitem(recipes.FORMATS, "halved", Halved())
-    monkeypatch.setitem(recipes.ROUNDINGS, "toy", zero)
+    monkeypatch.setitem(recipes.ROUNDINGS, "toy", Zero())
     w = jax.random.normal(jax.random.key(0), (8, 32))
     stats = stats_of(jax.random.normal(jax.random.key(1), (1, 16, 32)))
     method = recipes.recipe("block_hadamard", "halved", rounding)
