@@ -2,7 +2,8 @@
 
 compressed-tensors   its mxfp4-pack-quantized: of W^ [n, k] the codes, two a byte along each row
     (lower index low), as weight_packed [n, k / 2], and the scale bytes as weight_scale [n, k / 32],
-    both uint8. Smoothing before q/k/v and up/gate is folded into the norm before them, g / s; a
+    both uint8. Smoothing before q/k/v and up/gate is folded into the norm before them, g / s, if
+    `quantize --fuse` has not done it; other smoothing only that folds, before rounding. A
     Hadamard matrix in every block is written in its transform_config, as an online transform of
     the input. Whatever else moves an input it cannot express, and is refused.
 dequantized          every weight moved back through its transform, W = W^ T, and rounded to
@@ -21,9 +22,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Float32
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import Quantized
@@ -35,15 +36,15 @@ from duquantpp_jax.core import MXArray, Transform
 from duquantpp_jax.formats import E2M1
 from duquantpp_jax.formats.storage import pack_codes
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
+from duquantpp_jax.ptq.fuse import NORMS, split
 from duquantpp_jax.ptq.plan import linear_shapes
 from duquantpp_jax.ptq.site import QuantizedSite
-from duquantpp_jax.transforms.basic import Identity, Smooth, links
-from duquantpp_jax.transforms.block import BlockAffine
+from duquantpp_jax.transforms.basic import Identity, links
+from duquantpp_jax.transforms.block import BlockAffine, BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard
 
 PACKED = "mxfp4-pack-quantized"
 BLOCK = 32
-_NORMS = {"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
 
 Tensors = dict[str, np.ndarray]
 
@@ -148,16 +149,24 @@ def pack_layer(
     parameters, tensors = dict(parameters), {}
     rotated, floats = [], []
     for site in SITES:
-        scale, turned = _expressed(site, sites[site].transform, f"{prefix}{site}")
-        if scale is not None:
-            norm = _NORMS[site]
-            parameters[norm] = np.asarray(parameters[norm], np.float32) / scale
+        width = shapes[SITE_WEIGHTS[site][0]][1]
+        folding = split(config, site, sites[site].transform, width)
+        turned = _turned(folding.rest, f"{prefix}{site}")
+        if folding.moves and site not in NORMS:
+            raise ValueError(
+                f"{prefix}{site}: its smoothing has to be folded into the linear before it prior "
+                f"to rounding, and {PACKED} has no online one: quantize again with --fuse"
+            )
+        for _, made in folding.moves:
+            for name, channels in made.items():
+                gain = jnp.asarray(parameters[name]).astype(jnp.float32)
+                parameters[name] = np.asarray(channels.activations(gain))
         for name, weight in zip(SITE_WEIGHTS[site], sites[site].weights, strict=True):
             if not isinstance(weight, MXArray):
-                if scale is not None:
+                if folding.moves:
                     raise ValueError(
                         f"{prefix}{name} is in float beside linears whose smoothing is folded into "
-                        f"their norm, which {PACKED} cannot express: quantize the whole site"
+                        f"their norm, which {PACKED} cannot express: quantize again with --fuse"
                     )
                 tensors[f"{prefix}{name}.weight"] = np.asarray(weight)
                 floats.append(prefix + name)
@@ -201,43 +210,30 @@ def _named(prefix: str, parameters: Mapping[str, np.ndarray]) -> Tensors:
     }
 
 
-def _expressed(
-    site: str, transform: Transform, where: str
-) -> tuple[Float32[np.ndarray, " k"] | None, bool]:
-    """The smoothing to fold into the norm before a site, and whether Hadamard matrices follow.
+def _turned(transform: Transform, where: str) -> bool:
+    """Whether Hadamard matrices move a site's input; nothing does if not.
 
     Raises:
-      ValueError: The transform is of another kind, or has no norm before it to fold into.
+      ValueError: The transform is of another kind.
     """
-    match [link for link in links(transform) if not isinstance(link, Identity)]:
-        case []:
-            return None, False
-        case [Smooth(scale=scale), BlockAffine(matrices=matrices)]:
-            pass
+    match transform:
+        case Identity():
+            return False
+        case BlockRotation() | BlockAffine():
+            blocks = np.asarray(transform.matrices)
         case others:
-            kinds = ", ".join(type(link).__name__ for link in others)
+            kinds = ", ".join(type(link).__name__ for link in links(others))
             raise ValueError(
                 f"{where}: its input is moved online by {kinds}, which {PACKED} cannot express: "
-                "export --format dequantized, or quantize with identity or block_hadamard"
+                "quantize again with --fuse, which folds smoothing, or export --format dequantized"
             )
-    blocks = np.asarray(matrices)
-    turned = bool(np.array_equal(blocks, np.broadcast_to(hadamard(BLOCK), blocks.shape)))
-    if not turned and not np.array_equal(blocks, np.broadcast_to(np.eye(BLOCK), blocks.shape)):
+    if blocks.shape[-1] != BLOCK or np.any(blocks != np.asarray(hadamard(BLOCK))):
         raise ValueError(
             f"{where}: its input is rotated online by matrices that are not Hadamard's, which "
             f"{PACKED} cannot express: export --format dequantized, or quantize with identity or "
             "block_hadamard"
         )
-    smooth = np.asarray(scale)
-    if np.all(smooth == 1):
-        return None, turned
-    if site not in _NORMS:
-        raise ValueError(
-            f"{where}: its smoothing would have had to be folded into the linear before it prior "
-            f"to rounding, and {PACKED} has no online one: export --format dequantized, or "
-            "quantize with identity or block_hadamard"
-        )
-    return smooth, turned
+    return True
 
 
 _MXFP4 = {

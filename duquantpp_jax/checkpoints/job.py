@@ -24,7 +24,7 @@ class Job:
       model: Name and SHA-256 of the float model.
       recipe, rounding: By their names in duquantpp_jax.recipes.
       weight_formats, activation_formats: For each site, by its name as `format_name` writes it.
-      include, exclude, pad, seed, sequential: As in `Plan`.
+      include, exclude, pad, seed, sequential, fuse: As in `Plan`.
       calibration: Where the rows are from, how many of what length, and the SHA-256 of their ids.
       environment: Versions and device: others may round numbers differently.
     """
@@ -41,6 +41,7 @@ class Job:
     sequential: bool
     calibration: Mapping[str, Any]
     environment: Mapping[str, Any]
+    fuse: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -58,7 +59,8 @@ class Job:
           ValueError: Fields are missing or unknown.
         """
         names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(fields, Mapping) or set(fields) != names:
+        # Jobs that were written before there was fusing have no such field.
+        if not isinstance(fields, Mapping) or set(fields) | {"fuse"} != names:
             raise ValueError(f"a job has the fields {', '.join(sorted(names))}, and no others")
         given: dict[str, Any] = {
             name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()
@@ -81,7 +83,14 @@ class Job:
             for site in SITES
         }
         return Plan(
-            config, recipes, self.include, self.exclude, self.pad, self.seed, self.sequential
+            config,
+            recipes,
+            self.include,
+            self.exclude,
+            self.pad,
+            self.seed,
+            self.sequential,
+            self.fuse,
         )
 
     def difference(self, other: "Job") -> str | None:

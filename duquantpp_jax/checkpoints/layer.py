@@ -25,7 +25,6 @@ from duquantpp_jax.checkpoints.shards import one_line
 from duquantpp_jax.core import Fitted, MXArray
 from duquantpp_jax.formats.storage import from_tensors, to_tensors
 from duquantpp_jax.models import SITE_WEIGHTS, SITES
-from duquantpp_jax.ptq.calibration import Parameters
 from duquantpp_jax.ptq.site import QuantizedSite
 from duquantpp_jax.ptq.walk import QuantizedLayer
 from duquantpp_jax.transforms.storage import from_arrays, to_arrays
@@ -81,18 +80,19 @@ def check_schema(path: Path, schema: Any) -> None:
 
 
 def layer_tensors(
-    number: int, parameters: Parameters, names: Mapping[str, str], layer: QuantizedLayer
+    number: int, names: Mapping[str, str], layer: QuantizedLayer
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors of a layer's file, and what its metadata says besides schema and job.
 
     Args:
       number: Of the layer.
-      parameters: Of the float layer, by name inside it.
-      names: The tensor name of each of them.
+      names: The tensor name of each parameter inside it.
       layer: As quantized.
     """
     tensors = {
-        names[name]: np.asarray(array) for name, array in parameters.items() if name not in _WEIGHTS
+        names[name]: np.asarray(array)
+        for name, array in layer.parameters.items()
+        if name not in _WEIGHTS
     }
     arrays, structures = {}, {}
     for site in SITES:
@@ -105,7 +105,7 @@ def layer_tensors(
                 own, arrays[name] = to_tensors(_prefix(number) + name, weight)
                 tensors |= own
             else:
-                tensors[names[name]] = np.asarray(parameters[name])
+                tensors[names[name]] = np.asarray(layer.parameters[name])
     about = {"layer": number, "arrays": arrays, "sites": structures}
     return tensors, about
 

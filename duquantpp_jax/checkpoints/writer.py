@@ -93,7 +93,7 @@ def write_layers(
             lambda doing: progress(f"{what}: {doing}", next(done), count * steps),  # noqa: B023
         )
         names = {inside: name for name, inside in checkpoint.layer_tensors(number).items()}
-        tensors, about = layer_tensors(number, parameters, names, layer)
+        tensors, about = layer_tensors(number, names, layer)
         about |= {"report": report_layer(plan, number, layer)}
         about = {"schema": SCHEMA, "job": job.to_dict(), **about}
         write_tensors(out / layer_file(number), tensors, about)

@@ -55,6 +55,8 @@ class QuantizeOptions:
       weight_formats: Of weights alone, over --formats.
       activation_formats: Of activations alone, over --formats; also bf16 (W4A16).
       sequential: Calibrate each layer on what the quantized layers before it give.
+      fuse: Fold smoothing and permutations into norms, v and up before rounding; smoothing before
+        o_proj becomes the same in the query heads that share a value head.
       pad: Widen linear inputs that blocks do not divide, with zeros (exact).
       dry_run: Say sizes, memory and time; write nothing.
       overwrite: Start anew where --out holds another quantized model.
@@ -74,6 +76,7 @@ class QuantizeOptions:
     weight_formats: tuple[str, ...] = ()
     activation_formats: tuple[str, ...] = ()
     sequential: bool = False
+    fuse: bool = False
     pad: bool = False
     dry_run: bool = False
     overwrite: bool = False
@@ -173,6 +176,7 @@ def job_of(
         pad=options.pad,
         seed=options.seed,
         sequential=options.sequential,
+        fuse=options.fuse,
         calibration={
             "source": source,
             "rows": len(tokens),

@@ -23,10 +23,11 @@ from duquantpp_jax.core.arrays import (
 )
 from duquantpp_jax.core.recipe import Fit, Fitted, Recipe, Rounding, Weights, stack
 from duquantpp_jax.core.stats import Needs, Stats
-from duquantpp_jax.core.transform import Chain, Cost, Transform
+from duquantpp_jax.core.transform import Chain, Channels, Cost, Transform
 
 __all__ = [
     "Chain",
+    "Channels",
     "Cost",
     "Element",
     "ElementRounding",

@@ -10,8 +10,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,46 @@ class Cost:
             self.bytes + other.bytes,
             self.fuses and other.fuses,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Channels:
+    """A transform that moves each channel alone: x'_j = x[order_j] / divisor_j.
+
+    Attributes:
+      order: Which channel of the input each channel of the moved input is.
+      divisor: What it is divided by; the columns of weights are multiplied by it.
+    """
+
+    order: Int[np.ndarray, " k"]
+    divisor: Float[np.ndarray, " k"]
+
+    @classmethod
+    def nothing(cls, width: int) -> Channels:
+        """The Channels that move nothing."""
+        return cls(np.arange(width), np.ones(width, np.float32))
+
+    @property
+    def in_place(self) -> bool:
+        """Whether every channel stays in its place."""
+        return bool(np.array_equal(self.order, np.arange(len(self.order))))
+
+    @property
+    def moves_nothing(self) -> bool:
+        """Whether the moved input is the input."""
+        return self.in_place and bool(np.all(self.divisor == 1))
+
+    def then(self, other: Channels) -> Channels:
+        """These followed by others."""
+        return Channels(self.order[other.order], self.divisor[other.order] * other.divisor)
+
+    def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
+        """x T."""
+        return x[..., self.order] / self.divisor
+
+    def weights(self, w: Float[Array, "*outputs k"]) -> Float[Array, "*outputs k"]:
+        """w T^-T."""
+        return w[..., self.order] * self.divisor
 
 
 class Transform(abc.ABC):
@@ -80,6 +121,18 @@ class Transform(abc.ABC):
         """
         return Cost(width, sum(leaf.nbytes for leaf in jax.tree.leaves(self)))
 
+    def as_channels(self, width: int) -> Channels | None:
+        """The transform of one layer as an order and a divisor of channels; None if it mixes them.
+
+        A transform that gives it can be folded into what makes the input (ptq/fuse.py). It looks
+        at values, so it is not for traced arrays.
+
+        Args:
+          width: Channels of the input.
+        """
+        del width
+        return None
+
     def then(self, other: Transform) -> Transform:
         """This transform followed by another: T_self T_other."""
         return Chain((self, other))
@@ -111,3 +164,11 @@ class Chain(Transform):
 
     def cost(self, width: int) -> Cost:
         return sum((link.cost(width) for link in self.links), Cost(fuses=True))
+
+    def as_channels(self, width: int) -> Channels | None:
+        whole = Channels.nothing(width)
+        for link in self.links:
+            if (channels := link.as_channels(width)) is None:
+                return None
+            whole = whole.then(channels)
+        return whole

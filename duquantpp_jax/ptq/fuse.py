@@ -1,4 +1,4 @@
-"""Folding transforms into the model: what moves each channel alone costs nothing at run time.
+"""Folding transforms into a layer: what moves each channel alone costs nothing at run time.
 
 A site's input x is made by something that comes before it. If that can give out x T_1 instead,
 then of x' = x T_1 T_2 only T_2 is left to do online, and W T_1^-T stands for W from the start:
@@ -12,166 +12,234 @@ then of x' = x T_1 T_2 only T_2 is left to do online, and W T_1^-T stands for W 
 n(h) cannot be permuted alone: the residual stream h is read and written elsewhere too. With
 grouped-query attention several query heads read one head of v, so smoothing folds into v only if
 its scales are the same in all of them, and a permutation only if it keeps every channel in its
-head and is the same in all of them; else they stay online, for all layers. (silu is not linear:
-a scale folds into up, and the gate is left as it is. Head norms of queries and keys and biases of
-the site itself do not see its input's scale; biases of up, gate and v move with their rows.)
+head and is the same in all of them; else they stay online. `grouped` makes the scales the same.
+(silu is not linear: a scale folds into up, and the gate is left as it is. Head norms of queries and
+keys and biases of the site itself do not see its input's scale; biases of up, gate and v move with
+their rows.)
 
 The float function is unchanged but for rounding. What is quantized afterwards is not: rows of v and
 up, and norms, are scaled before they are rounded, so results with folded and with online transforms
 differ, and a table should say which it shows.
+
+Sources: SmoothQuant, arXiv 2211.10438, for norms; AWQ, arXiv 2306.00978, for v and up.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from duquantpp_jax.core import Chain, Transform
-from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder
+from duquantpp_jax.core import Chain, Channels, Cost, Fitted, Transform
+from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
 from duquantpp_jax.transforms.basic import Identity, Smooth, links
-from duquantpp_jax.transforms.permutation import Permute
 
-_LAYER = "model.layers.*."
-_NORMS = {"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
+NORMS: Mapping[str, str] = {
+    "attention_in": "input_layernorm",
+    "mlp_in": "post_attention_layernorm",
+}
+"""The norm that makes the input of a site."""
 _VALUE, _UP, _GATE = "self_attn.v_proj", "mlp.up_proj", "mlp.gate_proj"
+
+Parameters = dict[str, Any]
+"""Of one layer, by name inside it."""
+
+
+class Fused(NamedTuple):
+    """A layer with transforms folded in.
+
+    Attributes:
+      parameters: Of the layer; those that were moved are in float32.
+      fits: What is left to do online at each given site.
+      folded: For each given site what its input has been moved by; Identity where by nothing.
+    """
+
+    parameters: Parameters
+    fits: dict[str, Fitted]
+    folded: dict[str, Transform]
+
+
+def fuse_layer(
+    config: DecoderConfig,
+    parameters: Mapping[str, Float[Array | np.ndarray, "..."]],
+    fits: Mapping[str, Fitted],
+    linears: Mapping[str, tuple[str, ...]] = SITE_WEIGHTS,
+) -> Fused:
+    """Folds what can be folded into one layer; see the top of this file.
+
+    The linears of the new layer expect their inputs moved by what was folded, and get them so. Its
+    float function is that of the given layer, with the new fits as with the given ones.
+
+    Args:
+      config: Of the model.
+      parameters: Of the layer, by name inside it.
+      fits: For each site what was fitted, of this layer alone; sites left out stay as they are.
+      linears: Which linears the weights of each fit belong to, by name inside the layer.
+
+    Raises:
+      ValueError: A key is no site.
+    """
+    if unknown := set(fits) - set(SITES):
+        raise ValueError(f"{min(unknown)!r} is no site: use {', '.join(SITES)}")
+    moved, weights = dict(parameters), {site: fitted.weights for site, fitted in fits.items()}
+    rests, folded = {}, {}
+    for site, fitted in fits.items():
+        width = parameters[SITE_WEIGHTS[site][0]].shape[-1]
+        folding = split(config, site, fitted.transform, width)
+        rests[site], folded[site] = folding.rest, folding.folded
+        for channels, made in folding.moves:
+            for name in SITE_WEIGHTS[site]:
+                moved[name] = channels.weights(_float32(moved[name]))
+            if (given := weights[site]) is not None:
+                # The columns beyond the input's width meet the zeros that widen it.
+                weights[site] = tuple(
+                    jnp.concatenate([channels.weights(w[:, :width]), w[:, width:]], axis=1)
+                    for w in given
+                )
+            for name, rows in made.items():
+                _move_rows(moved, name, rows)
+                for other, names in linears.items():
+                    if name in names and (given := weights.get(other)) is not None:
+                        weights[other] = tuple(
+                            rows.activations(w.T).T if inside == name else w
+                            for inside, w in zip(names, given, strict=True)
+                        )
+    new = {
+        site: dataclasses.replace(fitted, transform=rests[site], weights=weights[site])
+        for site, fitted in fits.items()
+    }
+    return Fused(moved, new, folded)
 
 
 class Folding(NamedTuple):
-    """What of one site's transform can be folded.
+    """What of one site's transform is folded.
 
     Attributes:
-      folded: Its first links that can, in order; widened channels cut off.
-      rest: The others, which stay online; Identity where nothing is left.
+      folded: The links that are, as one transform; Identity where there is none.
+      moves: For each of them, how it moves the input and the parameters that make the input.
+      rest: The other links, which stay online; Identity where there is none.
     """
 
-    folded: tuple[Transform, ...]
+    folded: Transform
+    moves: tuple[tuple[Channels, dict[str, Channels]], ...]
     rest: Transform
 
 
-def foldings(model: Decoder, transforms: Mapping[str, Transform]) -> dict[str, Folding]:
-    """What `fuse` folds and what it leaves online, at each site.
+def split(config: DecoderConfig, site: str, transform: Transform, width: int) -> Folding:
+    """The first links of a site's transform, as far as they fold, and the rest.
 
     Args:
-      model: The float model.
-      transforms: As of `fuse`.
-
-    Raises:
-      ValueError: As `fuse`.
+      config: Of the model.
+      site: Whose input is moved.
+      transform: Of one layer.
+      width: Of the input before it is widened with zeros.
     """
-    if unknown := set(transforms) - set(SITES):
-        raise ValueError(f"{min(unknown)!r} is no site: use {', '.join(SITES)}")
-    layers = model.config.num_hidden_layers
-    plan = {}
-    for site, transform in transforms.items():
-        if any(leaf.shape[:1] != (layers,) for leaf in jax.tree.leaves(transform)):
-            raise ValueError(f"the transform of {site} is not stacked over the {layers} layers")
-        width = model.weights(site)[0].shape[-1]
-        chain = [link for link in links(transform) if not isinstance(link, Identity)]
-        folded: list[Transform] = []
-        while len(folded) < len(chain):
-            link = _cut(chain[len(folded)], width)
-            if link is None or _producer(site, link, model) is None:
-                break
-            folded.append(link)
-        left = chain[len(folded) :]
-        rest = left[0] if len(left) == 1 else Chain(tuple(left)) if left else Identity()
-        plan[site] = Folding(tuple(folded), rest)
-    return plan
+    chain = []
+    for link in links(transform):
+        channels = link.as_channels(width)
+        if channels is None or not channels.moves_nothing:
+            chain.append((link, channels))
+    moves: list[tuple[Channels, dict[str, Channels]]] = []
+    for _, channels in chain:
+        cut = None if channels is None else _cut(channels, width)
+        if cut is None or (made := producers(config, site, cut)) is None:
+            break
+        moves.append((cut, made))
+    kept = [link for link, _ in chain]
+    return Folding(_chained(kept[: len(moves)]), tuple(moves), _chained(kept[len(moves) :]))
 
 
-def fuse(
-    model: Decoder, transforms: Mapping[str, Transform]
-) -> tuple[Decoder, dict[str, Transform]]:
-    """Folds what can be folded into the model; see the top of this file.
-
-    The new model's linears expect their inputs moved by what was folded, and get them so. Its
-    float function is that of the old one; with the transforms that are returned, all of them moved
-    as the given ones move them. `foldings` says which parts were folded.
-
-    Args:
-      model: The float model.
-      transforms: For each site its transform, stacked over layers; sites left out stay as they are.
-
-    Returns:
-      The new model, and for each given site what stays online.
-
-    Raises:
-      ValueError: A key is no site, or a transform is not stacked over the layers.
-    """
-    plan = foldings(model, transforms)
-    parameters = dict(model.parameters())
-    for site, folding in plan.items():
-        for link in folding.folded:
-            for name in SITE_WEIGHTS[site]:
-                key = _LAYER + name
-                parameters[key] = jax.vmap(lambda t, w: t.weights(w))(link, parameters[key])
-            made = _producer(site, link, model)
-            if made is None:
-                raise ValueError(f"{site}: nothing before it takes up {type(link).__name__}")
-            for name, move in made.items():
-                _move_rows(parameters, _LAYER + name, move)
-    fused = type(model)(model.config, parameters, dtype=model.dtype)
-    return fused, {site: folding.rest for site, folding in plan.items()}
-
-
-def _move_rows(parameters: dict[str, Array], name: str, move: Transform) -> None:
-    """Moves what comes out of a norm, or of a linear: its rows and its bias."""
-    act = jax.vmap(lambda t, x: t.activations(x))
-    if parameters[name].ndim == 2:  # a norm's gain
-        parameters[name] = act(move, parameters[name])
-        return
-    parameters[name] = act(move, parameters[name].swapaxes(1, 2)).swapaxes(1, 2)
-    if (bias := f"{name}.bias") in parameters:
-        parameters[bias] = act(move, parameters[bias])
-
-
-def _producer(site: str, link: Transform, model: Decoder) -> dict[str, Transform] | None:
+def producers(config: DecoderConfig, site: str, channels: Channels) -> dict[str, Channels] | None:
     """The parameters that make the site's input and how each is moved; None if it cannot be."""
-    match site, link:
-        case (("attention_in" | "mlp_in"), Smooth()):
-            return {_NORMS[site]: link}
-        case "mlp_out", Smooth():
-            return {_UP: link}
-        case "mlp_out", Permute():
-            return {_UP: link, _GATE: link}
-        case "attention_out", (Smooth() | Permute()):
-            one = _of_value_heads(link, model)
-            return None if one is None else {_VALUE: one}
-    return None
+    if site in NORMS:
+        return {NORMS[site]: channels} if channels.in_place else None
+    if site == "attention_out":
+        rows = _of_value_heads(config, channels)
+        return None if rows is None else {_VALUE: rows}
+    if channels.in_place:
+        return {_UP: channels}
+    gate = Channels(channels.order, np.ones_like(channels.divisor))
+    return {_UP: channels, _GATE: gate}
 
 
-def _of_value_heads(link: Smooth | Permute, model: Decoder) -> Transform | None:
+def grouped(fitted: Fitted, config: DecoderConfig) -> Fitted:
+    """The fit before o_proj, its smoothing the same in all query heads that read one value head.
+
+    Each channel's scale becomes the geometric mean over those heads, so that it folds into v.
+    Scales that are not all positive (random signs), and a transform whose first link is no
+    smoothing, stay as they are.
+
+    Args:
+      fitted: Of attention_out, of one layer.
+      config: Of the model.
+    """
+    first, *others = links(fitted.transform)
+    if not isinstance(first, Smooth) or not np.all(np.asarray(first.scale) > 0):
+        return fitted
+    kv_heads, side = config.num_key_value_heads, config.head_dim
+    width = config.num_attention_heads * side
+    scale = np.asarray(first.scale)
+    heads = np.log(scale[:width].astype(np.float64)).reshape(kv_heads, -1, side)
+    mean = np.exp(np.broadcast_to(heads.mean(axis=1, keepdims=True), heads.shape))
+    shared = np.concatenate([mean.ravel(), scale[width:]]).astype(np.float32)
+    transform = _chained([Smooth(jnp.asarray(shared)), *others])
+    return dataclasses.replace(fitted, transform=transform)
+
+
+def online_cost(transform: Transform, width: int) -> Cost:
+    """What moving a site's input costs while the model runs.
+
+    Args:
+      transform: Of one layer, after folding; links that move nothing cost nothing.
+      width: Of the input as it is moved.
+    """
+    kept = []
+    for link in links(transform):
+        channels = link.as_channels(width)
+        if channels is None or not channels.moves_nothing:
+            kept.append(link)
+    return _chained(kept).cost(width)
+
+
+def _chained(transforms: Sequence[Transform]) -> Transform:
+    if len(transforms) == 1:
+        return transforms[0]
+    return Chain(tuple(transforms)) if transforms else Identity()
+
+
+def _float32(array: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
+    return jnp.asarray(array).astype(jnp.float32)
+
+
+def _move_rows(parameters: Parameters, name: str, rows: Channels) -> None:
+    """Moves what comes out of a norm, or of a linear: its rows and its bias."""
+    parameters[name] = rows.activations(_float32(parameters[name]).T).T
+    if (bias := f"{name}.bias") in parameters:
+        parameters[bias] = rows.activations(_float32(parameters[bias]))
+
+
+def _of_value_heads(config: DecoderConfig, channels: Channels) -> Channels | None:
     """The same on the heads of v, if all query heads that read one of them agree."""
-    config = model.config
     heads, kv_heads, side = (
         config.num_attention_heads,
         config.num_key_value_heads,
         config.head_dim,
     )
-
-    def agreed(values: np.ndarray) -> np.ndarray | None:
-        grouped = values.reshape(len(values), kv_heads, heads // kv_heads, side)
-        return grouped[:, :, 0] if np.all(grouped == grouped[:, :, :1]) else None
-
-    if isinstance(link, Smooth):
-        scale = agreed(np.asarray(link.scale))
-        return None if scale is None else Smooth(jnp.asarray(scale.reshape(len(scale), -1)))
-    order = np.asarray(link.order).reshape(-1, heads, side)
-    inside = order - side * np.arange(heads)[:, None]
-    if np.any((inside < 0) | (inside >= side)) or (within := agreed(inside)) is None:
+    inside = channels.order.reshape(heads, side) - side * np.arange(heads)[:, None]
+    if np.any((inside < 0) | (inside >= side)):
         return None
-    whole = within + side * np.arange(kv_heads)[:, None]
-    return Permute(jnp.asarray(whole.reshape(len(order), -1), jnp.int32))
+    within = inside.reshape(kv_heads, -1, side)
+    divisor = channels.divisor.reshape(kv_heads, -1, side)
+    if np.any(within != within[:, :1]) or np.any(divisor != divisor[:, :1]):
+        return None
+    order = within[:, 0] + side * np.arange(kv_heads)[:, None]
+    return Channels(order.ravel(), divisor[:, 0].ravel())
 
 
-def _cut(link: Transform, width: int) -> Transform | None:
-    """The link on the first `width` channels, if it keeps them apart from those beyond."""
-    match link:
-        case Smooth():
-            return Smooth(link.scale[:, :width])
-        case Permute() if np.all(np.asarray(link.order)[:, :width] < width):
-            return Permute(link.order[:, :width])
-    return None
+def _cut(channels: Channels, width: int) -> Channels | None:
+    """The first `width` channels, if they are kept apart from those beyond."""
+    if np.any(channels.order[:width] >= width):
+        return None
+    return Channels(channels.order[:width], channels.divisor[:width])

@@ -35,6 +35,8 @@ class Plan:
       seed: For fits that draw random numbers.
       sequential: Calibrate each layer on what the quantized layers before it give.
       fits: For each site what moves it, stacked over layers; None where the recipes fit that.
+      fuse: Fold into the layer, before it is rounded, what of the transforms can be; smoothing
+        before o_proj is made the same in the query heads that share a value head.
     """
 
     config: DecoderConfig
@@ -44,6 +46,7 @@ class Plan:
     pad: bool = False
     seed: int = 0
     sequential: bool = False
+    fuse: bool = False
     fits: Mapping[str, Fitted] | None = None
 
     @staticmethod
@@ -71,6 +74,11 @@ class Plan:
             matches(name, self.include) and not matches(name, self.exclude)
             for name in linear_names(site, number)
         )
+
+    def names(self, site: str, number: int) -> tuple[str, ...]:
+        """The linears of a layer's site that are quantized, by name inside the layer."""
+        chosen = zip(SITE_WEIGHTS[site], self.chosen(site, number), strict=True)
+        return tuple(name for name, wanted in chosen if wanted)
 
     def widths(self, number: int) -> dict[str, int]:
         """Input width of each site of a layer that has a linear to quantize.

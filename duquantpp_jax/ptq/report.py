@@ -11,13 +11,15 @@ from jaxtyping import Array, Float
 
 from duquantpp_jax.core import Format, MXArray
 from duquantpp_jax.models import SITE_WEIGHTS, linear_names
+from duquantpp_jax.ptq.fuse import online_cost
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import HIGHEST, QuantizedSite, pad_channels, quantize_input
 from duquantpp_jax.ptq.walk import QuantizedLayer
 
 
 def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[str, Any]]:
-    """A row for each quantized linear of a layer: its name, bytes, SQNR, and error of its weights.
+    """A row for each quantized linear of a layer: name, bytes, SQNR, error of its weights, and what
+    moving its input costs while the model runs.
 
     Args:
       plan: What was done.
@@ -41,12 +43,15 @@ def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[st
         quantized = dataclasses.replace(layer.sites[site], weights=rounded)
         format = plan.recipes[site].activation_format
         energies = sensitivity(sample, weights, quantized, format=format)
+        online = online_cost(quantized.transform, sample.shape[-1])
         report += [
             {
                 "linear": name,
                 "bytes": storage_bytes(q),
                 "sqnr_db": _decibel(signal, error),
                 "weight_error": float(weight_error) / max(float(signal), 1e-30),
+                "online_multiply_adds": online.multiply_adds,
+                "online_bytes": online.bytes,
             }
             for (name, _), q, (signal, error, weight_error) in zip(
                 names, rounded, energies, strict=True

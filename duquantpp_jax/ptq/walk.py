@@ -42,6 +42,7 @@ from duquantpp_jax.ptq.calibration import (
     replicated,
     spread,
 )
+from duquantpp_jax.ptq.fuse import fuse_layer, grouped
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import (
     MixedLinear,
@@ -65,7 +66,8 @@ class QuantizedLayer(NamedTuple):
 
     Attributes:
       sites: The quantized linears.
-      parameters: Of the float layer that has been rounded.
+      parameters: Of the float layer that has been rounded; those given, unless transforms were
+        folded into them.
       samples: Tokens of the input of each site that has a quantized linear.
     """
 
@@ -107,6 +109,8 @@ def quantize_layer(
         after = None if needs else last
         stats = pass_over(hidden, widths, plan.fit_needs(number), after=after)
     fits = fit_layer(plan, number, parameters, stats, progress)
+    if plan.fuse and "attention_out" in fits:
+        fits["attention_out"] = grouped(fits["attention_out"], plan.config)
     if needs:
         if hidden is None:
             raise ValueError("the rounding looks at moved inputs: give the hidden states")
@@ -115,14 +119,18 @@ def quantize_layer(
     else:
         plain = {site: keep(stats[site], Needs.NOTHING) for site in widths}
         moved = {site: plain[site].through(fits[site].transform) for site in widths}
-    # Fusing belongs here: `moved` describes the moved inputs, which it leaves as they are.
+    samples = {site: stats[site].sample for site in widths}
+    if plan.fuse:  # `moved` describes the moved inputs, which folding leaves as they are
+        linears = {site: plan.names(site, number) for site in widths}
+        parameters, fits, folded = fuse_layer(plan.config, parameters, fits, linears)
+        samples = {site: folded[site].activations(x) for site, x in samples.items()}
     sites = {}
     for site in SITES:
         sites[site] = _round_site(plan, site, number, parameters, fits.get(site), moved.get(site))
         progress("rounding")
     if plan.sequential and hidden is not None:
         _run_quantized(plan, number, parameters, sites, hidden, progress)
-    return QuantizedLayer(sites, parameters, {site: stats[site].sample for site in widths})
+    return QuantizedLayer(sites, parameters, samples)
 
 
 def fit_layer(
@@ -192,9 +200,12 @@ def quantize_decoder(
       The state for `model(tokens, plan.linear, state)`.
 
     Raises:
-      ValueError: The plan cannot be carried out, or is sequential and `stats` are given.
+      ValueError: The plan cannot be carried out, or folds transforms into the float parameters, or
+        is sequential and `stats` are given.
     """
     plan.check()
+    if plan.fuse:
+        raise ValueError("folding changes norms, v and up: quantize to a directory instead")
     if plan.sequential and stats is not None:
         raise ValueError("a sequential plan calibrates on the quantized layers: give no stats")
     layers = range(plan.config.num_hidden_layers)

@@ -13,11 +13,13 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Key
 
 from duquantpp_jax.core import (
     Chain,
+    Channels,
     Cost,
     Fit,
     Fitted,
@@ -53,6 +55,9 @@ class Identity(Transform):
     def cost(self, width: int) -> Cost:
         return Cost(fuses=True)
 
+    def as_channels(self, width: int) -> Channels:
+        return Channels.nothing(width)
+
 
 @struct.dataclass
 class Smooth(Transform):
@@ -77,6 +82,10 @@ class Smooth(Transform):
 
     def cost(self, width: int) -> Cost:
         return Cost(1, self.scale.nbytes, fuses=True)
+
+    def as_channels(self, width: int) -> Channels:
+        scale = np.asarray(self.scale)
+        return Channels(np.arange(len(scale)), scale)
 
 
 def links(transform: Transform) -> tuple[Transform, ...]:

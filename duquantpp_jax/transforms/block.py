@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
-from duquantpp_jax.core import Chain, Cost, Transform
+from duquantpp_jax.core import Chain, Channels, Cost, Transform
 from duquantpp_jax.transforms.basic import Identity, Smooth, links
 
 
@@ -119,6 +119,13 @@ class BlockAffine(Transform):
 
     def cost(self, width: int) -> Cost:
         return Cost(self.matrices.shape[-1], self.matrices.nbytes)
+
+    def as_channels(self, width: int) -> Channels | None:
+        """The Channels that move nothing, where every matrix is the identity; else None."""
+        matrices = np.asarray(self.matrices)
+        if np.array_equal(matrices, np.broadcast_to(np.eye(matrices.shape[-1]), matrices.shape)):
+            return Channels.nothing(width)
+        return None
 
 
 def lower(transform: Transform, width: int, size: int) -> Transform:

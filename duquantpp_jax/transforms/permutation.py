@@ -26,7 +26,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
-from duquantpp_jax.core import Cost, Fitted, Needs, Recipe, Stats, Transform, Weights
+from duquantpp_jax.core import Channels, Cost, Fitted, Needs, Recipe, Stats, Transform, Weights
 from duquantpp_jax.transforms.block import rotation_size
 
 
@@ -55,6 +55,10 @@ class Permute(Transform):
 
     def cost(self, width: int) -> Cost:
         return Cost(0, self.order.nbytes, fuses=True)
+
+    def as_channels(self, width: int) -> Channels:
+        order = np.asarray(self.order)
+        return Channels(order, np.ones(len(order), np.float32))
 
 
 def zigzag(values: Float[np.ndarray, " k"], size: int) -> Int[np.ndarray, " k"]:

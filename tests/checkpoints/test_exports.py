@@ -2,15 +2,19 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 from duquantpp_jax import cli
 from duquantpp_jax.checkpoints import Quantized, load, save
+from duquantpp_jax.checkpoints.loading import load_any
 from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
 from duquantpp_jax.models import SITES
+from duquantpp_jax.transforms.block import BlockAffine
 from tests.commands.test_quantize import assert_one_line
 from tests.conftest import byte_tokenizer, tiny_decoder
 from tests.decompress import assert_equal, by_numpy, held, tensors_of
@@ -61,7 +65,7 @@ def test_smoothing_before_a_norms_linears_is_folded_into_the_norm(tiny_directory
     ("more", "says"),
     [
         ({"recipe": "duquantpp"}, "rotated online by matrices that are not Hadamard's"),
-        ({"recipe": "smooth", "exclude": ("*.q_proj", "*.up_proj")}, "quantize the whole site"),
+        ({"recipe": "smooth", "exclude": ("*.q_proj", "*.up_proj")}, "quantize again with --fuse"),
         ({"recipe": "smooth", "include": ("*.down_proj",)}, "mlp_out: its smoothing"),
     ],
 )
@@ -109,6 +113,29 @@ def test_dequantized_is_a_float_model_of_the_weights_moved_back(tmp_path, capsys
                 np.testing.assert_array_equal(found[number], w.astype(np.float32))
                 error = np.linalg.norm(found[number] - wanted[number])
                 assert 0.05 < error / np.linalg.norm(wanted[number]) < 0.25  # 4 bits, 12 to 26 dB
+
+
+def test_smoothing_fused_before_rounding_is_exported_bit_for_bit_and_costs_no_accuracy(
+    tiny_directory, tmp_path
+):
+    model = quantized(tiny_directory, tmp_path / "q", recipe="smooth_hadamard", fuse=True)
+    tensors = exported(model, tmp_path / "e")
+    assert_equal(by_numpy(tmp_path / "e"), held(model))
+    opened = Quantized(model)
+    for number in range(2):
+        others, sites = opened.layer(number)
+        for site in SITES:
+            assert isinstance(sites[site].transform, BlockAffine)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            found = tensors[f"model.layers.{number}.{norm}.weight"]
+            np.testing.assert_array_equal(found, others[norm])
+            assert np.ptp(found) > 0
+    plain = quantized(tiny_directory, tmp_path / "p", recipe="smooth_hadamard")
+    tokens = jnp.arange(48, dtype=jnp.int32).reshape(2, 24)
+    run = jax.jit(lambda m, s, linear: m(tokens, linear, s)[0], static_argnames="linear")
+    logits = [run(m, s, linear) for m, linear, s in map(load_any, (tiny_directory, plain, model))]
+    errors = [float(np.linalg.norm(one - logits[0])) for one in logits[1:]]
+    assert 0 < errors[1] < 1.5 * errors[0]
 
 
 def test_a_directory_that_exists_is_left_alone(tiny_directory, tmp_path, capsys):
