@@ -88,7 +88,14 @@ def test_the_report_has_every_linear_and_the_bytes_of_both_models(three_layers, 
     report = json.loads((quantized / "report.json").read_text())
     assert len(report["linears"]) == 3 * 7
     for row in report["linears"]:
-        assert set(row) == {"linear", "bytes", "sqnr_db", "weight_error"}
+        assert set(row) == {
+            "linear",
+            "bytes",
+            "sqnr_db",
+            "weight_error",
+            "online_multiply_adds",
+            "online_bytes",
+        }
     for place, said in ((three_layers, "float_bytes"), (quantized, "bytes")):
         stored = sum(path.stat().st_size for path in place.glob("*.safetensors"))
         assert report[said] == stored
