@@ -16,13 +16,16 @@ ERRORS = {name: RNG.lognormal(size=200) for name in ("block_hadamard", "duquantp
 BYTES = {name: RNG.integers(110, 130, 100).astype(np.uint8) for name in ERRORS}
 CODES = {name: RNG.integers(0, 16, 100).astype(np.uint8) for name in ERRORS}
 STEPS = np.arange(5)
-RESULTS = {
+PIVOT = {
     "targets": 65408,
-    "options": {"recipes": [*ERRORS], "scale_rules": ["floor", "even"]},
-    "rows": [
+    "rows": [*ERRORS],
+    "columns": ["floor", "even"],
+    "baseline": "block_hadamard",
+    "clusters": {"unit": "document", "count": 16},
+    "entries": [
         {
-            **{"recipe": recipe, "scale_rule": rule, "kl": RNG.uniform(0.1, 0.2)},
-            **{"kl_difference": 0.02, "kl_difference_ci95": [0.015, 0.03]},
+            **{"row": recipe, "column": rule, "kl": {"value": RNG.uniform(0.1, 0.2)}},
+            "difference": {"kl": {"value": 0.02, "ci95": [0.015, 0.03]}},
         }
         for recipe in ERRORS
         for rule in ("floor", "even")
@@ -43,9 +46,7 @@ EXAMPLES = {
     "scale_exponents": lambda c: figures.scale_exponents(BYTES, title=SITE, columns=c),
     "code_occupancy": lambda c: figures.code_occupancy(CODES, title=SITE, columns=c),
     "channels": lambda c: figures.channels({"before": X[0] ** 2}, title=SITE, columns=c),
-    "divergences": lambda c: figures.divergences(
-        RESULTS, ("document", 16), "block_hadamard", columns=c
-    ),
+    "divergences": lambda c: figures.divergences(PIVOT, columns=c),
     "rotation": lambda c: figures.rotation(
         dict.fromkeys(ERRORS, X[:32, :32] / 17), title=SITE, columns=c
     ),
@@ -61,9 +62,7 @@ EXAMPLES = {
     ),
 }
 TWO_COLUMNS_ONLY = {
-    "comparison": lambda _: figures.comparison(
-        RESULTS, (SITE, {"before": X[0] ** 2}), ("document", 16)
-    ),
+    "comparison": lambda _: figures.comparison(PIVOT, (SITE, {"before": X[0] ** 2})),
     "block_errors": lambda _: figures.block_errors(ERRORS, tuple(ERRORS), title=SITE),
 }
 CASES = [(name, columns) for name in EXAMPLES for columns in (1, 2)]
