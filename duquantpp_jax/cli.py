@@ -13,7 +13,16 @@ from typing import Any
 
 import tyro
 
-from duquantpp_jax.commands import ablate, compare, evaluate, export, generate, inspect, quantize
+from duquantpp_jax.commands import (
+    ablate,
+    compare,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    learn,
+    quantize,
+)
 from duquantpp_jax.commands.progress import remembering_interrupts
 from duquantpp_jax.kernels import proof
 
@@ -22,6 +31,7 @@ COMMANDS: Mapping[str, tuple[type, Callable[[Any], int]]] = {
     "ablate": (ablate.AblateFile, ablate.run),
     "evaluate": (evaluate.EvaluateOptions, evaluate.run),
     "generate": (generate.GenerateOptions, generate.run),
+    "learn": (learn.LearnOptions, learn.run),
     "quantize": (quantize.QuantizeOptions, quantize.run),
     "export": (export.ExportOptions, export.run),
     "inspect": (inspect.InspectOptions, inspect.run),

@@ -13,7 +13,7 @@ against its own energy, for the next norm divides by it. h^ is what the block is
 Source: block by block with quantized inputs and float targets, as in OmniQuant, arXiv 2308.13137.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -185,17 +185,22 @@ def learn_model_by_blocks(
             **options,
         )
     )
+    return stack_blocks(learned)
+
+
+def stack_blocks(learned: Sequence[tuple[dict[str, Fitted], Trained]]) -> Learning:
+    """What `learn_blocks` gave: fits stacked over layers, losses as means over blocks."""
     fits = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(fitted for fitted, _ in learned))
-    found = [one for _, one in learned]
+    found = [trained for _, trained in learned]
     history = [
         (
             checks[0][0],
             float(np.mean([c[1] for c in checks])),
             float(np.mean([c[2] for c in checks])),
         )
-        for checks in zip(*(one.history for one in found), strict=False)
+        for checks in zip(*(trained.history for trained in found), strict=False)
     ]
-    return Learning(fits, float(np.mean([one.start_loss for one in found])), history)
+    return Learning(fits, float(np.mean([trained.start_loss for trained in found])), history)
 
 
 def _run(

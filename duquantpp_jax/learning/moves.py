@@ -13,6 +13,7 @@ clip times its largest magnitude, so that any rounding may follow.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from duquantpp_jax.core import Fitted, Format, Weights
 from duquantpp_jax.learning.quantizer import integer, learnable_quantize
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.learned import (
+    PARAMETRIZATIONS,
     Parameters,
     Parametrization,
     check_condition,
@@ -172,6 +174,38 @@ class Moves:
             return moved
         through = self.through_amax or self.weight_clip is not None
         return tuple(learnable_quantize(format, through, w) for w in moved)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "rotation": {"transform": PARAMETRIZATIONS["cayley"]},
+    **{name: {"transform": one} for name, one in PARAMETRIZATIONS.items()},
+    "weights": {"weights": "given"},
+    "weights_moved": {"weights": "moved"},
+    "scale_offset": {"scale_offset": True},
+    "clip": {"clip": "block"},
+    "clip_site": {"clip": "site"},
+    "weight_clip": {"weight_clip": "block"},
+    "weight_clip_site": {"weight_clip": "site"},
+}
+"""What moves, by name; several may be given at once."""
+
+
+def moves_named(names: Sequence[str]) -> Moves:
+    """All that several names of PRESETS move; gradients also go through the largest magnitudes.
+
+    Raises:
+      ValueError: No name, an unknown one, or two that exclude each other.
+    """
+    if not names:
+        raise ValueError(f"nothing moves: give some of {', '.join(PRESETS)}")
+    found: dict[str, Any] = {}
+    for name in names:
+        if name not in PRESETS:
+            raise ValueError(f"unknown move {name!r}: choose of {', '.join(PRESETS)}")
+        ((field, value),) = PRESETS[name].items()
+        if found.setdefault(field, value) != value:
+            raise ValueError(f"{name!r} says another {field} than a move before it: give one")
+    return Moves(**{"transform": None, "through_amax": True} | found)
 
 
 class SiteState(NamedTuple):

@@ -1,0 +1,102 @@
+"""Fits as a directory, so that what was learned for one model can be given to other commands.
+
+    fits.safetensors    for each site, the whole Fitted, stacked over layers (transforms/storage.py)
+    fits.json           the model that they are for, the formats, and how they were learned
+
+fits.json is written last: a directory without it is not finished.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from duquantpp_jax import files
+from duquantpp_jax.checkpoints.shards import read_json
+from duquantpp_jax.core import Fitted
+from duquantpp_jax.learning.state import digest
+from duquantpp_jax.models import SITES
+from duquantpp_jax.transforms import storage
+
+SCHEMA = 1
+ARRAYS, ABOUT = "fits.safetensors", "fits.json"
+
+
+def save_fits(directory: Path, fits: Mapping[str, Fitted], about: Mapping[str, Any]) -> None:
+    """Writes fits to a directory.
+
+    Args:
+      directory: May be new.
+      fits: For each site, stacked over layers.
+      about: With `model` (name and sha256) and `formats` (weight and activation), and whatever
+        else is to be known of them.
+
+    Raises:
+      OSError: It cannot be written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    storage.save(directory / ARRAYS, fits)
+    content = {"schema": SCHEMA, **about, "sha256": digest(dict(fits))}
+    files.write_whole(directory / ABOUT, files.to_json(content))
+
+
+def read_about(directory: Path) -> dict[str, Any]:
+    """What fits.json says.
+
+    Raises:
+      ValueError: There are no fits, or they are of another schema.
+    """
+    if not (directory / ABOUT).is_file():
+        raise ValueError(
+            f"{directory} holds no finished fits: give a directory that duquantpp learn has written"
+        )
+    about = read_json(directory / ABOUT)
+    if about.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{directory / ABOUT} has schema {about.get('schema')!r}, here it is {SCHEMA}: "
+            "learn the fits again"
+        )
+    return about
+
+
+def load_fits(directory: Path, model_sha256: str) -> tuple[dict[str, Fitted], dict[str, Any]]:
+    """Fits, and what fits.json says of them.
+
+    Args:
+      directory: As `save_fits` wrote it.
+      model_sha256: Of the model that they are wanted for.
+
+    Raises:
+      ValueError: They are of another model, or the files are broken.
+    """
+    about = read_about(directory)
+    found = about.get("model", {})
+    if found.get("sha256") != model_sha256:
+        raise ValueError(
+            f"the fits in {directory} are of another model ({found.get('name')}): "
+            "learn them for this one"
+        )
+    fits = storage.load(directory / ARRAYS)
+    if digest(fits) != about.get("sha256"):
+        raise ValueError(f"{directory / ARRAYS} holds other fits than fits.json names: copy both")
+    if set(fits) != set(SITES) or not all(isinstance(fit, Fitted) for fit in fits.values()):
+        raise ValueError(f"{directory / ARRAYS} must hold fits of {', '.join(SITES)}")
+    return {site: fits[site] for site in SITES}, about  # type: ignore[misc]
+
+
+def other_formats(about: Mapping[str, Any], weight: str, activation: str) -> str | None:
+    """A warning where fits are used under other formats than those they were made for.
+
+    Args:
+      about: What fits.json says.
+      weight, activation: Names in full, as of `recipes.format_name`.
+
+    Returns:
+      One line, or None where the formats are the same.
+    """
+    made, used = about["formats"], {"weight": weight, "activation": activation}
+    if made == used:
+        return None
+    return (
+        f"warning: the fits were learned for weights {made['weight']} and activations "
+        f"{made['activation']}, and are used for weights {weight} and activations {activation}"
+    )

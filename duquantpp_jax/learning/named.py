@@ -1,0 +1,303 @@
+"""Learning that is said in names and numbers: what starts, what moves, through what, how long.
+
+    site     each site alone, the loss of `learning/site.py` on its calibration tokens
+    block    one decoder block after the other, `learning/blocks.py`; one block is in memory
+    model    through the whole model, `learning/model.py`
+
+All give the same thing, {site: Fitted} stacked over layers. The transform moves at `rate`, weights
+at a tenth of it, clips and scale offsets at ten times of it, for the last two are logarithms of
+order one and weights are small.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float32, Integer
+
+from duquantpp_jax.checkpoints import load
+from duquantpp_jax.checkpoints.lazy import Checkpoint
+from duquantpp_jax.core import Fitted, Recipe
+from duquantpp_jax.learning.blocks import learn_blocks, stack_blocks
+from duquantpp_jax.learning.model import Learning, at_rates, learn_model
+from duquantpp_jax.learning.moves import PARTS, moves_named
+from duquantpp_jax.learning.site import FitLearned, start_of
+from duquantpp_jax.models import SITES, Decoder, DecoderConfig
+from duquantpp_jax.ptq.calibration import calibrate_layer
+from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.walk import fit_layer
+from duquantpp_jax.recipes import find_fit, known
+from duquantpp_jax.transforms import storage
+from duquantpp_jax.transforms.block import BlockAffine
+
+CALIBRATION_ROWS = 64
+"""Most rows that starts are fitted on, the first of those to learn from."""
+
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adam": optax.scale_by_adam,
+    "adan": optax.scale_by_adan,
+    "amsgrad": optax.scale_by_amsgrad,
+    "lion": optax.scale_by_lion,
+    "rms": optax.scale_by_rms,
+    "sgd": optax.identity,
+}
+"""Directions of optax, by its names."""
+
+FACTORS = dict.fromkeys(PARTS, 10.0) | {"transform": 1.0, "weights": 0.1}
+"""Of the rate, what each part moves at."""
+
+Report = Callable[[str, int, int], None]
+"""Called with what is being done, steps done, steps in all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+    """A decoder in memory, read a layer at a time as a `Checkpoint` is."""
+
+    model: Decoder
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Of the model."""
+        return self.model.config
+
+    def embed(
+        self, tokens: Integer[np.ndarray, "rows length"]
+    ) -> Float32[np.ndarray, "rows length k"]:
+        """The hidden states that the first layer reads."""
+        return np.asarray(self.model.embedding[...], np.float32)[tokens]
+
+    def layer(self, number: int) -> dict[str, Array]:
+        """The parameters of a layer."""
+        return {name: array[...][number] for name, array in self.model.layers.items()}
+
+
+Source = Checkpoint | InMemory
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """From a schedule of learning rates to the optimiser that moves each part at its share of it.
+
+    Attributes:
+      name: Of OPTIMIZERS.
+    """
+
+    name: str
+
+    def __call__(self, schedule: optax.Schedule) -> optax.GradientTransformation:
+        rates = {
+            part: lambda count, factor=factor: factor * schedule(count)
+            for part, factor in FACTORS.items()
+        }
+        return at_rates(rates, OPTIMIZERS[self.name]())
+
+
+@dataclasses.dataclass(frozen=True)
+class Learn:
+    """How fits are learned.
+
+    Attributes:
+      start: The fit that learning starts from, by its name in duquantpp_jax.recipes.
+      moves: What moves, by the names of `learning/moves.py`.
+      through: What the loss is taken through; see the top of this file.
+      steps: Updates; of each site or block where those learn by themselves.
+      rate: Peak learning rate of the transform; warmed up, then down a cosine to zero.
+      optimizer: Of OPTIMIZERS.
+      batch_rows: Rows of a batch; of a site, batches of 16 times as many tokens.
+      check_every: Steps between checks, at which progress is kept.
+      seed: For starts that draw random numbers, and for the order of batches.
+    """
+
+    start: str = "wush_conditioned"
+    moves: tuple[str, ...] = ("affine",)
+    through: Literal["site", "block", "model"] = "model"
+    steps: int = 400
+    rate: float = 1e-3
+    optimizer: str = "adam"
+    batch_rows: int = 16
+    check_every: int = 50
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises ValueError where a name is not known or a number is none of its kind."""
+        find_fit(self.start)
+        moves_named(self.moves)
+        known("optimizer", self.optimizer, OPTIMIZERS)
+        for name in ("steps", "batch_rows", "check_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: give at least 1")
+        if not self.rate > 0:
+            raise ValueError(f"rate = {self.rate:g}: give a positive number")
+
+
+def learn(
+    how: Learn,
+    source: Source,
+    recipe: Recipe,
+    rows: Integer[np.ndarray, "rows length"],
+    held_out: Integer[np.ndarray, "held length"],
+    *,
+    place: Path | None = None,
+    report: Report = lambda *_: None,
+    **options: Any,
+) -> Learning:
+    """Learns fits for a model.
+
+    Args:
+      how: What is learned and how.
+      source: The float model. A `Checkpoint` stays on disk unless the loss is taken through the
+        whole model.
+      recipe: For its formats.
+      rows: Token ids to learn from; the last of each row is a target and not an input.
+      held_out: Token ids to choose by. A site holds out a part of its sample instead.
+      place: A directory, in which progress is kept: a run that was killed goes on from there to
+        the bits that it would have had.
+      report: Called at every check.
+      options: Others of `learn_model`, such as `dtype`.
+
+    Returns:
+      Fits stacked over layers, and losses: in nats where learned through the model, as means over
+      blocks where block by block, none where site by site.
+
+    Raises:
+      ValueError: Bad settings, a start or a width that has no blocks, or progress of other
+        settings.
+    """
+    how.check()
+    if place is not None:
+        place.mkdir(parents=True, exist_ok=True)
+    moves = moves_named(how.moves)
+    formats = (recipe.activation_format, recipe.weight_format)
+    calibration = rows[:CALIBRATION_ROWS, :-1]
+    layers, count = source.config.num_hidden_layers, how.steps
+    if how.through == "site":
+        return Learning(_learn_sites(how, source, recipe, calibration, place, report), 0.0, [])
+    plan = _plan(source.config, dataclasses.replace(recipe, fit=find_fit(how.start)), how.seed)
+    size = max(format.block_size for format in formats)
+    starts = _starts(plan, source, calibration, size)
+    key = jax.random.fold_in(jax.random.key(how.seed), 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, how.rate, max(1, count // 20), count + 1)
+    settings: dict[str, Any] = {
+        "steps": count,
+        "optimizer": Optimizer(how.optimizer)(schedule),
+        "batch_rows": how.batch_rows,
+        "check_every": how.check_every,
+    }
+    if how.through == "model":
+        model = load(source.directory) if isinstance(source, Checkpoint) else source.model
+        start = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(start for _, start in starts))
+        return learn_model(
+            model,
+            start,
+            moves,
+            formats,
+            rows,
+            held_out,
+            key,
+            checkpoint=None if place is None else place / "model.safetensors",
+            report=lambda step, _, loss: report(f"held-out KL {loss:.5f}", step, count),
+            **settings,
+            **options,
+        )
+    done: list[Any] = []
+
+    def say(step: int, _: float, loss: float) -> None:
+        what = f"block {len(done) + 1} of {layers}: held-out {loss:.5f}"
+        report(what, len(done) * count + step, layers * count)
+
+    inputs, choosing = (source.embed(part[:, :-1]) for part in (rows, held_out))
+    for one in learn_blocks(
+        source.config, starts, moves, formats, inputs, choosing, key,
+        checkpoint=place, report=say, **settings,
+    ):  # fmt: skip
+        done.append(one)
+    return stack_blocks(done)
+
+
+def _plan(config: DecoderConfig, recipe: Recipe, seed: int) -> Plan:
+    plan = Plan.of(config, recipe, seed=seed)
+    plan.check()
+    return plan
+
+
+def _fits(
+    plan: Plan,
+    source: Source,
+    tokens: Integer[np.ndarray, "rows length"],
+    finished: Callable[[int], dict[str, Fitted] | None] = lambda _: None,
+) -> Iterator[tuple[Mapping[str, Any], dict[str, Fitted]]]:
+    """Parameters and fits of one layer after the other; finished ones are not fitted."""
+    hidden = np.array(source.embed(tokens))
+    for number in range(plan.config.num_hidden_layers):
+        parameters = source.layer(number)
+        stats = calibrate_layer(
+            plan.config,
+            number,
+            parameters,
+            hidden,
+            plan.widths(number),
+            plan.fit_needs(number),
+            after=hidden,
+        )
+        fits = finished(number)
+        yield parameters, fits or fit_layer(plan, number, parameters, stats)
+
+
+def _starts(
+    plan: Plan, source: Source, tokens: Integer[np.ndarray, "rows length"], size: int
+) -> Iterator[tuple[Mapping[str, Any], dict[str, BlockAffine]]]:
+    """Parameters and starts of one layer after the other.
+
+    Raises:
+      ValueError: A start holds weights: learning through blocks starts from those of the model.
+    """
+    for number, (parameters, fits) in enumerate(_fits(plan, source, tokens)):
+        if any(fitted.weights is not None for fitted in fits.values()):
+            raise ValueError(
+                "the start has learned weights, which learning through blocks or the model would "
+                "lose: start from a fit of the transform alone, or learn through the site"
+            )
+        widths = plan.widths(number)
+        yield parameters, {s: start_of(fitted, widths[s], size) for s, fitted in fits.items()}
+
+
+def _learn_sites(
+    how: Learn,
+    source: Source,
+    recipe: Recipe,
+    tokens: Integer[np.ndarray, "rows length"],
+    place: Path | None,
+    report: Report,
+) -> dict[str, Fitted]:
+    """Fits of every site by itself; a layer that is finished is kept in `place`."""
+    fit = FitLearned(
+        moves_named(how.moves),
+        find_fit(how.start),
+        optimizer=Optimizer(how.optimizer),
+        rate=how.rate,
+        steps=how.steps,
+        batch_tokens=16 * how.batch_rows,
+        check_every=how.check_every,
+    )
+    plan = _plan(source.config, dataclasses.replace(recipe, fit=fit), how.seed)
+
+    def file(number: int) -> Path | None:
+        return None if place is None else place / f"layer_{number}.safetensors"
+
+    def finished(number: int) -> Any:
+        path = file(number)
+        return storage.load(path) if path is not None and path.is_file() else None
+
+    found: list[dict[str, Fitted]] = []
+    for number, (_, fits) in enumerate(_fits(plan, source, tokens, finished)):
+        if (path := file(number)) is not None:
+            storage.save(path, fits)
+        found.append({site: fits[site] for site in SITES})
+        report("learning sites", number + 1, source.config.num_hidden_layers)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)

@@ -1,0 +1,133 @@
+"""`duquantpp learn`: fits for other commands; killed, resumed, and refused where they differ."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from duquantpp_jax.checkpoints import sha256
+from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about
+from duquantpp_jax.cli import main
+from duquantpp_jax.commands.learn import LearnOptions, learn_fits, split
+from duquantpp_jax.learning.moves import PRESETS, moves_named
+from duquantpp_jax.transforms import storage
+
+
+@pytest.fixture
+def options(tiny_directory, tiny_text, tmp_path):
+    """Two steps on the tiny model, of both the transform and the weights."""
+    return LearnOptions(
+        model=tiny_directory,
+        text=tiny_text,
+        rows=6,
+        held_out=2.0,
+        start="block_hadamard",
+        moves=("weights",),
+        steps=2,
+        batch_rows=2,
+        check_every=1,
+        out=tmp_path / "fits",
+    )
+
+
+class Killed(Exception):
+    """Stands for whatever ends a run."""
+
+
+def killing(after):
+    """A report that kills the run at its `after`-th call."""
+    seen = []
+
+    def report(*said):
+        seen.append(said)
+        if len(seen) == after:
+            raise Killed
+
+    return report
+
+
+@pytest.mark.parametrize("through", ["site", "block", "model"])
+def test_killed_and_resumed_it_writes_the_same_fits(options, tmp_path, through):
+    options = dataclasses.replace(options, through=through, measure=False)
+    learn_fits(options)
+    again = dataclasses.replace(options, out=tmp_path / "again")
+    with pytest.raises(Killed):
+        learn_fits(again, killing(1))
+    with pytest.raises(ValueError, match=r"begun with another learn.*--overwrite"):
+        learn_fits(dataclasses.replace(again, rate=0.5))
+    with pytest.raises(ValueError, match="no finished fits"):
+        read_about(again.out)
+    learn_fits(again)
+    # fits.json has the hash of all arrays; safetensors orders its header at random.
+    assert (again.out / "fits.json").read_bytes() == (options.out / "fits.json").read_bytes()
+    assert sorted(path.name for path in again.out.iterdir()) == ["fits.json", "fits.safetensors"]
+    learn_fits(again, killing(1))  # finished: nothing is done
+    fits, _ = load_fits(again.out, sha256(options.model))
+    for fitted in fits.values():
+        assert fitted.weights is not None
+        assert {leaf.shape[0] for leaf in jax.tree.leaves(fitted)} == {2}
+
+
+def test_it_prints_the_held_out_kl_of_the_start_and_the_end(options, capsys):
+    words = [
+        *("learn", "--model", options.model, "--text", options.text, "--rows", "6"),
+        *("--held-out", "2", "--start", "block_hadamard", "--steps", "2", "--batch-rows", "4"),
+        *("--moves", "weights"),
+        *("--formats", "even", "--out", options.out),
+    ]
+    assert main([*map(str, words)]) == 0
+    said = capsys.readouterr().out
+    about = read_about(options.out)
+    kl = about["held_out_kl"]
+    assert 0 < kl["end"] != kl["start"] > 0
+    assert f"{kl['start']:.5f} at the start, {kl['end']:.5f} at the end" in said
+    assert about["formats"] == {"weight": "mxfp4:even", "activation": "mxfp4:even"}
+    assert "weights mxfp4:even" in other_formats(about, "mxfp4:floor", "mxfp4:even")
+    assert other_formats(about, "mxfp4:even", "mxfp4:even") is None
+    with pytest.raises(ValueError, match=r"are of another model \(tiny\)"):
+        load_fits(options.out, "0")
+    storage.save(options.out / "fits.safetensors", {})
+    with pytest.raises(ValueError, match=r"other fits than fits\.json names"):
+        load_fits(options.out, sha256(options.model))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"text": None}, "--model needs --text"),
+        ({"start": "wuhs"}, "did you mean wush"),
+        ({"moves": ("afine",)}, "unknown move 'afine'"),
+        ({"moves": ()}, "nothing moves"),
+        ({"moves": ("affine", "rotation")}, "another transform"),
+        ({"optimizer": "adm"}, "did you mean adam"),
+        ({"held_out": 6.0}, "leaves some to learn from"),
+        ({"steps": 0}, "steps = 0"),
+        ({"rate": 0.0}, "positive"),
+        ({"formats": "mxfp4:evn"}, "scale rule"),
+        ({"weight_formats": "bf16"}, "stores no weights"),
+        ({"start": "full_hadamard"}, "not made of matrices of side 32"),
+        ({"rows": 10**6}, "whole rows"),
+    ],
+)
+def test_bad_input_is_refused_in_a_line(options, changes, says):
+    with pytest.raises(ValueError, match=says):
+        learn_fits(dataclasses.replace(options, **changes))
+
+
+def test_a_share_or_a_number_of_rows_is_held_out():
+    tokens = np.arange(16).reshape(8, 2)
+    for given in (0.25, 2.0):
+        rows, held = split(tokens, given)
+        np.testing.assert_array_equal(np.concatenate([rows, held]), tokens)
+        assert len(held) == 2
+    with pytest.raises(ValueError, match=r"held-out 2\.5"):
+        split(tokens, 2.5)
+
+
+def test_every_preset_moves_what_it_says_and_they_add_up():
+    for name, fields in PRESETS.items():
+        for field, value in fields.items():
+            assert getattr(moves_named([name]), field) == value
+    moves = moves_named(["rotation", "weights", "clip_site"])
+    assert (moves.weights, moves.clip, moves.transform is None) == ("given", "site", False)
