@@ -68,9 +68,9 @@ def test_the_pages_command_compares_it_beside_the_others(
     files = ["--model", tiny_directory, "--text", tiny_text, "--calibration-text", tiny_text]
     less = ["--tokens", 511, "--scale-rules", "floor", "--out", outside / "out"]
     assert cli.main([*command.split(), *map(str, [*files, *less])]) == 0
-    rows = json.loads((outside / "out/results.json").read_text())["rows"]
-    assert [row["recipe"] for row in rows] == ["block_hadamard", NAME]
-    assert rows[0]["kl"] != rows[1]["kl"]
+    entries = json.loads((outside / "out/results.json").read_text())["entries"]
+    assert [entry["row"] for entry in entries] == ["block_hadamard", NAME]
+    assert entries[0]["kl"]["value"] != entries[1]["kl"]["value"]
 
 
 @pytest.mark.parametrize(
