@@ -31,10 +31,11 @@ from duquantpp_jax.analysis.outliers import moved_maxima
 from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.core import Fitted, Stats
 from duquantpp_jax.evaluation.rows import TARGETS
-from duquantpp_jax.lab.bench import fit
 from duquantpp_jax.models import linear_names
 from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import layer_of
+from duquantpp_jax.ptq.walk import fit_decoder
 from duquantpp_jax.recipes import recipe
 
 ROOT = Path(__file__).parent.parent
@@ -98,7 +99,8 @@ def _stats(rows: int | None = None, length: int = TARGETS) -> dict[str, Stats]:
 
 @functools.cache
 def _fits(name: str) -> dict[str, Fitted]:
-    return fit(recipe(name, RULE), testbed.load(), _stats(), 0)[0]
+    model = testbed.load()
+    return fit_decoder(Plan.of(model.config, recipe(name, RULE)), model, _stats())
 
 
 def _errors(name: str) -> Iterator[Float[np.ndarray, " blocks"]]:
