@@ -5,9 +5,8 @@
 for blocks b of 32 columns. Codes leave packed, scale bytes leave in the 128x4 tiles that
 `scaled_matmul` reads; the rotated values exist only in tensor memory.
 
-The rotation runs on the tensor cores: 32 multiplications an element would take the other cores
-several times as long as the memory takes. x is bfloat16; R is given as two bfloat16 parts, R = hi
-+ lo to 2^-17, which are two products into one float32 accumulator.
+The rotation runs on the tensor cores: the other cores would take several times as long as memory.
+x is bfloat16; R is two bfloat16 parts, R = hi + lo to 2^-17, multiplied into one float32 sum.
 
 The exponent comes from the bits of the largest magnitude, without a logarithm. With one mantissa
 bit and a largest element of 1.5 * 2^2, a rule is one addition that carries, or not, into the
