@@ -29,7 +29,7 @@ from duquantpp_jax import files
 from duquantpp_jax.analysis import figures
 from duquantpp_jax.analysis.outliers import moved_maxima
 from duquantpp_jax.checkpoints import testbed
-from duquantpp_jax.core import Fitted, Stats
+from duquantpp_jax.core import Fitted, Needs, Stats
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.models import linear_names
 from duquantpp_jax.ptq.calibration import calibrate, site_widths
@@ -94,7 +94,7 @@ FIGURES = {"compare": (comparison, 200), "surface": (surface, 160), "blocks": (b
 def _stats(rows: int | None = None, length: int = TARGETS) -> dict[str, Stats]:
     model = testbed.load()
     tokens = testbed.calibration_rows()[:rows, :length]
-    return calibrate(model, tokens, site_widths(model, BLOCK_SIZE))
+    return calibrate(model, tokens, site_widths(model, BLOCK_SIZE), needs=Needs.POSITIONS)
 
 
 @functools.cache

@@ -1,10 +1,12 @@
 """The figures of the README are made by their script, of the numbers that it says."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import experiments
 from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.formats import MXFP4
 from experiments import make_figures
@@ -60,6 +62,14 @@ def test_the_script_draws_the_worst_site_and_the_errors_of_all_blocks(few_rows, 
     for line, points in zip(others, pairs.T, strict=True):
         np.testing.assert_array_equal(np.sort(points), line.get_xdata())
     assert [line.get_label() for line in others] == ["block_hadamard", "duquantpp"]
+
+
+@pytest.mark.slow
+def test_the_comparison_shows_every_recipe_of_the_committed_results(few_rows):
+    (few_rows.parent / "experiments").symlink_to(Path(experiments.__file__).parent)
+    results, channels = make_figures.comparison().axes
+    recipes = [text.get_text() for text in results.get_yticklabels()]
+    assert [line.get_label() for line in channels.lines] == ["before", *recipes]
 
 
 def test_a_figure_that_is_not_made_here_is_refused(monkeypatch, capsys):
