@@ -22,11 +22,13 @@ class Job:
 
     Attributes:
       model: Name and SHA-256 of the float model.
-      recipe, rounding: By their names in duquantpp_jax.recipes.
+      recipe, rounding: By their names in duquantpp_jax.recipes; the recipe is "fits" where fits
+        were given.
       weight_formats, activation_formats: For each site, by its name as `format_name` writes it.
       include, exclude, pad, seed, sequential, fuse: As in `Plan`.
       calibration: Where the rows are from, how many of what length, and the SHA-256 of their ids.
       environment: Versions and device: others may round numbers differently.
+      fits: SHA-256 of the fits that were given; None where the recipe fitted.
     """
 
     model: Mapping[str, str]
@@ -42,6 +44,7 @@ class Job:
     calibration: Mapping[str, Any]
     environment: Mapping[str, Any]
     fuse: bool = False
+    fits: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -59,8 +62,8 @@ class Job:
           ValueError: Fields are missing or unknown.
         """
         names = {field.name for field in dataclasses.fields(cls)}
-        # Jobs that were written before there was fusing have no such field.
-        if not isinstance(fields, Mapping) or set(fields) | {"fuse"} != names:
+        # Jobs that were written before there were these two have no such fields.
+        if not isinstance(fields, Mapping) or set(fields) | {"fuse", "fits"} != names:
             raise ValueError(f"a job has the fields {', '.join(sorted(names))}, and no others")
         given: dict[str, Any] = {
             name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()
@@ -75,7 +78,7 @@ class Job:
         """
         recipes = {
             site: recipe(
-                self.recipe,
+                self.recipe if self.fits is None else "rtn",  # nothing is left to fit
                 rounding=self.rounding,
                 weight_format=self.weight_formats[site],
                 activation_format=self.activation_formats[site],

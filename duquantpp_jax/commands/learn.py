@@ -1,4 +1,4 @@
-"""`duquantpp learn`: fits for a model, learned with gradients, in a directory for `--fits`.
+"""`duquantpp learn`: fits for a model, learned with gradients, for `duquantpp quantize --fits`.
 
 Progress is kept in the directory while it runs. Killed, the same command goes on to the same bits;
 a command that differs in anything is refused there.
@@ -229,5 +229,5 @@ def run(options: LearnOptions) -> int:
     print(f"{about['model']['name']}: {what}, {how['steps']} steps")
     if kl := about["held_out_kl"]:
         print(f"held-out KL: {kl['start']:.5f} at the start, {kl['end']:.5f} at the end")
-    print(f"Written to {options.out}; give it to --fits.")
+    print(f"Written to {options.out}; give it to duquantpp quantize --fits.")
     return 0

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from duquantpp_jax.checkpoints.directory import (
     REPORT,
     is_quantized,
 )
+from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about
 from duquantpp_jax.checkpoints.job import Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.shards import read_json
@@ -39,7 +41,10 @@ class QuantizeOptions:
 
     Attributes:
       model: Hugging Face directory (config.json, safetensors, tokenizer.json).
-      recipe: How linear inputs are moved, by its name in duquantpp_jax.recipes.
+      recipe: How linear inputs are moved, by its name in duquantpp_jax.recipes; block_hadamard
+        where neither this nor --fits is given.
+      fits: Directory that duquantpp learn wrote for this model: what moves the inputs, in place of
+        a recipe.
       rounding: How moved weights are rounded.
       scale_rule: How a block's scale is chosen where a format has scale rules and its name says
         none: floor, ceil, even, rceil, mse; for mxfp4 also log256, fp32.
@@ -64,7 +69,8 @@ class QuantizeOptions:
     """
 
     model: Path | None = None
-    recipe: str = "block_hadamard"
+    recipe: str | None = None
+    fits: Path | None = None
     rounding: str = "rtn"
     scale_rule: str = "floor"
     calibration_text: Path | None = None
@@ -95,6 +101,8 @@ def quantize(options: QuantizeOptions, progress: Progress = lambda *_: None) -> 
     tokens, source = calibration_tokens(options)
     job = job_of(options, tokens, source)
     plan = job.plan(checkpoint.config)
+    if options.fits is not None:
+        plan = dataclasses.replace(plan, fits=load_fits(options.fits, job.model["sha256"])[0])
     plan.check()
     finished = begin(options.out, job, overwrite=options.overwrite)
     if not finished:
@@ -165,9 +173,13 @@ def job_of(
     """
     directory = options.model or testbed.directory()
     tokens = np.asarray(tokens, np.int32)
+    if options.recipe is not None and options.fits is not None:
+        raise ValueError("--recipe and --fits both say how inputs are moved: give one of them")
+    about = None if options.fits is None else read_about(options.fits)
+    name = options.recipe or "block_hadamard"
     return Job(
         model={"name": model_name(options.model), "sha256": sha256(directory)},
-        recipe=ALIASES.get(options.recipe, options.recipe),
+        recipe=ALIASES.get(name, name) if about is None else "fits",
         rounding=options.rounding,
         weight_formats=_by_site(options, options.weight_formats),
         activation_formats=_by_site(options, options.activation_formats),
@@ -184,6 +196,7 @@ def job_of(
             "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
         },
         environment=environment(),
+        fits=None if about is None else about["sha256"],
     )
 
 
@@ -211,6 +224,11 @@ def run(options: QuantizeOptions) -> int:
         return 0
     with progress_bar() as progress:
         done = quantize(options, progress)
+    if options.fits is not None:
+        sides = (done["job"][f"{side}_formats"].values() for side in ("weight", "activation"))
+        used = ["/".join(dict.fromkeys(names)) for names in sides]
+        if warning := other_formats(read_about(options.fits), *used):
+            print(warning, file=sys.stderr)
     console.print(table(done["linears"]), quantized_line(done))
     print(f"Written to {options.out}; report.json has every linear.")
     return 0

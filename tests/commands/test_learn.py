@@ -5,12 +5,21 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from duquantpp_jax.checkpoints import sha256
-from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about
+from duquantpp_jax.checkpoints import load, sha256
+from duquantpp_jax.checkpoints.directory import layer_file
+from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about, save_fits
+from duquantpp_jax.checkpoints.lazy import Checkpoint
+from duquantpp_jax.checkpoints.loading import load_any
 from duquantpp_jax.cli import main
 from duquantpp_jax.commands.learn import LearnOptions, learn_fits, split
+from duquantpp_jax.commands.quantize import QuantizeOptions, calibration_tokens, quantize
 from duquantpp_jax.learning.moves import PRESETS, moves_named
+from duquantpp_jax.ptq.calibration import calibrate
+from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.walk import fit_decoder
+from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms import storage
 
 
@@ -131,3 +140,39 @@ def test_every_preset_moves_what_it_says_and_they_add_up():
             assert getattr(moves_named([name]), field) == value
     moves = moves_named(["rotation", "weights", "clip_site"])
     assert (moves.weights, moves.clip, moves.transform is None) == ("given", "site", False)
+
+
+def test_fits_that_are_given_write_what_the_recipe_writes_that_made_them(
+    tiny_directory, tiny_text, tmp_path, capsys
+):
+    given = {"model": tiny_directory, "calibration_text": tiny_text, "rows": 2, "rounding": "gptq"}
+    by_recipe = QuantizeOptions(recipe="smooth_hadamard", out=tmp_path / "recipe", **given)
+    quantize(by_recipe)
+    checkpoint, (tokens, _) = Checkpoint(tiny_directory), calibration_tokens(by_recipe)
+    model = load(tiny_directory)
+    plan = Plan.of(checkpoint.config, recipe("smooth_hadamard"))
+    fits = fit_decoder(plan, model, calibrate(model, tokens, plan.widths(0)))
+    formats = {"weight": "mxfp4:floor", "activation": "mxfp4:floor"}
+    about = {"model": {"name": "tiny", "sha256": sha256(tiny_directory)}, "formats": formats}
+    save_fits(tmp_path / "fits", fits, about)
+
+    by_fits = QuantizeOptions(fits=tmp_path / "fits", out=tmp_path / "given", **given)
+    report = quantize(by_fits)
+    assert report["job"]["recipe"] == "fits"
+    for number in range(checkpoint.config.num_hidden_layers):
+        layers = [load_file(o.out / layer_file(number)) for o in (by_recipe, by_fits)]
+        assert layers[0].keys() == layers[1].keys()
+        for name, array in layers[0].items():
+            np.testing.assert_array_equal(array, layers[1][name])
+    assert load_any(by_fits.out)[0].config == checkpoint.config
+
+    arguments = ["quantize", "--model", str(tiny_directory), "--fits", str(tmp_path / "fits")]
+    arguments += ["--calibration-text", str(tiny_text), "--rows", "2", "--out"]
+    assert main([*arguments, str(tmp_path / "both"), "--recipe", "rtn"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+    assert main([*arguments, str(tmp_path / "even"), "--scale-rule", "even"]) == 0
+    assert "warning: the fits were learned for weights mxfp4:floor" in capsys.readouterr().err
+    embedded = ["quantize", "--fits", str(tmp_path / "fits"), "--out", str(tmp_path / "other")]
+    assert main(embedded) == 2
+    assert "another model" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
