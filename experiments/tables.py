@@ -1,14 +1,16 @@
 """Markdown tables from results: `python -m experiments.tables [--beside] FILE [FILE ...]`.
 
-With --beside FILEs are summaries of one grid, and the table is its short form; the README's is
-  python -m experiments.tables --beside experiments/results/grid_rotations_testbed.json \\
-    experiments/results/grid_rotations_gutenberg27m_128rows.json
+With --beside FILEs are summaries of one grid, and the table is its short form. --rows and --columns
+leave out all others; the README's table is
+  python -m experiments.tables experiments/results/grid_rotations_gutenberg27m_128rows.json \\
+    --columns floor even --rows rtn block_hadamard duquantpp wush learned_affine
 A FILE is a results.json of `duquantpp compare` or a summary of `duquantpp ablate`; both hold pivots
 (docs/results.md).
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from duquantpp_jax.lab import table
@@ -44,6 +46,12 @@ def _short(pivot: Pivot, row: str, column: str) -> str:
         return ""
     said = table.difference(found[0])
     return f"{found[0]['kl']['value']:.4f}" + (f" ({said})" if said else "")
+
+
+def chosen(pivot: Pivot, rows: Sequence[str], columns: Sequence[str]) -> Pivot:
+    """Some rows and columns of a pivot; its differences stay corrected over all of them."""
+    entries = [e for e in pivot["entries"] if e["row"] in rows and e["column"] in columns]
+    return pivot | {"rows": list(rows), "columns": list(columns), "entries": entries}
 
 
 def gains(pivot: Pivot) -> str:
@@ -84,13 +92,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--beside", action="store_true")
     parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--rows", nargs="+")
+    parser.add_argument("--columns", nargs="+")
     arguments = parser.parse_args()
     pivots = [pivot for path in arguments.files for pivot in read(path)]
     if arguments.beside:
         print(beside(pivots))
         return
     for pivot in pivots:
-        print(f"\n{long(pivot)}")
+        rows, columns = (arguments.rows or pivot["rows"], arguments.columns or pivot["columns"])
+        print(f"\n{long(chosen(pivot, rows, columns))}")
 
 
 if __name__ == "__main__":
