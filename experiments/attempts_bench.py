@@ -181,7 +181,7 @@ class Bench:
         """The quantized sites."""
         if rounding == "rtn":
             plan = Plan.of(self.model.config, plain, fits=fits)
-            return quantize_decoder(plan, self.model, self.calibration, stats=self.stats)
+            return quantize_decoder(plan, self.model, self.calibration, stats=self.stats)[-1]
         one = recipe("rtn", "floor", "gptq").rounding
         if rounding.endswith("descent"):
             one = GPTQDescent()
@@ -189,7 +189,7 @@ class Bench:
         if rounding.startswith("asymmetric"):
             return quantize_asymmetric(self.model, chosen, self.calibration, fits)
         plan = Plan.of(self.model.config, chosen, fits=fits)
-        return quantize_decoder(plan, self.model, self.calibration, stats=self.stats)
+        return quantize_decoder(plan, self.model, self.calibration, stats=self.stats)[-1]
 
     def measure(self, state: dict[str, QuantizedSite], plain: Recipe, rows: Rows) -> dict:
         """KL and excess NLL in nats a target, row by row and as means."""

@@ -68,7 +68,7 @@ def main() -> None:
         for rule in ("floor", "even"):
             one = recipe(name, rule)
             plan = Plan.of(model.config, one, seed=seed)
-            state = quantize_decoder(plan, model, calibration, stats=stats)
+            *_, state = quantize_decoder(plan, model, calibration, stats=stats)
             everywhere, but_zero = (
                 Predictor(model, linear(one.activation_format), state)
                 for linear in (QuantizedLinear, PositionZeroInFloat)

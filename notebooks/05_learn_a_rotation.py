@@ -234,8 +234,8 @@ reference = Reference(Predictor(model), testbed.evaluation_rows()[:8], keep_byte
 kl = {}
 for name, fitted in fits.items():
     given = dataclasses.replace(plan, fits=fitted)
-    state = quantize_decoder(given, model, testbed.calibration_rows()[:16, :-1], stats=stats)
-    kl[name] = reference.row_sums(Predictor(model, plan.linear, state)).kl / 511
+    made = quantize_decoder(given, model, testbed.calibration_rows()[:16, :-1], stats=stats)
+    kl[name] = reference.row_sums(Predictor(*made)).kl / 511
     mean, (low, high), *_ = estimate({0: kl[name] - kl["block Hadamard"]}, np.arange(8))
     print(f"{name:18s} KL {kl[name].mean():.4f}   {mean:+.4f} [{low:+.4f}, {high:+.4f}]")
 

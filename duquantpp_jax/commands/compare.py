@@ -64,6 +64,7 @@ class CompareOptions:
       activation_formats: Of activations alone, each with every format of weights.
       rounding: How moved weights are rounded.
       pad: Widen linear inputs that blocks of 32 do not divide, with zeros (exact).
+      fuse: Fold smoothing and permutations into norms, v and up before rounding, as in quantize.
       seed: For recipes that draw random numbers.
       seeds: Several of them in place of --seed: which (0 1 2), or how many (3).
       out: Directory for results.json, timings.json and compare.png.
@@ -87,6 +88,7 @@ class CompareOptions:
     activation_formats: tuple[str, ...] | None = None
     rounding: str = "rtn"
     pad: bool = False
+    fuse: bool = False
     seed: int = 0
     seeds: tuple[int, ...] | None = None
     out: Path = Path("compare-out")
@@ -128,6 +130,7 @@ def cells(options: CompareOptions) -> list[Cell]:
                 calibration_tokens=CALIBRATION_ROWS * TARGETS,
                 batch_rows=BATCH_ROWS,
                 pad=options.pad,
+                fuse=options.fuse,
             )
             seeds = _seeds(options) if cell.draws else _seeds(options)[:1]
             grid += [dataclasses.replace(cell, seed=seed) for seed in seeds]
@@ -250,6 +253,8 @@ def _print_table(comparison: Comparison) -> None:
     print(f"{table.legend(results)}.")
     if results["options"]["pad"]:
         print("--pad: inputs that blocks of 32 do not divide are widened with zeros (exact).")
+    if results["options"]["fuse"]:
+        print("--fuse: smoothing and permutations are folded into the model where they can be.")
     seconds = {
         (one["row"], one["column"]): one["fit_seconds"] for one in comparison.timings["entries"]
     }

@@ -177,8 +177,8 @@ def held_out_kl(
     plans = {"start": start, "end": dataclasses.replace(start, fits=fits)}
     kl = {}
     for name, plan in plans.items():
-        state = quantize_decoder(plan, model, rows[:CALIBRATION_ROWS, :-1])
-        sums = reference.row_sums(Predictor(model, plan.linear, state))
+        predictor = Predictor(*quantize_decoder(plan, model, rows[:CALIBRATION_ROWS, :-1]))
+        sums = reference.row_sums(predictor)
         kl[name] = float(np.sum(sums.kl)) / targets
     if not np.isfinite([*kl.values()]).all():
         raise ValueError("learning gave NaN or Inf: give a lower --rate")

@@ -57,7 +57,7 @@ def quantize(
       fits: As `fit` gives them.
     """
     plan = dataclasses.replace(plan, fits=fits)
-    return Predictor(model, plan.linear, quantize_decoder(plan, model, rows, stats=stats))
+    return Predictor(*quantize_decoder(plan, model, rows, stats=stats))
 
 
 class Found(NamedTuple):
@@ -118,7 +118,7 @@ class Bench:
         )
         predictor, fit_seconds, sqnr = Predictor(model), 0.0, None
         if recipe := cell.method():
-            plan = Plan.of(model.config, recipe, pad=cell.pad, seed=cell.seed)
+            plan = Plan.of(model.config, recipe, pad=cell.pad, seed=cell.seed, fuse=cell.fuse)
             fits, fit_seconds, calibration, stats = self._fit(cell, plan, model)
             predictor = quantize(plan, model, calibration, stats, fits)
             sqnr = mean_sqnr(predictor, rows.tokens[: reference.batch_rows])
@@ -146,7 +146,7 @@ class Bench:
         if (recipe := cell.method()) is None:
             raise ValueError(f"{cell.labels()} fits nothing: its linears stay in float")
         model = self._latest("model", _of_model(cell), lambda: _model(cell))
-        plan = Plan.of(model.config, recipe, pad=cell.pad, seed=cell.seed)
+        plan = Plan.of(model.config, recipe, pad=cell.pad, seed=cell.seed, fuse=cell.fuse)
         fits, _, _, stats = self._fit(cell, plan, model)
         return fits, stats
 

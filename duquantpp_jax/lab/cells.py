@@ -55,6 +55,7 @@ class Cell:
       batch_rows: Rows evaluated at once; under log256, whose scale spans a batch, part of the
         result.
       pad: Widen linear inputs that blocks do not divide, with zeros (exact).
+      fuse: As in `ptq.plan.Plan`.
     """
 
     recipe: str
@@ -74,6 +75,7 @@ class Cell:
     calibration_tokens: int = 64 * TARGETS
     batch_rows: int = 16
     pad: bool = False
+    fuse: bool = False
 
     def method(self) -> Recipe | None:
         """The recipe that this cell measures; None where linears stay in float.
@@ -131,6 +133,7 @@ class Cell:
             "calibration_tokens": self.calibration_tokens,
             "batch_rows": self.batch_rows,
             "pad": self.pad,
+            **({"fuse": True} if self.fuse else {}),
         }
 
     @functools.cached_property

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Float32, Int, Integer
 from duquantpp_jax.core import Fitted, Needs, Stats
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder, DecoderConfig
 from duquantpp_jax.models.layers import layer, window
+from duquantpp_jax.models.parameters import LAYER
 from duquantpp_jax.ptq.calibration import (
     Hidden,
     Parameters,
@@ -185,7 +186,7 @@ def quantize_decoder(
     *,
     stats: Mapping[str, Stats] | None = None,
     progress: Progress = lambda _: None,
-) -> State:
+) -> tuple[Decoder, MixedLinear, State]:
     """Quantizes a model in memory, layer after layer.
 
     Args:
@@ -197,31 +198,30 @@ def quantize_decoder(
       progress: As of `quantize_layer`.
 
     Returns:
-      The state for `model(tokens, plan.linear, state)`.
+      A decoder with the linear and the state that it is called with, as `load_quantized` gives
+      them. The decoder is the float model; where the plan folds transforms, with those folded.
 
     Raises:
-      ValueError: The plan cannot be carried out, or folds transforms into the float parameters, or
-        is sequential and `stats` are given.
+      ValueError: The plan cannot be carried out, or is sequential and `stats` are given.
     """
     plan.check()
-    if plan.fuse:
-        raise ValueError("folding changes norms, v and up: quantize to a directory instead")
     if plan.sequential and stats is not None:
         raise ValueError("a sequential plan calibrates on the quantized layers: give no stats")
     layers = range(plan.config.num_hidden_layers)
     runs = stats is None or any(plan.rounding_needs(number) for number in layers)
     hidden = embed(model, tokens) if runs else None
-    return stack_layers(
-        quantize_layer(
-            plan,
-            number,
-            parameters,
-            hidden,
-            progress,
-            stats=None if stats is None else layer_of(stats, number),
-        ).sites
-        for number, parameters in enumerate(layers_of(model))
-    )
+    sites, moved = [], []
+    for number, parameters in enumerate(layers_of(model)):
+        given = None if stats is None else layer_of(stats, number)
+        made = quantize_layer(plan, number, parameters, hidden, progress, stats=given)
+        sites.append(made.sites)
+        if plan.fuse:
+            moved.append(made.parameters)
+    if moved:
+        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *moved)
+        named = {LAYER + name: array for name, array in stacked.items()}
+        model = Decoder(model.config, model.parameters() | named)
+    return model, plan.linear, stack_layers(sites)
 
 
 def stack_layers(layers: Iterable[dict[str, QuantizedSite]]) -> State:

@@ -65,7 +65,7 @@ def test_a_reloaded_model_gives_the_logits_of_the_one_in_memory_bit_for_bit(thre
     tokens, source = calibration_tokens(options)
     model = load(three_layers)
     plan = job_of(options, tokens, source).plan(model.config)
-    state = quantize_decoder(plan, model, tokens)
+    *_, state = quantize_decoder(plan, model, tokens)
     wanted = RUN(model, TOKENS, state, plan.linear)
     decoder, linear, again = load_any(tmp_path / "q")
     np.testing.assert_array_equal(RUN(decoder, TOKENS, again, linear), wanted)

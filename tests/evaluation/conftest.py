@@ -29,7 +29,7 @@ def quantize(predictor, tokens):
 
     def quantize(name: str, format: str) -> Predictor:
         plan = Plan.of(model.config, recipe(name, format))
-        return Predictor(model, plan.linear, quantize_decoder(plan, model, tokens))
+        return Predictor(*quantize_decoder(plan, model, tokens))
 
     return quantize
 

@@ -22,7 +22,7 @@ def main() -> None:
     model = tiny_decoder()
     tokens = np.random.default_rng(0).integers(0, 257, (19, 24)).astype(np.int32)
     plan = Plan.of(model.config, recipe("rtn", "log256"))
-    predictor = Predictor(model, plan.linear, quantize_decoder(plan, model, tokens))
+    predictor = Predictor(*quantize_decoder(plan, model, tokens))
     # 19 rows are ten batches: eight, and two beside six devices that have none.
     everywhere, alone = (
         Reference(Predictor(model), tokens, batch_rows=2, devices=some).row_sums(predictor)

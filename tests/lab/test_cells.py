@@ -59,6 +59,7 @@ CHANGES = {
     "calibration_tokens": 511,
     "batch_rows": 8,
     "pad": True,
+    "fuse": True,
 }
 
 

@@ -81,7 +81,7 @@ def test_held_out_loss_falls_and_is_that_of_the_quantized_blocks(model, learned)
     assert [step for step, _, _ in learned.history] == [3, 6]
 
     plan = Plan.of(model.config, recipe("rtn", "floor"), fits=learned.fits)
-    state = quantize_decoder(plan, model, TOKENS[8:, :-1])
+    *_, state = quantize_decoder(plan, model, TOKENS[8:, :-1])
     plain = hidden = model.embedding[...][TOKENS[8:, :-1]]
     losses = []
     for number in range(2):

@@ -88,7 +88,7 @@ def test_held_out_loss_falls_and_the_best_is_kept(model, moves, rate):
     # The quantized model made of what was learned has the loss that was measured, but for single
     # numbers that round the other way (1 % on so few targets).
     plan = Plan.of(model.config, recipe("rtn", "floor"), fits=learning.fits)
-    state = quantize_decoder(plan, model, rows[16:, :-1])
+    *_, state = quantize_decoder(plan, model, rows[16:, :-1])
 
     assert _divergence(model, MXFP4(), state, rows[16:]) == pytest.approx(best, rel=0.05)
 
@@ -103,7 +103,7 @@ def test_a_transform_learns_to_make_good_what_rounding_has_done_to_weights(model
     rows = testbed.calibration_rows()[:20, :64]
     start, one = _start(model), recipe("rtn", "floor")
     fits = {site: Fitted(transform) for site, transform in start.items()}
-    state = quantize_decoder(Plan.of(model.config, one, fits=fits), model, rows[16:, :-1])
+    *_, state = quantize_decoder(Plan.of(model.config, one, fits=fits), model, rows[16:, :-1])
     rounded = {
         site: tuple(w.dequantize() for w in quantized.weights) for site, quantized in state.items()
     }

@@ -77,7 +77,7 @@ def test_quantized_weights_of_a_padded_linear_are_zero_beyond_its_width(stories)
     model, tokens = stories
     plan = Plan.of(model.config, recipe("rtn", "floor"), pad=True)
     assert plan.widths(0)["mlp_out"] == 192
-    state = quantize_decoder(plan, model, np.asarray(tokens[:4, :128]))
+    *_, state = quantize_decoder(plan, model, np.asarray(tokens[:4, :128]))
     (down,) = (w.dequantize() for w in state["mlp_out"].weights)
     assert down.shape == (5, 64, 192)
     assert not down[..., 172:].any()

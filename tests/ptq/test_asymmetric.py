@@ -21,7 +21,7 @@ def test_rows_that_it_did_not_see_diverge_less_than_with_rounding_alone():
     plan = Plan.of(model.config, one)
     stats = calibrate(model, rows[:16, :-1], plan.widths(0))
     fits = fit_decoder(plan, model, stats)
-    state = quantize_decoder(plan, model, rows[:16, :-1], stats=stats)
+    *_, state = quantize_decoder(plan, model, rows[:16, :-1], stats=stats)
     reference = Reference(Predictor(model), rows[16:], keep_bytes=2**30)
 
     def divergence(state):

@@ -92,7 +92,7 @@ def test_a_model_is_quantized_site_by_site_and_layer_by_layer(name):
     tokens = np.asarray(jax.random.randint(KEY, (3, 32), 0, 257))
     one = recipe(name, "floor")
     stats = calibrate(model, tokens, site_widths(model, 32), needs=one.needs)
-    state = quantize_decoder(Plan.of(model.config, one, seed=5), model, tokens, stats=stats)
+    *_, state = quantize_decoder(Plan.of(model.config, one, seed=5), model, tokens, stats=stats)
     number, layer = 2, 1
     site = SITES[number]
     weights, seen = layer_of((model.weights(site), stats[site]), layer)

@@ -18,11 +18,11 @@ from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.plan import Plan
 
 ROWS = 2
-QUICK = (("block_hadamard", "rtn"), ("random_hadamard", "gptq"))
+QUICK = (("block_hadamard", "rtn", {}), ("smooth_hadamard", "gptq", {"fuse": True}))
 RECIPES = ("rtn", "block_hadamard", "random_hadamard", "smooth_hadamard", "duquantpp",
            "zigzag_hadamard", "wush", "learned_affine")  # fmt: skip
-ALL = [(name, rounding) for name in RECIPES for rounding in ("rtn", "gptq")]
-"""What is measured here: recipes and roundings."""
+ALL = [(name, rounding, {}) for name in RECIPES for rounding in ("rtn", "gptq")]
+"""What is measured here: recipes, roundings and what else is asked for."""
 
 
 @pytest.fixture(scope="module")
@@ -38,23 +38,23 @@ def subject():
     return model, rows, calibrate(model, rows, widths, needs=Needs.GRAM | Needs.POSITIONS)
 
 
-def cell_of(name, rounding):
+def cell_of(name, rounding, more):
     return Cell(name, rounding=rounding, seed=3, tokens=2 * TARGETS,
-                calibration_tokens=ROWS * TARGETS)  # fmt: skip
+                calibration_tokens=ROWS * TARGETS, **more)  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("name", "rounding"),
-    [pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow) for pair in ALL],
+    ("name", "rounding", "more"),
+    [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in ALL if one not in QUICK)],
 )
-def test_a_cell_measures_what_quantize_writes(name, rounding, bench, subject, tmp_path):
+def test_a_cell_measures_what_quantize_writes(name, rounding, more, bench, subject, tmp_path):
     model, rows, stats = subject
     out = tmp_path / "quantized"
-    quantize(QuantizeOptions(recipe=name, rounding=rounding, rows=ROWS, seed=3, out=out))
+    quantize(QuantizeOptions(recipe=name, rounding=rounding, rows=ROWS, seed=3, out=out, **more))
     decoder, linear, written = load_any(out)
 
-    cell = cell_of(name, rounding)
-    plan = Plan.of(model.config, cell.method(), seed=3)
+    cell = cell_of(name, rounding, more)
+    plan = Plan.of(model.config, cell.method(), seed=3, **more)
     predictor = quantize_in_memory(plan, model, rows, stats, fit(plan, model, stats)[0])
     for site in SITES:
         for a, b in zip(written[site].weights, predictor.state[site].weights, strict=True):
@@ -64,6 +64,9 @@ def test_a_cell_measures_what_quantize_writes(name, rounding, bench, subject, tm
         moved = (jax.tree.leaves(state[site].transform) for state in (written, predictor.state))
         for a, b in zip(*moved, strict=True):
             np.testing.assert_array_equal(a, b)
+    for name, array in decoder.layers.items():
+        if array.size:  # the weights of linears are in the state
+            np.testing.assert_array_equal(array[...], predictor.model.layers[name][...])
 
     tokens = testbed.evaluation_rows()[:2]
     found = Reference(Predictor(model), tokens).row_sums(Predictor(decoder, linear, written))

@@ -48,12 +48,12 @@ def assert_same_bits(state, other):
 @pytest.mark.parametrize("rounding", ["rtn", "gptq"])
 def test_stats_and_fits_that_were_found_before_change_no_bit(model, rounding):
     plan = plan_of("random_hadamard", rounding, seed=5)
-    wanted = quantize_decoder(plan, model, TOKENS)
+    *_, wanted = quantize_decoder(plan, model, TOKENS)
     more = Needs.GRAM | Needs.POSITIONS
     stats = calibrate(model, TOKENS, plan.widths(0), needs=more)
-    assert_same_bits(quantize_decoder(plan, model, TOKENS, stats=stats), wanted)
+    assert_same_bits(quantize_decoder(plan, model, TOKENS, stats=stats)[-1], wanted)
     given = plan_of("rtn", rounding, fits=fit_decoder(plan, model, stats))
-    assert_same_bits(quantize_decoder(given, model, TOKENS), wanted)
+    assert_same_bits(quantize_decoder(given, model, TOKENS)[-1], wanted)
 
 
 def test_fits_that_are_given_must_cover_all_sites_and_layers(model):
@@ -79,8 +79,8 @@ def test_the_report_has_a_row_for_each_linear_and_says_what_rounding_costs(model
 
 
 def test_sequential_calibrates_each_layer_on_the_quantized_ones_before_it(model):
-    at_once = quantize_decoder(plan_of(), model, TOKENS)
-    in_turn = quantize_decoder(plan_of(sequential=True), model, TOKENS)
+    *_, at_once = quantize_decoder(plan_of(), model, TOKENS)
+    *_, in_turn = quantize_decoder(plan_of(sequential=True), model, TOKENS)
     for site in SITES:
         smooth = lambda state, layer: state[site].transform.links[0].scale[layer]  # noqa: B023, E731
         np.testing.assert_array_equal(smooth(at_once, 0), smooth(in_turn, 0))
@@ -103,11 +103,11 @@ def test_sequential_hands_on_what_the_quantized_model_computes(model):
 def test_what_is_excluded_stays_float_and_the_rest_is_what_it_was(model):
     exclude = ("*.1.mlp.down_proj", "*.k_proj")
     plan = plan_of(exclude=exclude)
-    runs = quantize_decoder(plan, model, TOKENS)
+    *_, runs = quantize_decoder(plan, model, TOKENS)
     assert isinstance(runs, tuple)
     assert len(runs) == 3
     assert not isinstance(runs[1]["mlp_out"].weights[0], MXArray)
-    whole = quantize_decoder(plan_of(), model, TOKENS)
+    *_, whole = quantize_decoder(plan_of(), model, TOKENS)
     for layer in range(3):
         kept = runs[layer]["attention_in"].weights[1]
         np.testing.assert_array_equal(kept[0], model.weights("attention_in")[1][layer])
@@ -118,7 +118,7 @@ def test_what_is_excluded_stays_float_and_the_rest_is_what_it_was(model):
 @pytest.mark.slow
 def test_a_model_runs_in_runs_where_its_layers_differ(model):
     plan = plan_of()
-    state = quantize_decoder(plan, model, TOKENS)
+    *_, state = quantize_decoder(plan, model, TOKENS)
     parts = (slice(0, 1), slice(1, 3))
     split = tuple(jax.tree.map(lambda leaf: leaf[part], state) for part in parts)  # noqa: B023
     np.testing.assert_allclose(
@@ -134,7 +134,7 @@ def test_formats_may_differ_by_site(model):
     exact = jax.jit(lambda m, t: m(t)[0])(model, TOKENS)
 
     def off(plan):
-        state = quantize_decoder(plan, model, TOKENS)
+        *_, state = quantize_decoder(plan, model, TOKENS)
         return float(jnp.mean(jnp.square(logits(model, plan, state) - exact)))
 
     assert off(mixed) < 0.8 * off(plan_of("rtn"))
