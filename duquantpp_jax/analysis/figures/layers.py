@@ -1,4 +1,4 @@
-"""Over the layers of a model: largest magnitudes of channels or blocks, and SQNR of linears."""
+"""Figures over the layers of a model: channel or block maxima, and the SQNR of linears."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,30 +13,37 @@ from matplotlib.ticker import MaxNLocator
 from duquantpp_jax.analysis.figures import style
 
 MOST_CELLS = 512
-"""Most cells of a heat map in a row: more would be finer than print."""
+"""Most cells in a row of a heat map; print shows no more."""
 
 
 def amax_map(
     amax: Mapping[str, Float[Array | np.ndarray, "layers _"]],
     *,
-    block_size: int | None = None,
+    block_size: int = 1,
     title: str = "",
     columns: style.Columns = 2,
 ) -> Figure:
     """Largest |x| of every channel, or of every block of channels, by layer: a heat map a site.
 
-    Colours are log2, the same in all panels; grey is zero. More than 512 in a row are made coarse
-    by their maximum.
+    All panels have the same log2 colours; zero is grey. More than 512 cells in a row are reduced
+    to 512 by the maximum.
 
     Args:
       amax: Site -> largest magnitude of each channel, e.g. `Stats.absmax`.
-      block_size: Channels that share a scale, to show the maxima of blocks; None for channels.
+      block_size: Channels of a block.
 
     Raises:
       ValueError: No site, NaN or Inf, or a width that blocks do not divide.
     """
-    maps = {site: _blocks(site, a, block_size) for site, a in style.given("maxima", amax).items()}
-    low, high = style.powers_of_two(np.concatenate([a.ravel() for a in maps.values()]))
+    maps = {}
+    for site, maxima in style.given("maxima", amax).items():
+        if maxima.shape[1] % block_size:
+            raise ValueError(
+                f"{site}: a width of {maxima.shape[1]} is not a multiple of block {block_size}: "
+                "choose another block"
+            )
+        maps[site] = maxima.reshape(len(maxima), -1, block_size).max(axis=-1)
+    low, high = style.powers_of_two(np.concatenate([values.ravel() for values in maps.values()]))
     figure = style.blank(columns, 0.7 + 0.75 * len(maps))
     panels = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
     cells: Any = None
@@ -55,7 +62,7 @@ def amax_map(
         axes.set_xticks(range(0, width, 2 ** max(0, int(np.ceil(np.log2(width / 8))))))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
         style.label(axes, y="layer", title=site)
-    across = "channel" if block_size is None else f"block of {block_size} channels"
+    across = "channel" if block_size == 1 else f"block of {block_size} channels"
     panels[-1].set_xlabel(across, fontsize=style.LABEL_SIZE)
     figure.suptitle(title, fontsize=style.LABEL_SIZE)
     bar = style.colorbar(figure, cells, panels, "largest |x|")
@@ -69,35 +76,36 @@ def sqnr(
     title: str = "",
     columns: style.Columns = 2,
 ) -> Figure:
-    """SQNR in dB by layer, a panel for each site, a line for each method.
+    """SQNR in dB by layer: a panel a site, a line a method.
 
-    The line is the mean over the linears of the site, dots beside it are the linears.
+    The line is the mean over the linears of the site, the dots are the linears.
 
     Args:
       methods: Method -> site -> SQNR of each linear, as `evaluation.sqnr.linear_sqnr` gives it.
 
     Raises:
-      ValueError: No method, NaN or Inf, or methods that do not have the same sites.
+      ValueError: No method, NaN or Inf, or methods with different sites.
     """
     checked = {name: style.given(f"SQNR ({name})", sites) for name, sites in methods.items()}
     if not checked:
         raise ValueError("no methods to draw: give at least one")
     sites = list(next(iter(checked.values())))
-    for name, one in checked.items():
-        if list(one) != sites:
-            raise ValueError(f"{name} has sites {list(one)}: give all methods the sites {sites}")
+    for name, by_site in checked.items():
+        if list(by_site) != sites:
+            raise ValueError(
+                f"{name} has sites {list(by_site)}: give all methods the sites {sites}"
+            )
     across = len(sites) if columns == 2 else min(2, len(sites))
     down = -(-len(sites) // across)
     figure = style.blank(columns, 0.8 + 1.5 * down)
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, site in zip(panels, sites, strict=False):
-        for number, (name, one, look) in enumerate(style.one_by_one(checked)):
-            values = one[site]
+        for number, (name, by_site, look) in enumerate(style.styled(checked)):
+            values = by_site[site]
             layers = np.arange(len(values))
-            marker = style.MARKERS[number % len(style.MARKERS)]
-            mean = values.mean(axis=1)
+            marker, mean = style.MARKERS[number % len(style.MARKERS)], values.mean(axis=1)
             axes.plot(layers, mean, label=name, marker=marker, markersize=3, linewidth=1, **look)
-            beside = layers + 0.12 * (number + 1 - (len(checked) + 1) / 2)
+            beside = layers + 0.12 * (number - (len(checked) - 1) / 2)
             axes.plot(beside, values, ".", color=look["color"], markersize=2, alpha=0.7)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axes.grid(linewidth=0.3)
@@ -112,17 +120,3 @@ def sqnr(
     style.legend_below(figure, panels[0])
     figure.suptitle(title, fontsize=style.LABEL_SIZE)
     return figure
-
-
-def _blocks(
-    site: str, amax: Float[np.ndarray, "layers k"], block_size: int | None
-) -> Float[np.ndarray, "layers n"]:
-    if block_size is None:
-        return amax
-    layers, width = amax.shape
-    if width % block_size:
-        raise ValueError(
-            f"{site}: a width of {width} is not a multiple of block {block_size}: "
-            "choose another block"
-        )
-    return amax.reshape(layers, -1, block_size).max(axis=-1)

@@ -1,92 +1,61 @@
-"""Results: KL with its paired intervals, and what recipes do to one site's channels."""
+"""Figures of results: KL with its paired intervals, and channel maxima under each recipe."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from duquantpp_jax.analysis.figures.style import (
-    COLORS,
-    DASHES,
-    LABEL_SIZE,
-    MARKERS,
-    Columns,
-    blank,
-    given,
-    legend,
-    legend_below,
-)
+from duquantpp_jax.analysis.figures import style
+from duquantpp_jax.analysis.figures.style import COLORS, DASHES, LABEL_SIZE, MARKERS
 
 
 def comparison(
     pivot: dict[str, Any], channels: tuple[str, Mapping[str, Float[np.ndarray, " k"]]]
 ) -> Figure:
-    """KL of every recipe and format, and what the recipes do to one site's channels.
+    """KL of every recipe and format, and the channel maxima of one site under each recipe.
 
-    Left: KL to the float model; the bar is the 95 % interval of the paired difference to the
-    baseline in the same format, drawn around the recipe's KL (the baseline has none).
-    Right: the largest magnitude of each channel before and after, from the largest to the least.
+    Left: KL to the float model. The bar is the 95 % interval of the paired difference to the
+    baseline in the same format, drawn around the recipe's KL; the baseline has no bar.
+    Right: the largest magnitude of each channel, from the largest to the least.
 
     Args:
       pivot: The contents of a results.json of `compare`, or a table of a grid's summary.
-      channels: A site's name, and channel maxima under "before" and by recipe.
+      channels: A site's name, and its channel maxima under "before" and by recipe.
     """
-    figure = blank(2, 3.6)
+    figure = style.blank(2, 3.6)
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     _kl(left, pivot)
     site, maxima = channels
     _channels(right, maxima, site)
     for axes, title, across in ((left, "format", 3), (right, "", 2)):
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16), "columnspacing": 1.0}
-        legend(axes, title=title, ncols=across, **below)
+        style.legend(axes, title=title, ncols=across, **below)
     return figure
 
 
-def divergences(pivot: dict[str, Any], title: str = "format", *, columns: Columns = 2) -> Figure:
-    """KL of every row and column of a pivot alone, as in `comparison`; some may be missing.
+def divergences(
+    pivot: dict[str, Any], title: str = "format", *, columns: style.Columns = 2
+) -> Figure:
+    """KL of every row and column of a pivot, as in `comparison`; entries may be missing.
 
     Args:
-      pivot: As there.
       title: Of the legend.
 
     Raises:
-      ValueError: Another number of columns than 1 or 2.
+      ValueError: Not 1 or 2 columns.
     """
-    height = 1.2 + 0.28 * len(pivot["rows"])
-    figure = blank(columns, height)
+    figure = style.blank(columns, 1.2 + 0.28 * len(pivot["rows"]))
     axes = figure.subplots()
     _kl(axes, pivot)
-    # Legends are outside the axes: with many columns they would hide what they explain.
+    # Legends are outside the axes, where many columns hide no points.
     if columns == 1:
         figure.suptitle(axes.get_title(), fontsize=LABEL_SIZE)  # wider than the axes
         axes.set_title("")
-        legend_below(figure, axes, title=title)
+        style.legend_below(figure, axes, title)
     else:
-        legend(axes, title=title, loc=(1.02, 0), borderaxespad=0)
-    return figure
-
-
-def channels(
-    maxima: Mapping[str, Float[Array | np.ndarray, " k"]],
-    *,
-    title: str = "",
-    columns: Columns = 1,
-) -> Figure:
-    """The largest magnitude of each channel, from the largest channel to the least; log2 both ways.
-
-    Args:
-      maxima: By name; "before" is drawn broad and grey, to lie under the others.
-      title: E.g. the site's name.
-
-    Raises:
-      ValueError: No maxima, NaN or Inf.
-    """
-    figure = blank(columns, 2.6)
-    axes = figure.subplots()
-    _channels(axes, given("maxima", maxima), title)
-    legend(axes)
+        style.legend(axes, title=title, loc=(1.02, 0), borderaxespad=0)
     return figure
 
 
@@ -95,11 +64,10 @@ def _kl(axes: Any, pivot: dict[str, Any]) -> None:
     offsets = np.linspace(-0.25, 0.25, len(columns)) if len(columns) > 1 else [0.0]
     for number, (column, offset) in enumerate(zip(columns, offsets, strict=True)):
         entries = [entry for entry in pivot["entries"] if entry["column"] == column]
-        bars = np.array([_interval_around(entry) for entry in entries]).reshape(-1, 2).T
         axes.errorbar(
             [entry["kl"]["value"] for entry in entries],
             np.array([names.index(entry["row"]) for entry in entries]) + offset,
-            xerr=bars,
+            xerr=np.array([_interval_around(entry) for entry in entries]).reshape(-1, 2).T,
             fmt=MARKERS[number % len(MARKERS)],
             color=COLORS[number % len(COLORS)],
             markersize=4,
@@ -107,11 +75,6 @@ def _kl(axes: Any, pivot: dict[str, Any]) -> None:
             linewidth=1,
             label=column,
         )
-    axes.set_yticks(range(len(names)), names, fontsize=LABEL_SIZE)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.grid(axis="x", linewidth=0.3)
-    axes.tick_params(axis="x", labelsize=LABEL_SIZE)
-    axes.set_xlabel("KL(float || quantized), nats per token", fontsize=LABEL_SIZE)
     title = f"{pivot['targets']:,} targets"
     if pivot["baseline"]:
         unit, count = pivot["clusters"]["unit"], pivot["clusters"]["count"]
@@ -119,11 +82,15 @@ def _kl(axes: Any, pivot: dict[str, Any]) -> None:
             f"; bars: 95 % interval of the paired\ndifference to {pivot['baseline']}, "
             f"by {unit} ({count})"
         )
-    axes.set_title(title, fontsize=LABEL_SIZE)
+    style.label(axes, "KL(float || quantized), nats per token", title=title)
+    axes.tick_params(labelsize=LABEL_SIZE)
+    axes.set_yticks(range(len(names)), names, fontsize=LABEL_SIZE)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(axis="x", linewidth=0.3)
 
 
 def _interval_around(entry: dict[str, Any]) -> tuple[float, float]:
-    """How far the interval of a difference in KL reaches below and above it."""
+    """Distances from a difference in KL to both ends of its interval."""
     found = entry["difference"] and entry["difference"]["kl"]
     if not found or found["ci95"] is None:
         return 0.0, 0.0
@@ -132,19 +99,18 @@ def _interval_around(entry: dict[str, Any]) -> tuple[float, float]:
 
 
 def _channels(axes: Any, maxima: Mapping[str, Float[np.ndarray, " k"]], title: str) -> None:
-    for number, (name, values) in enumerate(maxima.items()):
+    """Draws sorted maxima; "before" is broad and grey, to be seen under the others."""
+    for number, (name, values) in enumerate(maxima.items(), -1):
         before = name == "before"
         axes.plot(
             np.arange(1, len(values) + 1),
             np.sort(values)[::-1],
-            color="#999999" if before else COLORS[(number - 1) % len(COLORS)],
+            color="#999999" if before else COLORS[number % len(COLORS)],
             linewidth=3 if before else 1.2,
-            linestyle="-" if before else DASHES[(number - 1) % len(DASHES)],
+            linestyle="-" if before else DASHES[number % len(DASHES)],
             label=name,
         )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    axes.set_xlabel("channels, largest first", fontsize=LABEL_SIZE)
-    axes.set_ylabel("largest |x| of the channel", fontsize=LABEL_SIZE)
-    axes.set_title(title, fontsize=LABEL_SIZE)
+    style.label(axes, "channels, largest first", "largest |x| of the channel", title)
     axes.tick_params(labelsize=LABEL_SIZE)

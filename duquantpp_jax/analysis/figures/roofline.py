@@ -1,4 +1,4 @@
-"""A roofline: what a kernel may reach, by what it computes for each byte that it moves.
+"""A roofline: the speed that a kernel may reach, by its operations for each byte that it moves.
 
     FLOP/s <= min(peak, bandwidth * FLOP/byte)
 
@@ -21,13 +21,13 @@ def roofline(
     title: str = "",
     columns: style.Columns = 1,
 ) -> Figure:
-    """Roofs of one memory and several units, and kernels as points below them; log2 both ways.
+    """Roofs of one memory and several units, and kernels as points below them; both axes log2.
 
     Args:
       peaks: Unit -> FLOP/s, e.g. {"MXFP4": 9e15, "bfloat16": 2.25e15}.
       bandwidth: Of the memory, bytes/s.
-      kernels: Name -> (FLOP for each byte moved, FLOP/s reached or predicted; say which in the
-        name or the title).
+      kernels: Name -> (FLOP for each byte moved, FLOP/s reached or predicted; the name or the
+        title says which).
 
     Raises:
       ValueError: Nothing is given, or a number is not positive.
@@ -43,26 +43,14 @@ def roofline(
     reached = [bandwidth * low, *peaks.values(), *(y for _, y in kernels.values())]
     figure = style.blank(columns, 2.8)
     axes = figure.subplots()
-    for number, (name, peak) in enumerate(peaks.items()):
+    for name, peak, look in style.styled(peaks):
         x = np.array([low, peak / bandwidth, high])
-        axes.plot(
-            x,
-            np.minimum(peak, bandwidth * x) / 1e12,
-            color="#555555",
-            linestyle=style.DASHES[number % len(style.DASHES)],
-            linewidth=1.2,
-            label=f"{name}: {peak / 1e12:,.0f} TFLOP/s, {bandwidth / 1e12:g} TB/s",
-        )
-    for number, (name, (x, y)) in enumerate(kernels.items()):
-        axes.plot(
-            [x],
-            [y / 1e12],
-            marker=style.MARKERS[number % len(style.MARKERS)],
-            color=style.COLORS[number % len(style.COLORS)],
-            linestyle="none",
-            markersize=5,
-            label=name,
-        )
+        y = np.minimum(peak, bandwidth * x) / 1e12
+        name = f"{name}: {peak / 1e12:,.0f} TFLOP/s, {bandwidth / 1e12:g} TB/s"
+        axes.plot(x, y, color="#555555", linestyle=look["linestyle"], linewidth=1.2, label=name)
+    for number, (name, (x, y), look) in enumerate(style.styled(kernels)):
+        look = {"color": look["color"], "marker": style.MARKERS[number % len(style.MARKERS)]}
+        axes.plot([x], [y / 1e12], linestyle="none", markersize=5, label=name, **look)
     style.log2_axis(axes, "x", low, high, most=6)
     style.log2_axis(axes, "y", min(reached) / 2e12, max(reached) * 2e-12)
     for axis in (axes.xaxis, axes.yaxis):

@@ -1,4 +1,4 @@
-"""Rotations: the matrix as an image, and what happens to it while it is learned."""
+"""Figures of rotations: the matrix as an image, and the course of learning."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +11,9 @@ from matplotlib.ticker import MaxNLocator
 
 from duquantpp_jax.analysis.figures import style
 
+Lines = Mapping[str, Float[Array | np.ndarray, " _"]]
+"""Numbers by name, one for each check."""
+
 
 def rotation(
     matrices: Mapping[str, Float[Array | np.ndarray, "r r"]],
@@ -18,10 +21,10 @@ def rotation(
     title: str = "",
     columns: style.Columns = 2,
 ) -> Figure:
-    """Matrices as images, side by side, in one set of colours symmetric about zero.
+    """Matrices as images side by side, in the same colours, which are symmetric about zero.
 
     Args:
-      matrices: Name -> matrix R of x R: rows are channels going in, columns those coming out.
+      matrices: Name -> matrix R of x R: rows are input channels, columns are output channels.
 
     Raises:
       ValueError: No matrix, or NaN or Inf.
@@ -36,8 +39,7 @@ def rotation(
         norm = Normalize(-top, top)
         image = axes.imshow(matrix, cmap="PuOr", norm=norm, interpolation="nearest")
         ticks = range(0, len(matrix), max(1, len(matrix) // 4))
-        axes.set_xticks(ticks)
-        axes.set_yticks(ticks)
+        axes.set(xticks=ticks, yticks=ticks)
         style.label(axes, "channel out", title=name)
     panels[0].set_ylabel("channel in", fontsize=style.LABEL_SIZE)
     figure.suptitle(title, fontsize=style.LABEL_SIZE)
@@ -48,39 +50,36 @@ def rotation(
 
 def training(
     steps: Integer[Array | np.ndarray, " checks"],
-    losses: Mapping[str, Float[Array | np.ndarray, " _"]],
-    orthogonality: Mapping[str, Float[Array | np.ndarray, " _"]] | None = None,
+    losses: Lines,
+    orthogonality: Lines | None = None,
     *,
     loss: str = "KL, nats per target",
     title: str = "",
     columns: style.Columns = 1,
 ) -> Figure:
-    """Losses over training and, below them, how far rotations are from orthogonal.
+    """Losses over training and, below them, the distances of rotations from orthogonality.
 
     Args:
-      steps: Of each check.
+      steps: Step of each check.
       losses: Name -> loss at each check, e.g. {"training": ..., "held out": ...}.
       orthogonality: Name -> max |R^T R - I| at each check, on a log10 axis.
       loss: What the losses are, with their unit.
 
     Raises:
-      ValueError: No loss, NaN or Inf, or numbers that are not one for each step.
+      ValueError: No loss, NaN or Inf, or a line without a number for each step.
     """
-    at = np.asarray(steps)
     kinds = [style.given("losses", losses)]
     if orthogonality is not None:
         kinds.append(style.given("distances", orthogonality))
-    for lines in kinds:
-        for name, values in lines.items():
-            if len(values) != len(at):
-                raise ValueError(
-                    f"{name} has {len(values)} numbers for {len(at)} steps: give one for each"
-                )
     figure = style.blank(columns, 0.7 + 1.6 * len(kinds))
     panels = figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0]
     for axes, lines, y in zip(panels, kinds, (loss, r"max $|R^\top R - I|$"), strict=False):
-        for name, values, look in style.one_by_one(lines):
-            axes.plot(at, values, label=name, linewidth=1.2, **look)
+        for name, values, look in style.styled(lines):
+            if len(values) != len(steps):
+                raise ValueError(
+                    f"{name} has {len(values)} numbers for {len(steps)} steps: give one for each"
+                )
+            axes.plot(np.asarray(steps), values, label=name, linewidth=1.2, **look)
         axes.grid(linewidth=0.3)
         style.label(axes, y=y)
         style.legend(axes)

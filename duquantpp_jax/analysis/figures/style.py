@@ -1,8 +1,8 @@
-"""What all figures share: widths of a paper's columns, sizes of type, colours, log2 axes, files.
+"""Parts that all figures share: widths, sizes of type, colours, log2 axes and files.
 
-No global state: figures are made without pyplot, and every size is given where something is drawn.
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; colour maps run evenly in
-lightness (viridis) or to both sides of white (PuOr).
+Figures are made without pyplot and without global state: every size is given where it is used.
+Colours are those of Okabe and Ito, which colour-blind readers can tell apart. Colour maps have even
+lightness (viridis) or diverge from white (PuOr).
 """
 
 import io
@@ -18,9 +18,10 @@ from matplotlib.ticker import FixedLocator, LogFormatterMathtext, NullLocator
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 DASHES = ("-", (0, (4, 2)), (2, (4, 2)), (0, (1, 1.5)))
-"""Line styles, so that of lines on top of each other both are seen."""
+"""Line styles; of two lines on top of each other both can be seen."""
 LABEL_SIZE, TICK_SIZE = 8, 7
 """Points, on paper."""
+_LEGEND = {"fontsize": TICK_SIZE, "title_fontsize": TICK_SIZE, "frameon": False}
 
 Columns = Literal[1, 2]
 """How many of a paper's two columns a figure is wide."""
@@ -29,10 +30,10 @@ V = TypeVar("V")
 
 
 def width(columns: int) -> float:
-    """Inches of a figure that is 1 or 2 columns of a paper wide.
+    """Width of a figure in inches.
 
     Raises:
-      ValueError: Another number of columns.
+      ValueError: Not 1 or 2 columns.
     """
     if columns not in (1, 2):
         raise ValueError(f"columns = {columns}: a figure is 1 or 2 columns wide")
@@ -40,16 +41,12 @@ def width(columns: int) -> float:
 
 
 def blank(columns: int, height: float) -> Figure:
-    """An empty figure, its height in inches.
-
-    Raises:
-      ValueError: As `width`.
-    """
+    """An empty figure; its height is in inches."""
     return Figure(figsize=(width(columns), height), layout="constrained")
 
 
 def label(axes: Any, x: str = "", y: str = "", title: str = "") -> None:
-    """Labels in the sizes of all figures."""
+    """Sets the labels and the title of axes, in the sizes of all figures."""
     axes.set_xlabel(x, fontsize=LABEL_SIZE)
     axes.set_ylabel(y, fontsize=LABEL_SIZE)
     axes.set_title(title, fontsize=LABEL_SIZE)
@@ -57,47 +54,39 @@ def label(axes: Any, x: str = "", y: str = "", title: str = "") -> None:
 
 
 def legend(axes: Any, **options: Any) -> None:
-    """A legend without a frame."""
-    axes.legend(fontsize=TICK_SIZE, title_fontsize=TICK_SIZE, frameon=False, **options)
+    """Draws a legend without a frame."""
+    axes.legend(**_LEGEND, **options)
 
 
-def legend_below(figure: Figure, axes: Any, **options: Any) -> None:
-    """One legend for all axes, below them, where it hides nothing; in as many columns as fit."""
+def legend_below(figure: Figure, axes: Any, title: str = "") -> None:
+    """Draws the legend of these axes below the figure, in as many columns as fit."""
     handles, names = axes.get_legend_handles_labels()
-    longest = 30 + 0.6 * TICK_SIZE * max(map(len, names), default=0)  # points, the sample included
-    across = max(1, int(figure.get_figwidth() * 72 / longest))
-    figure.legend(
-        handles,
-        names,
-        loc="outside lower center",
-        ncols=min(across, len(names)),
-        fontsize=TICK_SIZE,
-        title_fontsize=TICK_SIZE,
-        frameon=False,
-        **options,
-    )
+    longest = 30 + 0.6 * TICK_SIZE * max(map(len, names), default=0)  # points, with the sample
+    across = min(max(1, int(figure.get_figwidth() * 72 / longest)), len(names))
+    place = "outside lower center"
+    figure.legend(handles, names, loc=place, ncols=across, title=title, **_LEGEND)
 
 
 def colorbar(figure: Figure, drawn: Any, panels: Iterable[Any], text: str) -> Any:
-    """A bar of colours beside all panels; returns it."""
+    """A colour bar beside all panels."""
     bar = figure.colorbar(drawn, ax=list(panels), pad=0.02)
     bar.set_label(text, fontsize=LABEL_SIZE)
     bar.ax.tick_params(labelsize=TICK_SIZE)
     return bar
 
 
-def one_by_one(named: Mapping[str, V]) -> Iterable[tuple[str, V, dict[str, Any]]]:
-    """Name, value, and a colour and dashes of its own, for each of what is drawn in one axes."""
+def styled(named: Mapping[str, V]) -> Iterable[tuple[str, V, dict[str, Any]]]:
+    """Each name and value with a colour and a line style of its own."""
     for number, (name, value) in enumerate(named.items()):
         look = {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number % len(DASHES)]}
         yield name, value, look
 
 
 def given(what: str, named: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays as NumPy has them.
+    """The arrays in NumPy, checked.
 
     Raises:
-      ValueError: There is none, or one is empty or has NaN or Inf.
+      ValueError: There is no array, or one is empty or has NaN or Inf.
     """
     arrays = {name: np.asarray(array) for name, array in named.items()}
     if not arrays:
@@ -111,14 +100,14 @@ def given(what: str, named: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def starts(size: int, most: int) -> Int64[np.ndarray, " parts"]:
-    """Where the parts begin that divide `size` things as evenly as can be, into at most `most`."""
+    """First index of each of at most `most` parts that divide `size` things evenly."""
     return np.arange(min(size, most)) * size // min(size, most)
 
 
 def powers_of_two(values: Float[Array | np.ndarray, " n"]) -> tuple[float, float]:
-    """The nearest powers of two around all positive values (1 and 2 where there are none).
+    """The nearest two different powers of two that enclose all positive values.
 
-    They differ, so that they serve as limits of an axis.
+    They are 1 and 2 if no value is positive.
     """
     positive = np.asarray(values, np.float64)
     positive = positive[positive > 0]
@@ -129,7 +118,7 @@ def powers_of_two(values: Float[Array | np.ndarray, " n"]) -> tuple[float, float
 
 
 def _floor_log2(x: float) -> int:
-    return int(np.frexp(x)[1]) - 1  # exact: np.log2 rounds just below a power of two to it
+    return int(np.frexp(x)[1]) - 1  # exact; np.log2 rounds numbers just below a power of two up
 
 
 def _ceil_log2(x: float) -> int:
@@ -143,14 +132,14 @@ def power_of_two(exponent: float, _: int | None = None) -> str:
 
 
 def log2_axis(axes: Any, which: Literal["x", "y"], low: float, high: float, most: int = 7) -> None:
-    """A log2 axis between two numbers, with at most so many ticks."""
+    """Makes an axis log2 from low to high, with at most `most` ticks."""
     getattr(axes, f"set_{which}scale")("log", base=2)
     getattr(axes, f"set_{which}lim")(low, high)
     log2_ticks(getattr(axes, f"{which}axis"), low, high, most)
 
 
 def log2_ticks(axis: Any, low: float, high: float, most: int = 7) -> None:
-    """Ticks at powers of two alone, evenly spaced, at most so many."""
+    """Sets at most `most` evenly spaced ticks, all at powers of two."""
     first, last = _ceil_log2(low), _floor_log2(high)
     step = -(-(last - first + 1) // most)
     axis.set_major_locator(FixedLocator(list(2.0 ** np.arange(first, last + 1, step))))
@@ -159,10 +148,10 @@ def log2_ticks(axis: Any, low: float, high: float, most: int = 7) -> None:
 
 
 def picture(figure: Figure, format: Literal["png", "svg", "pdf"], dpi: int = 200) -> bytes:
-    """The figure as a file's bytes: without a date, text of svg and pdf kept as text.
+    """The figure as the bytes of a file: without a date; text of svg and pdf stays text.
 
     Args:
-      dpi: Of a png, and of surfaces, heat maps and clouds of points inside the others.
+      dpi: Of a png, and of surfaces, heat maps and clouds of points inside svg and pdf.
     """
     unstamped = {
         "png": {"Software": None},

@@ -1,10 +1,10 @@
-"""|X| as a surface over tokens and channels: where outliers sit, and where a transform puts them.
+"""|X| as a surface over tokens and channels, which shows outliers before and after a transform.
 
-Surfaces are made coarse by the maximum over rectangles of tokens and channels,
+A surface has fewer points than X. Each is the maximum over a rectangle of tokens and channels,
 
     s_ij = max |x_tc|  over t in row i of rectangles, c in column j,
 
-since a mean would take away the very thing that is looked for.
+because a mean would hide the outliers.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from duquantpp_jax.analysis.figures import style
 
 POINTS = (64, 96)
-"""Most points of a surface along tokens and channels: more cannot be told apart on paper."""
+"""Most points of a surface along tokens and channels; print shows no more."""
 MARGINS = (0.12, 0.2, 0.39, 0.32)
 """Inches left of each surface, below it, right of it (labels of the z axis) and above."""
 
@@ -32,17 +32,17 @@ def surface(
     points: tuple[int, int] = POINTS,
     columns: style.Columns = 2,
 ) -> Figure:
-    """|X| over token and channel, a panel for each input, all on one z axis.
+    """|X| over token and channel: a panel for each input, all with the same z axis.
 
     Args:
-      inputs: By name, e.g. {"before": x, "Hadamard": t.activations(x)}; in units of x.
-      log2: Whether z is log2 |x|, from the least point (or 2^-16 of the largest) up, so that what
-        lies below an outlier is seen too; if not it is |x|, from zero.
+      inputs: By name, e.g. {"before": x, "Hadamard": t.activations(x)}.
+      log2: z is log2 |x|, from the least point (or 2^-16 of the largest) up, which also shows what
+        lies below an outlier; else z is |x|, from zero.
       title: Above all panels, e.g. the site's name.
-      points: Most points along tokens and channels; each is the maximum of what it stands for.
+      points: Most points along tokens and channels.
 
     Raises:
-      ValueError: No input, one with NaN or Inf, or with fewer than 2 tokens or channels.
+      ValueError: No input, NaN or Inf, or fewer than 2 tokens or channels.
     """
     surfaces = {}
     for name, x in style.given("inputs", inputs).items():
@@ -52,68 +52,57 @@ def surface(
     heights = {name: z for name, (z, _, _) in surfaces.items()}
     low, high = 0.0, float(max(z.max() for z in heights.values())) or 1.0
     if log2:
-        least = min(float(z.min()) for z in heights.values())
+        least = max(min(float(z.min()) for z in heights.values()), high * 2.0**-16)
         heights = {n: np.log2(np.maximum(z, high * 2.0**-16)) for n, z in heights.items()}
-        low, high = np.log2(style.powers_of_two(np.array([max(least, high * 2.0**-16), high])))
+        low, high = np.log2(style.powers_of_two(np.array([least, high])))
     across = style.width(columns) / len(surfaces)
     down = min(across, 3.0) * 0.9 + 0.3
     left, below, right, above = MARGINS
     figure = style.blank(columns, down)
-    figure.set_layout_engine("none")  # it does not see the labels of axes in 3-D
+    figure.set_layout_engine("none")  # constrained layout ignores the labels of axes in 3-D
     figure.suptitle(title, fontsize=style.LABEL_SIZE, y=0.98, va="top")
     for number, (name, (_, tokens, channels)) in enumerate(surfaces.items()):
         box = (number * across + left, below, across - left - right, down - below - above)
         page = (style.width(columns), down) * 2
         axes: Any = figure.add_axes(tuple(np.divide(box, page)), projection="3d")
         x, y = np.meshgrid(channels, tokens)
-        z = heights[name]
+        look = {"cmap": "viridis", "norm": Normalize(low, high), "linewidth": 0}
+        # Antialiasing would draw seams between the facets.
         drawn = axes.plot_surface(
-            x,
-            y,
-            z,
-            rstride=1,
-            cstride=1,
-            cmap="viridis",
-            norm=Normalize(low, high),
-            linewidth=0,
-            antialiased=False,  # or the plain is covered with seams between facets
+            x, y, heights[name], rstride=1, cstride=1, antialiased=False, **look
         )
-        drawn.set_array(_corner_maxima(z).ravel())
+        drawn.set_array(_corner_maxima(heights[name]).ravel())
         drawn.set_rasterized(True)
         axes.set_zlim(low, high)
         axes.set_box_aspect(None, zoom=1.08)
-        _label(axes, name, log2=log2, ticks=4 if across > 2 else 3)
+        axes.set_title(name, fontsize=style.LABEL_SIZE, y=1.05, pad=0)
+        axes.set_xlabel("channel", fontsize=style.LABEL_SIZE, labelpad=-8)
+        axes.set_ylabel("token", fontsize=style.LABEL_SIZE, labelpad=-6)
+        axes.set_zlabel("|x|", fontsize=style.LABEL_SIZE, labelpad=-9)
+        axes.tick_params(labelsize=style.TICK_SIZE, pad=-3)
+        for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
+            axis.set_major_locator(MaxNLocator(integer=True, nbins=4 if across > 2 else 3))
+        if log2:
+            axes.zaxis.set_major_formatter(FuncFormatter(style.power_of_two))
     return figure
 
 
 def coarse(
     magnitudes: Float[np.ndarray, "tokens k"], points: tuple[int, int]
 ) -> tuple[Float[np.ndarray, "i j"], Float[np.ndarray, " i"], Float[np.ndarray, " j"]]:
-    """Maxima over rectangles, as few and as even as `points` asks for.
+    """Maxima over at most `points` rectangles of even size.
 
     Returns:
       The maxima, and the first token and first channel of each rectangle.
     """
-    tokens, channels = (
-        style.starts(size, most) for size, most in zip(magnitudes.shape, points, strict=True)
-    )
+    tokens, channels = map(style.starts, magnitudes.shape, points)
     maxima = np.maximum.reduceat(np.maximum.reduceat(magnitudes, tokens), channels, axis=1)
     return maxima, tokens.astype(np.float64), channels.astype(np.float64)
 
 
 def _corner_maxima(z: Float[np.ndarray, "i j"]) -> Float[np.ndarray, "i-1 j-1"]:
-    """The largest corner of each facet: matplotlib's own colour is their mean, which would paint
-    a peak of one point like the plain around it."""
+    """The largest corner of each facet, which is its colour.
+
+    Matplotlib's own colour is the mean of the corners, which hides a peak of a single point.
+    """
     return np.max([z[:-1, :-1], z[1:, :-1], z[:-1, 1:], z[1:, 1:]], axis=0)
-
-
-def _label(axes: Any, name: str, *, log2: bool, ticks: int) -> None:
-    axes.set_title(name, fontsize=style.LABEL_SIZE, y=1.05, pad=0)
-    axes.set_xlabel("channel", fontsize=style.LABEL_SIZE, labelpad=-8)
-    axes.set_ylabel("token", fontsize=style.LABEL_SIZE, labelpad=-6)
-    axes.set_zlabel("|x|", fontsize=style.LABEL_SIZE, labelpad=-9)
-    axes.tick_params(labelsize=style.TICK_SIZE, pad=-3)
-    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
-        axis.set_major_locator(MaxNLocator(integer=True, nbins=ticks))
-    if log2:
-        axes.zaxis.set_major_formatter(FuncFormatter(style.power_of_two))

@@ -40,13 +40,15 @@ def test_the_comparison_draws_kl_its_intervals_and_the_sorted_channels():
         points, _, (bars,) = container.lines
         np.testing.assert_array_equal(points.get_xdata(), kl)
         ends = np.array([segment[:, 0] for segment in bars.get_segments()])
-        np.testing.assert_allclose(ends, [[one - 0.005, one + 0.01] for one in kl])
+        np.testing.assert_allclose(ends, [[value - 0.005, value + 0.01] for value in kl])
         assert container.get_label() == rule
     assert [text.get_text() for text in left.get_yticklabels()] == list(RECIPES)
     for (name, values), line in zip(maxima.items(), right.lines, strict=True):
+        np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3])
         np.testing.assert_array_equal(line.get_ydata(), np.sort(values)[::-1])
         assert line.get_label() == name
     assert right.get_title() == "a site"
+    assert [axis.get_transform().base for axis in (right.xaxis, right.yaxis)] == [2, 2]
 
 
 @pytest.mark.parametrize("columns", [RULES[:1], RULES[:2], RULES])
@@ -86,20 +88,9 @@ def test_divergences_are_drawn_where_they_are_and_left_out_where_they_are_not():
 
 
 def test_in_one_column_divergences_are_the_same_numbers_and_the_title_spans_the_page():
-    one, two = (figures.divergences(_pivot(), columns=c) for c in (1, 2))
-    for narrow, wide in zip(one.axes[0].containers, two.axes[0].containers, strict=True):
-        np.testing.assert_array_equal(narrow.lines[0].get_xdata(), wide.lines[0].get_xdata())
-    assert one.get_suptitle() == two.axes[0].get_title()
-    assert one.axes[0].get_title() == ""
-    assert [text.get_text() for text in one.legends[0].get_texts()] == list(RULES)
-
-
-def test_channels_alone_are_the_sorted_maxima_on_log2_axes():
-    maxima = {"before": np.array([1.0, 8.0, 2.0]), "rtn": np.array([4.0, 1.0, 2.0])}
-    (axes,) = figures.channels(maxima, title="a site").axes
-    for (name, values), line in zip(maxima.items(), axes.lines, strict=True):
-        np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3])
-        np.testing.assert_array_equal(line.get_ydata(), np.sort(values)[::-1])
-        assert line.get_label() == name
-    assert axes.get_title() == "a site"
-    assert [axis.get_transform().base for axis in (axes.xaxis, axes.yaxis)] == [2, 2]
+    narrow, wide = (figures.divergences(_pivot(), columns=c) for c in (1, 2))
+    for points, same in zip(narrow.axes[0].containers, wide.axes[0].containers, strict=True):
+        np.testing.assert_array_equal(points.lines[0].get_xdata(), same.lines[0].get_xdata())
+    assert narrow.get_suptitle() == wide.axes[0].get_title()
+    assert narrow.axes[0].get_title() == ""
+    assert [text.get_text() for text in narrow.legends[0].get_texts()] == list(RULES)
