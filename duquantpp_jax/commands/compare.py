@@ -27,7 +27,7 @@ from duquantpp_jax.evaluation.subject import check_texts, name_and_hash
 from duquantpp_jax.lab import table
 from duquantpp_jax.lab.bench import Bench, order
 from duquantpp_jax.lab.cells import DEFAULT_FORMAT, SCHEMA, Cell
-from duquantpp_jax.lab.pivot import Layout, pivots
+from duquantpp_jax.lab.pivot import COMPARED, Layout, pivots
 from duquantpp_jax.lab.records import Record, record_of
 from duquantpp_jax.lab.running import Outcome
 from duquantpp_jax.recipes import ALIASES
@@ -260,23 +260,32 @@ def _print_table(comparison: Comparison) -> None:
     }
     entries = {(one["row"], one["column"]): one for one in results["entries"]}
     beside = f"- {results['baseline']}" if results["baseline"] else ""
-    shown = Table(box=box.SIMPLE_HEAD)
-    for heading in ("recipe", "format"):
-        shown.add_column(heading, no_wrap=True)
-    for heading in ("KL", beside, "excess NLL", beside, "PPL", "SQNR dB", "fit s"):
-        shown.add_column(heading, justify="right", no_wrap=True)
+    distances = _table("KL", beside, "excess NLL", beside)
+    others = _table("PPL", "SQNR dB", "fit s", "online", "KiB")
     for row, column in itertools.product(results["rows"], results["columns"]):
-        entry = entries[row, column]
-        shown.add_row(
-            row,
-            column,
-            table.value(entry, "kl"),
-            table.difference(entry, "kl"),
-            table.value(entry, "excess_nll"),
-            table.difference(entry, "excess_nll"),
+        entry, end = entries[row, column], column == results["columns"][-1]
+        pairs = [
+            (table.value(entry, measure), table.difference(entry, measure)) for measure in COMPARED
+        ]
+        distances.add_row(row, column, *itertools.chain(*pairs), end_section=end)
+        numbers = [
             f"{entry['perplexity']['value']:.3f}",
             f"{entry['sqnr_db']['value']:.2f}",
             f"{seconds[row, column]:.1f}",
-            end_section=column == results["columns"][-1],
-        )
-    Console(width=160).print(shown)
+        ]
+        others.add_row(row, column, *numbers, *table.online(entry), end_section=end)
+    console = Console(width=160)
+    console.print(distances)
+    print(
+        "Online: multiply-adds for each value of the inputs of the four sites; KiB of all layers."
+    )
+    console.print(others)
+
+
+def _table(*headings: str) -> Table:
+    shown = Table(box=box.SIMPLE_HEAD)
+    for heading in ("recipe", "format"):
+        shown.add_column(heading, no_wrap=True)
+    for heading in headings:
+        shown.add_column(heading, justify="right", no_wrap=True)
+    return shown

@@ -2,7 +2,9 @@
 
 A row for each kind of linear (up_proj of all layers): its bytes, and what quantizing it alone
 costs, as SQNR of its output on a sample of the calibration tokens and as the share of the output's
-energy that rounding the weights takes, mean and worst over layers. report.json has every linear.
+energy that rounding the weights takes, mean and worst over layers. Last what moving its input
+costs online, which linears of one input share: multiply-adds for each value, mean over layers, and
+KiB of all layers. report.json has every linear.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +23,10 @@ def table(linears: Sequence[Mapping[str, Any]]) -> Table:
         kinds.setdefault(one["linear"].rpartition(".")[2], []).append(one)
     measured = all("sqnr_db" in one for one in linears)
     shown = Table(box=box.SIMPLE_HEAD)
+    online = all("online_bytes" in one for one in linears)
     headings = ["linear", "of them", "MiB"]
     headings += ["SQNR dB", "worst", "weight error", "worst", "in"] if measured else []
+    headings += ["online", "KiB"] if online else []
     for heading in headings:
         shown.add_column(heading, justify="left" if heading == "linear" else "right")
     for kind, rows in kinds.items():
@@ -35,6 +39,10 @@ def table(linears: Sequence[Mapping[str, Any]]) -> Table:
             cells += [f"{sum(sqnr) / len(sqnr):.2f}", f"{min(sqnr):.2f}"] if sqnr else ["", ""]
             cells += [f"{mean:.5f}", f"{worst['weight_error']:.5f}"]
             cells.append(f"layer {worst['linear'].split('.')[2]}")
+        if online:
+            multiply_adds = sum(row["online_multiply_adds"] for row in rows) / len(rows)
+            kib = sum(row["online_bytes"] for row in rows) / 1024
+            cells += [f"{multiply_adds:.4g}", f"{kib:.1f}"]
         shown.add_row(*cells)
     return shown
 

@@ -27,6 +27,7 @@ from duquantpp_jax.lab.cells import Cell
 from duquantpp_jax.models import Decoder
 from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.report import online_costs
 from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder
 
 CACHE_BYTES = 2 << 30
@@ -68,6 +69,7 @@ class Found(NamedTuple):
       agreement: Targets of each row at which both models put the same token first.
       documents: Number of each row's document.
       sqnr: In dB, mean over the linears that have one; None where all stay in float.
+      online: As of `ptq.report.online_costs`; None where all stay in float.
       seconds: To fit (of the cell that fitted what this one may share), and in all.
     """
 
@@ -77,6 +79,7 @@ class Found(NamedTuple):
     agreement: Float32[np.ndarray, " rows"]
     documents: Integer[np.ndarray, " rows"]
     sqnr: float | None
+    online: dict[str, dict[str, float]] | None
     seconds: dict[str, float]
 
 
@@ -116,12 +119,13 @@ class Bench:
                 keep_bytes=self._cache_bytes,
             ),
         )
-        predictor, fit_seconds, sqnr = Predictor(model), 0.0, None
+        predictor, fit_seconds, sqnr, online = Predictor(model), 0.0, None, None
         if recipe := cell.method():
             plan = Plan.of(model.config, recipe, pad=cell.pad, seed=cell.seed, fuse=cell.fuse)
             fits, fit_seconds, calibration, stats = self._fit(cell, plan, model)
             predictor = quantize(plan, model, calibration, stats, fits)
             sqnr = mean_sqnr(predictor, rows.tokens[: reference.batch_rows])
+            online = online_costs(predictor.state)
         predictor = dataclasses.replace(predictor, store=cell.store)
         sums = reference.row_sums(predictor)
         if not np.isfinite([np.sum(sums.kl), np.sum(sums.nll), sqnr or 0.0]).all():
@@ -133,6 +137,7 @@ class Bench:
             agreement=sums.agreement.astype(np.float32),
             documents=rows.documents,
             sqnr=sqnr,
+            online=online,
             seconds={"fit": fit_seconds, "total": time.perf_counter() - began},
         )
 

@@ -154,6 +154,7 @@ def _entry(
             for name, values in means.items()
             if None not in values
         },
+        **({"online": records[0]["online"]} if "online" in records[0] else {}),
         "interval": known["kl"].sources,
         "environments": sorted({environments.index(r["environment"]) for r in records}),
         "fit_seconds": min(record["seconds"]["fit"] for record in records),

@@ -78,6 +78,7 @@ def record_of(cell: Cell, found: Found) -> Record:
             "sqnr_db": found.sqnr,
             "targets": len(found.kl) * TARGETS,
         },
+        **({} if found.online is None else {"online": found.online}),
         "rows": {
             "document": found.documents.tolist(),
             "kl": _digits(found.kl),

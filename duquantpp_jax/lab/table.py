@@ -74,6 +74,17 @@ def fit_seconds(pivot: Pivot, row: str) -> str:
     return f"{min(seconds):.1f}" if seconds else ""
 
 
+def online(entry: Entry) -> tuple[str, str]:
+    """Multiply-adds for each value of the inputs of the four sites (a single number where they are
+    equal) and KiB of all layers; nothing where it was not measured."""
+    if "online" not in entry:
+        return "", ""
+    costs = entry["online"].values()
+    each = [f"{cost['multiply_adds']:.4g}" for cost in costs]
+    kib = sum(cost["bytes"] for cost in costs) / 1024
+    return each[0] if len(set(each)) == 1 else " ".join(each), f"{kib:.1f}"
+
+
 def terminal(pivot: Pivot, measure: str = "kl") -> Table:
     """A measure of the pivot for a terminal, and the difference below it."""
     table = Table(box=box.SIMPLE_HEAD)

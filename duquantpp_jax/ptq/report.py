@@ -1,4 +1,4 @@
-"""The report of a quantized layer: bytes of each linear, and what quantizing it alone costs."""
+"""Reports: what quantizing each linear alone costs, and what stays to be done online."""
 
 import dataclasses
 import functools
@@ -10,11 +10,17 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from duquantpp_jax.core import Format, MXArray
-from duquantpp_jax.models import SITE_WEIGHTS, linear_names
+from duquantpp_jax.models import SITE_WEIGHTS, SITES, linear_names
 from duquantpp_jax.ptq.fuse import online_cost
 from duquantpp_jax.ptq.plan import Plan
-from duquantpp_jax.ptq.site import HIGHEST, QuantizedSite, pad_channels, quantize_input
-from duquantpp_jax.ptq.walk import QuantizedLayer
+from duquantpp_jax.ptq.site import (
+    HIGHEST,
+    QuantizedSite,
+    layer_of,
+    pad_channels,
+    quantize_input,
+)
+from duquantpp_jax.ptq.walk import QuantizedLayer, State
 
 
 def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[str, Any]]:
@@ -58,6 +64,31 @@ def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[st
             )
         ]
     return report
+
+
+def online_costs(state: State) -> dict[str, dict[str, float]]:
+    """What moving the inputs of each site costs while the model runs.
+
+    Args:
+      state: Of all layers, as `quantize_decoder` gives it.
+
+    Returns:
+      For each site `multiply_adds` for each value of its input, mean over layers, and `bytes` of
+      all layers' arrays.
+    """
+    runs = state if isinstance(state, tuple) else (state,)
+    found = {}
+    for site in SITES:
+        costs = [
+            online_cost(layer_of(run[site].transform, number), run[site].weights[0].shape[-1])
+            for run in runs
+            for number in range(run[site].weights[0].shape[0])
+        ]
+        found[site] = {
+            "multiply_adds": sum(cost.multiply_adds for cost in costs) / len(costs),
+            "bytes": sum(cost.bytes for cost in costs),
+        }
+    return found
 
 
 def storage_bytes(q: MXArray) -> int:
