@@ -107,17 +107,6 @@ def test_results_keep_their_contract(compared):
 
 
 @pytest.mark.slow
-def test_without_the_baseline_differences_are_null(tiny_directory, tiny_text, tmp_path, capsys):
-    more = ("--recipes", "rtn", "--scale-rules", "floor")
-    assert cli.main(_arguments(tiny_directory, tiny_text, tmp_path / "out", *more)) == 0
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["baseline"] is None
-    assert results["entries"][0]["difference"] is None
-    said = capsys.readouterr().out
-    assert "Without a baseline" in said
-
-
-@pytest.mark.slow
 def test_a_single_row_has_no_interval(tiny_directory, tiny_text, tmp_path, capsys):
     more = ("--recipes", "rtn", "block_hadamard", "--scale-rules", "floor", "--tokens", "511")
     assert cli.main(_arguments(tiny_directory, tiny_text, tmp_path / "out", *more)) == 0

@@ -39,11 +39,14 @@ def save_fits(directory: Path, fits: Mapping[str, Fitted], about: Mapping[str, A
     files.write_whole(directory / ABOUT, files.to_json(content))
 
 
-def read_about(directory: Path) -> dict[str, Any]:
+def read_about(directory: Path, model_sha256: str | None = None) -> dict[str, Any]:
     """What fits.json says.
 
+    Args:
+      model_sha256: Of the model that the fits must be of.
+
     Raises:
-      ValueError: There are no fits, or they are of another schema.
+      ValueError: There are no fits, or they are of another schema or another model.
     """
     if not (directory / ABOUT).is_file():
         raise ValueError(
@@ -54,6 +57,12 @@ def read_about(directory: Path) -> dict[str, Any]:
         raise ValueError(
             f"{directory / ABOUT} has schema {about.get('schema')!r}, here it is {SCHEMA}: "
             "learn the fits again"
+        )
+    found = about.get("model", {})
+    if model_sha256 is not None and found.get("sha256") != model_sha256:
+        raise ValueError(
+            f"the fits in {directory} are of another model ({found.get('name')}): "
+            "learn them for this one"
         )
     return about
 
@@ -68,13 +77,7 @@ def load_fits(directory: Path, model_sha256: str) -> tuple[dict[str, Fitted], di
     Raises:
       ValueError: They are of another model, or the files are broken.
     """
-    about = read_about(directory)
-    found = about.get("model", {})
-    if found.get("sha256") != model_sha256:
-        raise ValueError(
-            f"the fits in {directory} are of another model ({found.get('name')}): "
-            "learn them for this one"
-        )
+    about = read_about(directory, model_sha256)
     fits = storage.load(directory / ARRAYS)
     if digest(fits) != about.get("sha256"):
         raise ValueError(f"{directory / ARRAYS} holds other fits than fits.json names: copy both")

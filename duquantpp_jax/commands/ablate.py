@@ -139,6 +139,9 @@ def ablate_module(module: ModuleType, options: AblateOptions) -> int:
         options.report.parent.mkdir(parents=True, exist_ok=True)
         page = report.page(name, module.__doc__ or "", found, outcome)
         files.write_whole(options.report, page.encode())
+    for warning in dict.fromkeys(cell.warning for cell in cells):
+        if warning:
+            print(warning, file=sys.stderr)
     for cell, error in outcome.errors.items():
         print(f"failed: {cell.labels()}: {error}", file=sys.stderr)
     done, failed = len(outcome.records), len(outcome.errors)

@@ -8,6 +8,7 @@ over text and seeds.
 
 import dataclasses
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,6 +58,7 @@ class CompareOptions:
       calibration_text: UTF-8 text to calibrate on; its first 64 rows of 511 tokens are used.
       tokens: Targets to evaluate on, cut down to whole rows of 511.
       recipes: Methods, by their names in duquantpp_jax.recipes.
+      fits: Directories that duquantpp learn wrote for this model: a row each, under their names.
       scale_rules: Short form of --formats: floor, ceil, even, rceil, mse (MXFP4), or log256, fp32
         (not MXFP4); floor, even and log256 where no format is given.
       formats: Of weights and activations alike: mxfp4, mxfp4:even, mxfp6, nvfp4, log256, ..
@@ -82,6 +84,7 @@ class CompareOptions:
         "duquantpp",
         "duquantpp_released",
     )
+    fits: tuple[Path, ...] = ()
     scale_rules: tuple[str, ...] | None = None
     formats: tuple[str, ...] | None = None
     weight_formats: tuple[str, ...] | None = None
@@ -115,11 +118,12 @@ def cells(options: CompareOptions) -> list[Cell]:
       ValueError: An unknown name, or an empty list of names.
     """
     grid = []
-    for name in _recipes(options):
+    for name, fits in _methods(options).items():
         for format, weight_format, activation_format in _formats(options):
             cell = Cell(
                 name,
                 format,
+                fits=fits,
                 weight_format=weight_format,
                 activation_format=activation_format,
                 rounding=options.rounding,
@@ -146,6 +150,8 @@ def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Co
     start = time.perf_counter()
     check_texts(options.model, options.text, options.calibration_text)
     grid = cells(options)
+    for cell in grid:
+        cell.configuration()  # refuses what is missing before anything is measured
     records: dict[Cell, Record] = {}
     maxima: dict[str, Float[np.ndarray, " k"]] = {}
     bench, site = Bench(), ""
@@ -157,7 +163,7 @@ def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Co
             site, before, moved = moved_maxima(stats, fits)
             maxima |= {"before": before, cell.recipe: moved}
     progress("measured", len(grid), len(grid))
-    names = _recipes(options)
+    names = list(_methods(options))
     layout = Layout(baseline=BASELINE if BASELINE in names else None)
     (pivot,) = pivots(Outcome({cell: records[cell] for cell in grid}, {}), layout)
     timings = {
@@ -174,9 +180,18 @@ def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Co
     return Comparison(results, timings, (site, {name: maxima[name] for name in ("before", *names)}))
 
 
-def _recipes(options: CompareOptions) -> list[str]:
-    _check_not_empty("recipes", options.recipes)
-    return list(dict.fromkeys(ALIASES.get(name, name) for name in options.recipes))
+def _methods(options: CompareOptions) -> dict[str, Path | None]:
+    """The rows in order: names of recipes, and names and places of fits."""
+    if not options.fits:
+        _check_not_empty("recipes", options.recipes)
+    found = dict.fromkeys((ALIASES.get(name, name) for name in options.recipes), None)
+    methods: dict[str, Path | None] = dict(found)
+    for directory in options.fits:
+        name = directory.resolve().name
+        if name in methods:
+            raise ValueError(f"--fits {directory} is the second row {name}: rename the directory")
+        methods[name] = directory
+    return methods
 
 
 def _formats(options: CompareOptions) -> Iterator[tuple[str, str | None, str | None]]:
@@ -216,7 +231,8 @@ def _check_not_empty(option: str, values: tuple[Any, ...] | None) -> None:
 def _chosen(options: CompareOptions) -> dict[str, Any]:
     """The options as results.json has them, without places."""
     fields = dataclasses.asdict(options) | {
-        "recipes": _recipes(options),
+        "recipes": [name for name, fits in _methods(options).items() if fits is None],
+        "fits": [name for name, fits in _methods(options).items() if fits is not None],
         "seeds": list(_seeds(options)),
         "calibration_text": name_and_hash(options.calibration_text),
     }
@@ -230,6 +246,9 @@ def run(options: CompareOptions) -> int:
     files.check_writable(options.out)
     with progress_bar() as progress:
         comparison = compare(options, progress)
+    for warning in dict.fromkeys(cell.warning for cell in cells(options)):
+        if warning:
+            print(warning, file=sys.stderr)
     _write(options, comparison)
     _print_table(comparison)
     print(table.verdict(comparison.results))

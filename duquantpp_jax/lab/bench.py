@@ -11,13 +11,15 @@ compiled code, which is kept for as long as only arrays differ.
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float32, Integer
 
-from duquantpp_jax.checkpoints import load, testbed
+from duquantpp_jax.checkpoints import load, sha256, testbed
+from duquantpp_jax.checkpoints.fits import load_fits
 from duquantpp_jax.core import Fitted, Needs, Stats
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS, Rows
@@ -170,8 +172,8 @@ class Bench:
         seen = formats if Needs.FORMATS in recipe.needs else recipe.activation_format.block_size
         fits, seconds = self._latest(
             "fit",
-            (inputs, recipe.fit, cell.seed, seen),
-            lambda: fit(plan, model, stats[recipe.needs]),
+            (inputs, recipe.fit, cell.fits, cell.seed, seen),
+            lambda: _load(cell) if cell.fits else fit(plan, model, stats[recipe.needs]),
         )
         return fits, seconds, rows, stats[recipe.needs]
 
@@ -182,7 +184,8 @@ def order(cells: list[Cell]) -> list[Cell]:
     def key(cell: Cell) -> tuple[str, ...]:
         parts = (_of_model(cell), _of_rows(cell), _of_calibration(cell), cell.pad)
         recipe = cell.method()
-        return (*map(repr, parts), repr(recipe and recipe.fit), f"{cell.seed:09d}")
+        fit = (recipe and recipe.fit, cell.fits)
+        return (*map(repr, parts), repr(fit), f"{cell.seed:09d}")
 
     return sorted(cells, key=key)  # stable: within a fit, as given
 
@@ -203,6 +206,12 @@ def _model(cell: Cell) -> Decoder:
     check_texts(cell.model, cell.text, cell.calibration_text)
     model = load(cell.model or testbed.directory())
     return model if cell.change is None else cell.change(model)
+
+
+def _load(cell: Cell) -> tuple[dict[str, Fitted], float]:
+    """The fits that are given, which take no time to fit."""
+    directory = cell.model or testbed.directory()
+    return load_fits(Path(cell.fits or ""), sha256(directory))[0], 0.0
 
 
 def _evaluation(cell: Cell) -> Rows:

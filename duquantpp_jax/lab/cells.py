@@ -19,6 +19,7 @@ import numpy as np
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import sha256 as model_sha256
 from duquantpp_jax.checkpoints import testbed
+from duquantpp_jax.checkpoints.fits import other_formats, read_about
 from duquantpp_jax.core import Element, Fit, Format, Recipe, Rounding
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.models import Decoder, Store
@@ -36,11 +37,14 @@ class Cell:
     """One configuration to measure. Frozen and hashable; holds no arrays.
 
     Attributes:
-      recipe: Name of the method in tables, and in duquantpp_jax.recipes unless `fit` is given.
+      recipe: Name of the method in tables, and in duquantpp_jax.recipes unless `fit` or `fits` is
+        given.
       format: Name of the format of both sides in duquantpp_jax.recipes, as in `find_format`; a
         label alone where both formats are given. "float" leaves all linears as they are, so that
         only `store` is measured.
       fit: How the transform is fitted.
+      fits: Directory that `duquantpp learn` wrote for this model: what moves the inputs, in place
+        of a fit.
       rounding: How moved weights are rounded, or its name.
       weight_format, activation_format: Each, where given, in place of `format`: a name or a format.
       store: How keys and values are kept; None keeps them as they are.
@@ -62,6 +66,7 @@ class Cell:
     format: str = DEFAULT_FORMAT
     _: dataclasses.KW_ONLY
     fit: Fit | None = None
+    fits: Path | None = None
     rounding: str | Rounding = "rtn"
     weight_format: str | Format | None = None
     activation_format: str | Format | None = None
@@ -86,7 +91,7 @@ class Cell:
         if self.format == FLOAT and self.weight_format is self.activation_format is None:
             return None
         return recipe(
-            self.fit or self.recipe,
+            self.fit or (self.recipe if self.fits is None else "rtn"),  # with fits, none is made
             self.format,
             self.rounding,
             weight_format=self.weight_format,
@@ -112,6 +117,24 @@ class Cell:
         method = self.method()
         return method is not None and method.draws
 
+    @property
+    def warning(self) -> str | None:
+        """One line where fits are used under other formats than those they were learned for."""
+        method = self.method()
+        if self.fits is None or method is None:
+            return None
+        formats = (method.weight_format, method.activation_format)
+        return other_formats(self._about_fits(), *map(format_name, formats))
+
+    def _about_fits(self) -> dict[str, Any]:
+        given = self.fit is not None or self.change is not None or self.method() is None
+        if self.fits is None or given:
+            raise ValueError(
+                f"{self.labels()}: fits move linears of the model as it is: give a format, and no "
+                "fit or change"
+            )
+        return read_about(self.fits, _model_hash(self.model))
+
     def configuration(self) -> dict[str, Any]:
         """What the result depends on, as JSON: equal for cells of equal results.
 
@@ -120,7 +143,7 @@ class Cell:
             plain values.
         """
         method = self.method()
-        return {
+        found = {
             "schema": SCHEMA,
             "method": canonical(method),
             "store": canonical(self.store),
@@ -135,6 +158,10 @@ class Cell:
             "pad": self.pad,
             **({"fuse": True} if self.fuse else {}),
         }
+        # Later fields appear only where they are given: the names of recorded cells stay.
+        if self.fits is not None:
+            found["fits"] = self._about_fits()["sha256"]
+        return found
 
     @functools.cached_property
     def digest(self) -> str:

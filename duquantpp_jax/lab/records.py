@@ -99,7 +99,7 @@ def write(out: Path, cell: Cell, found: Found) -> None:
 def write_error(out: Path, cell: Cell, error: Exception) -> None:
     """Records a failed cell."""
     line = " ".join(f"{type(error).__name__}: {error}".split())
-    for path in (cell.model, cell.text, cell.calibration_text):
+    for path in (cell.model, cell.text, cell.calibration_text, cell.fits):
         if path is not None and path.parent != Path():
             line = line.replace(str(path), path.name)
     record = _about(cell) | {"error": line[:500], "environment": environment()}

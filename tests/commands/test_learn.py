@@ -12,6 +12,7 @@ from duquantpp_jax.checkpoints.directory import layer_file
 from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about, save_fits
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.loading import load_any
+from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.cli import main
 from duquantpp_jax.commands.learn import LearnOptions, learn_fits, split
 from duquantpp_jax.commands.quantize import QuantizeOptions, calibration_tokens, quantize
@@ -143,7 +144,7 @@ def test_every_preset_moves_what_it_says_and_they_add_up():
 
 
 def test_fits_that_are_given_write_what_the_recipe_writes_that_made_them(
-    tiny_directory, tiny_text, tmp_path, capsys
+    tiny_directory, tiny_text, tmp_path, capsys, monkeypatch
 ):
     given = {"model": tiny_directory, "calibration_text": tiny_text, "rows": 2, "rounding": "gptq"}
     by_recipe = QuantizeOptions(recipe="smooth_hadamard", out=tmp_path / "recipe", **given)
@@ -165,6 +166,25 @@ def test_fits_that_are_given_write_what_the_recipe_writes_that_made_them(
         for name, array in layers[0].items():
             np.testing.assert_array_equal(array, layers[1][name])
     assert load_any(by_fits.out)[0].config == checkpoint.config
+
+    # In a comparison they are a row of their directory's name, with the numbers of that recipe.
+    monkeypatch.setattr("duquantpp_jax.commands.compare.CALIBRATION_ROWS", 2)
+    words = ["compare", "--model", tiny_directory, "--text", tiny_text, "--tokens", "511"]
+    words += ["--calibration-text", tiny_text, "--recipes", "smooth_hadamard", "--fits"]
+    words += [tmp_path / "fits"]
+    more = ["--formats", "floor", "even", "--out", tmp_path / "compared"]
+    assert main([*map(str, words + more)]) == 0
+    said = capsys.readouterr()
+    assert "Without a baseline" in said.out
+    assert said.err.count("warning: the fits were learned for weights mxfp4:floor") == 1
+    results = read_json(tmp_path / "compared" / "results.json")
+    assert results["rows"] == ["smooth_hadamard", "fits"]
+    assert (results["baseline"], results["options"]["fits"]) == (None, ["fits"])
+    of_recipe, of_fits = results["entries"][:2]
+    assert (of_recipe["column"], of_recipe["difference"]) == ("floor", None)
+    assert of_recipe["kl"] == of_fits["kl"]
+    assert main([*map(str, words + words[-1:])]) == 2
+    assert "second row fits" in capsys.readouterr().err
 
     arguments = ["quantize", "--model", str(tiny_directory), "--fits", str(tmp_path / "fits")]
     arguments += ["--calibration-text", str(tiny_text), "--rows", "2", "--out"]

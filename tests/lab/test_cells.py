@@ -7,6 +7,8 @@ import shutil
 import jax.numpy as jnp
 import pytest
 
+from duquantpp_jax.checkpoints import sha256 as model_sha256
+from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.commands.ablate import AblateOptions, grid
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.formats import MXFP4, NVFP4
@@ -63,6 +65,29 @@ CHANGES = {
 }
 
 
+@pytest.fixture
+def fits(tmp_path):
+    """What names fits of the embedded model; their arrays are not read for a cell's name."""
+    about = {"schema": 1, "sha256": "0", "formats": {"weight": "mxfp4", "activation": "mxfp4:even"}}
+    about |= {"model": {"name": "testbed", "sha256": model_sha256(testbed.directory())}}
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "fits.json").write_text(json.dumps(about))
+    return tmp_path / "mine"
+
+
+def test_fits_change_the_name_by_their_contents_and_are_of_this_model(fits, tiny_directory):
+    cell = Cell("mine", "floor", fits=fits)
+    assert cell.configuration() == Cell("rtn", "floor").configuration() | {"fits": "0"}
+    other = shutil.copytree(fits, fits.parent / "other")
+    assert Cell("mine", "floor", fits=other).digest == cell.digest
+    assert "were learned for weights mxfp4 and activations mxfp4:even" in cell.warning
+    with pytest.raises(ValueError, match=r"of another model \(testbed\): learn them"):
+        dataclasses.replace(cell, model=tiny_directory).configuration()
+    for wrong in ({"fit": FitSmooth()}, {"change": Change(1.0)}, {"format": "float"}):
+        with pytest.raises(ValueError, match="no fit or change"):
+            dataclasses.replace(cell, **wrong).configuration()
+
+
 @pytest.mark.parametrize("field", CHANGES)
 def test_everything_that_decides_the_result_changes_the_name(field):
     changed = dataclasses.replace(Cell("rtn"), **{field: CHANGES[field]})
@@ -71,7 +96,7 @@ def test_everything_that_decides_the_result_changes_the_name(field):
 
 def test_every_field_is_named_or_a_place_of_contents():
     fields = {field.name for field in dataclasses.fields(Cell)}
-    assert fields == set(CHANGES) | {"model", "text", "calibration_text"}
+    assert fields == set(CHANGES) | {"model", "text", "calibration_text", "fits"}
 
 
 def test_numbers_inside_parts_change_the_name():

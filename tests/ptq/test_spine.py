@@ -1,28 +1,32 @@
 """One spine: a cell of the laboratory measures, bit for bit, what `quantize` writes."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from duquantpp_jax.checkpoints import testbed
+from duquantpp_jax.checkpoints import sha256, testbed
+from duquantpp_jax.checkpoints.fits import save_fits
 from duquantpp_jax.checkpoints.loading import load_any
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
 from duquantpp_jax.core import MXArray, Needs
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS
-from duquantpp_jax.lab.bench import Bench, fit
+from duquantpp_jax.lab.bench import Bench
 from duquantpp_jax.lab.bench import quantize as quantize_in_memory
 from duquantpp_jax.lab.cells import Cell
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.walk import fit_decoder
 
 ROWS = 2
-QUICK = (("block_hadamard", "rtn", {}), ("smooth_hadamard", "gptq", {"fuse": True}))
-RECIPES = ("rtn", "block_hadamard", "random_hadamard", "smooth_hadamard", "duquantpp",
+QUICK = (("fits", "rtn", {}), ("smooth_hadamard", "gptq", {"fuse": True}))
+RECIPES = ("fits", "rtn", "block_hadamard", "random_hadamard", "smooth_hadamard", "duquantpp",
            "zigzag_hadamard", "wush", "learned_affine")  # fmt: skip
 ALL = [(name, rounding, {}) for name in RECIPES for rounding in ("rtn", "gptq")]
-"""What is measured here: recipes, roundings and what else is asked for."""
+"""What is measured here: recipes, or fits that are given, roundings and what else is asked for."""
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,20 @@ def subject():
     return model, rows, calibrate(model, rows, widths, needs=Needs.GRAM | Needs.POSITIONS)
 
 
+@pytest.fixture(scope="module")
+def given(subject, tmp_path_factory):
+    """Fits in a directory, as `learn` writes them: a transform and weights that were moved."""
+    model, _, stats = subject
+    fits = fit_decoder(Plan.of(model.config, Cell("block_hadamard").method()), model, stats)
+    fits = {s: dataclasses.replace(f, weights=tuple(1.01 * w for w in model.weights(s)))
+            for s, f in fits.items()}  # fmt: skip
+    about = {"model": {"name": "testbed", "sha256": sha256(testbed.directory())}}
+    about |= {"formats": {"weight": "mxfp4:floor", "activation": "mxfp4:floor"}}
+    place = tmp_path_factory.mktemp("learned") / "fits"
+    save_fits(place, fits, about)
+    return place
+
+
 def cell_of(name, rounding, more):
     return Cell(name, rounding=rounding, seed=3, tokens=2 * TARGETS,
                 calibration_tokens=ROWS * TARGETS, **more)  # fmt: skip
@@ -47,15 +65,19 @@ def cell_of(name, rounding, more):
     ("name", "rounding", "more"),
     [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in ALL if one not in QUICK)],
 )
-def test_a_cell_measures_what_quantize_writes(name, rounding, more, bench, subject, tmp_path):
+def test_a_cell_measures_what_quantize_writes(
+    name, rounding, more, bench, subject, given, tmp_path
+):
     model, rows, stats = subject
-    out = tmp_path / "quantized"
-    quantize(QuantizeOptions(recipe=name, rounding=rounding, rows=ROWS, seed=3, out=out, **more))
+    recipe = None if name == "fits" else name
+    out, of_both = tmp_path / "quantized", {"fits": given if recipe is None else None} | more
+    quantize(QuantizeOptions(recipe=recipe, rounding=rounding, rows=ROWS, seed=3, out=out,
+                             **of_both))  # fmt: skip
     decoder, linear, written = load_any(out)
 
-    cell = cell_of(name, rounding, more)
+    cell = cell_of(name, rounding, of_both)
     plan = Plan.of(model.config, cell.method(), seed=3, **more)
-    predictor = quantize_in_memory(plan, model, rows, stats, fit(plan, model, stats)[0])
+    predictor = quantize_in_memory(plan, model, rows, stats, bench.fitted(cell)[0])
     for site in SITES:
         for a, b in zip(written[site].weights, predictor.state[site].weights, strict=True):
             assert isinstance(a, MXArray)
