@@ -1,4 +1,4 @@
-"""What a quantized model holds: what was done to it, its scales and codes, and its SQNR."""
+"""Contents of a quantized directory: its job, its scales and codes, and the SQNR of its linears."""
 
 import dataclasses
 from typing import Any
@@ -11,35 +11,33 @@ from duquantpp_jax.checkpoints import Quantized
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.models import SITES, linear_names
 
-CODES = 1 << 20
-"""Most codes of a linear that are counted: every so many-th block of a larger one."""
+MOST_CODES = 1 << 20
+"""Most codes of a linear that are counted; of a larger one only every n-th block is."""
 
-Held = tuple[UInt8[np.ndarray, " blocks"], UInt8[np.ndarray, " elements"]]
+Stored = tuple[UInt8[np.ndarray, " blocks"], UInt8[np.ndarray, " elements"]]
 """Scale bytes and codes."""
 
 
-def contents(quantized: Quantized, held: Held | None) -> dict[str, Any]:
-    """What the directory says of itself, the bytes of its linears, and how many of the blocks of
-    `held` have which exponent E of their scale 2^E, and of its elements which code."""
+def contents(quantized: Quantized, stored: Stored | None) -> dict[str, Any]:
+    """The job, the bytes of the linears, and the counts of stored scale exponents and codes."""
+    exponents = codes = None
+    if stored is not None:
+        values, counts = np.unique(stored[0], return_counts=True)
+        exponents = {str(int(byte) - 127): int(n) for byte, n in zip(values, counts, strict=True)}
+        codes = np.bincount(stored[1], minlength=16).tolist()
     linears = _report(quantized)
     job = dataclasses.asdict(quantized.job)
     names = ("recipe", "rounding", "weight_formats", "activation_formats")
-    return {
-        **{name: job[name] for name in names},
-        "bytes": sum(one["bytes"] for one in linears),
-        "scale_exponents": None if held is None else _exponents(held[0]),
-        "codes": None if held is None else np.bincount(held[1], minlength=16).tolist(),
+    return {name: job[name] for name in names} | {
+        "bytes": sum(linear["bytes"] for linear in linears),
+        "scale_exponents": exponents,
+        "codes": codes,
         "linears": linears,
     }
 
 
-def _exponents(scales: UInt8[np.ndarray, " blocks"]) -> dict[str, int]:
-    values, counts = np.unique(scales, return_counts=True)
-    return {str(int(byte) - 127): int(count) for byte, count in zip(values, counts, strict=True)}
-
-
-def held(quantized: Quantized) -> Held | None:
-    """Scale bytes and codes of the weights in MXFP4, of large ones every so many-th block."""
+def stored(quantized: Quantized) -> Stored | None:
+    """Scale bytes and codes of the MXFP4 weights; of large weights only every n-th block."""
     scales, codes = [], []
     for number in range(quantized.config.num_hidden_layers):
         for site in quantized.layer(number)[1].values():
@@ -48,25 +46,24 @@ def held(quantized: Quantized) -> Held | None:
                     continue
                 if weight.scales.dtype != jnp.float8_e8m0fnu:
                     continue
-                every = -(-weight.codes().size // CODES)
-                scales.append(np.asarray(weight.scale_bytes()).ravel()[::every])
                 blocks = np.asarray(weight.codes()).reshape(-1, weight.block_size)
+                every = -(-blocks.size // MOST_CODES)
+                scales.append(np.asarray(weight.scale_bytes()).ravel()[::every])
                 codes.append(blocks[::every].ravel())
     return (np.concatenate(scales), np.concatenate(codes)) if scales else None
 
 
 def sqnr(quantized: Quantized) -> dict[str, Float[np.ndarray, "layers linears"]] | None:
-    """Site -> dB of every linear, if every linear has one."""
-    known = {one["linear"]: one["sqnr_db"] for one in _report(quantized)}
+    """Site -> SQNR in dB of its linears; None if a linear of the model has none."""
+    known = {linear["linear"]: linear["sqnr_db"] for linear in _report(quantized)}
     layers = range(quantized.config.num_hidden_layers)
-    names = {site: [linear_names(site, n) for n in layers] for site in SITES}
-    if any(known.get(name) is None for rows in names.values() for row in rows for name in row):
-        return None
-    return {
-        site: np.array([[known[n] for n in row] for row in rows]) for site, rows in names.items()
+    found = {
+        site: [[known.get(n) for n in linear_names(site, i)] for i in layers] for site in SITES
     }
+    arrays = {site: np.array(rows, np.float64) for site, rows in found.items()}  # None becomes NaN
+    return None if any(np.isnan(array).any() for array in arrays.values()) else arrays
 
 
 def _report(quantized: Quantized) -> list[dict[str, Any]]:
     layers = range(quantized.config.num_hidden_layers)
-    return [one for number in layers for one in quantized.report(number)]
+    return [linear for number in layers for linear in quantized.report(number)]

@@ -1,8 +1,8 @@
-"""`duquantpp inspect`: where a model's outliers sit, and what a quantized model holds.
+"""`duquantpp inspect`: the outliers in the inputs of a model's linears, and its quantized contents.
 
-Every input of a linear is seen as the model computes it on the rows of a text; of a quantized
-model, as its quantized layers compute it, before and after the transform. The numbers are those of
-analysis/outliers.py.
+The model runs on the rows of a text, and the input of every linear is observed. A quantized model
+runs with its quantized linears; there the input is observed before and after the transform. The
+numbers are defined in analysis/outliers.py.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Integer
 
 from duquantpp_jax.analysis import contents as holds
-from duquantpp_jax.analysis.outliers import Batch, Moments, Thresholds, observe, statistics
+from duquantpp_jax.analysis.outliers import Moments, Thresholds, observe, statistics
 from duquantpp_jax.checkpoints import Quantized, is_quantized, sha256, testbed
 from duquantpp_jax.checkpoints.loading import load_any
 from duquantpp_jax.core import MXArray
@@ -47,15 +47,15 @@ class InspectOptions:
 
     Attributes:
       model: Hugging Face directory (config.json, safetensors, tokenizer.json), or a quantized one.
-      text: UTF-8 text that the model is run on, documents separated by <|endoftext|>; without
+      text: UTF-8 text that the model runs on, documents separated by <|endoftext|>; without
         --model, the embedded rows.
-      tokens: Of the text, cut down to whole rows of 511.
+      tokens: Tokens of the text, cut down to whole rows of 511.
       site: Inputs to show, by the names of their linears, as in 'model.layers.1.*' or
         '*.down_proj', or by attention_in, attention_out, mlp_in, mlp_out; all by default.
       block_size: Elements that share a scale.
-      ratio: An outlier channel is so many times the median channel.
-      share: Of the channels, those whose energy is added up.
-      drop: A block's scale is set by one element if it is at least so many powers of two smaller
+      ratio: A channel above this many times the median channel is an outlier.
+      share: Share of the channels whose energy is added up, the strongest first.
+      drop: One element sets a block's scale if the scale would be at least 2^drop times smaller
         without it.
       out: Directory for outliers.json and the figures.
     """
@@ -72,30 +72,30 @@ class InspectOptions:
 
 
 class Inspection(NamedTuple):
-    """What was found.
+    """The results of an inspection.
 
     Attributes:
-      results: What outliers.json holds.
-      moments: By what was seen (input, moved) and site; stacked over layers.
-      tokens: The surface's input by what was seen, and its name.
-      held: Scale bytes and codes of quantized MXFP4 weights.
-      sqnr: Site -> dB by layer and linear, if every linear has one.
+      results: The contents of outliers.json.
+      moments: By what was observed ("input", "moved") and site; stacked over layers.
+      tokens: Name of the input that the surface shows, and this input by what was observed.
+      stored: Scale bytes and codes of quantized MXFP4 weights.
+      sqnr: Site -> dB by layer and linear; None if a linear has none.
     """
 
     results: dict[str, Any]
     moments: dict[str, dict[str, Moments]]
     tokens: tuple[str, dict[str, np.ndarray]]
-    held: holds.Held | None
+    stored: holds.Stored | None
     sqnr: dict[str, np.ndarray] | None
 
 
 def inspect(
     options: InspectOptions, progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> Inspection:
-    """Runs the model and looks at what its linears are given.
+    """Runs the model and computes the statistics of the inputs of its linears.
 
     Raises:
-      ValueError: Bad input; one line that says what was wrong and what would be right.
+      ValueError: Bad input; a single line says what was wrong and what would be right.
     """
     thresholds = Thresholds(options.block_size, options.ratio, options.share, options.drop)
     if options.model is not None and options.text is None:
@@ -110,12 +110,11 @@ def inspect(
     moments: dict[str, dict[str, Moments]] = {}
     for first in range(0, len(rows.tokens), BATCH_ROWS):
         batch = rows.tokens[first : first + BATCH_ROWS, :-1]
-        found = _run(model, jnp.asarray(batch), state, linear=linear, look=_Observe(thresholds))
-        for site, seen in found.items():
-            for name, one in seen.items():
-                new = Moments.of(one, batch.size)
-                before = moments.setdefault(name, {}).get(site)
-                moments[name][site] = new if before is None else before.merge(new)
+        found = _run(model, jnp.asarray(batch), state, linear=linear, wanted=thresholds)
+        for site, observed in found.items():
+            for name, numbers in observed.items():
+                by_site, new = moments.setdefault(name, {}), Moments.of(numbers, batch.size)
+                by_site[site] = by_site[site].merge(new) if site in by_site else new
         progress("looking", min(first + BATCH_ROWS, len(rows.tokens)), len(rows.tokens))
     quantized = Quantized(directory) if is_quantized(directory) else None
     plan = None if quantized is None else quantized.job.plan(quantized.config)
@@ -123,12 +122,12 @@ def inspect(
     for layer, site in chosen:
         moved = plan is not None and any(plan.chosen(site, layer))  # else it was left in float
         found = {
-            seen: statistics(moments[seen][site].layer(layer), thresholds)
-            for seen in ("input", *["moved"] * moved)
+            name: statistics(moments[name][site].layer(layer), thresholds)
+            for name in ("input", *["moved"] * moved)
         }
         linears = list(linear_names(site, layer))
         sites.append({"site": site, "layer": layer, "linears": linears, **found})
-    held = None if quantized is None else holds.held(quantized)
+    stored = None if quantized is None else holds.stored(quantized)
     results = {
         "schema": 1,
         "model": {"name": model_name(options.model), "sha256": sha256(directory)},
@@ -136,99 +135,71 @@ def inspect(
         "text": None if options.text is None else name_and_hash(options.text),
         "thresholds": dataclasses.asdict(thresholds),
         "sites": sites,
-        "quantized": None if quantized is None else holds.contents(quantized, held),
+        "quantized": None if quantized is None else holds.contents(quantized, stored),
         "environment": environment(),
     }
-    worst = max(sites, key=lambda one: one["input"]["max_over_median"] or 0.0)
+    worst = max(sites, key=lambda entry: entry["input"]["max_over_median"] or 0.0)
     first = jnp.asarray(rows.tokens[:1, :SHOWN])
-    site = worst["site"]
-    shown = _run(model, first, state, linear=linear, look=_Take(site))[site]
-    return Inspection(
-        results,
-        moments,
-        (
-            worst["linears"][0],
-            {s: np.asarray(x[worst["layer"], 0]) for s, x in shown.items() if s in worst},
-        ),
-        held,
-        None if quantized is None else holds.sqnr(quantized),
-    )
+    inputs = _run(model, first, state, linear=linear, wanted=worst["site"])[worst["site"]]
+    shown = {name: np.asarray(x[worst["layer"], 0]) for name, x in inputs.items() if name in worst}
+    sqnr = None if quantized is None else holds.sqnr(quantized)
+    return Inspection(results, moments, (worst["linears"][0], shown), stored, sqnr)
 
 
 def _chosen(layers: int, patterns: tuple[str, ...]) -> list[tuple[int, str]]:
-    """Layer and site of every input that one of the patterns names, or a linear of which it does.
+    """Layer and site of every input whose site, or a linear of it, matches a pattern.
 
     Raises:
-      ValueError: A pattern names none.
+      ValueError: A pattern matches none.
     """
     every = [(layer, site) for layer in range(layers) for site in SITES]
+
+    def named(layer: int, site: str, pattern: str) -> bool:
+        names = (site, *linear_names(site, layer))
+        return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
     for pattern in patterns:
-        if not any(_named(at, pattern) for at in every):
+        if not any(named(*at, pattern) for at in every):
             raise ValueError(
                 f"--site {pattern} names no linear: they are {linear_names(SITES[0], 0)[0]}, ..., "
                 f"{linear_names(SITES[-1], layers - 1)[0]} (* stands for anything), or all of "
                 f"{', '.join(SITES)}"
             )
-    return [at for at in every if any(_named(at, pattern) for pattern in patterns)]
+    return [at for at in every if any(named(*at, pattern) for pattern in patterns)]
 
 
-def _named(at: tuple[int, str], pattern: str) -> bool:
-    layer, site = at
-    names = (site, *linear_names(site, layer))
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
-
-
-def _seeing(linear: Linear, look: Callable[[str, Array], Any], state: State | None) -> Linear:
-    """The linear, giving out what `look` finds in its input, and in that moved by a transform.
-
-    Layers give out arrays of one shape: where a site is padded in some, what is moved has that
-    width in all, also in those that are left in float.
-    """
-    runs = (state,) if isinstance(state, dict) else state or ()
-
-    def widest(site: str) -> int:
-        return max(w.shape[-1] for run in runs for w in run[site].weights)
-
-    def seeing(site: str, x: Array, weights: tuple[Array, ...], state: Any) -> Any:
-        ys, _ = linear(site, x, weights, state)
-        seen = {"input": look(site, x)}
-        if isinstance(state, QuantizedSite):
-            widths = [w.shape[-1] for w in state.weights if isinstance(w, MXArray)]
-            moved = state.transform.activations(pad_channels(x, widths[0])) if widths else x
-            seen["moved"] = look(site, pad_channels(moved, widest(site)))
-        return ys, seen
-
-    return seeing
-
-
-@functools.partial(jax.jit, static_argnames=("linear", "look"))
+@functools.partial(jax.jit, static_argnames=("linear", "wanted"))
 def _run(
     model: Decoder,
     tokens: Integer[Array, "rows length"],
     state: State | None,
     *,
     linear: Linear,
-    look: Callable[[str, Array], Any],
+    wanted: Thresholds | str,
 ) -> dict[str, dict[str, Any]]:
-    """What `look` finds at every site, in every layer, as it is and moved."""
-    return model(tokens, _seeing(linear, look, state), state)[1]
+    """Site -> what was observed ("input", "moved") -> numbers, stacked over layers.
 
+    Layers return arrays of the same shape. So where a site is padded in some layers, "moved" has
+    the padded width in all, also in those that are left in float.
 
-@dataclasses.dataclass(frozen=True)
-class _Observe:
-    """Looks for outliers."""
+    Args:
+      wanted: Thresholds, for a `Batch` of every site; or a site, for its inputs themselves.
+    """
+    runs = (state,) if isinstance(state, dict) else state or ()
 
-    thresholds: Thresholds
+    def look(site: str, x: Array) -> Any:
+        if isinstance(wanted, Thresholds):
+            return observe(x, wanted)
+        return x if site == wanted else ()
 
-    def __call__(self, site: str, x: Array) -> Batch:
-        return observe(x, self.thresholds)
+    def observed(site: str, x: Array, weights: tuple[Array, ...], state: Any) -> Any:
+        ys, _ = linear(site, x, weights, state)
+        found = {"input": look(site, x)}
+        if isinstance(state, QuantizedSite):
+            widths = [w.shape[-1] for w in state.weights if isinstance(w, MXArray)]
+            moved = state.transform.activations(pad_channels(x, widths[0])) if widths else x
+            widest = max(w.shape[-1] for run in runs for w in run[site].weights)
+            found["moved"] = look(site, pad_channels(moved, widest))
+        return ys, found
 
-
-@dataclasses.dataclass(frozen=True)
-class _Take:
-    """Takes one site's input itself."""
-
-    site: str
-
-    def __call__(self, site: str, x: Array) -> Any:
-        return x if site == self.site else ()
+    return model(tokens, observed, state)[1]

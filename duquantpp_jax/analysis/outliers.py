@@ -1,18 +1,17 @@
-"""Outliers in numbers: where they sit in the input of a linear, and what they do to its blocks.
+"""Statistics of outliers in the input of a linear, and of their effect on its blocks.
 
-Of an input x [tokens, k], over all tokens, with a_c = max_t |x_tc| the largest of a channel:
+For an input x [tokens, k], over all tokens, with a_c = max_t |x_tc| the maximum of channel c:
 
-    max / median        max_c a_c / median_c a_c                     one channel against the others
-    outlier channels    how many a_c > ratio * median_c a_c
-    kurtosis            mean x^4 / (mean x^2)^2                      3 for Gaussian numbers
-    top energy          share of sum x^2 in the top share of channels
-    set by one          share of blocks whose scale one element sets: without its largest element
-                        2^floor(log2 amax) would be at least 2^drop times smaller
-    position            the position of a row whose largest |x| is largest, over the median position
+    max / median        max_c a_c / median_c a_c
+    outlier channels    number of channels with a_c > ratio * median_c a_c
+    kurtosis            mean x^4 / (mean x^2)^2; 3 for Gaussian numbers
+    top energy          share of sum x^2 in the strongest `share` of the channels
+    set by one          share of blocks whose scale is set by one element: without the largest
+                        element, 2^floor(log2 amax) would be at least 2^drop times smaller
+    position            the position of a row with the largest |x|, and its ratio to the median one
 
-"Outlier" means nothing without the thresholds (ratio, share, drop); they are a part of the result.
-Sums over batches are kept in float64, so that any split of the tokens gives the same but for the
-order of additions.
+An outlier is defined only together with the thresholds (ratio, share, drop), so results hold them.
+Sums over batches are in float64, so only the order of additions depends on the batches.
 
 Source: max / median and positions after Sun et al., Massive Activations, arXiv 2402.17762.
 """
@@ -33,14 +32,13 @@ from duquantpp_jax.ptq.site import layer_of
 
 @dataclasses.dataclass(frozen=True)
 class Thresholds:
-    """What counts as an outlier.
+    """The thresholds of the statistics at the top of this file.
 
     Attributes:
       block_size: Elements that share a scale.
-      ratio: An outlier channel is so many times the median channel.
-      share: Of the channels, those of most energy that top energy adds up (at least one).
-      drop: Powers of two by which a block's scale must fall without its largest element for that
-        element to have set it.
+      ratio: A channel above this many times the median channel is an outlier.
+      share: Share of the channels whose energy top energy adds up (at least one channel).
+      drop: One element sets a block's scale that would be 2^drop times smaller without it.
     """
 
     block_size: int = 32
@@ -60,16 +58,16 @@ class Thresholds:
 
 
 class Batch(NamedTuple):
-    """What one batch of tokens gives, in float32; every field may have leading layer axes.
+    """Sums and maxima of one batch, in float32; every field may have leading layer axes.
 
     Attributes:
       absmax: Largest magnitude of each channel.
       squares: Sum of (x / unit)^2 over tokens.
       fourths: Sum of (x / unit)^4 over tokens and channels.
-      unit: Largest magnitude of all, 1 if that is zero.
+      unit: Largest magnitude of all; 1 if it is zero.
       position_max: Largest magnitude at each position of the rows.
-      blocks: Blocks that are not zero.
-      set_by_one: Of those, the ones whose scale one element sets.
+      blocks: Number of blocks that are not zero.
+      set_by_one: Number of these whose scale is set by one element.
     """
 
     absmax: Float32[Array, "*layers k"]
@@ -82,11 +80,7 @@ class Batch(NamedTuple):
 
 
 def observe(x: Float[Array, "rows length k"], thresholds: Thresholds) -> Batch:
-    """A batch in numbers. A last block that is not full has zeros for the rest.
-
-    Args:
-      x: Inputs of a linear, whole rows.
-    """
+    """Sums and maxima of a batch; zeros fill up an incomplete last block."""
     x = x.astype(jnp.float32)
     magnitudes = jnp.abs(x)
     absmax = jnp.max(magnitudes, axis=(0, 1))
@@ -94,13 +88,13 @@ def observe(x: Float[Array, "rows length k"], thresholds: Thresholds) -> Batch:
     unit = jnp.where(largest > 0, largest, 1.0)
     squares = jnp.square(x / unit)
     missing = -x.shape[-1] % thresholds.block_size
-    bits = jnp.pad(magnitude_bits(x), ((0, 0), (0, 0), (0, missing)))  # no flushed subnormals
+    bits = jnp.pad(magnitude_bits(x), ((0, 0), (0, 0), (0, missing)))  # CPUs flush subnormals
     bits = bits.reshape(*x.shape[:2], -1, thresholds.block_size)
     first = jnp.max(bits, axis=-1)
     at_first = bits == first[..., None]
     rest = jnp.max(jnp.where(at_first, 0, bits), axis=-1)
     second = jnp.where(jnp.sum(at_first, axis=-1) > 1, first, rest)
-    fall = split(first)[0] - split(second)[0]  # zero is below all others
+    fall = split(first)[0] - split(second)[0]  # zero counts as below all others
     alive = first > 0
     return Batch(
         absmax=absmax,
@@ -115,13 +109,14 @@ def observe(x: Float[Array, "rows length k"], thresholds: Thresholds) -> Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """What all tokens so far gave; a fold. Every field may have leading layer axes.
+    """Sums and maxima over all tokens so far, in float64; a fold.
+
+    Every field may have leading layer axes; those of the same name as in `Batch` mean the same.
 
     Attributes:
-      tokens: How many there were.
+      tokens: Number of tokens.
       energy: Sum of x^2 of each channel.
       fourths: Sum of x^4.
-      absmax, position_max, blocks, set_by_one: As of a batch.
     """
 
     tokens: int
@@ -147,7 +142,7 @@ class Moments:
         )
 
     def merge(self, other: "Moments") -> "Moments":
-        """Of both sets of tokens, which have rows of one length."""
+        """The moments of both sets of tokens, which have rows of the same length."""
         summed = ("tokens", "energy", "fourths", "blocks", "set_by_one")
         return Moments(
             **{name: getattr(self, name) + getattr(other, name) for name in summed},
@@ -156,14 +151,13 @@ class Moments:
         )
 
     def layer(self, number: int) -> "Moments":
-        """Those of one layer."""
-        arrays = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        tokens = arrays.pop("tokens")
-        return Moments(tokens, **{name: array[number] for name, array in arrays.items()})
+        """The moments of one layer."""
+        arrays = {name: array[number] for name, array in vars(self).items() if name != "tokens"}
+        return Moments(self.tokens, **arrays)
 
 
 def statistics(moments: Moments, thresholds: Thresholds) -> dict[str, Any]:
-    """The numbers at the top of this file, of one input; a ratio to zero is None.
+    """The statistics at the top of this file, of one input; a ratio to zero is None.
 
     Raises:
       ValueError: The input had NaN or Inf.
@@ -173,35 +167,34 @@ def statistics(moments: Moments, thresholds: Thresholds) -> dict[str, Any]:
     values = moments.tokens * moments.absmax.size
     energy = float(np.sum(moments.energy))
     top = max(1, round(thresholds.share * moments.absmax.size))
-    most = float(np.sum(np.sort(moments.energy)[-top:]))
-    median = float(np.median(moments.absmax))
-    position = int(np.argmax(moments.position_max))
+    largest, median = float(np.max(moments.absmax)), float(np.median(moments.absmax))
+    at = moments.position_max
     return {
-        "largest": float(np.max(moments.absmax)),
+        "largest": largest,
         "largest_channel": int(np.argmax(moments.absmax)),
-        "max_over_median": _over(float(np.max(moments.absmax)), median),
+        "max_over_median": _over(largest, median),
         "outlier_channels": int(np.sum(moments.absmax > thresholds.ratio * median)),
         "kurtosis": _over(float(moments.fourths) * values, energy**2),
-        "top_energy": _over(most, energy),
+        "top_energy": _over(float(np.sum(np.sort(moments.energy)[-top:])), energy),
         "set_by_one": _over(float(moments.set_by_one), float(moments.blocks)),
-        "position": position,
-        "position_over_median": _over(
-            float(moments.position_max[position]), float(np.median(moments.position_max))
-        ),
+        "position": int(np.argmax(at)),
+        "position_over_median": _over(float(np.max(at)), float(np.median(at))),
     }
 
 
 def moved_maxima(
     stats: Mapping[str, Stats], fits: Mapping[str, Fitted]
 ) -> tuple[str, Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
-    """Channel maxima over the calibration sample before and after a fit, where max / median is
-    largest.
+    """Channel maxima of the calibration sample before and after a fit.
+
+    The input is the one with the largest max / median.
 
     Returns:
-      The input's name, its channel maxima, and those of the moved input.
+      The input's name, its channel maxima, and the channel maxima of the moved input.
     """
+    least = np.finfo(np.float32).tiny
     ratio = {
-        (site, layer): float(np.max(maxima) / max(np.median(maxima), np.finfo(np.float32).tiny))
+        (site, layer): float(np.max(maxima) / max(np.median(maxima), least))
         for site, kept in stats.items()
         for layer, maxima in enumerate(np.asarray(kept.absmax))
     }

@@ -92,8 +92,8 @@ def figures_of(inspection: Inspection, block_size: int) -> dict[str, Any]:
             {site: moments[site].absmax for site in sites}, title=SEEN[seen]
         )
         made[f"blocks{end}"] = figures.amax_map(maxima, block_size=block_size, title=SEEN[seen])
-    if inspection.held is not None:
-        scales, codes = inspection.held
+    if inspection.stored is not None:
+        scales, codes = inspection.stored
         made["scales"] = figures.scale_exponents({"weights": scales})
         made["codes"] = figures.code_occupancy({"weights": codes})
     if inspection.sqnr is not None:

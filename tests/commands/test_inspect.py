@@ -108,9 +108,9 @@ def test_codes_scales_and_sqnr_are_those_of_the_files(quantized, tiny_text):
                 scales += np.bincount(tensor.view(np.uint8).ravel(), minlength=256)
             elif name.endswith("codes"):
                 codes += np.bincount(np.r_[tensor.ravel() & 15, tensor.ravel() >> 4], minlength=16)
-    assert found.held is not None
-    np.testing.assert_array_equal(np.bincount(found.held[0], minlength=256), scales)
-    np.testing.assert_array_equal(np.bincount(found.held[1], minlength=16), codes)
+    assert found.stored is not None
+    np.testing.assert_array_equal(np.bincount(found.stored[0], minlength=256), scales)
+    np.testing.assert_array_equal(np.bincount(found.stored[1], minlength=16), codes)
     held = found.results["quantized"]
     assert held["codes"] == codes.tolist()
     assert held["scale_exponents"] == {str(b - 127): n for b, n in enumerate(scales) if n}
