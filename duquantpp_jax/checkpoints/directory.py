@@ -2,40 +2,61 @@
 
     config.json             the float model's, with a quantization_config that names the job
     quantization.json       the job alone; written first
-    layer-00000.safetensors ...                  a file for each layer (storage.py)
+    layer-00000.safetensors ...                  a file for each layer
     outside-*.safetensors                        embedding, last norm, head: as they were
     model.safetensors.index.json                 which tensor is where; written last but config.json
     tokenizer.json, generation_config.json, ...  copied
 
-config.json comes last: a directory without it is one that `quantize` has not finished.
+config.json comes last: a directory without it is one that `quantize` has not finished. A layer's
+file holds
+
+    model.layers.3.mlp.up_proj.codes, .scales     packed as formats/storage.py says
+    model.layers.3.mlp_in/transform.links.0.scale  what the site's input is moved by, exactly
+    model.layers.3.mlp.down_proj.weight            a linear left in float, as it was
+    model.layers.3.input_layernorm.weight          all else, as it was
+
+and in its metadata one entry, a JSON text with the schema, the job, and what it takes to read the
+tensors. (The order of several entries is not the same from run to run.)
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from duquantpp_jax.checkpoints.job import Job
-from duquantpp_jax.checkpoints.layer import check_schema, read_about, read_layer
+from duquantpp_jax.checkpoints.job import SCHEMA, Job
 from duquantpp_jax.checkpoints.shards import read_json
-from duquantpp_jax.models import Decoder, DecoderConfig
+from duquantpp_jax.core import Fitted
+from duquantpp_jax.formats.storage import from_tensors
+from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder, DecoderConfig
 from duquantpp_jax.models.layers import without_linears
 from duquantpp_jax.models.parameters import LAYER
 from duquantpp_jax.ptq.site import MixedLinear, QuantizedSite
 from duquantpp_jax.ptq.walk import State, stack_layers
+from duquantpp_jax.transforms.storage import from_arrays
 
 METHOD = "duquantpp_jax"
 CONFIG, JOB, INDEX, REPORT = (
     *("config.json", "quantization.json", "model.safetensors.index.json", "report.json"),
 )
 
+ABOUT = "duquantpp_jax"
+"""The entry of a file's metadata."""
+LINEARS = {name for names in SITE_WEIGHTS.values() for name in names}
+
 
 def layer_file(number: int) -> str:
     """Name of a layer's file."""
     return f"layer-{number:05d}.safetensors"
+
+
+def layer_prefix(number: int) -> str:
+    """What the tensor names of a layer begin with."""
+    return f"model.layers.{number}."
 
 
 def is_quantized(directory: str | os.PathLike[str]) -> bool:
@@ -102,6 +123,65 @@ class Quantized:
         return tensors
 
 
+def read_about(path: Path) -> dict[str, Any]:
+    """What a file's metadata says of it.
+
+    Raises:
+      ValueError: It is not one of these files, or was written by a newer version.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = json.loads((file.metadata() or {}).get(ABOUT, "null"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): quantize again") from None
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} was not written by duquantpp_jax quantize")
+    check_schema(path, about.get("schema"))
+    return about
+
+
+def check_schema(path: Path, schema: Any) -> None:
+    """Raises ValueError unless the schema is one that this version reads."""
+    if schema != SCHEMA:
+        newer = isinstance(schema, int) and schema > SCHEMA
+        raise ValueError(
+            f"{path} has schema {schema!r}, and this version reads {SCHEMA}: "
+            + ("install a newer duquantpp_jax" if newer else "quantize again")
+        )
+
+
+def read_layer(path: Path) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSite]]:
+    """The parameters of a layer that are no weights of linears, and its sites.
+
+    Raises:
+      ValueError: As `read_about`; or its parts do not fit together.
+    """
+    about = read_about(path)
+    prefix, arrays = layer_prefix(about["layer"]), about["arrays"]
+    with safe_open(path, framework="numpy") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    sites = {}
+    for site in SITES:
+        own = f"{prefix}{site}/"
+        moved = {k.removeprefix(own): a for k, a in tensors.items() if k.startswith(own)}
+        fitted = from_arrays(moved, about["sites"][site])
+        if not isinstance(fitted, Fitted):
+            raise ValueError(f"{path}: site {site} holds {type(fitted).__name__}, not Fitted")
+        weights = tuple(
+            from_tensors(prefix + name, arrays[name], tensors)
+            if name in arrays
+            else jnp.asarray(tensors[f"{prefix}{name}.weight"])
+            for name in SITE_WEIGHTS[site]
+        )
+        sites[site] = QuantizedSite(fitted.transform, weights, fitted.clip, fitted.scale_offset)
+    rest = {
+        name.removeprefix(prefix).removesuffix(".weight"): array
+        for name, array in tensors.items()
+        if name.endswith((".weight", ".bias"))
+    }
+    return {name: a for name, a in rest.items() if name not in LINEARS}, sites
+
+
 def load_quantized(directory: str | os.PathLike[str]) -> tuple[Decoder, MixedLinear, State]:
     """A quantized model: `model(tokens, linear, state)` gives the logits it had when quantized.
 
@@ -116,7 +196,7 @@ def load_quantized(directory: str | os.PathLike[str]) -> tuple[Decoder, MixedLin
         layers.append(sites)
         rest.append(others)
     for name in rest[0]:
-        parameters[LAYER + name] = jnp.stack([_widened(one[name]) for one in rest])
+        parameters[LAYER + name] = jnp.stack([_widened(others[name]) for others in rest])
     for name, array in quantized.outside().items():
         parameters[name.removesuffix(".weight")] = _widened(array)
     return (

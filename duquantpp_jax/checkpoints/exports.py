@@ -29,9 +29,8 @@ import numpy as np
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import Quantized
 from duquantpp_jax.checkpoints.directory import CONFIG
-from duquantpp_jax.checkpoints.layer import write_tensors
 from duquantpp_jax.checkpoints.shards import INDEX
-from duquantpp_jax.checkpoints.writer import copied
+from duquantpp_jax.checkpoints.writer import copied, write_tensors
 from duquantpp_jax.core import MXArray, Transform
 from duquantpp_jax.formats import E2M1
 from duquantpp_jax.formats.storage import pack_codes

@@ -8,32 +8,39 @@ out.)
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Integer
-from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints.directory import (
+    ABOUT,
     CONFIG,
     JOB,
+    LINEARS,
     METHOD,
     REPORT,
     is_quantized,
     layer_file,
+    layer_prefix,
+    read_about,
 )
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
-from duquantpp_jax.checkpoints.layer import layer_tensors, read_about, write_tensors
 from duquantpp_jax.checkpoints.lazy import Checkpoint
-from duquantpp_jax.checkpoints.shards import INDEX, SINGLE, read_json
-from duquantpp_jax.models import SITES
+from duquantpp_jax.checkpoints.shards import INDEX, SINGLE, one_line, read_json
+from duquantpp_jax.core import Fitted, MXArray
+from duquantpp_jax.formats.storage import to_tensors
+from duquantpp_jax.models import SITE_WEIGHTS, SITES
 from duquantpp_jax.ptq.calibration import BATCH_ROWS
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.report import report_layer
-from duquantpp_jax.ptq.walk import quantize_layer
+from duquantpp_jax.ptq.walk import QuantizedLayer, quantize_layer
+from duquantpp_jax.transforms.storage import to_arrays
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done, steps in all."""
@@ -101,6 +108,52 @@ def write_layers(
             write_tensors(_hidden_file(out, number + 1), {"hidden": hidden}, {"schema": SCHEMA})
         for past in range(number + 1):  # last the one that a killed run goes on from
             _hidden_file(out, past).unlink(missing_ok=True)
+
+
+def layer_tensors(
+    number: int, names: Mapping[str, str], layer: QuantizedLayer
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors of a layer's file, and what its metadata says besides schema and job.
+
+    Args:
+      number: Of the layer.
+      names: The tensor name of each parameter inside it.
+      layer: As quantized.
+    """
+    prefix = layer_prefix(number)
+    rest = {name: array for name, array in layer.parameters.items() if name not in LINEARS}
+    tensors = {names[name]: np.asarray(array) for name, array in rest.items()}
+    arrays, structures = {}, {}
+    for site in SITES:
+        made = layer.sites[site]
+        fitted = Fitted(made.transform, None, made.clip, made.scale_offset)
+        moved, structures[site] = to_arrays(fitted)
+        tensors |= {f"{prefix}{site}/{path}": np.asarray(a) for path, a in moved.items()}
+        for name, weight in zip(SITE_WEIGHTS[site], made.weights, strict=True):
+            if isinstance(weight, MXArray):
+                own, arrays[name] = to_tensors(prefix + name, weight)
+                tensors |= own
+            else:
+                tensors[names[name]] = np.asarray(layer.parameters[name])
+    about = {"layer": number, "arrays": arrays, "sites": structures}
+    return tensors, about
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+    """Writes a safetensors file, whole or not at all.
+
+    Raises:
+      OSError: It cannot be written; most often the disk is full.
+    """
+    metadata = {"format": "pt"} if not about else {ABOUT: files.to_json(about).decode()}
+    ordered = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
+    try:
+        with files.whole(path) as temporary:
+            save_file(ordered, temporary, metadata)
+    except SafetensorError as error:
+        raise OSError(
+            f"cannot write {path} ({one_line(error)}): make room and run the same command again"
+        ) from None
 
 
 def _remove(directory: Path, *patterns: str) -> None:
