@@ -81,7 +81,7 @@ def test_results_keep_their_contract(compared):
     assert results["clusters"] == {"unit": "document", "count": 10}
     assert results["model"]["name"] == "tiny"
     assert results["text"]["name"] == "text.txt"
-    assert {len(results[one]["sha256"]) for one in ("model", "text")} == {64}
+    assert {len(results[name]["sha256"]) for name in ("model", "text")} == {64}
     assert "out" not in results["options"]
     assert results["environments"][0]["cores"] >= 1
     names, rules = ("rtn", "block_hadamard", "duquantpp"), ("floor", "log256")

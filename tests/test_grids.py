@@ -70,12 +70,12 @@ def test_options_hold_where_a_cell_leaves_them_open(tiny_directory, tiny_text, t
 def test_a_fit_runs_with_several_seeds_exactly_if_it_draws(name):
     x = jax.random.normal(jax.random.key(0), (2, 40, 128)) * jnp.exp(jnp.arange(128) % 7)
     w = (jax.random.normal(jax.random.key(1), (48, 128)),)
-    one = recipe(name, "floor")
+    method = recipe(name, "floor")
     moved = [
-        one.fit(w, stats_of(x), one, jax.random.key(seed)).transform.activations(x)
+        method.fit(w, stats_of(x), method, jax.random.key(seed)).transform.activations(x)
         for seed in (0, 1)
     ]
-    assert one.draws == bool(jnp.any(moved[0] != moved[1]))
+    assert method.draws == bool(jnp.any(moved[0] != moved[1]))
 
 
 def test_fits_in_turn_draw_if_one_of_them_does():
@@ -86,8 +86,8 @@ def test_fits_in_turn_draw_if_one_of_them_does():
 def test_cells_run_once_for_each_seed_that_matters():
     cell = importlib.import_module("experiments.gptq").CELLS[0]
     drawing = dataclasses.replace(cell, recipe="random_hadamard")
-    assert [one.seed for one in seeded(cell)] == [0]
-    assert [one.seed for one in seeded(drawing)] == list(SEEDS)
+    assert [drawn.seed for drawn in seeded(cell)] == [0]
+    assert [drawn.seed for drawn in seeded(drawing)] == list(SEEDS)
 
 
 def test_the_best_of_n_rotations_has_the_least_maximum():

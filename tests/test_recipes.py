@@ -22,8 +22,8 @@ from duquantpp_jax.transforms.duquant import FitDuquantpp
 @pytest.mark.parametrize("name", [*FITS, *ALIASES])
 def test_every_name_makes_a_hashable_recipe(name):
     for format in (*RULES, *FORMATS):
-        one = recipe(name, "mxfp4", activation_format=format)
-        assert hash(one) == hash(recipe(name, activation_format=find_format(format)))
+        method = recipe(name, "mxfp4", activation_format=format)
+        assert hash(method) == hash(recipe(name, activation_format=find_format(format)))
 
 
 def test_scale_rules_belong_to_the_mx_formats_and_a_rule_alone_is_mxfp4s():
@@ -34,9 +34,9 @@ def test_scale_rules_belong_to_the_mx_formats_and_a_rule_alone_is_mxfp4s():
 
 
 def test_sides_may_differ_in_format_and_in_scale_rule():
-    one = recipe("rtn", "floor", weight_format="even", activation_format="mxfp8:rceil")
-    assert one.weight_format == MXFP4(scale_rule=ScaleRule.EVEN)
-    assert one.activation_format == MXFP8(scale_rule=ScaleRule.RCEIL)
+    method = recipe("rtn", "floor", weight_format="even", activation_format="mxfp8:rceil")
+    assert method.weight_format == MXFP4(scale_rule=ScaleRule.EVEN)
+    assert method.activation_format == MXFP8(scale_rule=ScaleRule.RCEIL)
     assert recipe("rtn", "floor", weight_format="even").activation_format == MXFP4()
     assert recipe("rtn", activation_format=BFloat16()).activation_format == BFloat16()
 

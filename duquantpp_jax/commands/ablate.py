@@ -301,13 +301,13 @@ def _name(module: ModuleType) -> str:
     return Path(module.__file__ or module.__name__).stem
 
 
-def _executor(options: AblateOptions) -> Executor:
+def _executor(options: AblateOptions) -> Executor | None:
     match options.executor:
         case "gpus":
             return gpus(options.workers if options.workers > 1 else None)
         case "slurm":
             return Slurm(options.workers, tuple(_parameter(one) for one in options.slurm))
-    return Processes(options.workers) if options.workers > 1 else running.in_process
+    return Processes(options.workers) if options.workers > 1 else None
 
 
 def _parameter(text: str) -> tuple[str, str | int]:

@@ -1,4 +1,4 @@
-"""The ablation laboratory: a grid of frozen cells, run anywhere, killed and resumed, tabulated.
+"""The laboratory: measures a grid of frozen cells, resumes after a kill, and compares the cells.
 
 cells = [Cell(recipe, format, seed=seed) for recipe in ... for format in ... for seed in ...]
 outcome = run(cells, Path("ablate-out"))

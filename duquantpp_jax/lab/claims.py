@@ -1,16 +1,18 @@
-"""Claims: which process works on what, without locks, and with no claim outliving its process.
+"""Claims: which process works on what, without locks. No claim outlives its process.
 
-A claim on NAME is a file NAME.0 that says who holds it, made whole and only if there was none (a
-hard link to a finished file). If its holder is dead it stays, and whoever makes NAME.1 holds the
-claim in its place; then NAME.2, and so on: of several that find a holder dead, one succeeds, and
-none takes a live claim away. A holder is dead if this machine has no such process, or one that
-started at another time; on another machine, if the file was not renewed for fifteen minutes.
+A claim on NAME is a file NAME.0 that names its holder. The file is a hard link to a finished file,
+so it appears whole, and only if there was none. The file of a dead holder stays: whoever creates
+NAME.1 holds the claim instead, then NAME.2, and so on. Of several processes that find a holder
+dead, one succeeds, and none takes a live claim. A holder on this machine is dead if its process is
+gone or started at another time; a holder on another machine is dead if it has not renewed its file
+for fifteen minutes.
 
-Whoever holds a claim looks whether the work is done before it works, and records the work before
-it releases, so that work is done once.
+A holder checks that the work is not done before it begins, and records the work before it releases
+the claim. So work is done once.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import socket
@@ -22,15 +24,15 @@ from pathlib import Path
 
 RENEWAL_SECONDS = 60
 STALE_SECONDS = 15 * 60
-"""After so long without renewal a claim of another machine is its dead holder's."""
+"""Age at which a claim of another machine that was not renewed counts as dead."""
 
 
 @contextlib.contextmanager
-def held(directory: Path, name: str) -> Iterator[bool]:
-    """Whether this process now holds the claim on `name`; it is released at the end.
+def claim(directory: Path, name: str) -> Iterator[bool]:
+    """Claims `name` until the end of the block; yields False if a live process holds the claim.
 
     Args:
-      directory: Of claims, on a file system with hard links.
+      directory: Holds the claims; its file system must have hard links.
     """
     path = _acquire(directory, name)
     if path is None:
@@ -44,26 +46,23 @@ def held(directory: Path, name: str) -> Iterator[bool]:
     finally:
         done.set()
         renewal.join()
-        for claim in directory.glob(f"{name}.*"):
-            claim.unlink(missing_ok=True)
+        forget(directory, {name})
 
 
 def forget(directory: Path, names: set[str]) -> None:
-    """Removes claims on work that is recorded: of processes killed before they released them."""
-    for claim in directory.glob("*.*"):
-        if claim.name.partition(".")[0] in names:
-            claim.unlink(missing_ok=True)
+    """Removes the claims on `names`, also those of processes that were killed."""
+    for path in directory.glob("*.*"):
+        if path.name.partition(".")[0] in names:
+            path.unlink(missing_ok=True)
 
 
 def _acquire(directory: Path, name: str) -> Path | None:
-    generation = 0
-    while True:
+    for generation in itertools.count():
         path = directory / f"{name}.{generation}"
         if _create(path):
             return path
         if _is_live(path):
             return None
-        generation += 1
 
 
 def _create(path: Path) -> bool:
@@ -80,7 +79,7 @@ def _create(path: Path) -> bool:
 
 
 def _is_live(path: Path) -> bool:
-    """Whether the holder lives; a claim that has just been released counts as live."""
+    """Whether the holder lives; True for a claim that has just been released."""
     try:
         holder, renewed = json.loads(path.read_text()), path.stat().st_mtime
     except FileNotFoundError:
@@ -91,19 +90,19 @@ def _is_live(path: Path) -> bool:
 
 
 def _holder(pid: int) -> dict[str, str | int]:
-    """Host, process and its start: two processes with one number differ in it."""
+    """Names a process: a later process with the same pid has another start."""
     return {"host": socket.gethostname(), "pid": pid, "start": _start(pid)}
 
 
 def _start(pid: int) -> int:
-    """When a process started, in the system's ticks; -1 if it is dead; 0 where /proc is not."""
+    """Start of a process in the system's ticks; -1 if it is dead; 0 on systems without /proc."""
     if not Path("/proc/self/stat").exists():
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
             return -1
         except PermissionError:
-            pass  # it lives, and is another user's
+            pass  # the process lives and belongs to another user
         return 0
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,39 +1,39 @@
-"""Executors: where the cells of a grid are measured. This process is `running.in_process`.
+"""Executors: processes that measure the cells of a grid. Without one, this process does.
 
     Processes    N processes of this machine, each on its share of the cores, or each on a GPU
-    Slurm        N jobs of a cluster, through submitit (extra `slurm`); its local form needs none
+    Slurm        N jobs of a cluster, through submitit (extra `slurm`)
 
-All of them run `running.work` on the same cells and the same directory, so that they may be
-mixed, killed and started again.
+All run `running.work` on the same cells and the same directory. So they may be mixed, killed and
+started again.
 """
 
-import contextlib
 import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from duquantpp_jax.lab import records
 from duquantpp_jax.lab.cells import Cell
 from duquantpp_jax.lab.running import WAIT_SECONDS, work
 
 STARTS = 3
-"""How often, for each worker, processes are started; then those that die are not replaced."""
+"""Processes started for each worker at most: the first, and then for those that die."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Worker processes of this machine, started afresh (JAX does not survive a fork).
+    """Worker processes of this machine, spawned (JAX does not survive a fork).
 
     Attributes:
       workers: How many.
-      devices: What each may see as CUDA_VISIBLE_DEVICES; without any, workers share the cores.
+      devices: CUDA_VISIBLE_DEVICES of each worker; without any, workers share the cores.
     """
 
     workers: int
@@ -42,7 +42,7 @@ class Processes:
     def __call__(
         self, cells: list[Cell], out: Path, cache_bytes: int, tick: Callable[[], None]
     ) -> None:
-        """See `running.Executor`. A worker that is killed is replaced, and its cell tried again."""
+        """See `running.Executor`. A killed worker is replaced, and its cell is measured again."""
         starts = STARTS * self.workers
         running = dict.fromkeys(range(min(self.workers, len(cells))))
         try:
@@ -65,20 +65,25 @@ class Processes:
         _check_all_recorded(cells, out, f"{self.workers} worker processes died (out of memory?)")
 
     def _start(self, number: int, cells: list[Cell], out: Path, cache_bytes: int) -> SpawnProcess:
-        given = {"CUDA_VISIBLE_DEVICES": self.devices[number]} if self.devices else {}
         first = number * len(cells) // self.workers
         cores = [] if self.devices else _share_of_cores(number, self.workers)
-        context = multiprocessing.get_context("spawn")
-        process = context.Process(
+        process = multiprocessing.get_context("spawn").Process(
             target=_worker, args=(cells, out, cache_bytes, first, cores), daemon=True
         )
-        with _environment(given):  # before JAX starts in the child, which reads it then
+        before = os.environ.get(VISIBLE)
+        try:
+            if self.devices:  # set before the child starts: its JAX reads the variable once
+                os.environ[VISIBLE] = self.devices[number]
             process.start()
+        finally:
+            os.environ.pop(VISIBLE, None)
+            if before is not None:
+                os.environ[VISIBLE] = before
         return process
 
 
 def gpus(devices: int | None = None) -> Processes:
-    """One worker for each GPU of this machine that CUDA_VISIBLE_DEVICES lets it see.
+    """One worker for each NVIDIA GPU that this process may see.
 
     Args:
       devices: How many at most.
@@ -86,12 +91,11 @@ def gpus(devices: int | None = None) -> Processes:
     Raises:
       ValueError: There is none.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = (
-        [name for name in visible.split(",") if name]
-        if visible is not None
-        else [str(i) for i in range(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))))]
-    )
+    visible = os.environ.get(VISIBLE)
+    if visible is None:
+        names = [str(i) for i, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
+    else:
+        names = [name for name in visible.split(",") if name]
     if not names:
         raise ValueError("no NVIDIA GPU is visible: choose --executor processes")
     names = names[:devices]
@@ -104,7 +108,7 @@ class Slurm:
 
     Attributes:
       jobs: How many; each measures cells until none is left.
-      parameters: As `submitit.AutoExecutor.update_parameters` takes them, e.g.
+      parameters: Arguments of `submitit.AutoExecutor.update_parameters`, e.g.
         (("timeout_min", 600), ("slurm_partition", "gpu"), ("gpus_per_node", 1)).
       cluster: "local" runs the jobs as processes of this machine instead.
     """
@@ -121,14 +125,17 @@ class Slurm:
         Raises:
           ValueError: submitit is not installed, or cells are left when all jobs have ended.
         """
-        executor = _submitit().AutoExecutor(folder=out / ".slurm", cluster=self.cluster)
+        try:
+            import submitit
+        except ImportError:
+            raise ValueError(
+                "--executor slurm needs submitit: pip install 'duquantpp_jax[slurm]'"
+            ) from None
+        executor = submitit.AutoExecutor(folder=out / ".slurm", cluster=self.cluster)
         executor.update_parameters(**{"timeout_min": 24 * 60} | dict(self.parameters))
-        jobs = [
-            executor.submit(
-                work, cells, out.resolve(), cache_bytes, first=i * len(cells) // self.jobs
-            )
-            for i in range(min(self.jobs, len(cells)))
-        ]
+        arguments = cells, out.resolve(), cache_bytes
+        firsts = [i * len(cells) // self.jobs for i in range(min(self.jobs, len(cells)))]
+        jobs = [executor.submit(work, *arguments, first=first) for first in firsts]
         try:
             while not all(job.done() for job in jobs):
                 tick()
@@ -141,18 +148,8 @@ class Slurm:
         _check_all_recorded(cells, out, f"{len(jobs)} jobs ended early (see {out / '.slurm'})")
 
 
-def _submitit() -> Any:
-    try:
-        import submitit
-    except ImportError:
-        raise ValueError(
-            "--executor slurm needs submitit: pip install 'duquantpp_jax[slurm]'"
-        ) from None
-    return submitit
-
-
 def _worker(cells: list[Cell], out: Path, cache_bytes: int, first: int, cores: list[int]) -> None:
-    """What a worker process does; it stops after its cell if the process that started it dies."""
+    """Works until no cell is left; stops after a cell if the parent process is dead."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if cores:
         os.sched_setaffinity(0, cores)  # XLA's thread pool is as large as this set
@@ -161,26 +158,13 @@ def _worker(cells: list[Cell], out: Path, cache_bytes: int, first: int, cores: l
 
 
 def _share_of_cores(number: int, workers: int) -> list[int]:
-    """The cores of one worker, all as many; none where they cannot be given or do not suffice."""
+    """The worker's equal share of the cores; empty where shares cannot be set or there are fewer
+    cores than workers."""
     if not hasattr(os, "sched_getaffinity"):
         return []
     cores = sorted(os.sched_getaffinity(0))
     each = len(cores) // workers
     return cores[number * each : (number + 1) * each]
-
-
-@contextlib.contextmanager
-def _environment(given: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in given}
-    os.environ.update(given)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _check_all_recorded(cells: list[Cell], out: Path, why: str) -> None:

@@ -1,13 +1,13 @@
-"""Pivots of records: KL and NLL of every cell, with paired differences to a baseline row.
+"""Pivots of records: KL and NLL of each entry, and its paired difference to a baseline row.
 
-A row of text is seen by every cell, so differences are taken row by row, always to the baseline of
-the same column. Cells that differ in the seed alone are one entry: their mean, with the least and
-the largest beside it. The 95 % interval of a difference is over text, clustered by document, and
-over seeds (evaluation/intervals.py); what Holm's correction over all differences that the table
-shows still calls significant at 5 % carries a star.
+Every cell evaluates the same rows of text, so differences are taken row by row, always to the
+baseline in the same column. Cells that differ in the seed alone are one entry, with their mean,
+least and largest value. The 95 % interval of a difference is over text, clustered by document, and
+over seeds (evaluation/intervals.py). A star marks a difference that is significant at 5 % after
+Holm's correction over all differences of the table.
 
-A pivot is a plain JSON value, small enough to commit (docs/results.md says what each name means);
-lab/table.py shows it.
+A pivot is plain JSON, small enough to commit (docs/results.md explains its fields). lab/table.py
+prints it.
 """
 
 import dataclasses
@@ -29,17 +29,17 @@ Pivot = dict[str, Any]
 Entry = dict[str, Any]
 
 COMPARED = {"kl": "KL", "excess_nll": "excess NLL"}
-"""Measures that have differences, in the words of tables; both in nats per token."""
+"""Measures that have differences, and their headings; both in nats per token."""
 MEASURES = (*COMPARED, "nll", "perplexity", "agreement", "sqnr_db")
-"""What an entry may hold, each as its mean over seeds, its interval and its range."""
+"""Measures of an entry: each a mean over seeds, an interval and a range."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where cells stand in a table.
+    """How the cells of a grid are arranged in a table.
 
     Attributes:
-      rows, columns: What names a cell's row and its column.
+      rows, columns: Gives a cell's row and its column.
       baseline: The row that the others of a column are compared with.
     """
 
@@ -49,19 +49,18 @@ class Layout:
 
     def place(self, cell: Cell) -> tuple[str, str]:
         """The cell's row and column."""
-        row, column = (
-            str(getattr(cell, label)) if isinstance(label, str) else label(cell)
-            for label in (self.rows, self.columns)
-        )
-        return row, column
+
+        def name(label: Label) -> str:
+            return str(getattr(cell, label)) if isinstance(label, str) else label(cell)
+
+        return name(self.rows), name(self.columns)
 
 
 def pivots(outcome: Outcome, layout: Layout) -> list[Pivot]:
     """A pivot for each model and evaluation text of the grid.
 
     Raises:
-      ValueError: Two cells stand in one place and do not differ in the seed; or the baseline is
-        the name of no row.
+      ValueError: Two cells have the same place and seed, or no row has the baseline's name.
     """
     subjects: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in [*outcome.records, *outcome.errors]:
@@ -72,11 +71,12 @@ def pivots(outcome: Outcome, layout: Layout) -> list[Pivot]:
 def _pivot(cells: list[Cell], outcome: Outcome, layout: Layout) -> Pivot:
     places: dict[tuple[str, str], dict[int, Cell]] = {}
     for cell in cells:
-        there = places.setdefault(layout.place(cell), {})
+        row, column = layout.place(cell)
+        there = places.setdefault((row, column), {})
         if cell.seed in there:
             raise ValueError(
-                f"two cells stand in row {layout.place(cell)[0]}, column {layout.place(cell)[1]} "
-                "and do not differ in the seed: give ROWS or COLUMNS that tell them apart"
+                f"two cells stand in row {row}, column {column} and do not differ in the seed: "
+                "give ROWS or COLUMNS that tell them apart"
             )
         there[cell.seed] = cell
     rows, columns = (list(dict.fromkeys(place[i] for place in places)) for i in (0, 1))
@@ -85,22 +85,24 @@ def _pivot(cells: list[Cell], outcome: Outcome, layout: Layout) -> Pivot:
             f"the baseline {layout.baseline} is no row of the table: choose one of "
             f"{', '.join(rows)}"
         )
-    found = {
+    measured = {
         place: records
         for place, there in places.items()
         if (records := [outcome.records[c] for c in there.values() if c in outcome.records])
     }
-    every = [record for records in found.values() for record in records]
+    every = [record for records in measured.values() for record in records]
     environments = distinct(record["environment"] for record in every)
     entries = [
-        _entry(place, records, environments)
-        | {"difference": _difference(place, found, layout.baseline)}
-        for place, records in sorted(
-            found.items(), key=lambda item: (columns.index(item[0][1]), rows.index(item[0][0]))
-        )
+        _entry(place, measured[place], environments)
+        | {"difference": _difference(place, measured, layout.baseline)}
+        for place in ((row, column) for column in columns for row in rows)
+        if place in measured
     ]
     for measure in COMPARED:
-        judge([entry["difference"][measure] for entry in entries if entry["difference"]])
+        differences = [entry["difference"][measure] for entry in entries if entry["difference"]]
+        tested = [found for found in differences if found["p"] is not None]
+        for found, p in zip(tested, holm([found["p"] for found in tested]), strict=True):
+            found["significant"] = p <= 0.05
     return {
         **_subject(every),
         "rows": rows,
@@ -120,15 +122,13 @@ def _pivot(cells: list[Cell], outcome: Outcome, layout: Layout) -> Pivot:
 
 def _subject(every: list[Record]) -> dict[str, Any]:
     if not every:
-        nothing = ("model", "text", "targets", "float_perplexity", "clusters")
-        return dict.fromkeys(nothing)
+        return dict.fromkeys(("model", "text", "targets", "float_perplexity", "clusters"))
     first = every[0]
+    names, hashes = first["subject"], first["configuration"]
     unit, numbers = clusters(np.asarray(first["rows"]["document"]))
     return {
-        **{
-            name: {"name": first["subject"][name], "sha256": first["configuration"][name]}
-            for name in ("model", "text")
-        },
+        "model": {"name": names["model"], "sha256": hashes["model"]},
+        "text": {"name": names["text"], "sha256": hashes["text"]},
         "targets": first["metrics"]["targets"],
         "float_perplexity": first["metrics"]["float_perplexity"],
         "clusters": {"unit": unit, "count": len(np.unique(numbers))},
@@ -165,14 +165,14 @@ def _entry(
 def _difference(
     place: tuple[str, str], found: dict[tuple[str, str], list[Record]], baseline: str | None
 ) -> dict[str, Any] | None:
-    """Of each measure, to the baseline of the column; None where there is nothing to compare."""
+    """Difference of each measure to the column's baseline; None for the baseline, or without it."""
     base = found.get((str(baseline), place[1]))
     if base is None or place[0] == baseline:
         return None
     estimates = {measure: _estimate(measure, found[place], base) for measure in COMPARED}
     return {"interval": estimates["kl"].sources} | {
-        measure: {"value": one.mean, "ci95": one.ci95, "p": one.p, "significant": None}
-        for measure, one in estimates.items()
+        measure: {"value": found.mean, "ci95": found.ci95, "p": found.p, "significant": None}
+        for measure, found in estimates.items()
     }
 
 
@@ -183,25 +183,20 @@ def _estimate(measure: str, records: list[Record], base: list[Record] | None = N
 
 
 def _by_seed(measure: str, records: list[Record]) -> dict[int, Float[np.ndarray, " rows"]]:
-    """The measure on each row of text, in nats per token."""
+    """The measure of each seed on each row of text, in nats per token."""
 
-    def of(rows: dict[str, Any]) -> Float[np.ndarray, " rows"]:
-        if measure == "kl":
-            return np.asarray(rows["kl"])
-        return np.asarray(rows["nll"]) - np.asarray(rows["float_nll"])
+    def sums(rows: dict[str, Any]) -> Float[np.ndarray, " rows"]:
+        return (
+            np.asarray(rows["kl"])
+            if measure == "kl"
+            else np.subtract(rows["nll"], rows["float_nll"])
+        )
 
-    return {record["cell"]["seed"]: of(record["rows"]) / TARGETS for record in records}
-
-
-def judge(differences: list[dict[str, Any]]) -> None:
-    """Says of each difference whether it is significant when all are judged together."""
-    judged = [one for one in differences if one["p"] is not None]
-    for one, p in zip(judged, holm([one["p"] for one in judged]), strict=True):
-        one["significant"] = p <= 0.05
+    return {record["cell"]["seed"]: sums(record["rows"]) / TARGETS for record in records}
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:
-    """The values without repetitions, in their order."""
+    """The values without repetitions, in order. They need not be hashable."""
     found: list[Any] = []
     for value in values:
         if value not in found:

@@ -1,11 +1,10 @@
-"""Records: what is known of cells, one file each, in one directory.
+"""Records: the results of cells, a file each, in one directory.
 
     DIGEST.json          a finished cell: configuration, metrics, sums of every row, environment
-    DIGEST.failed.json   a failed one: configuration and its error in one line
+    DIGEST.failed.json   a failed cell: configuration, and its error in one line
 
-Neither says where files lie: model and texts are named as they are called, errors included.
-Files are written whole or not at all. A finished cell is never measured again; a failed one is
-tried again by the next run.
+A record holds the names of model and texts, and no directories. Files are written whole or not at
+all. A finished cell is never measured again; the next run tries a failed cell again.
 """
 
 import json
@@ -25,31 +24,22 @@ Record = dict[str, Any]
 
 
 def path_of(out: Path, cell: Cell, *, failed: bool = False) -> Path:
-    """Where the record of a cell is, or will be."""
+    """The file of a cell's record, which may not exist."""
     return out / f"{cell.digest}{'.failed' if failed else ''}.json"
 
 
 def is_recorded(out: Path, cell: Cell) -> bool:
-    """Whether the cell is finished, or failed since the last run began."""
+    """Whether the cell is finished, or has failed since the last run began."""
     return path_of(out, cell).exists() or path_of(out, cell, failed=True).exists()
 
 
-def read(out: Path, cell: Cell) -> Record | None:
-    """The record of a finished cell.
+def read(out: Path, cell: Cell, *, failed: bool = False) -> Record | None:
+    """The record of a finished cell, or of a failed one; None if there is none.
 
     Raises:
       ValueError: The file is not one that `write` wrote.
     """
-    return _read(path_of(out, cell))
-
-
-def read_error(out: Path, cell: Cell) -> str | None:
-    """Why a cell failed."""
-    record = _read(path_of(out, cell, failed=True))
-    return None if record is None else record["error"]
-
-
-def _read(path: Path) -> Record | None:
+    path = path_of(out, cell, failed=failed)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -59,22 +49,22 @@ def _read(path: Path) -> Record | None:
 
 
 def record_of(cell: Cell, found: Found) -> Record:
-    """What is known of a finished cell.
+    """The record of a finished cell.
 
-    Sums over rows are the shortest digits that give the same float32 numbers.
+    Sums over rows are written with the fewest digits that read back as the same float32.
     """
-    kl, nll, float_nll = (
-        np.mean(np.asarray(one, np.float64) / TARGETS)
-        for one in (found.kl, found.nll, found.float_nll)
+    sums = (found.kl, found.nll, found.float_nll, found.agreement)
+    kl, nll, float_nll, agreement = (
+        float(np.mean(np.asarray(rows, np.float64) / TARGETS)) for rows in sums
     )
     return _about(cell) | {
         "metrics": {
-            "kl": float(kl),
-            "nll": float(nll),
-            "excess_nll": float(nll - float_nll),
+            "kl": kl,
+            "nll": nll,
+            "excess_nll": nll - float_nll,
             "perplexity": float(np.exp(nll)),
             "float_perplexity": float(np.exp(float_nll)),
-            "agreement": float(np.mean(np.asarray(found.agreement, np.float64) / TARGETS)),
+            "agreement": agreement,
             "sqnr_db": found.sqnr,
             "targets": len(found.kl) * TARGETS,
         },
@@ -106,13 +96,8 @@ def write_error(out: Path, cell: Cell, error: Exception) -> None:
     files.write_whole(path_of(out, cell, failed=True), files.to_json(record, indent=None))
 
 
-def forget_failures(out: Path, cells: list[Cell]) -> None:
-    """Removes the records of failed cells, so that they are tried again."""
-    for cell in cells:
-        path_of(out, cell, failed=True).unlink(missing_ok=True)
-
-
 def _about(cell: Cell) -> Record:
+    texts = {"text": cell.text, "calibration_text": cell.calibration_text}
     return {
         "schema": SCHEMA,
         "cell": {
@@ -122,18 +107,10 @@ def _about(cell: Cell) -> Record:
             "draws": cell.draws,
         },
         "configuration": cell.configuration(),
-        "subject": {
-            "model": model_name(cell.model),
-            **{
-                name: path.name if path else "tokens.npz"
-                for name, path in (
-                    ("text", cell.text),
-                    ("calibration_text", cell.calibration_text),
-                )
-            },
-        },
+        "subject": {"model": model_name(cell.model)}
+        | {name: path.name if path else "tokens.npz" for name, path in texts.items()},
     }
 
 
 def _digits(sums: np.ndarray) -> list[float]:
-    return [float(str(one)) for one in sums]
+    return [float(str(value)) for value in sums]

@@ -1,11 +1,10 @@
-"""One self-contained HTML page of a grid: tables that sort, figures, configuration, versions."""
+"""A self-contained HTML page of a grid: sortable tables, figures, configurations, versions."""
 
 import html
 import json
-from typing import Any
 
 from duquantpp_jax.lab import table
-from duquantpp_jax.lab.pivot import COMPARED, Pivot, distinct
+from duquantpp_jax.lab.pivot import Entry, Pivot, distinct
 from duquantpp_jax.lab.running import Outcome
 
 _STYLE = """
@@ -23,7 +22,7 @@ tr.baseline td { background: #f3f3f3 } .failed { color: #a00 }
 svg { max-width: 100%; height: auto }
 """
 
-# Clicking a heading sorts by its column: by number where the cell has one, else by text.
+# A click on a heading sorts by its column: by number where the cell has one, else by text.
 _SCRIPT = """
 document.querySelectorAll("th").forEach(th => th.addEventListener("click", () => {
   const body = th.closest("table").tBodies[0], i = th.cellIndex;
@@ -36,42 +35,28 @@ document.querySelectorAll("th").forEach(th => th.addEventListener("click", () =>
 }));
 """
 
-_HEADINGS = (
-    "row",
-    "column",
-    "KL",
-    "difference",
-    "excess NLL",
-    "difference",
-    "PPL",
-    "SQNR dB",
-    "seeds",
-    "seconds",
-)
-
 
 def page(name: str, about: str, pivots: list[Pivot], outcome: Outcome) -> str:
-    """The page.
+    """The HTML of the page.
 
     Args:
-      name: Of the grid.
-      about: What it asks, as its file says.
-      pivots: Of lab/pivot.py.
-      outcome: For the configuration of every cell.
+      name: Name of the grid.
+      about: The question of the grid, from the docstring of its file.
+      pivots: The tables.
+      outcome: Gives the configuration of every finished cell.
     """
-    parts = [_section(pivot) for pivot in pivots]
     configurations = [
         {name: record[name] for name in ("cell", "subject", "configuration")}
         for record in outcome.records.values()
     ]
-    environments = distinct(one for pivot in pivots for one in pivot["environments"])
+    environments = distinct(e for pivot in pivots for e in pivot["environments"])
     return "".join(
         [
             f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{_text(name)}</title>",
             f"<style>{_STYLE}</style><h1>{_text(name)}</h1><pre>{_text(about)}</pre>",
-            *parts,
+            *map(_section, pivots),
             "<h2>Versions and devices</h2>",
-            *(f"<pre>{_text(json.dumps(one, indent=1))}</pre>" for one in environments),
+            *(f"<pre>{_text(json.dumps(e, indent=1))}</pre>" for e in environments),
             f"<h2>Configuration of the {len(configurations)} finished cells</h2>",
             f"<details><summary>JSON</summary><pre>{_text(json.dumps(configurations, indent=1))}",
             f"</pre></details><script>{_SCRIPT}</script></html>\n",
@@ -82,7 +67,8 @@ def page(name: str, about: str, pivots: list[Pivot], outcome: Outcome) -> str:
 def _section(pivot: Pivot) -> str:
     lines = [f"<h2>{_text(table.title(pivot))}</h2>"]
     if pivot["entries"]:
-        heads = "".join(f"<th>{_text(head)}</th>" for head in _HEADINGS)
+        headings = [heading for heading, *_ in _cells(pivot, pivot["entries"][0])]
+        heads = "".join(f"<th>{_text(heading)}</th>" for heading in headings)
         rows = "".join(_row(pivot, entry) for entry in pivot["entries"])
         lines += [
             f"<p>{_text(table.legend(pivot))}.</p>",
@@ -92,53 +78,39 @@ def _section(pivot: Pivot) -> str:
             "</div>",
         ]
     lines += [
-        f"<p class=failed>{_text(one['row'])}, {_text(one['column'])}, seed {one['seed']}: "
-        f"{_text(one['error'])}</p>"
-        for one in pivot["failed"]
+        f"<p class=failed>{_text(cell['row'])}, {_text(cell['column'])}, seed {cell['seed']}: "
+        f"{_text(cell['error'])}</p>"
+        for cell in pivot["failed"]
     ]
     return "".join(lines)
 
 
-def _row(pivot: Pivot, entry: dict[str, Any]) -> str:
-    cells: list[tuple[Any, str]] = [
-        (None, entry["row"]),
-        (None, entry["column"]),
-        *(
-            shown
-            for measure in COMPARED
-            for shown in (
-                (entry[measure]["value"], table.value(entry, measure)),
-                (
-                    entry["difference"] and entry["difference"][measure]["value"],
-                    table.difference(entry, measure),
-                ),
-            )
-        ),
-        (entry["perplexity"]["value"], f"{entry['perplexity']['value']:.3f}"),
-        (entry["sqnr_db"]["value"], f"{entry['sqnr_db']['value']:.2f}")
-        if "sqnr_db" in entry
-        else ("", ""),
-        (None, ", ".join(map(str, entry["seeds"]))),
-        (entry["seconds"], f"{entry['seconds']:.1f}"),
+def _cells(pivot: Pivot, entry: Entry) -> list[tuple[str, float | None, str]]:
+    """Heading, number to sort by and text of each cell of an entry's line."""
+    return [
+        ("row", None, entry["row"]),
+        ("column", None, entry["column"]),
+        *table.line(entry, f"- {pivot['baseline']}" if pivot["baseline"] else ""),
+        ("seeds", None, ", ".join(map(str, entry["seeds"]))),
+        ("seconds", entry["seconds"], f"{entry['seconds']:.1f}"),
     ]
+
+
+def _row(pivot: Pivot, entry: Entry) -> str:
     mark = " class=baseline" if entry["row"] == pivot["baseline"] else ""
-    return (
-        f"<tr{mark}>"
-        + "".join(
-            f"<td>{_text(text)}</td>"
-            if value is None
-            else f'<td data-value="{value}">{_text(text)}</td>'
-            for value, text in cells
-        )
-        + "</tr>"
-    )
+    cells = [
+        f"<td>{_text(text)}</td>"
+        if number is None
+        else f'<td data-value="{number}">{_text(text)}</td>'
+        for _, number, text in _cells(pivot, entry)
+    ]
+    return f"<tr{mark}>{''.join(cells)}</tr>"
 
 
 def _figure(pivot: Pivot) -> str:
     from duquantpp_jax.analysis import figures  # matplotlib, which nothing else here needs
 
-    figure = figures.divergences(pivot, "column")
-    svg = figures.picture(figure, "svg").decode()
+    svg = figures.picture(figures.divergences(pivot, "column"), "svg").decode()
     return svg[svg.index("<svg") :]
 
 

@@ -1,9 +1,9 @@
-"""Running a grid: every cell once, by any number of processes, killed and resumed at will.
+"""Runs a grid: every cell once, by any number of processes, any of which may be killed.
 
-    run(cells, out, executor)     finished cells are read, the others measured, failures recorded
+    run(cells, out, executor)     reads finished cells, measures the others, records failures
 
 All processes do the same (`work`): take the next cell that has no record, claim it, look again,
-measure it, record it, release it. Nothing else is shared, so any of them may die at any moment.
+measure it, record it, release it. They share nothing but the directory.
 """
 
 import time
@@ -20,18 +20,16 @@ CLAIMS = ".claims"
 WAIT_SECONDS = 0.5
 
 Progress = Callable[[int, int, int], None]
-"""Called with how many cells are finished, failed, and there in all."""
-
+"""Called with the numbers of finished cells, of failed cells, and of all cells."""
 
 Executor = Callable[[list[Cell], Path, int, Callable[[], None]], None]
-"""Has cells without record measured by `work` in some processes, and returns when they are, or
-raises ValueError if some are left. Called with the cells, in an order in which neighbours share;
-the directory of records; the bound on log-probabilities kept, in each process; and a function to
-be called now and then."""
+"""Runs `work` in some processes until every cell has a record; raises ValueError if cells are left.
+Takes the cells, in an order in which neighbours share work; the directory of records; the bound on
+kept log-probabilities, in bytes for each process; and a function that it calls now and then."""
 
 
 class Outcome(NamedTuple):
-    """What is known of a grid after a run.
+    """The results of a grid.
 
     Attributes:
       records: Of the finished cells, in the order of the grid.
@@ -54,17 +52,18 @@ def run(
 
     Args:
       cells: The grid; cells of one configuration count once.
-      out: Directory of records; may be shared by grids, and by runs at the same time.
+      out: Directory of records; grids and simultaneous runs may share it.
       executor: Where the work is done; None is this process.
-      cache_bytes: Bound on the float model's log-probabilities kept, on the device of each
-        process.
+      cache_bytes: Bound on the float model's log-probabilities that each process keeps on its
+        device.
 
     Raises:
-      ValueError: A cell's configuration is no good (nothing has run then), or processes died.
+      ValueError: A cell's configuration is wrong (nothing has run then), or processes died.
     """
     grid = list({cell.digest: cell for cell in cells}.values())
     out.mkdir(parents=True, exist_ok=True)
-    records.forget_failures(out, grid)
+    for cell in grid:  # failed cells are tried again
+        records.path_of(out, cell, failed=True).unlink(missing_ok=True)
 
     def tick() -> None:
         names = {path.name for path in out.iterdir()}
@@ -77,43 +76,39 @@ def run(
     tick()
     left = [cell for cell in grid if not records.path_of(out, cell).exists()]
     if left:
-        (executor or in_process)(order(left), out, cache_bytes, tick)
+        (executor or work)(order(left), out, cache_bytes, tick)
     claims.forget(out / CLAIMS, {cell.digest for cell in grid if records.is_recorded(out, cell)})
     return outcome(grid, out)
 
 
 def outcome(cells: Iterable[Cell], out: Path) -> Outcome:
-    """What the records say of a grid; cells without any are in neither part."""
-    finished = {cell: record for cell in cells if (record := records.read(out, cell))}
-    failed = {
-        cell: error
-        for cell in cells
-        if cell not in finished and (error := records.read_error(out, cell))
-    }
+    """The recorded results of a grid; without the cells that have no record."""
+    finished: dict[Cell, Record] = {}
+    failed: dict[Cell, str] = {}
+    for cell in cells:
+        if record := records.read(out, cell):
+            finished[cell] = record
+        elif record := records.read(out, cell, failed=True):
+            failed[cell] = record["error"]
     return Outcome(finished, failed)
-
-
-def in_process(cells: list[Cell], out: Path, cache_bytes: int, tick: Callable[[], None]) -> None:
-    """The executor that works in this process."""
-    work(cells, out, cache_bytes, tick=tick)
 
 
 def work(
     cells: list[Cell],
     out: Path,
     cache_bytes: int = CACHE_BYTES,
+    tick: Callable[[], None] = lambda: None,
     *,
     first: int = 0,
-    tick: Callable[[], None] = lambda: None,
     wanted: Callable[[], bool] = lambda: True,
 ) -> None:
     """Measures cells until all have a record; waits for those that other processes hold.
 
     Args:
-      cells: In an order in which neighbours share.
-      first: The cell to begin with.
+      cells: In an order in which neighbours share work.
       tick: Called after each cell.
-      wanted: Asked before each cell; the work stops when it says no.
+      first: Index of the cell to begin with.
+      wanted: Called before each cell; the work stops when it returns False.
     """
     place = out / CLAIMS
     place.mkdir(exist_ok=True)
@@ -125,7 +120,7 @@ def work(
                 return
             if records.is_recorded(out, cell):
                 continue
-            with claims.held(place, cell.digest) as ours:
+            with claims.claim(place, cell.digest) as ours:
                 if ours and not records.is_recorded(out, cell):
                     _measure(bench, cell, out)
                     tick()
@@ -138,6 +133,6 @@ def _measure(bench: Bench, cell: Cell, out: Path) -> None:
     try:
         records.write(out, cell, bench.run(cell))
     except OSError:
-        raise  # the directory, not the cell
-    except Exception as error:  # whatever a cell does, the sweep goes on and the record says it
+        raise  # the directory is at fault, not the cell
+    except Exception as error:  # a cell may fail in any way: record the failure and go on
         records.write_error(out, cell, error)

@@ -1,6 +1,6 @@
-"""Pivots in words: tables for a terminal and in Markdown, what differs, and who is ahead."""
+"""Pivots as text: tables for a terminal and in Markdown, their legend, and who is ahead."""
 
-from typing import Any
+from collections.abc import Iterator
 
 from rich import box
 from rich.table import Table
@@ -9,7 +9,7 @@ from duquantpp_jax.lab.pivot import COMPARED, Entry, Pivot, distinct
 
 
 def title(pivot: Pivot) -> str:
-    """What a table is of, in one line."""
+    """The model, the text and the float perplexity of a table, in one line."""
     if not pivot["entries"]:
         return "no cell is finished"
     return (
@@ -19,10 +19,9 @@ def title(pivot: Pivot) -> str:
 
 
 def legend(pivot: Pivot) -> str:
-    """How to read a table, in one line; where its cells were not measured alike, says so."""
-    said = (
-        "KL(float || quantized) and excess NLL in nats per token, mean over seeds (least-largest)"
-    )
+    """How to read a table, in one line; says where its cells ran in different environments."""
+    said = "KL(float || quantized) and excess NLL in nats per token, "
+    said += "mean over seeds (least-largest)"
     if pivot["entries"] and pivot["baseline"] is not None:
         unit, count = pivot["clusters"]["unit"], pivot["clusters"]["count"]
         sources = {e["difference"]["interval"] for e in pivot["entries"] if e["difference"]}
@@ -33,21 +32,17 @@ def legend(pivot: Pivot) -> str:
         )
         if pivot["corrected_over"]:
             said += f"; * significant after Holm's correction over the {pivot['corrected_over']}"
-    return "; ".join([said, *machines(pivot["environments"])])
-
-
-def machines(environments: list[dict[str, Any]]) -> list[str]:
-    """What differs between the environments that cells were measured in; nothing if none does."""
-    if len(environments) < 2:
-        return []
-    names = distinct(name for one in environments for name in one)
-    values = {name: distinct(str(one.get(name, "?")) for one in environments) for name in names}
-    differ = [f"{name} {' | '.join(found)}" for name, found in values.items() if len(found) > 1]
-    return [f"cells were measured on {len(environments)} kinds of machines: {', '.join(differ)}"]
+    if len(environments := pivot["environments"]) > 1:
+        names = distinct(name for environment in environments for name in environment)
+        values = {name: distinct(str(e.get(name, "?")) for e in environments) for name in names}
+        differ = [f"{name} {' | '.join(found)}" for name, found in values.items() if len(found) > 1]
+        said += f"; cells were measured on {len(environments)} kinds of machines: "
+        said += ", ".join(differ)
+    return said
 
 
 def value(entry: Entry, measure: str = "kl") -> str:
-    """A measure of an entry, and the spread of its seeds, or that there is no such spread yet."""
+    """A measure of an entry, with the range of its seeds, or a note that it has only one seed."""
     mean, spread = entry[measure]["value"], entry[measure].get("range")
     if len(entry["seeds"]) > 1 and spread:
         return f"{mean:.4f} ({spread[0]:.4f}-{spread[1]:.4f})"
@@ -55,7 +50,7 @@ def value(entry: Entry, measure: str = "kl") -> str:
 
 
 def difference(entry: Entry, measure: str = "kl") -> str:
-    """The paired difference of an entry, with half its interval and its star."""
+    """The paired difference of an entry with half its interval and its star; empty without one."""
     found = (entry["difference"] or {}).get(measure)
     if found is None:
         return ""
@@ -66,17 +61,35 @@ def difference(entry: Entry, measure: str = "kl") -> str:
     return said + ("*" if found["significant"] else "")
 
 
+def line(entry: Entry, beside: str) -> list[tuple[str, float | None, str]]:
+    """Heading, number and text of each measure of an entry.
+
+    Args:
+      beside: Heading of differences.
+    """
+    cells: list[tuple[str, float | None, str]] = []
+    for measure, heading in COMPARED.items():
+        found = (entry["difference"] or {}).get(measure, {})
+        cells.append((heading, entry[measure]["value"], value(entry, measure)))
+        cells.append((beside, found.get("value"), difference(entry, measure)))
+    for measure, heading, digits in (("perplexity", "PPL", 3), ("sqnr_db", "SQNR dB", 2)):
+        mean = entry.get(measure, {}).get("value")
+        cells.append((heading, mean, "" if mean is None else f"{mean:.{digits}f}"))
+    return cells
+
+
 def fit_seconds(pivot: Pivot, row: str) -> str:
-    """Of the row's fastest fit, compiling included where all its cells share one; nothing where no
-    cell is finished, or in summaries that were written without."""
-    there = [one for one in pivot["entries"] if one["row"] == row]
-    seconds = [one["fit_seconds"] for one in there if "fit_seconds" in one]
+    """Seconds of the row's fastest fit; empty where no entry has them.
+
+    They include compiling if all cells of the row share one fit.
+    """
+    seconds = [e["fit_seconds"] for e in pivot["entries"] if e["row"] == row and "fit_seconds" in e]
     return f"{min(seconds):.1f}" if seconds else ""
 
 
 def online(entry: Entry) -> tuple[str, str]:
-    """Multiply-adds for each value of the inputs of the four sites (a single number where they are
-    equal) and KiB of all layers; nothing where it was not measured."""
+    """Online cost of an entry: multiply-adds for each value of the inputs of the four sites (one
+    number if they are equal), and KiB of all layers; empty where it was not measured."""
     if "online" not in entry:
         return "", ""
     costs = entry["online"].values()
@@ -85,61 +98,58 @@ def online(entry: Entry) -> tuple[str, str]:
     return each[0] if len(set(each)) == 1 else " ".join(each), f"{kib:.1f}"
 
 
+def _rows(pivot: Pivot, measure: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Name of each row, and its value and difference in each column."""
+    entries = {(entry["row"], entry["column"]): entry for entry in pivot["entries"]}
+    for row in pivot["rows"]:
+        found = [entries.get((row, column)) for column in pivot["columns"]]
+        yield row, [(value(e, measure), difference(e, measure)) if e else ("", "") for e in found]
+
+
 def terminal(pivot: Pivot, measure: str = "kl") -> Table:
-    """A measure of the pivot for a terminal, and the difference below it."""
+    """A table of one measure for a terminal, with differences below values."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column(COMPARED[measure], no_wrap=True)
     for column in pivot["columns"]:
         table.add_column(column, justify="right", no_wrap=True)
-    entries = {(one["row"], one["column"]): one for one in pivot["entries"]}
-    for row in pivot["rows"]:
-        there = [entries.get((row, column)) for column in pivot["columns"]]
-        pairs = [(value(e, measure), difference(e, measure)) if e else ("",) for e in there]
+    for row, pairs in _rows(pivot, measure):
         table.add_row(row, *("\n".join(pair).strip() for pair in pairs))
     return table
 
 
 def markdown(pivot: Pivot, measure: str = "kl") -> str:
-    """A measure of the pivot as a Markdown table: each column's values and differences side by
-    side, and last `fit_seconds` where a summary has them."""
-    beside = f"- {pivot['baseline']}"
-    heads = [head for column in pivot["columns"] for head in (column, beside)]
-    timed = any("fit_seconds" in one for one in pivot["entries"])
+    """A Markdown table of one measure, with differences beside values, and `fit_seconds` last where
+    the pivot has them."""
+    heads = [head for c in pivot["columns"] for head in (c, f"- {pivot['baseline']}")]
+    timed = any("fit_seconds" in entry for entry in pivot["entries"])
     heads += ["fit, s"] * timed
     lines = [
         f"| {COMPARED[measure]} | " + " | ".join(heads) + " |",
         "| --- |" + " ---: |" * len(heads),
     ]
-    entries = {(one["row"], one["column"]): one for one in pivot["entries"]}
-    for row in pivot["rows"]:
-        there = [entries.get((row, column)) for column in pivot["columns"]]
-        pairs = [(value(e, measure), difference(e, measure)) if e else ("", "") for e in there]
-        cells = [text for pair in pairs for text in pair]
-        cells += [fit_seconds(pivot, row)] * timed
+    for row, pairs in _rows(pivot, measure):
+        cells = [text for pair in pairs for text in pair] + [fit_seconds(pivot, row)] * timed
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def verdict(pivot: Pivot) -> str:
-    """One sentence: who is ahead of the baseline in each format, or that no one is.
+    """One sentence: the recipe that is ahead of the baseline in each column, or that none is.
 
-    Ahead is the least KL whose paired difference is significant after Holm's correction and, where
-    the recipe draws random numbers, accounts for seeds.
+    A recipe is ahead if its KL is lower, the paired difference is significant after Holm's
+    correction and, if the recipe draws random numbers, several seeds were measured.
     """
-    parts = []
+    parts, baseline = [], pivot["baseline"]
+    ranked = sorted(pivot["entries"], key=lambda entry: entry["kl"]["value"])
     for column in pivot["columns"]:
-        entries = sorted(
-            (entry for entry in pivot["entries"] if entry["column"] == column),
-            key=lambda entry: entry["kl"]["value"],
-        )
-        parts.append(f"under {column} {_leader(entries, pivot['baseline'])}")
-    baseline = pivot["baseline"]
+        entries = [entry for entry in ranked if entry["column"] == column]
+        parts.append(f"under {column} {_leader(entries, baseline)}")
     opening = f"In KL against {baseline}: " if baseline else "Without a baseline to compare with: "
     return opening + "; ".join(parts) + "."
 
 
 def _leader(entries: list[Entry], baseline: str | None) -> str:
-    """Who of a column, sorted by KL, is ahead."""
+    """Who is ahead in a column whose entries are sorted by KL."""
     first = entries[0]
     others = [entry for entry in entries if entry["row"] != baseline]
     if baseline is None or not others:
@@ -165,7 +175,7 @@ def _interval(entry: Entry) -> str:
 
 
 def _doubt(entry: Entry) -> str:
-    """Why a difference shows nothing; empty where it does."""
+    """Why the difference of an entry is no evidence; empty if it is."""
     if not entry["difference"]["kl"]["significant"]:
         return ", not significant among all differences shown"
     if entry["draws"] and len(entry["seeds"]) == 1:

@@ -146,19 +146,19 @@ def test_the_documented_costs_of_a_cache_are_the_recorded_ones():
     place = PAGE.parent.parent / "experiments" / "results" / "kv_cache_gutenberg27m_128rows.json"
     recorded = json.loads(place.read_text())
     assert len(recorded) == 5
-    for one in recorded:
-        assert one["targets"] == 65_408
-        name = one["options"]["cache"] + ", keys rotated" * one["options"]["rotate_keys"]
-        kl, (low, high) = one["kl"]["value"], one["kl"]["ci95"]
+    for result in recorded:
+        assert result["targets"] == 65_408
+        name = result["options"]["cache"] + ", keys rotated" * result["options"]["rotate_keys"]
+        kl, (low, high) = result["kl"]["value"], result["kl"]["ci95"]
         assert f"| {name} | {kl:.5f} ± {(high - low) / 2:.5f} |" in PAGE.read_text()
-        if one["options"]["cache"] == "mxfp8":
+        if result["options"]["cache"] == "mxfp8":
             assert high < 0.002
 
 
 def test_the_documented_commands_are_what_the_command_line_takes():
-    lines = [one for one in PAGE.read_text().splitlines() if one.startswith("duquantpp ")]
-    commands = [shlex.split(one)[1:] for line in lines for one in line.split(" && ")]
-    assert [one[0] for one in commands] == ["evaluate", "generate", "quantize", "evaluate"]
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("duquantpp ")]
+    commands = [shlex.split(command)[1:] for line in lines for command in line.split(" && ")]
+    assert [command[0] for command in commands] == ["evaluate", "generate", "quantize", "evaluate"]
     for command in commands:
         cli._parse(command)
     assert cli._parse(commands[-1]).protocol == "stream"

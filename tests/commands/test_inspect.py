@@ -24,7 +24,7 @@ TOKENS = 3 * 511
 
 def run(directory, text, out, *more):
     arguments = ["inspect", "--model", directory, "--text", text, "--tokens", TOKENS, "--out", out]
-    return cli.main([str(one) for one in (*arguments, *more)])
+    return cli.main([str(word) for word in (*arguments, *more)])
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,14 @@ def test_the_numbers_are_those_of_plain_numpy(tiny_directory, tiny_text, tmp_pat
     assert results["tokens"] == TOKENS
     assert results["quantized"] is None
     inputs = inputs_of(tiny_directory, tiny_text)
-    assert [(one["layer"], one["site"]) for one in results["sites"]] == [
+    assert [(site["layer"], site["site"]) for site in results["sites"]] == [
         (layer, site) for layer in range(2) for site in SITES
     ]
-    for one in results["sites"]:
-        x = np.asarray(inputs[one["site"]][one["layer"]])
+    for site in results["sites"]:
+        x = np.asarray(inputs[site["site"]][site["layer"]])
         expected = plainly(x, Thresholds(ratio=2.5, share=0.1))
         for name, value in expected.items():
-            assert one["input"][name] == pytest.approx(value, rel=1e-4), (one, name)
+            assert site["input"][name] == pytest.approx(value, rel=1e-4), (site, name)
     pictures = ("surface.png", "channels.png", "blocks.png")
     assert {path.name for path in tmp_path.iterdir()} == {"outliers.json", *pictures}
     for name in pictures:
@@ -77,18 +77,18 @@ def test_the_numbers_are_those_of_plain_numpy(tiny_directory, tiny_text, tmp_pat
 def test_a_quantized_directory_shows_what_it_holds(quantized, tiny_text, tmp_path, capsys):
     assert run(quantized, tiny_text, tmp_path, "--site", "*.down_proj") == 0
     results = json.loads((tmp_path / "outliers.json").read_text())
-    assert [one["site"] for one in results["sites"]] == ["mlp_out", "mlp_out"]
-    held = results["quantized"]
-    assert (held["recipe"], held["rounding"]) == ("smooth_hadamard", "rtn")
+    assert [site["site"] for site in results["sites"]] == ["mlp_out", "mlp_out"]
+    told = results["quantized"]
+    assert (told["recipe"], told["rounding"]) == ("smooth_hadamard", "rtn")
     report = json.loads((quantized / "report.json").read_text())
-    assert held["bytes"] == sum(one["bytes"] for one in report["linears"])
+    assert told["bytes"] == sum(linear["bytes"] for linear in report["linears"])
     inputs = inputs_of(quantized, tiny_text)["mlp_out"]
-    for layer, one in enumerate(results["sites"]):
+    for layer, site in enumerate(results["sites"]):
         transform = Quantized(quantized).layer(layer)[1]["mlp_out"].transform
         for seen, x in (("input", inputs[layer]), ("moved", transform.activations(inputs[layer]))):
             for name, value in plainly(x, Thresholds()).items():
                 # Computed twice, an input may cross a power of two: of 4,599 blocks here and there.
-                assert one[seen][name] == pytest.approx(value, rel=1e-3), (one, name)
+                assert site[seen][name] == pytest.approx(value, rel=1e-3), (site, name)
     names = {path.stem for path in tmp_path.iterdir()}
     assert names == {
         *("outliers", "surface", "channels", "blocks", "channels_moved", "blocks_moved"),
@@ -111,13 +111,13 @@ def test_codes_scales_and_sqnr_are_those_of_the_files(quantized, tiny_text):
     assert found.stored is not None
     np.testing.assert_array_equal(np.bincount(found.stored[0], minlength=256), scales)
     np.testing.assert_array_equal(np.bincount(found.stored[1], minlength=16), codes)
-    held = found.results["quantized"]
-    assert held["codes"] == codes.tolist()
-    assert held["scale_exponents"] == {str(b - 127): n for b, n in enumerate(scales) if n}
+    told = found.results["quantized"]
+    assert told["codes"] == codes.tolist()
+    assert told["scale_exponents"] == {str(b - 127): n for b, n in enumerate(scales) if n}
     report = json.loads((quantized / "report.json").read_text())["linears"]
     assert found.sqnr is not None
-    assert {x for one in found.sqnr.values() for x in one.ravel()} == {
-        one["sqnr_db"] for one in report
+    assert {x for values in found.sqnr.values() for x in values.ravel()} == {
+        linear["sqnr_db"] for linear in report
     }
 
 
@@ -138,7 +138,7 @@ def test_layers_left_in_float_beside_padded_ones_have_nothing_moved(tiny_text, t
 def test_a_site_is_named_by_its_linears_or_by_itself(tiny_directory, tiny_text):
     def chosen(*names):
         found = inspect(InspectOptions(tiny_directory, tiny_text, TOKENS, site=names))
-        return [(one["layer"], one["site"]) for one in found.results["sites"]]
+        return [(site["layer"], site["site"]) for site in found.results["sites"]]
 
     assert chosen("mlp_in", "model.layers.1.self_attn.k_proj") == [
         *((0, "mlp_in"), (1, "attention_in"), (1, "mlp_in")),

@@ -128,9 +128,9 @@ def test_bad_input_is_refused_in_a_line(options, changes, says):
 def test_a_share_or_a_number_of_rows_is_held_out():
     tokens = np.arange(16).reshape(8, 2)
     for given in (0.25, 2.0):
-        rows, held = split(tokens, given)
-        np.testing.assert_array_equal(np.concatenate([rows, held]), tokens)
-        assert len(held) == 2
+        rows, held_out = split(tokens, given)
+        np.testing.assert_array_equal(np.concatenate([rows, held_out]), tokens)
+        assert len(held_out) == 2
     with pytest.raises(ValueError, match=r"held-out 2\.5"):
         split(tokens, 2.5)
 

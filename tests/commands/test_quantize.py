@@ -254,9 +254,9 @@ def test_twenty_processes_killed_at_random_leave_what_one_writes_and_exports(
     assert in_process(options)[1] == 0
     assert contents(options.out) == contents(whole.out)
     for format in ("compressed-tensors", "dequantized"):
-        exported = [tmp_path / f"{format} of {one.out.name}" for one in (whole, options)]
-        for one, place in zip((whole, options), exported, strict=True):
-            export(ExportOptions(one.out, format, place))
+        exported = [tmp_path / f"{format} of {job.out.name}" for job in (whole, options)]
+        for job, place in zip((whole, options), exported, strict=True):
+            export(ExportOptions(job.out, format, place))
         assert contents(exported[0]) == contents(exported[1])
         if format == "compressed-tensors":
             assert_equal(by_numpy(exported[1]), held(whole.out))

@@ -39,6 +39,6 @@ def test_online_costs_are_a_mean_of_multiply_adds_and_a_sum_of_bytes():
 
 
 def test_what_was_not_measured_has_no_columns():
-    headings, rows = cells([{"linear": one["linear"], "bytes": MIB} for one in LINEARS])
+    headings, rows = cells([{"linear": linear["linear"], "bytes": MIB} for linear in LINEARS])
     assert headings == ["linear", "of them", "MiB"]
     assert rows == [("up_proj", "3", "3.00"), ("down_proj", "2", "2.00"), ("o_proj", "1", "1.00")]

@@ -89,7 +89,7 @@ def main() -> None:
         for pid in pids:
             os.waitpid(pid, 0)
         now = inodes(out)
-        seen["rewritten"] += sum(now[name] != one for name, one in files.items())
+        seen["rewritten"] += sum(now[name] != inode for name, inode in files.items())
         seen["held"].append(len(list((out / running.CLAIMS).glob("*"))))
         seen["done"].append(len(now))
     _, status = os.waitpid(sweep(cells, out, log), 0)

@@ -13,28 +13,28 @@ from duquantpp_jax.lab import claims
 
 
 def test_a_claim_is_held_once_and_leaves_nothing(tmp_path):
-    with claims.held(tmp_path, "a") as first, claims.held(tmp_path, "a") as second:
+    with claims.claim(tmp_path, "a") as first, claims.claim(tmp_path, "a") as second:
         assert (first, second) == (True, False)
-        with claims.held(tmp_path, "b") as other:
+        with claims.claim(tmp_path, "b") as other:
             assert other
-    with claims.held(tmp_path, "a") as again:
+    with claims.claim(tmp_path, "a") as again:
         assert again
     assert list(tmp_path.iterdir()) == []
 
 
 def test_of_many_at_once_one_at_a_time_holds_it(tmp_path):
-    inside, most, held = [0], [0], [0]
+    inside, most, turns_held = [0], [0], [0]
     lock = threading.Lock()
 
     def contend():
         turns = 0
         while turns < 3:
-            with claims.held(tmp_path, "a") as ours:
+            with claims.claim(tmp_path, "a") as ours:
                 if not ours:
                     continue
                 with lock:
                     inside[0] += 1
-                    held[0] += 1
+                    turns_held[0] += 1
                     most[0] = max(most[0], inside[0])
                 time.sleep(0.001)
                 with lock:
@@ -47,7 +47,7 @@ def test_of_many_at_once_one_at_a_time_holds_it(tmp_path):
     for thread in threads:
         thread.join()
     assert most[0] == 1
-    assert held[0] == 24
+    assert turns_held[0] == 24
 
 
 def _left_by(tmp_path, generation, **changes):
@@ -68,7 +68,7 @@ def test_the_claim_of_a_dead_process_passes_on_and_is_cleaned_up(dead, tmp_path)
     pid = _dead_pid()
     for generation in range(dead):
         _left_by(tmp_path, generation, pid=pid)
-    with claims.held(tmp_path, "a") as ours, claims.held(tmp_path, "a") as second:
+    with claims.claim(tmp_path, "a") as ours, claims.claim(tmp_path, "a") as second:
         assert (ours, second) == (True, False)
         assert (tmp_path / f"a.{dead}").exists()
     assert list(tmp_path.iterdir()) == []
@@ -76,7 +76,7 @@ def test_the_claim_of_a_dead_process_passes_on_and_is_cleaned_up(dead, tmp_path)
 
 def test_a_process_that_has_a_dead_ones_number_does_not_hold_its_claim(tmp_path):
     _left_by(tmp_path, 0, start=1)
-    with claims.held(tmp_path, "a") as ours:
+    with claims.claim(tmp_path, "a") as ours:
         assert ours
 
 
@@ -95,7 +95,7 @@ def test_of_many_that_find_a_holder_dead_one_succeeds(tmp_path):
 
     def contend():
         barrier.wait()
-        with claims.held(tmp_path, "a") as ours:
+        with claims.claim(tmp_path, "a") as ours:
             wins.append(ours)
             barrier.wait()
 
@@ -109,17 +109,17 @@ def test_of_many_that_find_a_holder_dead_one_succeeds(tmp_path):
 
 def test_a_claim_of_another_machine_holds_while_it_is_renewed(tmp_path):
     path = _left_by(tmp_path, 0, host="elsewhere")
-    with claims.held(tmp_path, "a") as ours:
+    with claims.claim(tmp_path, "a") as ours:
         assert not ours
     old = time.time() - claims.STALE_SECONDS - 1
     os.utime(path, (old, old))
-    with claims.held(tmp_path, "a") as ours:
+    with claims.claim(tmp_path, "a") as ours:
         assert ours
 
 
 def test_a_claim_is_renewed(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "RENEWAL_SECONDS", 0.01)
-    with claims.held(tmp_path, "a"):
+    with claims.claim(tmp_path, "a"):
         path = tmp_path / "a.0"
         os.utime(path, (1, 1))
         deadline = time.monotonic() + 30

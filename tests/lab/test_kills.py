@@ -37,7 +37,7 @@ def test_a_sweep_killed_twenty_times_ends_as_an_undisturbed_one(
     assert seen["status"] == 0
     assert seen["rewritten"] == 0
     # The kills hit: some found cells under way, and the sweep went on between them.
-    assert sum(held > 0 for held in seen["held"]) >= KILLS // 4
+    assert sum(count > 0 for count in seen["held"]) >= KILLS // 4
     assert 0 < seen["done"][-1] < len(sweeps.grid(tiny_directory, tiny_text))
 
     times = collections.Counter((tmp_path / "log").read_text().split())

@@ -213,10 +213,10 @@ def test_neighbours_share_the_fit(tiny):
 
 def test_a_store_alone_is_measured_with_all_linears_in_float(tiny):
     shared = Bench()
-    same, held = (
+    same, rounded = (
         shared.run(tiny("float", "float", store=HeadStore(jnp.dtype(dtype))))
         for dtype in ("float32", "bfloat16")
     )
     np.testing.assert_allclose(same.kl, 0, atol=1e-3)  # 511 targets of rounding errors in float32
-    assert held.kl.min() > 10 * np.abs(same.kl).max()
+    assert rounded.kl.min() > 10 * np.abs(same.kl).max()
     assert same.sqnr is None

@@ -64,7 +64,7 @@ LAYOUT = Layout(baseline="block_hadamard")
 
 
 def _entries(pivot):
-    return {(one["row"], one["column"]): one for one in pivot["entries"]}
+    return {(entry["row"], entry["column"]): entry for entry in pivot["entries"]}
 
 
 def test_a_pivot_holds_means_over_seeds_and_paired_intervals(outcome):
@@ -113,7 +113,7 @@ def test_stars_follow_holms_correction_over_the_table(outcome):
     entries = _entries(pivots(outcome, LAYOUT)[0])
     judged = [e["difference"]["kl"] for e in entries.values() if e["difference"]]
     assert len(judged) == 3
-    for found, p in zip(judged, holm([one["p"] for one in judged]), strict=True):
+    for found, p in zip(judged, holm([each["p"] for each in judged]), strict=True):
         assert found["significant"] == (p <= 0.05)
     assert entries["ahead", "floor"]["difference"]["kl"]["significant"]
 
