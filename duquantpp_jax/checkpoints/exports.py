@@ -38,8 +38,6 @@ from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
 from duquantpp_jax.ptq.fuse import NORMS, split
 from duquantpp_jax.ptq.plan import linear_shapes
 from duquantpp_jax.ptq.site import QuantizedSite
-from duquantpp_jax.transforms.basic import Identity, links
-from duquantpp_jax.transforms.block import BlockAffine, BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard
 
 PACKED = "mxfp4-pack-quantized"
@@ -150,7 +148,7 @@ def pack_layer(
     for site in SITES:
         width = shapes[SITE_WEIGHTS[site][0]][1]
         folding = split(config, site, sites[site].transform, width)
-        turned = _turned(folding.rest, f"{prefix}{site}")
+        turned = _turned(folding.rest, -(-width // BLOCK) * BLOCK, f"{prefix}{site}")
         if folding.moves and site not in NORMS:
             raise ValueError(
                 f"{prefix}{site}: its smoothing has to be folded into the linear before it prior "
@@ -209,24 +207,26 @@ def _named(prefix: str, parameters: Mapping[str, np.ndarray]) -> Tensors:
     }
 
 
-def _turned(transform: Transform, where: str) -> bool:
+def _turned(transform: Transform, width: int, where: str) -> bool:
     """Whether Hadamard matrices move a site's input; nothing does if not.
 
     Raises:
-      ValueError: The transform is of another kind.
+      ValueError: Something else does.
     """
-    match transform:
-        case Identity():
-            return False
-        case BlockRotation() | BlockAffine():
-            blocks = np.asarray(transform.matrices)
-        case others:
-            kinds = ", ".join(type(link).__name__ for link in links(others))
-            raise ValueError(
-                f"{where}: its input is moved online by {kinds}, which {PACKED} cannot express: "
-                "quantize again with --fuse, which folds smoothing, or export --format dequantized"
-            )
-    if blocks.shape[-1] != BLOCK or np.any(blocks != np.asarray(hadamard(BLOCK))):
+    kinds = ", ".join(type(link).__name__ for link in transform.flat_links())
+    if (blocks := transform.as_blocks(width, BLOCK)) is None:
+        raise ValueError(
+            f"{where}: its input is moved online by {kinds}, whose as_blocks gives no matrix for "
+            f"each block of {BLOCK}: {PACKED} has nothing else; export --format dequantized"
+        )
+    if blocks.divisor is not None and np.any(np.asarray(blocks.divisor) != 1):
+        raise ValueError(
+            f"{where}: its input is divided online by {kinds}, which {PACKED} cannot express: "
+            "quantize again with --fuse, which folds smoothing, or export --format dequantized"
+        )
+    if blocks.matrices is None:
+        return False
+    if np.any(np.asarray(blocks.matrices) != np.asarray(hadamard(BLOCK))):
         raise ValueError(
             f"{where}: its input is rotated online by matrices that are not Hadamard's, which "
             f"{PACKED} cannot express: export --format dequantized, or quantize with identity or "

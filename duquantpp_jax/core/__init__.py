@@ -23,9 +23,10 @@ from duquantpp_jax.core.arrays import (
 )
 from duquantpp_jax.core.recipe import Fit, Fitted, Recipe, Rounding, Weights, stack
 from duquantpp_jax.core.stats import Needs, Stats
-from duquantpp_jax.core.transform import Chain, Channels, Cost, Transform
+from duquantpp_jax.core.transform import Blocks, Chain, Channels, Cost, Transform, diagonal_blocks
 
 __all__ = [
+    "Blocks",
     "Chain",
     "Channels",
     "Cost",
@@ -45,6 +46,7 @@ __all__ = [
     "Transform",
     "Weights",
     "choice",
+    "diagonal_blocks",
     "stack",
     "times_power_of_two",
 ]

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -78,6 +81,47 @@ class Channels:
         return w[..., self.order] * self.divisor
 
 
+class Blocks(NamedTuple):
+    """A transform that keeps to blocks of s channels, in the form that kernels and exports take.
+
+        x'_b = (x / divisor)_b M_b        w'_b = (w divisor)_b M_b^-T
+
+    Attributes:
+      divisor: Of each channel; None where nothing is divided.
+      matrices: M_b of each block, or one for all; None where nothing mixes.
+      inverses: M_b^-1, in the same way.
+    """
+
+    divisor: Float[Array, " k"] | None = None
+    matrices: Float[Array, "blocks s s"] | None = None
+    inverses: Float[Array, "blocks s s"] | None = None
+
+    def then(self, other: Blocks) -> Blocks:
+        """These followed by others; a division after a mixing goes into the matrices' columns."""
+        matrices, inverses = self.matrices, self.inverses
+        if matrices is None or inverses is None:
+            divisors = [d for d in (self.divisor, other.divisor) if d is not None]
+            divisor = functools.reduce(jnp.multiply, divisors) if divisors else None
+            return other._replace(divisor=divisor)
+        if other.divisor is not None:
+            divisor = other.divisor.reshape(-1, 1, matrices.shape[-1])
+            matrices, inverses = matrices / divisor, inverses * divisor.swapaxes(1, 2)
+        if other.matrices is not None and other.inverses is not None:
+            product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+            matrices = product(matrices, other.matrices)
+            inverses = product(other.inverses, inverses)
+        return Blocks(self.divisor, matrices, inverses)
+
+    def whole(
+        self, width: int, size: int
+    ) -> tuple[Float[Array, " k"], Float[Array, "blocks s s"], Float[Array, "blocks s s"]]:
+        """Divisor, matrices and inverses, with 1 and I for what is None and a matrix a block."""
+        divisor = jnp.ones(width, jnp.float32) if self.divisor is None else self.divisor
+        eye, shape = jnp.eye(size, dtype=jnp.float32), (width // size, size, size)
+        matrices, inverses = (jnp.broadcast_to(eye if m is None else m, shape) for m in self[1:])
+        return divisor, matrices, inverses
+
+
 class Transform(abc.ABC):
     """How one linear's input is moved: a pytree of arrays under one law.
 
@@ -133,9 +177,71 @@ class Transform(abc.ABC):
         del width
         return None
 
+    def as_blocks(self, width: int, size: int) -> Blocks | None:
+        """The transform of one layer on blocks of `size` channels; None if it has no such form.
+
+        What has it is evaluated in it, and runs in kernels and exports that know of nothing else.
+        Unless a transform says better, it is seen from what happens to unit vectors, which takes
+        arrays with values; give a transform whose arrays are traced (under `jax.jit`, in a
+        derivative) a method of its own. One that is better left as it is returns None.
+
+        Args:
+          width: Channels of the input.
+          size: Of a block.
+
+        Raises:
+          ValueError: The arrays are traced.
+        """
+        if width % size:
+            return None
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
+            raise ValueError(
+                f"{type(self).__name__} has traced arrays, which do not show whether it keeps to "
+                f"blocks of {size}: give it a method as_blocks(width, size)"
+            )
+        with jax.ensure_compile_time_eval():
+            if (channels := self.as_channels(width)) is not None:
+                return Blocks(jnp.asarray(channels.divisor)) if channels.in_place else None
+            t, back, outside = diagonal_blocks(self, width, size)
+            if not outside <= 1e-6 * jnp.max(jnp.abs(t)):
+                return None
+            return Blocks(None, t, back.swapaxes(1, 2))
+
+    def flat_links(self) -> tuple[Transform, ...]:
+        """The transforms that this one chains, none of them a chain: itself unless it is one."""
+        return (self,)
+
     def then(self, other: Transform) -> Transform:
         """This transform followed by another: T_self T_other."""
         return Chain((self, other))
+
+
+@functools.partial(jax.jit, static_argnames=("width", "size"))
+def diagonal_blocks(
+    transform: Transform, width: int, size: int
+) -> tuple[Float[Array, "blocks s s"], Float[Array, "blocks s s"], Float[Array, ""]]:
+    """The diagonal blocks of T and of T^-T, and the largest magnitude of T outside of them.
+
+    Args:
+      transform: Of one layer; its type of float, float32 or float64, is that of the result.
+      width: Channels k.
+      size: Side of the blocks; divides the width.
+    """
+    leaves = [leaf.dtype for leaf in jax.tree.leaves(transform)]
+    dtype = jnp.float64 if jnp.float64 in leaves else jnp.float32
+
+    def of_block(first: Int[Array, ""]) -> tuple[Array, Array, Array]:
+        rows = (jnp.arange(width) == first + jnp.arange(size)[:, None]).astype(dtype)
+        moved = transform.activations(rows)
+        t, back = (
+            jax.lax.dynamic_slice_in_dim(side, first, size, axis=1)
+            for side in (moved, transform.weights(rows))
+        )
+        rest = jax.lax.dynamic_update_slice_in_dim(moved, jnp.zeros_like(t), first, axis=1)
+        return t, back, jnp.max(jnp.abs(rest))
+
+    t, back, outside = jax.lax.map(of_block, jnp.arange(0, width, size))
+    return t, back, jnp.max(outside)
 
 
 @struct.dataclass
@@ -172,3 +278,14 @@ class Chain(Transform):
                 return None
             whole = whole.then(channels)
         return whole
+
+    def as_blocks(self, width: int, size: int) -> Blocks | None:
+        whole = Blocks()
+        for link in self.links:
+            if (blocks := link.as_blocks(width, size)) is None:
+                return None
+            whole = whole.then(blocks)
+        return whole
+
+    def flat_links(self) -> tuple[Transform, ...]:
+        return tuple(inner for link in self.links for inner in link.flat_links())

@@ -34,7 +34,7 @@ from jaxtyping import Array, Float
 
 from duquantpp_jax.core import Chain, Channels, Cost, Fitted, Transform
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
-from duquantpp_jax.transforms.basic import Identity, Smooth, links
+from duquantpp_jax.transforms.basic import Identity, Smooth
 
 NORMS: Mapping[str, str] = {
     "attention_in": "input_layernorm",
@@ -137,7 +137,7 @@ def split(config: DecoderConfig, site: str, transform: Transform, width: int) ->
       width: Of the input before it is widened with zeros.
     """
     chain = []
-    for link in links(transform):
+    for link in transform.flat_links():
         channels = link.as_channels(width)
         if channels is None or not channels.moves_nothing:
             chain.append((link, channels))
@@ -175,12 +175,13 @@ def grouped(fitted: Fitted, config: DecoderConfig) -> Fitted:
       fitted: Of attention_out, of one layer.
       config: Of the model.
     """
-    first, *others = links(fitted.transform)
-    if not isinstance(first, Smooth) or not np.all(np.asarray(first.scale) > 0):
-        return fitted
+    first, *others = fitted.transform.flat_links()
     kv_heads, side = config.num_key_value_heads, config.head_dim
     width = config.num_attention_heads * side
-    scale = np.asarray(first.scale)
+    channels = first.as_channels(width)
+    if channels is None or not (channels.in_place and np.all(channels.divisor > 0)):
+        return fitted
+    scale = channels.divisor
     heads = np.log(scale[:width].astype(np.float64)).reshape(kv_heads, -1, side)
     mean = np.exp(np.broadcast_to(heads.mean(axis=1, keepdims=True), heads.shape))
     shared = np.concatenate([mean.ravel(), scale[width:]]).astype(np.float32)
@@ -196,7 +197,7 @@ def online_cost(transform: Transform, width: int) -> Cost:
       width: Of the input as it is moved.
     """
     kept = []
-    for link in links(transform):
+    for link in transform.flat_links():
         channels = link.as_channels(width)
         if channels is None or not channels.moves_nothing:
             kept.append(link)

@@ -18,7 +18,7 @@ from flax import struct
 from jaxtyping import Array, Float, Key
 
 from duquantpp_jax.core import (
-    Chain,
+    Blocks,
     Channels,
     Cost,
     Fit,
@@ -58,6 +58,9 @@ class Identity(Transform):
     def as_channels(self, width: int) -> Channels:
         return Channels.nothing(width)
 
+    def as_blocks(self, width: int, size: int) -> Blocks:
+        return Blocks()
+
 
 @struct.dataclass
 class Smooth(Transform):
@@ -87,12 +90,8 @@ class Smooth(Transform):
         scale = np.asarray(self.scale)
         return Channels(np.arange(len(scale)), scale)
 
-
-def links(transform: Transform) -> tuple[Transform, ...]:
-    """The transform as a flat tuple of those it chains."""
-    if not isinstance(transform, Chain):
-        return (transform,)
-    return tuple(inner for link in transform.links for inner in links(link))
+    def as_blocks(self, width: int, size: int) -> Blocks:
+        return Blocks(self.scale)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
-from duquantpp_jax.core import Chain, Channels, Cost, Transform
-from duquantpp_jax.transforms.basic import Identity, Smooth, links
+from duquantpp_jax.core import Blocks, Chain, Channels, Cost, Transform
+from duquantpp_jax.transforms.basic import Smooth
 
 
 def multiply_blocks(
@@ -100,6 +100,9 @@ class BlockRotation(Transform):
     def cost(self, width: int) -> Cost:
         return Cost(self.matrices.shape[-1], self.matrices.nbytes)
 
+    def as_blocks(self, width: int, size: int) -> Blocks | None:
+        return _of_side(size, width, self.matrices, transposed(self.matrices))
+
 
 @struct.dataclass
 class BlockAffine(Transform):
@@ -127,6 +130,9 @@ class BlockAffine(Transform):
             return Channels.nothing(width)
         return None
 
+    def as_blocks(self, width: int, size: int) -> Blocks | None:
+        return _of_side(size, width, self.matrices, self.inverses)
+
 
 def lower(transform: Transform, width: int, size: int) -> Transform:
     """The same map as Chain((Smooth, BlockAffine of side `size`)), where it has that form.
@@ -136,41 +142,32 @@ def lower(transform: Transform, width: int, size: int) -> Transform:
 
     Args:
       width: Channels k.
-      size: Side of the matrices; those of the transform must divide it.
+      size: Side of the matrices.
     """
-    scale = jnp.ones(width, jnp.float32)
-    eye = jnp.broadcast_to(jnp.eye(size, dtype=jnp.float32), (width // size, size, size))
-    matrices = inverses = eye
-    rotated = False
-    for link in links(transform):
-        match link:
-            case Identity():
-                pass
-            case Smooth() if not rotated:
-                scale = scale * link.scale
-            case BlockRotation() | BlockAffine() if size % link.matrices.shape[-1] == 0:
-                forward = _repeat(link.matrices, width, size)
-                back = _repeat(link.inverse().matrices, width, size)  # type: ignore[attr-defined]
-                matrices = _product(matrices, forward) if rotated else forward
-                inverses = _product(back, inverses) if rotated else back
-                rotated = True
-            case _:
-                return transform
+    if (blocks := transform.as_blocks(width, size)) is None:
+        return transform
+    scale, matrices, inverses = blocks.whole(width, size)
     return Chain((Smooth(scale), BlockAffine(matrices, inverses)))
 
 
-def _repeat(
-    matrices: Float[Array, "blocks r r"], width: int, size: int
-) -> Float[Array, "more s s"]:
-    """Block-diagonal matrices of side `size` that move the width as the given ones do."""
+def _of_side(
+    size: int,
+    width: int,
+    matrices: Float[Array, "blocks r r"],
+    inverses: Float[Array, "blocks r r"],
+) -> Blocks | None:
+    """Matrices of side r as block-diagonal ones of side `size`; None if r does not divide it."""
     count, side, _ = matrices.shape
-    each = jnp.broadcast_to(matrices, (width // side if count == 1 else count, side, side))
-    grouped = each.reshape(width // size, size // side, side, side)
-    eye = jnp.eye(size // side, dtype=matrices.dtype)
-    return jnp.einsum("gmij,mn->gminj", grouped, eye).reshape(width // size, size, size)
+    if size % side or width % size:
+        return None
+    if side == size:
+        return Blocks(None, matrices, inverses)
 
+    def joined(m: Float[Array, "blocks r r"]) -> Float[Array, "more s s"]:
+        each = size // side
+        if count == 1:
+            m = jnp.broadcast_to(m, (each, side, side))
+        grouped, eye = m.reshape(-1, each, side, side), jnp.eye(each, dtype=m.dtype)
+        return jnp.einsum("gmij,mn->gminj", grouped, eye).reshape(-1, size, size)
 
-def _product(
-    a: Float[Array, "blocks r r"], b: Float[Array, "blocks r r"]
-) -> Float[Array, "blocks r r"]:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return Blocks(None, joined(matrices), joined(inverses))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from duquantpp_jax.core import Cost, Transform
+from duquantpp_jax.core import Blocks, Cost, Transform
 from duquantpp_jax.transforms.block import transposed
 
 
@@ -58,3 +58,6 @@ class KroneckerRotation(Transform):
     def cost(self, width: int) -> Cost:
         sides = (factor.shape[-1] for factor in self.factors)
         return Cost(sum(sides), sum(factor.nbytes for factor in self.factors))
+
+    def as_blocks(self, width: int, size: int) -> Blocks | None:
+        return super().as_blocks(width, size) if self.size <= size else None

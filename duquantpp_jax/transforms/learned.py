@@ -28,8 +28,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from duquantpp_jax.core import Transform
-from duquantpp_jax.transforms.basic import Smooth, links
-from duquantpp_jax.transforms.block import BlockAffine, lower, polished
+from duquantpp_jax.transforms.block import BlockAffine, polished
 from duquantpp_jax.transforms.inverse import inverse
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -160,17 +159,14 @@ def block_affine(transform: Transform, width: int, size: int) -> BlockAffine:
     Raises:
       ValueError: It has no such form (a permutation, a larger rotation).
     """
-    lowered = lower(transform, width, size)
-    match links(lowered):
-        case (Smooth() as smooth, BlockAffine() as blocks):
-            scale = smooth.scale.reshape(-1, size)
-            return BlockAffine(
-                blocks.matrices / scale[:, :, None], blocks.inverses * scale[:, None, :]
-            )
-    raise ValueError(
-        f"{type(transform).__name__} is not made of matrices of side {size}: "
-        "learning starts from transforms that are"
-    )
+    if (blocks := transform.as_blocks(width, size)) is None:
+        raise ValueError(
+            f"{type(transform).__name__} is not made of matrices of side {size}: "
+            "learning starts from transforms that are"
+        )
+    divisor, matrices, inverses = blocks.whole(width, size)
+    divisor = divisor.reshape(-1, size)
+    return BlockAffine(matrices / divisor[:, :, None], inverses * divisor[:, None, :])
 
 
 def check_condition(start: BlockAffine, max_condition: float) -> None:

@@ -12,6 +12,7 @@ from duquantpp_jax.kernels.scaled_matmul import mosaic as scaled_matmul
 from duquantpp_jax.transforms.basic import Identity, Smooth
 from duquantpp_jax.transforms.block import BlockRotation
 from tests.kernels import interpreter
+from tests.transforms.test_law import Stranger
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +39,14 @@ def test_it_is_the_product_of_both_sides_quantized(layer, rule):
     np.testing.assert_allclose(out, by_hand(x, weights, transform, rule), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("one", [Identity(), BlockRotation(jnp.eye(32)[None, ::-1])])
-def test_one_matrix_serves_all_blocks(layer, one):
+REVERSED = BlockRotation(jnp.eye(32)[None, ::-1])
+
+
+@pytest.mark.parametrize("one", [Identity(), REVERSED, Stranger(REVERSED)], ids=type)
+def test_one_matrix_serves_all_blocks_and_a_transform_from_outside_is_seen_to_have_some(layer, one):
     x, w, _, _ = layer
     weights = Operand.from_mx(MXFP4().quantize(one.weights(w)))
-    out = quantized_linear(x, weights, one)
+    out = jax.jit(lambda x: quantized_linear(x, weights, one))(x)
     np.testing.assert_allclose(out, by_hand(x, weights, one), rtol=1e-4, atol=1e-4)
 
 

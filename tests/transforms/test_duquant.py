@@ -10,7 +10,6 @@ import pytest
 from duquantpp_jax.core import Stats
 from duquantpp_jax.recipes import FITS, recipe
 from duquantpp_jax.transforms import duquant
-from duquantpp_jax.transforms.basic import links
 from duquantpp_jax.transforms.duquant import (
     FitDuquantpp,
     base_rotation,
@@ -207,7 +206,7 @@ def test_duquant_is_the_search_a_zigzag_and_the_search_again():
     x = jax.random.t(jax.random.key(0), 3.0, (2, 32, 256))
     weights, key, one = (jnp.ones((3, 256)),), jax.random.key(2), recipe("duquant", "floor")
     fitted = FITS["duquant"](weights, stats_of(x), one, key)
-    smooth, first, zigzag, second = links(fitted.transform)
+    smooth, first, zigzag, second = fitted.transform.flat_links()
     assert first.matrices.shape == second.matrices.shape == (2, 128, 128)
     moved = first.activations(smooth.activations(x))
     maxima = np.max(np.abs(moved), axis=(0, 1))

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from duquantpp_jax.core import Transform
 from duquantpp_jax.transforms.basic import Identity, Smooth
 from duquantpp_jax.transforms.block import BlockAffine, BlockRotation, lower
 from duquantpp_jax.transforms.kronecker import KroneckerRotation
@@ -51,7 +53,7 @@ def single(transform):
 
 
 def _lowers(name):
-    return not any(word in name for word in ("full width", "permutation", "kronecker"))
+    return not any(word in name for word in ("full width", "permutation"))
 
 
 TRANSFORMS = {
@@ -159,6 +161,54 @@ def test_all_that_lowers_has_one_structure():
 def test_what_mixes_channels_beyond_the_block_does_not_lower(name):
     transform = TRANSFORMS[name](np.random.default_rng(0))
     assert lower(transform, WIDTH, 32) is transform
+
+
+@struct.dataclass
+class Stranger(Transform):
+    """A transform that says no more of itself than it must."""
+
+    inner: Transform
+
+    def activations(self, x):
+        return self.inner.activations(x)
+
+    def weights(self, w):
+        return self.inner.weights(w)
+
+    def inverse(self):
+        return Stranger(self.inner.inverse())
+
+
+@pytest.mark.parametrize("name", sorted(TRANSFORMS))
+def test_the_blocks_of_a_stranger_are_seen_from_what_it_does(name):
+    transform = single(TRANSFORMS[name](np.random.default_rng(0)))
+    seen = Stranger(transform).as_blocks(WIDTH, 32)
+    assert (seen is not None) == _lowers(name)
+    if seen is not None:
+        smooth, affine = lower(transform, WIDTH, 32).links
+        wanted = affine.matrices / smooth.scale.reshape(-1, 32, 1)
+        np.testing.assert_allclose(seen.matrices, wanted, atol=1e-5 * float(jnp.abs(wanted).max()))
+        assert Stranger(transform).as_blocks(WIDTH, 48) is None
+
+
+def test_blocks_that_mix_are_seen_where_their_sum_hides_it():
+    mixed = np.eye(128, dtype=np.float32)
+    mixed[0, 32], mixed[64, 32] = 1e-3, -1e-3
+    inverse = np.linalg.inv(mixed)
+    affine = BlockAffine(jnp.asarray(mixed[None]), jnp.asarray(inverse[None]))
+    assert Stranger(affine).as_blocks(128, 32) is None
+    assert Stranger(affine).as_blocks(128, 128) is not None
+
+
+def test_a_stranger_whose_arrays_are_traced_is_told_which_method_to_write():
+    def blocks(transform):
+        return transform.as_blocks(WIDTH, 32)
+
+    stranger = Stranger(single(_rotation(2, 32)(np.random.default_rng(0))))
+    with pytest.raises(ValueError, match=r"Stranger has traced arrays.*give it a method as_blocks"):
+        jax.jit(blocks)(stranger)
+    assert jax.jit(lambda x: x + blocks(stranger).matrices)(1.0).shape == (2, 32, 32)
+    assert jax.jit(blocks)(stranger.inner).matrices.shape == (2, 32, 32)
 
 
 def test_the_identity_lowers_to_what_moves_nothing_at_all():
