@@ -1,12 +1,13 @@
 """The known fits, roundings and formats, a line each. A new one is one file and one line here.
 
 What is outside the package needs no line: `module:NAME` names a fit, a rounding or a format
-wherever one is named.
+wherever one is named. A name that a file says imports nothing: `import_modules` first.
 """
 
 import dataclasses
 import difflib
 import importlib
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -175,12 +176,13 @@ def find_rounding(name: str) -> Rounding:
     return _outside("rounding", name, "rounding", called, Rounding)
 
 
-def find_format(name: str) -> Format:
+def find_format(name: str, *, imports: bool = True) -> Format:
     """The format of this name.
 
     Args:
       name: Of FORMATS; of FORMATS with a scale rule, `mxfp8:even`; a rule of RULES alone, which is
         that of mxfp4; or `module:NAME`, which imports the module.
+      imports: Whether it may; not for a name that a file says.
 
     Raises:
       ValueError: There is none, or the format has no such scale rule.
@@ -191,6 +193,8 @@ def find_format(name: str) -> Format:
     if not colon:
         return FORMATS[known("format", name, [*FORMATS, *RULES])]
     if base not in FORMATS and rule not in RULES:
+        if not imports and base not in sys.modules:
+            raise ValueError(f"the format {name} is not known here: give --import {base}")
         made = "an instance of duquantpp_jax.core.Format"
         return _outside("format", name, "format", made, Format)
     format = FORMATS[known("format", base, FORMATS)]
@@ -251,13 +255,7 @@ def _outside(kind: str, name: str, noun: str, about: str, of: type) -> Any:
       ValueError: The module cannot be imported, or holds no such object of that name.
     """
     module, _, attribute = name.partition(":")
-    try:
-        imported = importlib.import_module(module)
-    except Exception as error:  # whatever a module of the user's may raise
-        raise ValueError(
-            f"{kind} {name!r}: cannot import {module} ({type(error).__name__}: {error}): "
-            "is it installed, or its directory in PYTHONPATH?"
-        ) from error
+    imported = _imported(module, f"{kind} {name!r}")
     found = getattr(imported, attribute, None)
     right = isinstance(found, of) and not isinstance(found, type)
     if of is not Format and callable(found) and not (right and isinstance(found.needs, Needs)):
@@ -269,6 +267,26 @@ def _outside(kind: str, name: str, noun: str, about: str, of: type) -> Any:
     if not right:
         raise ValueError(f"{kind} {name!r}: module {module} has no {noun} {attribute} ({about})")
     return found
+
+
+def import_modules(names: Iterable[str]) -> None:
+    """Imports modules, whose transforms and formats can be read from files from then on.
+
+    Raises:
+      ValueError: One of them cannot be imported.
+    """
+    for name in names:
+        _imported(name, f"--import {name}")
+
+
+def _imported(module: str, wanted: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # whatever a module of the user's may raise
+        raise ValueError(
+            f"{wanted}: cannot import {module} ({type(error).__name__}: {error}): "
+            "is it installed, or its directory in PYTHONPATH?"
+        ) from error
 
 
 def known(kind: str, name: str, names: Iterable[str]) -> str:

@@ -10,11 +10,12 @@ import fnmatch
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jaxtyping import Array, Integer
 
 from duquantpp_jax.analysis import contents as holds
@@ -33,6 +34,7 @@ from duquantpp_jax.evaluation.subject import (
 from duquantpp_jax.models import SITES, Decoder, Linear, linear_names
 from duquantpp_jax.ptq.site import QuantizedSite, pad_channels
 from duquantpp_jax.ptq.walk import State
+from duquantpp_jax.recipes import import_modules
 
 BATCH_ROWS = 4
 SHOWN = 64
@@ -57,6 +59,8 @@ class InspectOptions:
       share: Share of the channels whose energy is added up, the strongest first.
       drop: One element sets a block's scale if the scale would be at least 2^drop times smaller
         without it.
+      imports: Modules to import first: those of a quantized model's transforms and formats that are
+        not of this package.
       out: Directory for outliers.json and the figures.
     """
 
@@ -68,6 +72,7 @@ class InspectOptions:
     ratio: float = 10.0
     share: float = 0.01
     drop: int = 1
+    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
     out: Path = Path("inspect-out")
 
 
@@ -97,6 +102,7 @@ def inspect(
     Raises:
       ValueError: Bad input; a single line says what was wrong and what would be right.
     """
+    import_modules(options.imports)
     thresholds = Thresholds(options.block_size, options.ratio, options.share, options.drop)
     if options.model is not None and options.text is None:
         raise ValueError("--model needs --text: text of the kind that the model was trained on")
@@ -117,7 +123,7 @@ def inspect(
                 by_site[site] = by_site[site].merge(new) if site in by_site else new
         progress("looking", min(first + BATCH_ROWS, len(rows.tokens)), len(rows.tokens))
     quantized = Quantized(directory) if is_quantized(directory) else None
-    plan = None if quantized is None else quantized.job.plan(quantized.config)
+    plan = None if quantized is None else quantized.plan
     sites = []
     for layer, site in chosen:
         moved = plan is not None and any(plan.chosen(site, layer))  # else it was left in float

@@ -35,6 +35,7 @@ from duquantpp_jax.formats.storage import from_tensors
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder, DecoderConfig
 from duquantpp_jax.models.layers import without_linears
 from duquantpp_jax.models.parameters import LAYER
+from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import MixedLinear, QuantizedSite
 from duquantpp_jax.ptq.walk import State, stack_layers
 from duquantpp_jax.transforms.storage import from_arrays
@@ -98,9 +99,9 @@ class Quantized:
         self.config = DecoderConfig.from_dict(self.fields)
 
     @property
-    def linear(self) -> MixedLinear:
-        """What the decoder calls."""
-        return self.job.plan(self.config).linear
+    def plan(self) -> Plan:
+        """What was done to which linears."""
+        return self.job.plan(self.config, done=True)
 
     def layer(self, number: int) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSite]]:
         """The parameters of a layer that are no weights of linears, and its sites.
@@ -201,7 +202,7 @@ def load_quantized(directory: str | os.PathLike[str]) -> tuple[Decoder, MixedLin
         parameters[name.removesuffix(".weight")] = _widened(array)
     return (
         without_linears(quantized.config, parameters),
-        quantized.linear,
+        quantized.plan.linear,
         stack_layers(layers),
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from duquantpp_jax.models import SITES, DecoderConfig
 from duquantpp_jax.ptq.plan import Plan
-from duquantpp_jax.recipes import recipe
+from duquantpp_jax.recipes import find_format, recipe
 
 SCHEMA = 2
 """Of the files; any other is refused."""
@@ -70,31 +70,28 @@ class Job:
         }
         return cls(**given)
 
-    def plan(self, config: DecoderConfig) -> Plan:
+    def plan(self, config: DecoderConfig, *, done: bool = False) -> Plan:
         """What the job does to a model.
+
+        Args:
+          config: Of the model.
+          done: The model is quantized already and nothing is left to fit or to round: of all names
+            only formats are looked up, and no module is imported because the job names it.
 
         Raises:
           ValueError: A name is not known.
         """
         recipes = {
             site: recipe(
-                self.recipe if self.fits is None else "rtn",  # nothing is left to fit
-                rounding=self.rounding,
-                weight_format=self.weight_formats[site],
-                activation_format=self.activation_formats[site],
+                "rtn" if done or self.fits is not None else self.recipe,
+                rounding="rtn" if done else self.rounding,
+                weight_format=find_format(self.weight_formats[site], imports=not done),
+                activation_format=find_format(self.activation_formats[site], imports=not done),
             )
             for site in SITES
         }
-        return Plan(
-            config,
-            recipes,
-            self.include,
-            self.exclude,
-            self.pad,
-            self.seed,
-            self.sequential,
-            self.fuse,
-        )
+        names = ("include", "exclude", "pad", "seed", "sequential", "fuse")
+        return Plan(config, recipes, **{name: getattr(self, name) for name in names})
 
     def difference(self, other: "Job") -> str | None:
         """Where the two first differ, in words; None where they are one."""

@@ -32,7 +32,7 @@ from duquantpp_jax.evaluation.rows import (
 from duquantpp_jax.evaluation.subject import environment
 from duquantpp_jax.models import DecoderConfig
 from duquantpp_jax.ptq import stores as cache
-from duquantpp_jax.recipes import known
+from duquantpp_jax.recipes import import_modules, known
 
 MEASURES = {
     "perplexity": "perplexity",
@@ -45,6 +45,7 @@ MEASURES = {
 """What the results hold, in the words of the table."""
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Imports = Annotated[tuple[str, ...], tyro.conf.arg(name="import")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +66,8 @@ class EvaluateOptions:
       tokens: Targets to evaluate on, cut down to whole rows; all by default.
       cache: Format of the key-value cache: float32, bf16, mxfp8, mxfp4; by default there is none.
       rotate_keys: Rotate keys and queries by a Hadamard matrix before keys are cached.
+      imports: Modules to import first: those of a quantized model's transforms and formats that are
+        not of this package.
       out: File for the results, as JSON.
     """
 
@@ -78,6 +81,7 @@ class EvaluateOptions:
     tokens: int | None = None
     cache: str | None = None
     rotate_keys: Flag = False
+    imports: Imports = ()
     out: Path | None = None
 
 
@@ -89,6 +93,7 @@ def evaluate(
     Raises:
       ValueError: Bad input; one line that says what was wrong and what would be right.
     """
+    import_modules(options.imports)
     if options.rotate_keys and options.cache is None:
         raise ValueError("--rotate-keys is about cached keys: give --cache too")
     text = read_text(options.text)

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from duquantpp_jax.checkpoints.exports import write_export
+from duquantpp_jax.commands.evaluate import Imports
 from duquantpp_jax.commands.progress import progress_bar
+from duquantpp_jax.recipes import import_modules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,11 +19,14 @@ class ExportOptions:
       model: Directory that `duquantpp quantize` wrote.
       format: compressed-tensors (MXFP4 as vLLM and transformers read it), or dequantized (plain
         bfloat16, activations not quantized).
+      imports: Modules to import first: those of a quantized model's transforms and formats that are
+        not of this package.
       out: New directory.
     """
 
     model: Path
     format: Literal["compressed-tensors", "dequantized"] = "compressed-tensors"
+    imports: Imports = ()
     out: Path = Path("exported")
 
 
@@ -33,6 +38,7 @@ def export(
     Raises:
       ValueError: The model cannot be expressed so; one line that says why.
     """
+    import_modules(options.imports)
     return write_export(options.model, options.format, options.out, progress)
 
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from duquantpp_jax.checkpoints import load_tokenizer
 from duquantpp_jax.checkpoints.loading import load_any
-from duquantpp_jax.commands.evaluate import Flag
+from duquantpp_jax.commands.evaluate import Flag, Imports
 from duquantpp_jax.models.generation import Sampling, generate
 from duquantpp_jax.ptq import stores as cache
+from duquantpp_jax.recipes import import_modules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,8 @@ class GenerateOptions:
       seed: For drawing.
       cache: Format of the key-value cache: float32, bf16, mxfp8, mxfp4.
       rotate_keys: Rotate keys and queries by a Hadamard matrix before keys are cached.
+      imports: Modules to import first: those of a quantized model's transforms and formats that are
+        not of this package.
     """
 
     model: Path
@@ -41,6 +44,7 @@ class GenerateOptions:
     seed: int = 0
     cache: str = "bf16"
     rotate_keys: Flag = False
+    imports: Imports = ()
 
 
 def continued(options: GenerateOptions) -> str:
@@ -50,6 +54,7 @@ def continued(options: GenerateOptions) -> str:
       ValueError: Bad input; one line that says what was wrong and what would be right.
     """
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    import_modules(options.imports)
     model, linear, state = load_any(options.model)
     config, tokenizer = model.config, load_tokenizer(options.model, model.config)
     store = cache.store(options.cache, config.head_dim, rotate_keys=options.rotate_keys)

@@ -22,13 +22,14 @@ from duquantpp_jax.checkpoints.job import Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.checkpoints.writer import Progress, begin, finish, write_layers
+from duquantpp_jax.commands.evaluate import Imports
 from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.commands.sizes import dry_line, quantized_line, table
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import environment, load_rows, model_name
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.estimate import estimate
-from duquantpp_jax.recipes import ALIASES, format_name, known, under_rule
+from duquantpp_jax.recipes import ALIASES, format_name, import_modules, known, under_rule
 
 ROWS = 64
 
@@ -65,6 +66,8 @@ class QuantizeOptions:
       pad: Widen linear inputs that blocks do not divide, with zeros (exact).
       dry_run: Say sizes, memory and time; write nothing.
       overwrite: Start anew where --out holds another quantized model.
+      imports: Modules to import first: those of the transforms in --fits that are not of this
+        package.
       out: Directory for the quantized model.
     """
 
@@ -86,6 +89,7 @@ class QuantizeOptions:
     pad: bool = False
     dry_run: bool = False
     overwrite: bool = False
+    imports: Imports = ()
     out: Path = Path("quantized")
 
 
@@ -96,6 +100,7 @@ def quantize(options: QuantizeOptions, progress: Progress = lambda *_: None) -> 
       ValueError: Bad input; one line that says what was wrong and what would be right.
       OSError: A file cannot be written; the finished layers are kept.
     """
+    import_modules(options.imports)
     check_out(options)
     checkpoint = Checkpoint(options.model or testbed.directory())
     tokens, source = calibration_tokens(options)

@@ -165,8 +165,8 @@ def _class(name: str) -> type:
     _import_transforms()
     known = {_name(cls): cls for cls in (*_subclasses(Transform), Fitted)}
     if name not in known:
-        module = name.partition(":")[0]
-        hint = f"import {module} first" if ":" in name else "it was written by another version"
+        module, outside, _ = name.partition(":")
+        hint = f"give --import {module}" if outside else "it was written by another version"
         raise ValueError(f"the stored transform {name} is not known here: {hint}")
     return known[name]
 
