@@ -22,6 +22,7 @@ from rich.table import Table
 
 from duquantpp_jax import files
 from duquantpp_jax.analysis.outliers import moved_maxima
+from duquantpp_jax.commands.evaluate import Imports
 from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import check_texts, name_and_hash
@@ -31,7 +32,7 @@ from duquantpp_jax.lab.cells import DEFAULT_FORMAT, SCHEMA, Cell
 from duquantpp_jax.lab.pivot import COMPARED, Layout, pivots
 from duquantpp_jax.lab.records import Record, record_of
 from duquantpp_jax.lab.running import Outcome
-from duquantpp_jax.recipes import ALIASES
+from duquantpp_jax.recipes import ALIASES, import_modules
 
 BASELINE = "block_hadamard"
 BATCH_ROWS = 16
@@ -69,6 +70,8 @@ class CompareOptions:
       fuse: Fold smoothing and permutations into norms, v and up before rounding, as in quantize.
       seed: For recipes that draw random numbers.
       seeds: Several of them in place of --seed: which (0 1 2), or how many (3).
+      imports: Modules to import first: those of the transforms in --fits that are not of this
+        package.
       out: Directory for results.json, timings.json and compare.png.
     """
 
@@ -94,6 +97,7 @@ class CompareOptions:
     fuse: bool = False
     seed: int = 0
     seeds: tuple[int, ...] | None = None
+    imports: Imports = ()
     out: Path = Path("compare-out")
 
 
@@ -148,6 +152,7 @@ def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Co
       ValueError: Bad input; one line that says what was wrong and what would be right.
     """
     start = time.perf_counter()
+    import_modules(options.imports)
     check_texts(options.model, options.text, options.calibration_text)
     grid = cells(options)
     for cell in grid:
@@ -236,7 +241,8 @@ def _chosen(options: CompareOptions) -> dict[str, Any]:
         "seeds": list(_seeds(options)),
         "calibration_text": name_and_hash(options.calibration_text),
     }
-    for name in ("model", "text", "out", "seed"):  # model and text are named beside the options
+    # Model and text are named beside the options.
+    for name in ("model", "text", "imports", "out", "seed"):
         del fields[name]
     return fields
 

@@ -7,11 +7,13 @@ An array `name` becomes the tensors
     name.scales         uint8 bytes, or float32 for formats whose scale has no byte
     name.tensor_scale   float32, where there is one
 
-and the file's metadata holds, as JSON under the key `name`, the element, the block size, the shape
-and the type of the scales. Packing runs along the flattened array, with zeros in what is left of
-the last byte; the shape in the metadata says how many codes count.
+and the file's metadata holds, as JSON under the key `name`, the element (its name, or all of it if
+it is not one of this package), the block size, the shape and the type of the scales. Packing runs
+along the flattened array, with zeros in what is left of the last byte; the shape in the metadata
+says how many codes count.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -67,8 +69,10 @@ def to_tensors(name: str, array: MXArray) -> tuple[dict[str, np.ndarray], dict[s
     }
     if array.tensor_scale is not None:
         tensors[f"{name}.tensor_scale"] = np.asarray(array.tensor_scale)
+    element = array.element
+    own = dataclasses.asdict(element) | {"dtype": str(jnp.dtype(element.dtype))}
     about = {
-        "element": array.element.name,
+        "element": element.name if element in ELEMENTS.values() else own,
         "block_size": array.block_size,
         "shape": array.shape,
         "scales": str(scales.dtype),
@@ -129,7 +133,11 @@ def from_tensors(name: str, about: Mapping[str, Any], tensors: Mapping[str, np.n
       ValueError: Its parts are missing or do not fit together.
     """
     shape, block_size = tuple(about["shape"]), about["block_size"]
-    element: Element = ELEMENTS[about["element"]]
+    element = about["element"]
+    if isinstance(element, str):
+        element = ELEMENTS[element]
+    else:
+        element = Element(**element | {"dtype": jnp.dtype(element["dtype"])})
     packed, scales = tensors.get(f"{name}.codes"), tensors.get(f"{name}.scales")
     if packed is None or scales is None:
         raise ValueError(f"{name} has no codes or no scales in the file")

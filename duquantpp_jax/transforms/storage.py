@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import pkgutil
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -163,7 +164,8 @@ def _class(name: str) -> type:
       ValueError: None is.
     """
     _import_transforms()
-    known = {_name(cls): cls for cls in (*_subclasses(Transform), Fitted)}
+    classes = (*_subclasses(Transform), Fitted)
+    known = {_name(cls): cls for cls in classes if cls.__module__ in sys.modules}
     if name not in known:
         module, outside, _ = name.partition(":")
         hint = f"give --import {module}" if outside else "it was written by another version"
