@@ -26,8 +26,8 @@ def _parts(sample_limit=10):
 
 
 def _same(a, b, tolerance):
-    for one, two in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        np.testing.assert_allclose(one, two, rtol=tolerance, atol=tolerance)
+    for mine, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=tolerance, atol=tolerance)
 
 
 def test_merge_is_associative_and_commutative():

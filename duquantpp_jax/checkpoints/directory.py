@@ -10,7 +10,7 @@
 config.json comes last: a directory without it is one that `quantize` has not finished. A layer's
 file holds
 
-    model.layers.3.mlp.up_proj.codes, .scales     packed as formats/storage.py says
+    model.layers.3.mlp.up_proj.codes, .scales     packed as formats/tensors.py says
     model.layers.3.mlp_in/transform.links.0.scale  what the site's input is moved by, exactly
     model.layers.3.mlp.down_proj.weight            a linear left in float, as it was
     model.layers.3.input_layernorm.weight          all else, as it was
@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
 from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.core import Fitted
-from duquantpp_jax.formats.storage import from_tensors
+from duquantpp_jax.formats.tensors import from_tensors
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder, DecoderConfig
 from duquantpp_jax.models.layers import without_linears
 from duquantpp_jax.models.parameters import LAYER

@@ -33,7 +33,7 @@ from duquantpp_jax.checkpoints.shards import INDEX
 from duquantpp_jax.checkpoints.writer import copied, write_tensors
 from duquantpp_jax.core import MXArray, Transform
 from duquantpp_jax.formats import E2M1
-from duquantpp_jax.formats.storage import pack_codes
+from duquantpp_jax.formats.tensors import pack_codes
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
 from duquantpp_jax.ptq.fuse import NORMS, split
 from duquantpp_jax.ptq.plan import linear_shapes

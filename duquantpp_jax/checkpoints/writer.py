@@ -34,7 +34,7 @@ from duquantpp_jax.checkpoints.job import SCHEMA, Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.shards import INDEX, SINGLE, one_line, read_json
 from duquantpp_jax.core import Fitted, MXArray
-from duquantpp_jax.formats.storage import to_tensors
+from duquantpp_jax.formats.tensors import to_tensors
 from duquantpp_jax.models import SITE_WEIGHTS, SITES
 from duquantpp_jax.ptq.calibration import BATCH_ROWS
 from duquantpp_jax.ptq.plan import Plan

@@ -1,13 +1,12 @@
-"""The five nouns and the one law that everything here is made of.
+"""The five types that everything here is made of, and the one law.
 
     Format     how numbers are rounded          x ~ element * scale, one scale a block
-    MXArray    what quantizing gives            elements, scales
+    MXArray    a quantized array                elements, scales
     Transform  how a linear's input is moved    t.activations(x) @ t.weights(w).T == x @ w.T
     Stats      what calibration keeps           a fold whose merge is associative
     Recipe     a whole method                   fit, rounding, two formats
 
-A new method is a new value of one of them. Here are the types, with what it takes to read them;
-how their values are made is in the rooms beside this one, and arrows point from them to here.
+A new method is a new value of one of them. The other rooms make such values.
 """
 
 from duquantpp_jax.core.arrays import (

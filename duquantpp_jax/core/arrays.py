@@ -1,9 +1,8 @@
-"""Two of the nouns: Format, how numbers are rounded, and MXArray, what that gives.
+"""Format, which says how numbers are rounded, and MXArray, the quantized array.
 
     x ~ element * scale    one scale for each block of the last axis
 
-What it takes to read an MXArray is here; how formats choose scales and round elements is in
-duquantpp_jax/formats.
+This file reads an MXArray; duquantpp_jax/formats chooses the scales and rounds the elements.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Float32, Int, Key, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, Int, Shaped, UInt8
 
 
 class ScaleRule(enum.Enum):
@@ -40,7 +39,7 @@ class ElementRounding(enum.Enum):
     TOWARD_ZERO = "toward_zero"
 
 
-# Fields of a format: enumerations to whoever reads them, which may be given by name.
+# A field of a format is given as a member of the enumeration or by its name, and read as a member.
 if TYPE_CHECKING:
     ScaleRuleField = ScaleRule
     ElementRoundingField = ElementRounding
@@ -52,10 +51,10 @@ Choice = TypeVar("Choice", ScaleRule, ElementRounding)
 
 
 def choice(kind: type[Choice], value: Choice | str) -> Choice:
-    """The member of an enumeration that `value` is, or names.
+    """The member of an enumeration; `value` is the member or its name.
 
     Raises:
-      ValueError: There is no such member; says which there are.
+      ValueError: There is no such member; lists those there are.
     """
     try:
         return kind(value)
@@ -69,13 +68,10 @@ class Element:
     """A minifloat: sign, exponent and mantissa bits, read as in IEEE 754 with subnormals.
 
     Attributes:
-      exponent_bits: Width of the exponent field.
-      mantissa_bits: Width of the mantissa field.
       bias: Subtracted from the exponent field.
-      max_code: Code of the largest finite magnitude; codes above it, if any, are NaN.
-      infinity_code: The one of them that is Inf instead, if any.
-      dtype: The JAX type that stores elements: of the same bits where JAX has one that works,
-        else uint8, which holds the code.
+      max_code: Code of the largest finite magnitude. Codes above it are NaN.
+      infinity_code: Code of Inf, for types that have it.
+      dtype: The JAX type that stores elements; uint8 stores the code where JAX has no such type.
 
     Source: OCP Microscaling Formats (MX) v1.0, section 5.3.
     """
@@ -93,7 +89,7 @@ class Element:
 
     @property
     def bits(self) -> int:
-        """Bits of one element."""
+        """1 + exponent_bits + mantissa_bits."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
     @property
@@ -114,29 +110,29 @@ class Element:
     @property
     def max_significand(self) -> int:
         """Significand of `max` as an integer of mantissa_bits + 1 bits."""
-        one = 1 << self.mantissa_bits
-        return one + self.max_code % one
+        unit = 1 << self.mantissa_bits
+        return unit + self.max_code % unit
 
     def store(self, codes: UInt8[Array, "*shape"]) -> Shaped[Array, "*shape"]:
-        """Elements of the storage type that have these codes."""
+        """Codes as elements of the storage type."""
         if self.dtype == jnp.uint8:
             return codes
-        if self.bits == 8:
-            return jax.lax.bitcast_convert_type(codes, self.dtype)
-        if codes.ndim == 0 or codes.shape[-1] % 2:
-            return jax.lax.bitcast_convert_type(codes.astype(jnp.uint4), self.dtype)
+        if self.bits == 8 or codes.ndim == 0 or codes.shape[-1] % 2:
+            narrow = codes if self.bits == 8 else codes.astype(jnp.uint4)
+            return jax.lax.bitcast_convert_type(narrow, self.dtype)
         packed = codes[..., 0::2] | codes[..., 1::2] << 4
-        # What follows is no work for bytes that are in memory, and slow for those that are not yet.
+        # A bitcast of bytes in memory is free. Without the barrier XLA fuses it with the packing,
+        # which is slow.
         packed = jax.lax.optimization_barrier(packed)
         return jax.lax.bitcast_convert_type(packed, self.dtype).reshape(codes.shape)
 
     def codes(self, elements: Shaped[Array, "*shape"]) -> UInt8[Array, "*shape"]:
-        """The codes of stored elements (or the codes themselves)."""
+        """The codes of elements; `elements` may be codes already."""
         if elements.dtype == jnp.uint8:
             return elements
         if self.bits == 4:
-            # XLA's CPU compiler fails on a bitcast of float4 inside a scan; a cast it can do. Half
-            # the magnitude bits of e5m2 are 28 for .5, 30 for 1, 31 for 1.5, 32 for 2 and so on.
+            # XLA's CPU compiler fails on a bitcast of float4 inside a scan, so this casts to e5m2.
+            # Half of its magnitude bits are 28 for .5, 30 for 1, 31 for 1.5, 32 for 2 and so on.
             wide = jax.lax.bitcast_convert_type(elements.astype(jnp.float8_e5m2), jnp.uint8)
             half = (wide & 0x7F) >> 1
             return jnp.where(half > 28, half - 28, half // 28) | (wide >> 7 << 3)
@@ -145,14 +141,14 @@ class Element:
     def decode(
         self, codes: UInt8[Array, "*shape"], exponent: Int[Array, "*#shape"] | int = 0
     ) -> Float32[Array, "*shape"]:
-        """The numbers that codes stand for, times 2^exponent: exact where float32 holds them."""
-        one = 1 << self.mantissa_bits
-        magnitude = codes.astype(jnp.int32) & ((one << self.exponent_bits) - 1)
+        """The values of codes times 2^exponent, exact where float32 can represent them."""
+        unit = 1 << self.mantissa_bits
+        magnitude = codes.astype(jnp.int32) & ((unit << self.exponent_bits) - 1)
         field = magnitude >> self.mantissa_bits
-        significand = (magnitude & (one - 1)) + jnp.where(field > 0, one, 0)
+        significand = (magnitude & (unit - 1)) + jnp.where(field > 0, unit, 0)
         power = jnp.maximum(field, 1) - (self.bias + self.mantissa_bits)
         value = times_power_of_two(significand.astype(jnp.float32), power + exponent)
-        if self.max_code + 1 < one << self.exponent_bits:
+        if self.max_code + 1 < unit << self.exponent_bits:
             value = jnp.where(magnitude > self.max_code, jnp.float32(jnp.nan), value)
         if self.infinity_code is not None:
             value = jnp.where(magnitude == self.infinity_code, jnp.float32(jnp.inf), value)
@@ -164,15 +160,15 @@ class Element:
 def times_power_of_two(
     x: Float32[Array, "*shape"], exponent: Int[Array, "*#shape"] | int
 ) -> Float32[Array, "*shape"]:
-    """x * 2^exponent in integers: exact where CPUs and GPUs flush subnormals.
+    """x * 2^exponent in integer arithmetic, as CPUs and GPUs flush subnormals in float arithmetic.
 
     Args:
-      x: Normal float32 numbers, zeros, Inf or NaN.
+      x: Normal numbers, zeros, Inf or NaN.
       exponent: Of magnitude below 2^30.
 
     Returns:
-      Inf where the product is too large; subnormals with their lowest bits cut off (no product of
-      an MX element and its scale has bits that low).
+      The exact product, or Inf where it is too large. A subnormal product loses the bits below
+      2^-149; the product of an MX element and its scale has none there.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     field = (bits >> 23) & 0xFF
@@ -192,11 +188,10 @@ class MXArray:
     """A quantized array: x ~ element * scale (* tensor_scale), blocks along the last axis.
 
     Attributes:
-      elements: In the element's storage type (or uint8 codes), of the shape of x.
-      scales: float8_e8m0fnu for the MX formats (float32 for those that are not MX).
-      tensor_scale: One float32 number for formats with two levels of scale, else None.
-      element: The element type.
-      block_size: Elements that share one scale.
+      elements: In the storage type of `element`, or uint8 codes; of the shape of x.
+      scales: float8_e8m0fnu for MX formats, float8_e4m3fn for NVFP4, float32 for the others.
+      tensor_scale: A float32 number for formats with two levels of scale, else None.
+      block_size: Elements that share a scale.
     """
 
     elements: Array
@@ -210,8 +205,9 @@ class MXArray:
         """Shape of the array that was quantized."""
         return self.elements.shape
 
+    @jax.jit
     def stored(self) -> MXArray:
-        """The same with elements in their storage type."""
+        """The same array with elements in their storage type."""
         if self.elements.dtype == self.element.dtype:
             return self
         blocks = self.elements.reshape(*self.scales.shape, self.block_size)
@@ -219,14 +215,14 @@ class MXArray:
         return dataclasses.replace(self, elements=elements)
 
     def codes(self) -> UInt8[Array, "*shape"]:
-        """One code a value: sign, exponent and mantissa bits, sign highest."""
+        """The code of each value: sign, exponent and mantissa bits, the sign in the highest."""
         return self.element.codes(self.elements)
 
     def scale_bytes(self) -> UInt8[Array, "*blocks"]:
-        """Byte of each block's scale; in E8M0 byte b stands for 2^(b - 127), and 255 for NaN.
+        """Byte of each block's scale; in E8M0 byte b is 2^(b - 127), and 255 is NaN.
 
         Raises:
-          ValueError: The scales are float32 numbers and have no byte.
+          ValueError: The scales are float32 numbers.
         """
         if self.scales.dtype.itemsize != 1:
             raise ValueError(
@@ -236,19 +232,22 @@ class MXArray:
         return jax.lax.bitcast_convert_type(self.scales, jnp.uint8)
 
     def dequantize(self) -> Float32[Array, "*shape"]:
-        """element * scale in float32, exact for E8M0: subnormals included, Inf beyond 2^128. For
-        other scales element * scale * tensor_scale, rounded once (cut off below 2^-126)."""
+        """element * scale (* tensor_scale) in float32.
+
+        Exact for E8M0 scales, with subnormals, and Inf from 2^128 on. With other scales the product
+        is rounded once; below 2^-126 its lowest bits are cut off.
+        """
         blocks = self.elements.reshape(*self.scales.shape, self.block_size)
         if self.elements.dtype != jnp.uint8:
             return self._times_scale(blocks.astype(jnp.float32))
         if self.scales.dtype != jnp.float8_e8m0fnu:
             return self._times_scale(self.element.decode(blocks))
         byte = self.scale_bytes().astype(jnp.int32)[..., None]
-        x = self.element.decode(blocks, byte - 127)  # one product in place of two
+        x = self.element.decode(blocks, byte - 127)  # a single product
         return jnp.where(byte == 255, jnp.float32(jnp.nan), x).reshape(self.shape)
 
     def limit(self) -> Float32[Array, "*shape"]:
-        """The largest magnitude that each value's block can hold: what saturates lies beyond."""
+        """For each value the largest magnitude of its block's grid; larger ones saturate."""
         most = jnp.full((*self.scales.shape, self.block_size), self.element.max, jnp.float32)
         return self._times_scale(most)
 
@@ -262,9 +261,9 @@ class MXArray:
         scale = self.scales.astype(jnp.float32)[..., None]
         if self.tensor_scale is not None:  # E4M3 scales have 4 bits: element * scale is exact
             x = x * scale
-            t = self.tensor_scale  # one for each of what stacked arrays stack
+            t = self.tensor_scale  # its axes are those over which arrays are stacked
             scale = t.reshape(*t.shape, *[1] * (x.ndim - t.ndim))
-        # With scale = significand * 2^exponent only the last of the products may be subnormal.
+        # With scale = significand * 2^exponent only the last product may be subnormal.
         bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
         significand = jax.lax.bitcast_convert_type((bits & 0x7FFFFF) | 0x3F800000, jnp.float32)
         x = times_power_of_two(x * significand, (bits >> 23) - 127)
@@ -272,75 +271,65 @@ class MXArray:
 
 
 class Format(abc.ABC):
-    """How numbers are rounded. Frozen, hashable, without arrays: a static choice under jit."""
+    """How numbers are rounded. Frozen, hashable, without arrays: a static choice under jit.
+
+    Attributes:
+      holds_weights: Whether it can store weights; a format that cannot is for activations only.
+    """
 
     block_size: int
     holds_weights: ClassVar[bool] = True
-    """Whether weights can be stored in it; if not, it is for activations only."""
 
     @abc.abstractmethod
-    def encode(
-        self,
-        x: Array | np.ndarray,
-        *,
-        key: Key[Array, ""] | None = None,
-        tensor_scale: Float[Array, ""] | None = None,
-        scale_offset: Int[Array, "*offsets"] | None = None,
-        clip: Float[Array, "*clips"] | None = None,
-    ) -> MXArray:
-        """`quantize`, with uint8 codes in place of elements: what formats implement."""
+    def encode(self, x: Array | np.ndarray, **options: Any) -> MXArray:
+        """Like `quantize`, with uint8 codes as elements. Each format implements it."""
 
     def quantize(self, x: Array | np.ndarray, **options: Any) -> MXArray:
-        """Rounds x to elements and scales, a block of the last axis at a time.
+        """Rounds x to elements and scales, block by block along the last axis.
 
         Args:
-          x: float32, bfloat16 or float16; the last axis a multiple of `block_size`.
-          options: Of these, what the format has a use for.
+          x: float32, bfloat16 or float16; its last axis is a multiple of `block_size`.
+          options: Each format takes some of these.
             key: For stochastic rounding of elements.
-            tensor_scale: For formats with two levels of scale, in place of the computed one.
-            scale_offset: Integers added to the exponents of the blocks' scales.
-            clip: Factor on each block's largest magnitude before its scale is chosen; what lies
-              beyond saturates.
+            tensor_scale: For formats with two levels of scale: replaces the computed one.
+            scale_offset: Integers, an array that broadcasts over blocks: added to the exponents
+              of their scales.
+            clip: Factors that broadcast over blocks, on each block's largest magnitude before its
+              scale is chosen; larger values saturate.
 
         Raises:
-          ValueError: x has another type, no axis, or a last axis that blocks do not divide; or
-            an argument was given that this format has no use for.
+          ValueError: x has another type, no axis, or a last axis that `block_size` does not
+            divide; or the format does not take an option.
         """
-        return _stored(self.encode(x, **options))
+        return self.encode(x, **options).stored()
 
     def fake_quantize(
         self, x: Array | np.ndarray, *, saturated_gradient: bool = True, **options: Any
     ) -> Float32[Array, "*batch k"]:
-        """quantize, then dequantize: x as this format holds it, in float32.
+        """Quantizes and dequantizes: x rounded to this format, in float32.
 
-        The gradient goes straight through, to x alone: df/dx = 1, as if nothing were rounded.
+        The gradient is straight-through: df/dx = 1, as if nothing were rounded, and 0 for options.
 
         Args:
-          x: As in `quantize`.
-          saturated_gradient: Whether df/dx = 1 also where |x| lies beyond the largest number that
-            its block holds; if not, it is 0 there.
-          options: As in `quantize`.
+          x, options: As in `quantize`.
+          saturated_gradient: Whether df/dx = 1 also where x saturates; else it is 0 there.
         """
         q = self.encode(x, **options)
         x = jnp.asarray(x)
-        held = jax.lax.stop_gradient(q.dequantize())
+        rounded = jax.lax.stop_gradient(q.dequantize())
         passes = jnp.ones((), bool)
         if not saturated_gradient:
             passes = jnp.abs(x.astype(jnp.float32)) <= q.limit()
-        return _straight_through(x, held, jax.lax.stop_gradient(passes))
-
-
-_stored = jax.jit(MXArray.stored)
+        return _straight_through(x, rounded, jax.lax.stop_gradient(passes))
 
 
 @jax.custom_jvp
-def _straight_through(x: Array, held: Array, passes: Array) -> Array:
-    del x, passes
-    return held
+def _straight_through(x: Array, rounded: Array, passes: Array) -> Array:
+    return rounded
 
 
 @_straight_through.defjvp
 def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
-    _, held, passes = primals
+    _, rounded, passes = primals
     moved = tangents[0].astype(jnp.float32)
-    return held, jnp.where(passes, moved, jnp.zeros_like(moved))
+    return rounded, jnp.where(passes, moved, jnp.zeros_like(moved))

@@ -1,4 +1,4 @@
-"""How numbers are rounded: elements, scales, and the formats made of them."""
+"""The formats, and the element types that they are made of."""
 
 from duquantpp_jax.formats.elements import E2M1, E2M3, E3M2, E4M3, E5M2
 from duquantpp_jax.formats.mx import MX, MXFP4, MXFP6, MXFP8

@@ -1,12 +1,11 @@
-"""Division in integers: XLA may turn a / b into a * (1 / b), which rounds twice.
+"""Division in integers, because XLA may turn a / b into a * (1 / b), which rounds twice.
 
     magnitude = significand * 2^(exponent - 23),  2^23 <= significand < 2^24
     a / b = (significand_a / significand_b) * 2^(exponent_a - exponent_b)
 
-XLA makes products of all divisions by a constant or by a broadcast array, so that under jit
-amax / 6 is not the float32 nearest to amax / 6. Here quotients are integers with a remainder; what
-the remainder says (nothing is left, or something) is kept in a lowest bit, the sticky bit, so that
-rounding the quotient once more is rounding a / b itself.
+XLA does so for divisions by a constant or by a broadcast array: under jit amax / 6 is not the
+float32 nearest to amax / 6. Here a quotient is an integer with a remainder. Its lowest bit, the
+sticky bit, is set where the remainder is not zero, so that rounding the quotient rounds a / b.
 """
 
 import jax
@@ -15,7 +14,7 @@ from jaxtyping import Array, Float32, Int32, UInt32
 
 
 def magnitude_bits(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
-    """Bits of |x|: as integers they are ordered like magnitudes, with NaN above Inf on top."""
+    """Bits of |x|; as integers they are ordered like magnitudes, and NaN is above Inf."""
     return jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
 
 
@@ -24,10 +23,10 @@ def split(
 ) -> tuple[Int32[Array, "*shape"], Int32[Array, "*shape"]]:
     """Exponent and 24-bit significand of finite magnitudes, significand * 2^(exponent - 23).
 
-    Subnormals are normalized; zero has significand 0 and an exponent below every other.
+    Subnormals are normalized. Zero has significand 0 and an exponent below all others.
     """
     subnormal = magnitude < 0x800000
-    # A subnormal's bits are its value in units of 2^-149, which as a float32 is normal.
+    # The bits of a subnormal are an integer in units of 2^-149; as a float32 it is normal.
     counted = jax.lax.bitcast_convert_type(magnitude.astype(jnp.float32), jnp.uint32)
     bits = jnp.where(subnormal, counted, magnitude)
     exponent = (bits >> 23).astype(jnp.int32) - jnp.where(subnormal, 127 + 149, 127)
@@ -38,14 +37,14 @@ def split(
 def quotient(
     a: Float32[Array, "*shape"], b: Float32[Array, "*#shape"]
 ) -> tuple[Float32[Array, "*shape"], Int32[Array, "*shape"]]:
-    """q and e with q * 2^e = a / b to 14 bits and a sticky bit: enough to round to any element.
+    """q and e with q * 2^e = a / b to 14 bits and a sticky bit, enough to round to any element.
 
     Args:
       a: Finite.
       b: Positive and finite.
 
     Returns:
-      q with the sign of a, of magnitude 0 or in (2^14, 2^16), and e.
+      q with the sign of a, zero or of magnitude within (2^14, 2^16), and e.
     """
     exponent_a, significand_a = split(magnitude_bits(a))
     exponent_b, significand_b = split(magnitude_bits(b))
@@ -61,9 +60,9 @@ def quotient(
 def _step(
     a: Int32[Array, "*shape"], b: Int32[Array, "*#shape"], reciprocal: Float32[Array, "*#shape"]
 ) -> tuple[Int32[Array, "*shape"], Int32[Array, "*shape"]]:
-    """Quotient and remainder of 2^7 a by b: a step of long division, seven bits at a time."""
+    """Quotient and remainder of 2^7 a by b: a step of long division by seven bits."""
     guess = (a.astype(jnp.float32) * 128 * reciprocal).astype(jnp.int32)
-    rest = (a << 7) - guess * b  # floats may be wrong by one; the remainder tells
+    rest = (a << 7) - guess * b  # the guess may be off by 1: the remainder corrects it
     guess = guess + (rest >= b).astype(jnp.int32) - (rest < 0).astype(jnp.int32)
     return guess, (a << 7) - guess * b
 
@@ -71,7 +70,7 @@ def _step(
 def divide_by(
     x: UInt32[Array, "*shape"], divisor: int
 ) -> tuple[Float32[Array, "*shape"], Int32[Array, "*shape"]]:
-    """q and e with q * 2^e = magnitude / divisor, q the nearest float32 (0 or of size 1 to 2^31).
+    """q and e with q * 2^e = magnitude / divisor; q is the nearest float32, 0 or in [1, 2^31].
 
     Args:
       x: Bits of finite magnitudes.

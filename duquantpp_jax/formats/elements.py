@@ -1,21 +1,21 @@
-"""Elements: rounding to a minifloat, in integers.
+"""Rounding to the elements of a minifloat, in integers.
 
 A float32 magnitude is significand * 2^(e - 23) with a 24-bit significand. Scaled by 2^-E its
-exponent is q = e - E, and the grid of the minifloat there has the quantum 2^(max(q, emin) -
-mantissa_bits). So the code of the rounded magnitude is
+exponent is q = e - E, and the minifloats there are 2^(max(q, emin) - mantissa_bits), the quantum,
+apart. So the code of the rounded magnitude is
 
     (max(q, emin) - emin) * 2^mantissa_bits + round(significand / 2^shift),
-    shift = 23 - mantissa_bits + max(0, emin - q),
+    shift = 23 - mantissa_bits + max(0, emin - q).
 
-where a carry out of the rounding lands on the next exponent by itself, as codes are ordered like
-the numbers they stand for. Rounding is adding something below the cut before cutting:
+Codes are ordered like their values, so a carry of the rounding gives the next exponent. To round,
+add to the significand and cut off its lowest bits; added is
 
-    NEAREST_EVEN   half a quantum less one bit, and the bit that decides a tie
+    NEAREST_EVEN   half a quantum less a bit, and the bit that decides a tie
     AWAY           half a quantum
     TOWARD_ZERO    nothing
-    STOCHASTIC     a random number below one quantum
+    STOCHASTIC     a random number below a quantum
 
-No float operation takes part: CPUs flush subnormals and casts from float64 round twice.
+There is no float arithmetic: CPUs flush subnormals, and casts from float64 round twice.
 
 Source of the element types: OCP Microscaling Formats (MX) v1.0, section 5.3.
 """
@@ -41,15 +41,13 @@ def encode(
     rounding: ElementRounding = ElementRounding.NEAREST_EVEN,
     key: Key[Array, ""] | None = None,
 ) -> UInt8[Array, "*shape"]:
-    """Codes of x / 2^scale_exponent, rounded and saturated; the sign is kept, also of zero.
+    """Codes of x / 2^scale_exponent, rounded and saturated; zeros too keep their sign.
 
     Args:
-      x: Finite numbers (of NaN and Inf the code means nothing).
+      x: Finite numbers. The codes of NaN and Inf have no meaning.
       scale_exponent: Of magnitude below 2^10.
-      element: The element type.
-      rounding: How a number between two elements goes to one of them.
-      key: For STOCHASTIC, whose expectation is x / 2^scale_exponent where nothing saturates, to
-        2^-31 of a quantum.
+      key: For STOCHASTIC. Where x does not saturate, the expectation of the rounded x is
+        x / 2^scale_exponent to 2^-31 of a quantum.
     """
     exponent, significand = split(magnitude_bits(x))
     scaled = exponent - scale_exponent
@@ -72,13 +70,13 @@ def _round_off(
     if rounding is ElementRounding.STOCHASTIC:
         if key is None:
             raise ValueError("stochastic rounding needs a key: give key=jax.random.key(seed)")
-        # 31 random bits: of what reaches further down, the part below them is cut off.
+        # There are 31 random bits; bits of the significand below them are cut off.
         excess = jnp.maximum(shift, 31) - 31
         significand = jnp.where(excess < 24, significand >> jnp.minimum(excess, 24), 0)
         shift = jnp.minimum(shift, 31)
         random = jax.random.bits(key, significand.shape, jnp.uint32) & ((1 << shift) - 1)
         return (significand + random) >> shift
-    shift = jnp.minimum(shift, 25)  # a significand has 24 bits: beyond 25 all round to zero
+    shift = jnp.minimum(shift, 25)  # a significand has 24 bits: from 25 on all round to zero
     half = jnp.uint32(1) << (shift - 1)
     match rounding:
         case ElementRounding.NEAREST_EVEN:

@@ -1,10 +1,10 @@
-"""Squared error of a block, added up in integers, so that comparing two of them is exact.
+"""Squared error of a block as an exact integer sum, so that two errors compare exactly.
 
     error = sum_i (x_i - rounded_i)^2       in units in which every |x_i| < 1
 
-A float sum depends on the order of its terms and on where the compiler fuses a product into an
-addition; both change with jit, vmap and sharding, and with them which of two scales wins. Here each
-square is rounded to float32, cut off at 2^-2b and added up as an integer: no order, no fusing.
+A float sum depends on the order of its terms and on where the compiler fuses multiply and add. Both
+change with jit, vmap and sharding, so that another scale could win. Here each square is rounded to
+float32, cut off at 2^-2b and added as an integer.
 """
 
 import jax.numpy as jnp
@@ -14,13 +14,12 @@ from duquantpp_jax.core import times_power_of_two
 from duquantpp_jax.formats.division import magnitude_bits, split
 
 Wide = tuple[Int32[Array, "*blocks"], Int32[Array, "*blocks"]]
-"""A number as its high and its low part, each of b bits."""
+"""A number as a high and a low part, each of b bits."""
 
 
 def above(amax: UInt32[Array, "*blocks"]) -> Int32[Array, "*blocks"]:
     """Exponent of the power of two next above amax."""
-    exponent, _ = split(amax)
-    return exponent + 1
+    return split(amax)[0] + 1
 
 
 def in_units(
@@ -38,9 +37,9 @@ def squared_error(
 
     Args:
       x: Of magnitude below 1.
-      rounded: What x became: off by less than 1, and of the same sign.
+      rounded: x rounded: off by less than 1, and of the same sign.
     """
-    bits = 30 - (x.shape[-1] - 1).bit_length()  # so that a sum of that many fits into 31
+    bits = 30 - (x.shape[-1] - 1).bit_length()  # b: sums over the block fit into 31 bits
     square = jnp.square(jnp.abs(x) - jnp.abs(rounded)) * 2.0**bits
     high = square.astype(jnp.int32)
     low = ((square - high.astype(jnp.float32)) * 2.0**bits).astype(jnp.int32)

@@ -1,10 +1,9 @@
-"""Layouts of storage: two codes a byte, and the 128x4 tiles in which tensor cores read scales.
+"""Layouts of bytes: two codes a byte, and the 128x4 tiles in which tensor cores read scales.
 
     nibbles   byte_i = code_{2i} + 16 code_{2i+1}                        the lower index is low
     tiles     tile[r // 128, c // 4][r % 32, 4 ((r % 128) // 32) + c % 4] = scale[r, c]
 
-Both lose nothing. Where a shape does not fill its last byte or tile, the rest is zeros, and the
-true width or shape is what the way back is given.
+Both are lossless. Zeros fill tiles that the scales do not; the way back takes the true shape.
 
 Source: nibbles as in the MXFP4 checkpoints of gpt-oss and compressed-tensors; tiles as in the
 cuBLAS documentation, "1D block scaling factors layout", and PTX ISA, tcgen05.mma scale factors.
@@ -19,91 +18,48 @@ from duquantpp_jax.core import MXArray
 TILE_ROWS, TILE_COLUMNS = 128, 4
 
 
-def pack_nibbles(
-    codes: UInt8[Array, "*shape"], *, pad: bool = False
-) -> UInt8[Array, "*batch bytes"]:
+def pack_nibbles(codes: UInt8[Array, "*shape"]) -> UInt8[Array, "*batch bytes"]:
     """Two four-bit codes a byte along the last axis, the lower index in the low nibble.
 
-    Args:
-      codes: Codes below 16, of at least one axis.
-      pad: Fill the last byte of an odd width with a zero code.
-
     Raises:
-      ValueError: There is no axis, or the width is odd and `pad` was not asked for.
+      ValueError: There is no axis, or the width is odd.
     """
-    if codes.ndim == 0:
-        raise ValueError("cannot pack a single code: give an array with at least one axis")
-    width = codes.shape[-1]
-    if width % 2:
-        if not pad:
-            raise ValueError(
-                f"a width of {width} leaves half a byte: ask for pad=True and keep the width"
-            )
-        codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
+    if codes.ndim == 0 or codes.shape[-1] % 2:
+        raise ValueError(f"a shape of {codes.shape} leaves half a byte: make its last axis even")
     return codes[..., 0::2] | codes[..., 1::2] << 4
 
 
-def unpack_nibbles(
-    packed: UInt8[Array, "*shape"], width: int | None = None
-) -> UInt8[Array, "*batch k"]:
-    """The codes that `pack_nibbles` packed.
-
-    Args:
-      packed: Two codes a byte, of at least one axis.
-      width: Codes along the last axis; two a byte if not given.
-
-    Raises:
-      ValueError: There is no axis, or so many bytes do not hold that width.
-    """
-    if packed.ndim == 0:
-        raise ValueError("cannot unpack a single byte: give an array with at least one axis")
-    size = packed.shape[-1]
-    width = 2 * size if width is None else width
-    if size != -(-width // 2):
-        raise ValueError(f"{size} bytes hold {2 * size - 1} or {2 * size} codes, not {width}")
-    codes = jnp.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], 2 * size)
-    return codes[..., :width]
+def unpack_nibbles(packed: UInt8[Array, "*batch bytes"]) -> UInt8[Array, "*batch k"]:
+    """The codes that `pack_nibbles` packed."""
+    codes = jnp.stack([packed & 15, packed >> 4], axis=-1)
+    return codes.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
 
 
 def pack_blocks(q: MXArray) -> UInt8[Array, "*blocks bytes"]:
     """The elements of an array of four-bit elements, two a byte, block by block.
 
-    `pack_blocks(format.encode(x))` in one jit goes from numbers to bytes in one pass.
+    `pack_blocks(format.encode(x))` in a jit goes from numbers to bytes in a single pass.
 
     Raises:
-      ValueError: The elements have another size, or a block is half a byte too long.
+      ValueError: The elements do not have four bits, or the block size is odd.
     """
     if q.element.bits != 4:
         raise ValueError(f"elements of {q.element.bits} bits are not packed in nibbles")
     if q.block_size % 2:
         raise ValueError(f"a block of {q.block_size} leaves half a byte: use pack_nibbles")
-    # XLA's CPU code is slow where one loop also puts the blocks in a row: two loops, by a barrier.
-    # jax 0.10 drops it; there, flatten outside of jit what jit gave.
+    # XLA's CPU code is slow where a single loop packs and also puts the blocks in a row. The
+    # barrier makes two loops. jax 0.10 drops it: there, flatten the result outside of the jit.
     packed = pack_nibbles(q.codes().reshape(*q.scales.shape, q.block_size))
     return jax.lax.optimization_barrier(packed)
-
-
-def pack_elements(q: MXArray) -> UInt8[Array, "*batch bytes"]:
-    """`pack_blocks` with the blocks in a row, as they lie in memory.
-
-    Raises:
-      ValueError: As there.
-    """
-    packed = pack_blocks(q)
-    *batch, count, size = packed.shape
-    return packed.reshape(*batch, count * size)
 
 
 def swizzle_scales(
     scale_bytes: UInt8[Array, "*shape"],
 ) -> UInt8[Array, "*batch row_tiles column_tiles 32 16"]:
-    """Scale bytes in 128x4 tiles of 512 bytes; tiles that are not full are filled with zeros.
-
-    Args:
-      scale_bytes: Of shape [..., rows, columns].
+    """Scale bytes in 128x4 tiles of 512 bytes; zeros fill the last tiles.
 
     Raises:
-      ValueError: Fewer than two axes.
+      ValueError: There are fewer than two axes.
     """
     if scale_bytes.ndim < 2:
         raise ValueError(f"tiles need rows and columns, not {scale_bytes.ndim} axes")
@@ -119,15 +75,10 @@ def swizzle_scales(
 def unswizzle_scales(
     tiles: UInt8[Array, "*batch row_tiles column_tiles 32 16"], rows: int, columns: int
 ) -> UInt8[Array, "*batch {rows} {columns}"]:
-    """The scale bytes that `swizzle_scales` laid out.
-
-    Args:
-      tiles: 128x4 tiles.
-      rows: Rows of scales before padding.
-      columns: Columns of scales before padding.
+    """The scale bytes that `swizzle_scales` laid out, of shape [..., rows, columns].
 
     Raises:
-      ValueError: So many tiles do not hold that shape.
+      ValueError: The tiles do not fit this shape.
     """
     *batch, row_tiles, column_tiles, _, _ = tiles.shape
     if (row_tiles, column_tiles) != (-(-rows // TILE_ROWS), -(-columns // TILE_COLUMNS)):

@@ -1,4 +1,4 @@
-"""The format that quantizes nothing: 16-bit activations beside quantized weights (W4A16).
+"""16-bit activations beside quantized weights (W4A16).
 
 fake_quantize(x) = x rounded to bfloat16
 """
@@ -15,10 +15,10 @@ from duquantpp_jax.core import Format, MXArray
 
 @dataclasses.dataclass(frozen=True)
 class BFloat16(Format):
-    """Activations in bfloat16, as a model that is not quantized has them.
+    """Activations in bfloat16, as in a model that is not quantized.
 
     Attributes:
-      block_size: No scale is shared; transforms that mix channels do so within so many.
+      block_size: Channels that a block transform mixes; there are no scales.
     """
 
     _: dataclasses.KW_ONLY

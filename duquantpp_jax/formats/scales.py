@@ -1,4 +1,4 @@
-"""Scales: from the largest magnitude of a block to a power of two.
+"""Scale rules: how the largest magnitude of a block becomes a power of two.
 
 With amax = significand * 2^(e - 23) and the element's largest magnitude m * 2^emax, 1 <= m < 2:
 
@@ -9,9 +9,9 @@ With amax = significand * 2^(e - 23) and the element's largest magnitude m * 2^e
     RCEIL_FLOAT  the least E with fl(amax * fl(1 / (m * 2^emax))) <= 2^E, as others compute RCEIL
     MSE          of FLOOR's E and its two neighbours, the one with the least squared error
 
-E is clamped to [-127, 127] and stored as the byte E + 127. All in integers: log2 and exp2 are
-inexact on CPUs, casts to float8_e8m0fnu round to nearest, and float maxima lose NaN. (RCEIL_FLOAT
-has one product of normal numbers, which rounds alike everywhere.)
+E is clamped to [-127, 127] and stored as the byte E + 127. All arithmetic is in integers: log2 and
+exp2 are inexact on CPUs, casts to float8_e8m0fnu round to nearest, and float maxima lose NaN.
+(RCEIL_FLOAT has a product of normal numbers, which rounds alike everywhere.)
 
 Source: OCP MX v1.0, section 6.3 (FLOOR); the others as compressed-tensors (EVEN), torchao (CEIL,
 RCEIL) and Transformer Engine (RCEIL_FLOAT) name them, in exact form.
@@ -20,7 +20,7 @@ RCEIL) and Transformer Engine (RCEIL_FLOAT) name them, in exact form.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32, UInt32
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from duquantpp_jax.core import Element, ElementRounding, ScaleRule, times_power_of_two
 from duquantpp_jax.formats.division import magnitude_bits, split
@@ -34,7 +34,7 @@ def block_amax(blocks: Float32[Array, "*blocks size"]) -> UInt32[Array, "*blocks
     """Bits of the largest magnitude of each block; at least INFINITY_BITS if any is not finite."""
 
     def larger(a: Int32[Array, ""], b: Int32[Array, ""]) -> Int32[Array, ""]:
-        # max(a, b), as magnitudes have 31 bits. XLA's CPU code is vectorized for this alone.
+        # max(a, b), as magnitudes have 31 bits. XLA's CPU compiler vectorizes only this form.
         return b + jnp.maximum(a - b, 0)
 
     magnitudes = magnitude_bits(blocks).astype(jnp.int32)
@@ -42,39 +42,40 @@ def block_amax(blocks: Float32[Array, "*blocks size"]) -> UInt32[Array, "*blocks
     return amax.astype(jnp.uint32)
 
 
-def clipped(
-    amax: UInt32[Array, "*blocks"], clip: Float32[Array, "*#blocks"]
-) -> UInt32[Array, "*blocks"]:
-    """Bits of amax * clip, exact where clip is 1; at least INFINITY_BITS where not finite."""
-    exponent, significand = split(amax)
-    product = times_power_of_two(significand.astype(jnp.float32) * clip, exponent - 23)
-    return magnitude_bits(product)
+def clipped_amax(
+    blocks: Float32[Array, "*blocks size"], clip: Float32[Array, "*#blocks"] | None
+) -> tuple[UInt32[Array, "*blocks"], Bool[Array, "*blocks"]]:
+    """Bits of amax * clip of each block, exact where clip is 1, and where either is not finite."""
+    amax = block_amax(blocks)
+    bad = amax >= INFINITY_BITS
+    if clip is not None:
+        exponent, significand = split(amax)
+        product = times_power_of_two(significand.astype(jnp.float32) * clip, exponent - 23)
+        amax = magnitude_bits(product)
+        bad = bad | (amax >= INFINITY_BITS)
+    return amax, bad
 
 
 def scale_exponent(
     amax: UInt32[Array, "*blocks"], rule: ScaleRule, element: Element
 ) -> Int32[Array, "*blocks"]:
-    """Exponent E of each block's scale, not yet clamped, for the rules that need only amax.
+    """Exponent E of each block's scale, not yet clamped; below -127 for a zero block.
 
     Args:
       amax: Bits of the largest magnitude of the block, in the units of x; finite.
-      rule: Any but MSE, for which this is FLOOR, where its search starts.
-      element: The element type.
-
-    Returns:
-      E; for a zero block an exponent below -127.
+      rule: For MSE this is FLOOR, where its search starts.
     """
     exponent, significand = split(amax)
     floor = exponent - element.emax
-    one = 1 << 23  # significands lie in [one, 2 one)
-    ulp = one >> element.mantissa_bits
+    unit = 1 << 23  # significands lie in [unit, 2 unit)
+    ulp = unit >> element.mantissa_bits
     match rule:
         case ScaleRule.FLOOR | ScaleRule.MSE:
             return floor
         case ScaleRule.CEIL:
-            up = significand > one
+            up = significand > unit
         case ScaleRule.EVEN:
-            up = significand >= 2 * one - ulp // 2
+            up = significand >= 2 * unit - ulp // 2
         case ScaleRule.RCEIL:
             up = significand > element.max_significand * ulp
         case ScaleRule.RCEIL_FLOAT:
@@ -85,17 +86,17 @@ def scale_exponent(
 def _float_rceil(
     exponent: Int32[Array, "*blocks"], significand: Int32[Array, "*blocks"], element: Element
 ) -> Int32[Array, "*blocks"]:
-    """ceil(log2 r) with r = fl(amax * fl(1 / max)), as on machines that keep subnormals."""
+    """ceil(log2 r) with r = fl(amax * fl(1 / max)), as machines compute it that keep subnormals."""
     product = significand.astype(jnp.float32) * jnp.float32(1 / element.max)
     product_exponent, product_significand = split(magnitude_bits(product))
     floor = exponent - 23 + product_exponent
-    # Of a subnormal r in [2^-127, 2^-126) the last of these bits is rounded off: a tie, to even.
+    # A subnormal r in [2^-127, 2^-126) has a bit less: a set last bit is a tie, rounded to even.
     lost = (floor == -127).astype(jnp.int32)
     return floor + (product_significand > (1 << 23) + lost).astype(jnp.int32)
 
 
 def clamp(exponent: Int32[Array, "*blocks"]) -> Int32[Array, "*blocks"]:
-    """E in [-127, 127], the exponents that E8M0 has."""
+    """E within [-127, 127], the exponents of E8M0."""
     return jnp.clip(exponent, -127, 127)
 
 
@@ -105,14 +106,14 @@ def least_error_exponent(
     element: Element,
     rounding: ElementRounding,
 ) -> Int32[Array, "*blocks"]:
-    """MSE: of floor - 1, floor and floor + 1, each clamped, the exponent with the least squared
-    error of the block; of equals the larger.
+    """MSE: the exponent among floor - 1, floor and floor + 1 with the least squared error.
+
+    Each is clamped first. Where errors are equal the larger exponent is taken.
 
     Args:
       blocks: Finite numbers.
       floor: FLOOR's exponent, of amax or of a clipped amax.
-      element: The element type.
-      rounding: As the elements will be rounded; to nearest if that is stochastic.
+      rounding: Of the elements; errors of stochastic rounding are measured with nearest-even.
     """
     if rounding is ElementRounding.STOCHASTIC:
         rounding = ElementRounding.NEAREST_EVEN
@@ -127,8 +128,8 @@ def least_error_exponent(
     least = error(best)
     for step in (0, -1):
         candidate = clamp(clamp(floor) + step)
-        its = error(candidate)
-        better = less(its, least)
+        found = error(candidate)
+        better = less(found, least)
         best = jnp.where(better, candidate, best)
-        least = (jnp.where(better, its[0], least[0]), jnp.where(better, its[1], least[1]))
+        least = (jnp.where(better, found[0], least[0]), jnp.where(better, found[1], least[1]))
     return best

@@ -116,8 +116,8 @@ def quantize_block(
 def block_error(block, exponent: int, name: str) -> Fraction:
     """Squared error of a block of finite numbers under the scale 2^exponent."""
     scale = power(exponent)
-    held = [value(code(x, scale, name), name) * scale for x in block]
-    return sum((Fraction(float(x)) - h) ** 2 for x, h in zip(block, held, strict=True))
+    rounded = [value(code(x, scale, name), name) * scale for x in block]
+    return sum((Fraction(float(x)) - h) ** 2 for x, h in zip(block, rounded, strict=True))
 
 
 def codes_float64(x, name: str, rounding=ElementRounding.NEAREST_EVEN) -> np.ndarray:
@@ -146,11 +146,12 @@ def telling_magnitudes(name: str) -> np.ndarray:
     """Positive float32 numbers: at every exponent, subnormals included, the borders of every rule
     and their neighbours."""
     mantissa_bits = {"e2m1": 1, "e2m3": 3, "e3m2": 2, "e4m3": 3, "e5m2": 2}[name]
-    one, ulp = 1 << 23, 1 << (23 - mantissa_bits)
-    largest = int(MAXIMA[name] / 2 ** floor_log2(Fraction(MAXIMA[name])) * one)
-    borders = [one, largest, 2 * one - ulp // 2, one + ulp // 2, one + one // 2, 2 * one - ulp]
-    near = sorted({b + d for b in borders for d in (-2, -1, 0, 1, 2)} | {2 * one - 1})
-    significands = [s for s in near if one <= s < 2 * one]
-    normal = [(e << 23) + s - one for e in range(1, 255) for s in significands]
+    base, ulp = 1 << 23, 1 << (23 - mantissa_bits)
+    largest = int(MAXIMA[name] / 2 ** floor_log2(Fraction(MAXIMA[name])) * base)
+    top = 2 * base
+    borders = [base, largest, top - ulp // 2, base + ulp // 2, base + base // 2, top - ulp]
+    near = sorted({b + d for b in borders for d in (-2, -1, 0, 1, 2)} | {top - 1})
+    significands = [s for s in near if base <= s < top]
+    normal = [(e << 23) + s - base for e in range(1, 255) for s in significands]
     subnormal = [s >> k for s in significands for k in range(1, 24)]
     return float32(sorted({b for b in normal + subnormal if b}))

@@ -151,8 +151,8 @@ def test_every_16_bit_number_is_rounded_stochastically_to_a_neighbour(element, d
     )
     up = np.asarray(jax.jit(draw)(jnp.asarray(numbers))).astype(int)
     up -= oracle.codes_float64(numbers, element.name, ElementRounding.TOWARD_ZERO)
-    held = np.array([float(v) for v in oracle.magnitudes(element.name)])
-    exact = np.isin(np.abs(numbers.astype(np.float64)), held)
+    values = np.array([float(v) for v in oracle.magnitudes(element.name)])
+    exact = np.isin(np.abs(numbers.astype(np.float64)), values)
     saturated = np.abs(numbers.astype(np.float64)) >= element.max
     assert np.isin(up, [0, 1]).all()
     assert not up[exact | saturated].any()

@@ -84,8 +84,8 @@ def test_compressed_tensors_packs_the_lower_index_into_the_low_nibble():
 @ELEMENTS
 def test_microxcaling_agrees_and_its_nearest_is_away_from_zero(element):
     theirs = golden("microxcaling")
-    held = {r: np.asarray(MX(element, rounding=r).fake_quantize(X)) for r in oracle.DETERMINISTIC}
-    even, away = held[ElementRounding.NEAREST_EVEN], held[ElementRounding.AWAY]
+    found = {r: np.asarray(MX(element, rounding=r).fake_quantize(X)) for r in oracle.DETERMINISTIC}
+    even, away = found[ElementRounding.NEAREST_EVEN], found[ElementRounding.AWAY]
     np.testing.assert_array_equal(even, theirs[f"{element.name}.even"])
     np.testing.assert_array_equal(away, theirs[f"{element.name}.nearest"])
     assert (even != away).any() == (

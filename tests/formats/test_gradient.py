@@ -64,8 +64,8 @@ def test_jit_vmap_scan_remat_and_forward_mode_agree_with_eager(saturated):
     x = numbers()
     row = lambda x: jnp.sum(SLOPE * MXFP4().fake_quantize(x, saturated_gradient=saturated))  # noqa: E731
     rows = lambda x: jax.vmap(row)(x).sum()  # noqa: E731
-    eager = jnp.stack([jax.grad(row)(one) for one in x])
-    scanned = lambda x: jax.lax.scan(lambda total, one: (total + row(one), None), 0.0, x)[0]  # noqa: E731
+    eager = jnp.stack([jax.grad(row)(block) for block in x])
+    scanned = lambda x: jax.lax.scan(lambda total, b: (total + row(b), None), 0.0, x)[0]  # noqa: E731
     for gradient in (
         jax.grad(rows)(x),
         jax.jit(jax.grad(rows))(x),

@@ -6,7 +6,7 @@ import pytest
 
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.formats import MXFP4
-from duquantpp_jax.formats.packing import pack_elements
+from duquantpp_jax.formats.packing import pack_blocks
 
 
 def share(program, x) -> float:
@@ -21,7 +21,7 @@ def share(program, x) -> float:
 def test_packed_bytes_take_a_tenth_more_than_input_and_output(dtype, rule):
     def packed(x):
         q = MXFP4(scale_rule=rule).encode(x)
-        return pack_elements(q), q.scale_bytes()
+        return pack_blocks(q), q.scale_bytes()
 
     assert 1 < share(packed, jax.ShapeDtypeStruct((512, 4096), dtype)) <= 1.1
 

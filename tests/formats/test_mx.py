@@ -118,9 +118,9 @@ def test_nan_or_inf_anywhere_makes_its_whole_block_nan_and_no_other(make, rule):
     codes, bytes_ = both(q)
     assert (bytes_[1::2] == 255).all()
     assert not (codes[1::2] << (9 - q.element.bits) & 0xFF).any()  # nothing but signs
-    held = np.asarray(q.dequantize())
-    assert np.isnan(held[1::2]).all()
-    np.testing.assert_array_equal(held[::2], x[::2])
+    rounded = np.asarray(q.dequantize())
+    assert np.isnan(rounded[1::2]).all()
+    np.testing.assert_array_equal(rounded[::2], x[::2])
 
 
 @GRID
@@ -133,9 +133,9 @@ def test_zero_block_has_byte_zero_and_keeps_the_signs_of_its_zeros(make, rule):
     np.testing.assert_array_equal(
         codes[0], np.where(np.signbit(x[0]), 1 << (q.element.bits - 1), 0)
     )
-    held = np.asarray(q.dequantize())
-    assert not held.any()
-    np.testing.assert_array_equal(np.signbit(held), np.signbit(x))
+    rounded = np.asarray(q.dequantize())
+    assert not rounded.any()
+    np.testing.assert_array_equal(np.signbit(rounded), np.signbit(x))
 
 
 def test_negative_numbers_that_underflow_become_minus_zero():
@@ -307,8 +307,8 @@ def test_error_of_mse_is_at_most_that_of_the_rules_it_chooses_among(seed, make):
     x[np.abs(x).max(axis=-1) > 1e30] = 1
 
     def error(rule):
-        held = np.asarray(make(scale_rule=rule).fake_quantize(x), np.float64)
-        return np.square(x.astype(np.float64) - held).sum(axis=-1)
+        rounded = np.asarray(make(scale_rule=rule).fake_quantize(x), np.float64)
+        return np.square(x.astype(np.float64) - rounded).sum(axis=-1)
 
     least = error(ScaleRule.MSE)
     for rule in (ScaleRule.FLOOR, ScaleRule.CEIL, ScaleRule.EVEN):
@@ -350,10 +350,10 @@ def test_jit_eager_and_vmap_agree_bit_for_bit(make, rule):
 
 def test_stacked_arrays_scan_over_their_leading_axis():
     x = jnp.asarray(blocks_of(24).reshape(3, 4, 64))
-    stacked = jax.tree.map(lambda *a: jnp.stack(a), *[MXFP4().quantize(one) for one in x])
+    stacked = jax.tree.map(lambda *a: jnp.stack(a), *[MXFP4().quantize(row) for row in x])
     assert_same(stacked, MXFP4().quantize(x))
-    _, held = jax.lax.scan(lambda carry, q: (carry, q.dequantize()), 0, stacked)
-    np.testing.assert_array_equal(held, MXFP4().fake_quantize(x))
+    _, rounded = jax.lax.scan(lambda carry, q: (carry, q.dequantize()), 0, stacked)
+    np.testing.assert_array_equal(rounded, MXFP4().fake_quantize(x))
 
 
 def test_formats_are_hashable_values():

@@ -99,11 +99,11 @@ def test_nan_and_inf_make_their_block_nan_and_no_other(format):
     x = blocks_of(6)
     x[1, 5], x[3, 0] = np.nan, -np.inf
     q = format.quantize(x)
-    held = np.asarray(q.dequantize())
-    assert np.isnan(held[[1, 3]]).all()
+    rounded = np.asarray(q.dequantize())
+    assert np.isnan(rounded[[1, 3]]).all()
     assert np.isnan(np.asarray(q.scales)[[1, 3]]).all()
     np.testing.assert_array_equal(
-        np.delete(held, [1, 3], 0), format.fake_quantize(np.delete(x, [1, 3], 0))
+        np.delete(rounded, [1, 3], 0), format.fake_quantize(np.delete(x, [1, 3], 0))
     )
 
 
@@ -111,22 +111,22 @@ def test_nan_and_inf_make_their_block_nan_and_no_other(format):
 def test_zero_blocks_stay_zero_with_their_signs(format):
     x = np.zeros((2, 32), np.float32)
     x[:, ::2] = -0.0
-    held = np.asarray(format.fake_quantize(x))
-    assert not held.any()
-    np.testing.assert_array_equal(np.signbit(held), np.signbit(x))
+    rounded = np.asarray(format.fake_quantize(x))
+    assert not rounded.any()
+    np.testing.assert_array_equal(np.signbit(rounded), np.signbit(x))
 
 
 @ALL
 @pytest.mark.parametrize("power", [-149, -135, -126, 126])
 def test_the_ends_of_float32_are_held_without_nan(format, power):
     x = np.ldexp(np.linspace(-1.9, 1.9, 32, dtype=np.float64), power).astype(np.float32)[None]
-    held = np.asarray(format.fake_quantize(x))
-    assert np.isfinite(held).all()
+    rounded = np.asarray(format.fake_quantize(x))
+    assert np.isfinite(rounded).all()
     if isinstance(format, Quest) and power < 0:
-        assert not held.any()  # its 1e-8 keeps the scale above 2^-27
+        assert not rounded.any()  # its 1e-8 keeps the scale above 2^-27
         return
     # The smallest scale is 2^-126, and half of half of that rounds to zero.
-    assert np.abs(held - x).max() <= max(np.abs(x).max() * 0.6, 2.0**-128)
+    assert np.abs(rounded - x).max() <= max(np.abs(x).max() * 0.6, 2.0**-128)
 
 
 @pytest.mark.parametrize("format", [*FORMATS, NVFP4()], ids=lambda f: type(f).__name__)
@@ -161,10 +161,10 @@ def test_stochastic_rounding_of_quotients_is_unbiased():
     x = np.full((20000, 32), 0.37, np.float32)
     x[:, 0] = 6.0
     format = FP32Scale(rounding=ElementRounding.STOCHASTIC)
-    held = np.asarray(format.fake_quantize(x, key=jax.random.key(0)))[:, 1:]
-    assert set(np.unique(held)) == {0.0, 0.5}
-    deviation = 0.5 * np.sqrt(0.74 * 0.26 / held.size)
-    assert abs(held.mean() - 0.37) < 5 * deviation
+    rounded = np.asarray(format.fake_quantize(x, key=jax.random.key(0)))[:, 1:]
+    assert set(np.unique(rounded)) == {0.0, 0.5}
+    deviation = 0.5 * np.sqrt(0.74 * 0.26 / rounded.size)
+    assert abs(rounded.mean() - 0.37) < 5 * deviation
 
 
 @pytest.mark.slow

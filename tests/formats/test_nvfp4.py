@@ -45,8 +45,8 @@ def elements(block: np.ndarray, byte: int, t: np.float32) -> list[int]:
 
 def error(block, byte, t) -> Fraction:
     scale = oracle.magnitudes("e4m3")[byte] * Fraction(float(t))
-    held = [oracle.value(c, "e2m1") * scale for c in elements(block, byte, t)]
-    return sum((Fraction(float(v)) - h) ** 2 for v, h in zip(block, held, strict=True))
+    found = [oracle.value(c, "e2m1") * scale for c in elements(block, byte, t)]
+    return sum((Fraction(float(v)) - h) ** 2 for v, h in zip(block, found, strict=True))
 
 
 def check(q: MXArray, x: np.ndarray, t: np.float32) -> None:
@@ -107,8 +107,9 @@ def test_dequantized_is_the_product_of_the_three_rounded_once():
     x = blocks_of(seed=3)
     q = NVFP4().quantize(x)
     t = Fraction(float(q.tensor_scale))
-    held = np.asarray(q.dequantize())
-    for mine, codes, byte in zip(held, np.asarray(q.codes()), q.scale_bytes().ravel(), strict=True):
+    found = np.asarray(q.dequantize())
+    scale_bytes = q.scale_bytes().ravel()
+    for mine, codes, byte in zip(found, np.asarray(q.codes()), scale_bytes, strict=True):
         scale = oracle.magnitudes("e4m3")[int(byte)] * t
         exact = [np.float32(float(oracle.value(int(c), "e2m1") * scale)) for c in codes]
         np.testing.assert_array_equal(mine, exact)
@@ -120,10 +121,10 @@ def test_nan_or_inf_makes_its_block_nan_and_leaves_the_tensor_scale_to_the_rest(
     q = NVFP4().quantize(x)
     rest = np.delete(x, [1, 2], axis=0)
     assert float(q.tensor_scale) == tensor_scale(rest)
-    held = np.asarray(q.dequantize())
-    assert np.isnan(held[[1, 2]]).all()
+    found = np.asarray(q.dequantize())
+    assert np.isnan(found[[1, 2]]).all()
     assert (np.asarray(q.scale_bytes()).ravel()[[1, 2]] == 0x7F).all()
-    np.testing.assert_array_equal(np.delete(held, [1, 2], 0), NVFP4().fake_quantize(rest))
+    np.testing.assert_array_equal(np.delete(found, [1, 2], 0), NVFP4().fake_quantize(rest))
 
 
 def test_zeros_stay_zeros_with_their_signs():
@@ -131,20 +132,20 @@ def test_zeros_stay_zeros_with_their_signs():
         q = NVFP4().quantize(x)
         assert float(q.tensor_scale) == 1
         assert not np.asarray(q.scale_bytes()).any()
-        held = np.asarray(q.dequantize())
-        np.testing.assert_array_equal(np.signbit(held), np.signbit(x))
-        assert not held.any()
+        found = np.asarray(q.dequantize())
+        np.testing.assert_array_equal(np.signbit(found), np.signbit(x))
+        assert not found.any()
 
 
 @pytest.mark.parametrize("power", [-145, -120, 100, 125])
 def test_very_small_and_very_large_tensors_are_held(power):
     x = np.ldexp(blocks_of(40, spread=1).astype(np.float64), power)
     x = np.clip(x, -float(np.finfo(np.float32).max), float(np.finfo(np.float32).max))
-    held = np.asarray(NVFP4().fake_quantize(x.astype(np.float32)), np.float64)
-    assert np.isfinite(held).all()
+    found = np.asarray(NVFP4().fake_quantize(x.astype(np.float32)), np.float64)
+    assert np.isfinite(found).all()
     # Below 2^-126 / 2688 the tensor scale stops shrinking: steps are then 2^-136.
     step = max(np.abs(x).max() / 6, 2.0**-136)
-    assert np.abs(held - x).max() <= step
+    assert np.abs(found - x).max() <= step
 
 
 def test_tensor_scale_is_positive_however_small_the_tensor():
