@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from duquantpp_jax.models import SITES, DecoderConfig
+from duquantpp_jax.ptq import stream
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.recipes import find_format, recipe
 
@@ -29,6 +30,7 @@ class Job:
       calibration: Where the rows are from, how many of what length, and the SHA-256 of their ids.
       environment: Versions and device: others may round numbers differently.
       fits: SHA-256 of the fits that were given; None where the recipe fitted.
+      rotate_stream, rotate_values: Rotations of the float model, as of `ptq.stream.Turn`.
     """
 
     model: Mapping[str, str]
@@ -45,6 +47,8 @@ class Job:
     environment: Mapping[str, Any]
     fuse: bool = False
     fits: str | None = None
+    rotate_stream: str | None = None
+    rotate_values: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -62,13 +66,19 @@ class Job:
           ValueError: Fields are missing or unknown.
         """
         names = {field.name for field in dataclasses.fields(cls)}
-        # Jobs that were written before there were these two have no such fields.
-        if not isinstance(fields, Mapping) or set(fields) | {"fuse", "fits"} != names:
+        # Jobs that were written before there were these have no such fields.
+        later = {"fuse", "fits", "rotate_stream", "rotate_values"}
+        if not isinstance(fields, Mapping) or set(fields) | later != names:
             raise ValueError(f"a job has the fields {', '.join(sorted(names))}, and no others")
         given: dict[str, Any] = {
             name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()
         }
         return cls(**given)
+
+    @property
+    def turn(self) -> stream.Turn:
+        """What the float model is turned by before anything else."""
+        return stream.Turn(self.rotate_stream, self.rotate_values, self.seed)
 
     def plan(self, config: DecoderConfig, *, done: bool = False) -> Plan:
         """What the job does to a model.

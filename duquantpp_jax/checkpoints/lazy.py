@@ -1,15 +1,21 @@
-"""A float checkpoint read a layer at a time, so that it may be larger than memory."""
+"""A float checkpoint read a layer at a time, so that it may be larger than memory.
+
+Its parameters may be turned as they are read (ptq/stream.py).
+"""
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Integer
 
 from duquantpp_jax.checkpoints.hugging_face import Headers, headers
 from duquantpp_jax.checkpoints.shards import read_stored
-from duquantpp_jax.models.parameters import EMBEDDING, LAYER
+from duquantpp_jax.models import Decoder, parameter_shapes
+from duquantpp_jax.models.parameters import EMBEDDING, HEAD, LAYER, NORM
+from duquantpp_jax.ptq.stream import Turn
 
 
 class Checkpoint:
@@ -17,19 +23,22 @@ class Checkpoint:
 
     Attributes:
       directory: Where it is.
-      config: What its config.json says.
+      config: What its config.json says; of the turned model.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]):
+    def __init__(self, directory: str | os.PathLike[str], turn: Turn | None = None):
         """Args:
           directory: As for `load`.
+          turn: Rotations of the residual stream and of value heads.
 
         Raises:
-          ValueError: As `load`, but for what only the weights themselves show.
+          ValueError: As `load`, but for what only the weights themselves show; or there is no such
+            rotation.
         """
         self.directory = Path(directory)
         self._headers: Headers = headers(directory)
-        self.config = self._headers.config
+        self._turn = turn or Turn()
+        self.config = self._turn.config(self._headers.config)
 
     def layer_tensors(self, number: int) -> dict[str, str]:
         """Tensor names of a layer, and the parameter inside the layer that each fills."""
@@ -46,18 +55,38 @@ class Checkpoint:
           ValueError: A tensor has NaN or Inf, or a shard is truncated.
         """
         names = self.layer_tensors(number)
-        return {names[name]: array for name, array in read_stored(self._headers.found, names)}
+        stored = {names[name]: array for name, array in read_stored(self._headers.found, names)}
+        return self._turn.layer(self.config, number, stored)
 
     def outside(self) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
-        """What belongs to no layer, tensor by tensor: embedding, last norm, head."""
-        places = self._headers.places
-        names = [name for name, place in places.items() if not place.key.startswith(LAYER)]
-        for name in names:
-            yield from read_stored(self._headers.found, [name])  # one at a time in memory
+        """What belongs to no layer, tensor by tensor: embedding, untied head, last norm."""
+        gain = self._read(NORM)
+        yield f"{EMBEDDING}.weight", self._embedding()
+        if not self.config.tie_word_embeddings:
+            head = self._read(EMBEDDING if self._headers.config.tie_word_embeddings else HEAD)
+            yield f"{HEAD}.weight", self._turn.head(self.config, head, gain)
+        yield f"{NORM}.weight", self._turn.last_gain(gain)
 
     def embed(
         self, tokens: Integer[np.ndarray, "rows length"]
     ) -> Float32[np.ndarray, "rows length k"]:
         """The hidden states before the first layer."""
-        ((_, embedding),) = read_stored(self._headers.found, [f"{EMBEDDING}.weight"])
-        return embedding[tokens].astype(np.float32)
+        return self._embedding()[tokens].astype(np.float32)
+
+    def decoder(self) -> Decoder:
+        """The whole model in memory, in float32."""
+        shapes = parameter_shapes(self.config)
+        arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+        for number in range(self.config.num_hidden_layers):
+            for name, array in self.layer(number).items():
+                arrays[LAYER + name][number] = array
+        for name, array in self.outside():
+            arrays[name.removesuffix(".weight")][...] = array
+        return Decoder(self.config, {name: jnp.asarray(array) for name, array in arrays.items()})
+
+    def _embedding(self) -> Float[np.ndarray, "vocab k"]:
+        return self._turn.embedding(self.config, self._read(EMBEDDING))
+
+    def _read(self, name: str) -> Float[np.ndarray, "..."]:
+        ((_, array),) = read_stored(self._headers.found, [f"{name}.weight"])
+        return array

@@ -199,6 +199,9 @@ def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
         about = read_about(out / layer_file(number))
         rows += about["report"]
         place |= dict.fromkeys(_tensor_names(out / layer_file(number)), layer_file(number))
+    fields = read_json(checkpoint.directory / CONFIG)
+    if untied := bool(fields.get("tie_word_embeddings")) > checkpoint.config.tie_word_embeddings:
+        fields["tie_word_embeddings"] = False
     total = sum((out / file).stat().st_size for file in set(place.values()))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
     report = {
@@ -206,13 +209,13 @@ def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
         "job": job.to_dict(),
         "bytes": total,
         "float_bytes": sum(path.stat().st_size for path in _shards(checkpoint.directory)),
+        **({"untied_head": True} if untied else {}),
         "linears": rows,
     }
     files.write_whole(out / REPORT, files.to_json(report))
     for path in copied(checkpoint.directory):
         files.write_whole(out / path.name, path.read_bytes())
     files.write_whole(out / INDEX, files.to_json(index))
-    fields = read_json(checkpoint.directory / CONFIG)
     fields["quantization_config"] = {"quant_method": METHOD, "schema": SCHEMA, "recipe": job.recipe}
     files.write_whole(out / CONFIG, files.to_json(fields))
 

@@ -32,6 +32,7 @@ from duquantpp_jax.lab.cells import DEFAULT_FORMAT, SCHEMA, Cell
 from duquantpp_jax.lab.pivot import COMPARED, Layout, pivots
 from duquantpp_jax.lab.records import Record, record_of
 from duquantpp_jax.lab.running import Outcome
+from duquantpp_jax.ptq.stream import Name as Rotation
 from duquantpp_jax.recipes import ALIASES, import_modules
 
 BASELINE = "block_hadamard"
@@ -68,6 +69,8 @@ class CompareOptions:
       rounding: How moved weights are rounded.
       pad: Widen linear inputs that blocks of 32 do not divide, with zeros (exact).
       fuse: Fold smoothing and permutations into norms, v and up before rounding, as in quantize.
+      rotate_stream, rotate_values: Turn the residual stream, and value heads, before anything else,
+        as in quantize; compared with the float model as it is.
       seed: For recipes that draw random numbers.
       seeds: Several of them in place of --seed: which (0 1 2), or how many (3).
       imports: Modules to import first: those of the transforms in --fits that are not of this
@@ -95,6 +98,8 @@ class CompareOptions:
     rounding: str = "rtn"
     pad: bool = False
     fuse: bool = False
+    rotate_stream: Rotation | None = None
+    rotate_values: Rotation | None = None
     seed: int = 0
     seeds: tuple[int, ...] | None = None
     imports: Imports = ()
@@ -139,6 +144,8 @@ def cells(options: CompareOptions) -> list[Cell]:
                 batch_rows=BATCH_ROWS,
                 pad=options.pad,
                 fuse=options.fuse,
+                rotate_stream=options.rotate_stream,
+                rotate_values=options.rotate_values,
             )
             seeds = _seeds(options) if cell.draws else _seeds(options)[:1]
             grid += [dataclasses.replace(cell, seed=seed) for seed in seeds]
@@ -280,6 +287,9 @@ def _print_table(comparison: Comparison) -> None:
         print("--pad: inputs that blocks of 32 do not divide are widened with zeros (exact).")
     if results["options"]["fuse"]:
         print("--fuse: smoothing and permutations are folded into the model where they can be.")
+    for name, what in (("stream", "the residual stream is"), ("values", "value heads are")):
+        if rotation := results["options"][f"rotate_{name}"]:
+            print(f"--rotate-{name}: {what} turned by {rotation} before anything else.")
     seconds = {
         (one["row"], one["column"]): one["fit_seconds"] for one in comparison.timings["entries"]
     }

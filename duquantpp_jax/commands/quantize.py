@@ -29,6 +29,7 @@ from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import environment, load_rows, model_name
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.estimate import estimate
+from duquantpp_jax.ptq.stream import Name as Rotation
 from duquantpp_jax.recipes import ALIASES, format_name, import_modules, known, under_rule
 
 ROWS = 64
@@ -63,6 +64,9 @@ class QuantizeOptions:
       sequential: Calibrate each layer on what the quantized layers before it give.
       fuse: Fold smoothing and permutations into norms, v and up before rounding; smoothing before
         o_proj becomes the same in the query heads that share a value head.
+      rotate_stream: Turn the residual stream by a rotation that costs nothing online; a tied head
+        becomes a matrix of its own.
+      rotate_values: Turn value heads by such rotations.
       pad: Widen linear inputs that blocks do not divide, with zeros (exact).
       dry_run: Say sizes, memory and time; write nothing.
       overwrite: Start anew where --out holds another quantized model.
@@ -86,6 +90,8 @@ class QuantizeOptions:
     activation_formats: tuple[str, ...] = ()
     sequential: bool = False
     fuse: bool = False
+    rotate_stream: Rotation | None = None
+    rotate_values: Rotation | None = None
     pad: bool = False
     dry_run: bool = False
     overwrite: bool = False
@@ -102,9 +108,9 @@ def quantize(options: QuantizeOptions, progress: Progress = lambda *_: None) -> 
     """
     import_modules(options.imports)
     check_out(options)
-    checkpoint = Checkpoint(options.model or testbed.directory())
     tokens, source = calibration_tokens(options)
     job = job_of(options, tokens, source)
+    checkpoint = Checkpoint(options.model or testbed.directory(), job.turn)
     plan = job.plan(checkpoint.config)
     if options.fits is not None:
         plan = dataclasses.replace(plan, fits=load_fits(options.fits, job.model["sha256"])[0])
@@ -123,11 +129,10 @@ def dry_run(options: QuantizeOptions) -> dict[str, Any]:
       ValueError: As `quantize`.
     """
     check_out(options)
-    checkpoint = Checkpoint(options.model or testbed.directory())
-    tokens, source = calibration_tokens(options)
-    plan = job_of(options, tokens, source).plan(checkpoint.config)
+    job = job_of(options, *calibration_tokens(options))
+    plan = job.plan(Checkpoint(options.model or testbed.directory(), job.turn).config)
     plan.check()
-    return estimate(plan, *tokens.shape)
+    return estimate(plan, job.calibration["rows"], job.calibration["length"])
 
 
 def check_out(options: QuantizeOptions) -> None:
@@ -180,6 +185,8 @@ def job_of(
     tokens = np.asarray(tokens, np.int32)
     if options.recipe is not None and options.fits is not None:
         raise ValueError("--recipe and --fits both say how inputs are moved: give one of them")
+    if options.fits is not None and (options.rotate_stream or options.rotate_values):
+        raise ValueError("--fits were learned for the model as it is: leave --rotate-.. out")
     about = None if options.fits is None else read_about(options.fits)
     name = options.recipe or "block_hadamard"
     return Job(
@@ -194,6 +201,8 @@ def job_of(
         seed=options.seed,
         sequential=options.sequential,
         fuse=options.fuse,
+        rotate_stream=options.rotate_stream,
+        rotate_values=options.rotate_values,
         calibration={
             "source": source,
             "rows": len(tokens),

@@ -55,10 +55,13 @@ def quantized_line(report: Mapping[str, Any]) -> str:
         for side in ("weight", "activation")
     }
     calibration = job["calibration"]
+    places = {"rotate_stream": "the residual stream", "rotate_values": "value heads"}
+    turned = "".join(f"{what} turned by {job[n]}, " for n, what in places.items() if job.get(n))
     return (
-        f"{job['model']['name']}: {job['recipe']}, {job['rounding']}; weights "
+        f"{job['model']['name']}: {turned}{job['recipe']}, {job['rounding']}; weights "
         f"{bits['weight']}, activations {bits['activation']}; calibrated on "
         f"{calibration['rows']} rows of {calibration['length']} tokens ({calibration['source']}). "
+        f"{'The tied head became a matrix of its own. ' if report.get('untied_head') else ''}"
         f"{report['float_bytes'] / MIB:.1f} MiB became {report['bytes'] / MIB:.1f} MiB."
     )
 

@@ -20,6 +20,7 @@ from jaxtyping import Float32, Integer
 
 from duquantpp_jax.checkpoints import load, sha256, testbed
 from duquantpp_jax.checkpoints.fits import load_fits
+from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.core import Fitted, Needs, Stats
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS, Rows
@@ -30,6 +31,7 @@ from duquantpp_jax.models import Decoder
 from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.report import online_costs
+from duquantpp_jax.ptq.stream import Turn
 from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder
 
 CACHE_BYTES = 2 << 30
@@ -121,11 +123,11 @@ class Bench:
                 keep_bytes=self._cache_bytes,
             ),
         )
-        predictor, fit_seconds, sqnr, online = Predictor(model), 0.0, None, None
-        if recipe := cell.method():
-            plan = Plan.of(model.config, recipe, pad=cell.pad, seed=cell.seed, fuse=cell.fuse)
-            fits, fit_seconds, calibration, stats = self._fit(cell, plan, model)
-            predictor = quantize(plan, model, calibration, stats, fits)
+        start, plan = self._start(cell)
+        predictor, fit_seconds, sqnr, online = Predictor(start), 0.0, None, None
+        if plan:
+            fits, fit_seconds, calibration, stats = self._fit(cell, plan, start)
+            predictor = quantize(plan, start, calibration, stats, fits)
             sqnr = mean_sqnr(predictor, rows.tokens[: reference.batch_rows])
             online = online_costs(predictor.state)
         predictor = dataclasses.replace(predictor, store=cell.store)
@@ -150,12 +152,22 @@ class Bench:
         Raises:
           ValueError: The cell's linears stay in float.
         """
-        if (recipe := cell.method()) is None:
+        start, plan = self._start(cell)
+        if plan is None:
             raise ValueError(f"{cell.labels()} fits nothing: its linears stay in float")
-        model = self._latest("model", _of_model(cell), lambda: _model(cell))
-        plan = Plan.of(model.config, recipe, pad=cell.pad, seed=cell.seed, fuse=cell.fuse)
-        fits, _, _, stats = self._fit(cell, plan, model)
+        fits, _, _, stats = self._fit(cell, plan, start)
         return fits, stats
+
+    def _start(self, cell: Cell) -> tuple[Decoder, Plan | None]:
+        """The float model that is quantized, turned if the cell says so, and the plan for it."""
+        model = self._latest("model", _of_model(cell), lambda: _model(cell))
+        if cell.turn != Turn():
+            checkpoint = Checkpoint(cell.model or testbed.directory(), cell.turn)
+            model = self._latest("turned", (cell.model, cell.turn), checkpoint.decoder)
+        if (recipe := cell.method()) is None:
+            return model, None
+        plan = Plan.of(model.config, recipe, pad=cell.pad, seed=cell.seed, fuse=cell.fuse)
+        return model, plan
 
     def _fit(
         self, cell: Cell, plan: Plan, model: Decoder
@@ -163,7 +175,7 @@ class Bench:
         """The fit, its seconds, and the calibration inputs and Stats that it saw."""
         rows = self._latest("calibration", _of_calibration(cell), lambda: _calibration(cell))
         widths, recipe = plan.widths(0), plan.recipes["mlp_in"]
-        inputs = (_of_model(cell), _of_calibration(cell), tuple(widths.items()))
+        inputs = (_of_model(cell), cell.turn, _of_calibration(cell), tuple(widths.items()))
         stats = self._latest("stats", inputs, dict)
         if recipe.needs not in stats:
             stats[recipe.needs] = calibrate(model, rows, widths, needs=recipe.needs)
@@ -184,7 +196,7 @@ def order(cells: list[Cell]) -> list[Cell]:
     def key(cell: Cell) -> tuple[str, ...]:
         parts = (_of_model(cell), _of_rows(cell), _of_calibration(cell), cell.pad)
         recipe = cell.method()
-        fit = (recipe and recipe.fit, cell.fits)
+        fit = (cell.turn, recipe and recipe.fit, cell.fits)
         return (*map(repr, parts), repr(fit), f"{cell.seed:09d}")
 
     return sorted(cells, key=key)  # stable: within a fit, as given

@@ -23,6 +23,7 @@ from duquantpp_jax.checkpoints.fits import other_formats, read_about
 from duquantpp_jax.core import Element, Fit, Format, Recipe, Rounding
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.models import Decoder, Store
+from duquantpp_jax.ptq import stream
 from duquantpp_jax.recipes import format_name, recipe
 
 SCHEMA = 2
@@ -60,6 +61,8 @@ class Cell:
         result.
       pad: Widen linear inputs that blocks do not divide, with zeros (exact).
       fuse: As in `ptq.plan.Plan`.
+      rotate_stream, rotate_values: By what the model is turned before it is quantized, as of
+        `ptq.stream.Turn`; it is compared with the float model as it is.
     """
 
     recipe: str
@@ -81,6 +84,8 @@ class Cell:
     batch_rows: int = 16
     pad: bool = False
     fuse: bool = False
+    rotate_stream: str | None = None
+    rotate_values: str | None = None
 
     def method(self) -> Recipe | None:
         """The recipe that this cell measures; None where linears stay in float.
@@ -113,9 +118,21 @@ class Cell:
 
     @property
     def draws(self) -> bool:
-        """Whether the recipe draws random numbers, so that another seed gives another result."""
+        """Whether random numbers are drawn, so that another seed gives another result."""
         method = self.method()
-        return method is not None and method.draws
+        return self.turn.draws or (method is not None and method.draws)
+
+    @property
+    def turn(self) -> stream.Turn:
+        """What the model is turned by; its seed is 0 where nothing is random.
+
+        Raises:
+          ValueError: There are rotations and a change of the model.
+        """
+        turn = stream.Turn(self.rotate_stream, self.rotate_values)
+        if turn != stream.Turn() and self.change is not None:
+            raise ValueError("rotations turn a model as it is stored: give no change with them")
+        return dataclasses.replace(turn, seed=self.seed) if turn.draws else turn
 
     @property
     def warning(self) -> str | None:
@@ -128,10 +145,11 @@ class Cell:
 
     def _about_fits(self) -> dict[str, Any]:
         given = self.fit is not None or self.change is not None or self.method() is None
+        given |= self.turn != stream.Turn()
         if self.fits is None or given:
             raise ValueError(
                 f"{self.labels()}: fits move linears of the model as it is: give a format, and no "
-                "fit or change"
+                "fit, change or rotation"
             )
         return read_about(self.fits, _model_hash(self.model))
 
@@ -156,9 +174,11 @@ class Cell:
             "calibration_tokens": self.calibration_tokens,
             "batch_rows": self.batch_rows,
             "pad": self.pad,
-            **({"fuse": True} if self.fuse else {}),
         }
         # Later fields appear only where they are given: the names of recorded cells stay.
+        turn = self.turn
+        later = {"fuse": self.fuse, "rotate_stream": turn.stream, "rotate_values": turn.values}
+        found |= {name: value for name, value in later.items() if value}
         if self.fits is not None:
             found["fits"] = self._about_fits()["sha256"]
         return found

@@ -39,7 +39,7 @@ def hadamard(size: int) -> Float[Array, "size size"]:
     Raises:
       ValueError: None of this size is known here; names the nearest that are.
     """
-    signs = functools.reduce(np.kron, _factors(size))
+    signs = functools.reduce(np.kron, sign_factors(size))
     return jnp.asarray(signs / np.sqrt(size), jnp.float32)
 
 
@@ -49,11 +49,15 @@ def hadamard_factors(size: int) -> tuple[Float[Array, "_ _"], ...]:
     Raises:
       ValueError: As `hadamard`.
     """
-    return tuple(jnp.asarray(f / np.sqrt(len(f)), jnp.float32) for f in _factors(size))
+    return tuple(jnp.asarray(f / np.sqrt(len(f)), jnp.float32) for f in sign_factors(size))
 
 
-def _factors(size: int) -> list[Float[np.ndarray, "_ _"]]:
-    """Matrices of signs whose Kronecker product is a Hadamard matrix of this size."""
+def sign_factors(size: int) -> list[Float[np.ndarray, "_ _"]]:
+    """Matrices of signs whose Kronecker product is a Hadamard matrix of this size.
+
+    Raises:
+      ValueError: As `hadamard`.
+    """
     base = _base(size)
     if base is None:
         below = next((n for n in range(size - 1, 0, -1) if _base(n)), None)

@@ -19,6 +19,8 @@ from tests.commands.test_quantize import assert_one_line
 from tests.conftest import byte_tokenizer, tiny_decoder
 from tests.decompress import assert_equal, by_numpy, held, tensors_of
 
+RUN = jax.jit(lambda model, tokens: model(tokens)[0])
+
 
 def quantized(model, out, **more):
     quantize(QuantizeOptions(model=model, out=out, rows=4, **more))
@@ -93,6 +95,20 @@ def test_a_format_that_the_layout_has_not_is_refused(job, says, tiny_directory, 
     (model / "quantization.json").write_text(json.dumps(described))
     arguments = ["export", "--model", str(model), "--out", str(tmp_path / "e")]
     assert_one_line(cli.main(arguments), capsys, says)
+
+
+def test_a_turned_model_is_exported_as_a_plain_one_whose_head_is_its_own(tiny_directory, tmp_path):
+    turned = {"rotate_stream": "hadamard", "rotate_values": "random_hadamard"}
+    model = quantized(tiny_directory, tmp_path / "q", formats=("mxfp8",), **turned)
+    assert json.loads((model / "report.json").read_text())["untied_head"]
+    tensors = exported(model, tmp_path / "e", "dequantized")
+    decoder, floats = load(tmp_path / "e"), load(tiny_directory)
+    assert not decoder.config.tie_word_embeddings
+    assert tensors["lm_head.weight"].dtype == tensors["model.embed_tokens.weight"].dtype
+    tokens = jnp.arange(48).reshape(2, 24)
+    found, wanted = (RUN(one, tokens) for one in (decoder, floats))
+    assert np.any(decoder.embedding[...] != floats.embedding[...])
+    assert np.linalg.norm(found - wanted) < 0.15 * np.linalg.norm(wanted)
 
 
 @pytest.mark.slow

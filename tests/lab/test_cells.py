@@ -62,6 +62,8 @@ CHANGES = {
     "batch_rows": 8,
     "pad": True,
     "fuse": True,
+    "rotate_stream": "hadamard",
+    "rotate_values": "random_orthogonal",
 }
 
 
@@ -83,8 +85,13 @@ def test_fits_change_the_name_by_their_contents_and_are_of_this_model(fits, tiny
     assert "were learned for weights mxfp4 and activations mxfp4:even" in cell.warning
     with pytest.raises(ValueError, match=r"of another model \(testbed\): learn them"):
         dataclasses.replace(cell, model=tiny_directory).configuration()
-    for wrong in ({"fit": FitSmooth()}, {"change": Change(1.0)}, {"format": "float"}):
-        with pytest.raises(ValueError, match="no fit or change"):
+    for wrong in (
+        {"fit": FitSmooth()},
+        {"change": Change(1.0)},
+        {"rotate_values": "hadamard"},
+        {"format": "float"},
+    ):
+        with pytest.raises(ValueError, match="no fit, change or rotation"):
             dataclasses.replace(cell, **wrong).configuration()
 
 

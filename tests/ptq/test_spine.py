@@ -8,6 +8,7 @@ import pytest
 
 from duquantpp_jax.checkpoints import sha256, testbed
 from duquantpp_jax.checkpoints.fits import save_fits
+from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.loading import load_any
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
 from duquantpp_jax.core import MXArray, Needs
@@ -22,7 +23,8 @@ from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.walk import fit_decoder
 
 ROWS = 2
-QUICK = (("fits", "rtn", {}), ("smooth_hadamard", "gptq", {"fuse": True}))
+TURNED = {"rotate_stream": "random_hadamard", "rotate_values": "random_orthogonal", "fuse": True}
+QUICK = (("fits", "rtn", {}), ("smooth_hadamard", "gptq", TURNED))
 RECIPES = ("fits", "rtn", "block_hadamard", "random_hadamard", "smooth_hadamard", "duquantpp",
            "zigzag_hadamard", "wush", "learned_affine")  # fmt: skip
 ALL = [(name, rounding, {}) for name in RECIPES for rounding in ("rtn", "gptq")]
@@ -76,8 +78,10 @@ def test_a_cell_measures_what_quantize_writes(
     decoder, linear, written = load_any(out)
 
     cell = cell_of(name, rounding, of_both)
-    plan = Plan.of(model.config, cell.method(), seed=3, **more)
-    predictor = quantize_in_memory(plan, model, rows, stats, bench.fitted(cell)[0])
+    fits, seen = bench.fitted(cell)
+    start = Checkpoint(testbed.directory(), cell.turn).decoder() if more else model
+    plan = Plan.of(start.config, cell.method(), seed=3, fuse=cell.fuse)
+    predictor = quantize_in_memory(plan, start, rows, seen if more else stats, fits)
     for site in SITES:
         for a, b in zip(written[site].weights, predictor.state[site].weights, strict=True):
             assert isinstance(a, MXArray)
@@ -86,9 +90,10 @@ def test_a_cell_measures_what_quantize_writes(
         moved = (jax.tree.leaves(state[site].transform) for state in (written, predictor.state))
         for a, b in zip(*moved, strict=True):
             np.testing.assert_array_equal(a, b)
-    for name, array in decoder.layers.items():
+    floats = predictor.model.parameters()
+    for name, array in decoder.parameters().items():
         if array.size:  # the weights of linears are in the state
-            np.testing.assert_array_equal(array[...], predictor.model.layers[name][...])
+            np.testing.assert_array_equal(array, floats[name])
 
     tokens = testbed.evaluation_rows()[:2]
     found = Reference(Predictor(model), tokens).row_sums(Predictor(decoder, linear, written))
