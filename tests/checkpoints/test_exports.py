@@ -1,5 +1,6 @@
 """Other layouts hold the weights that quantizing left, bit for bit, or refuse to."""
 
+import dataclasses
 import json
 
 import jax
@@ -14,10 +15,12 @@ from duquantpp_jax.checkpoints.loading import load_any
 from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
 from duquantpp_jax.models import SITES
-from duquantpp_jax.transforms.block import BlockAffine
+from duquantpp_jax.transforms.block import BlockAffine, BlockRotation
+from duquantpp_jax.transforms.hadamard import hadamard
 from tests.commands.test_quantize import assert_one_line
 from tests.conftest import byte_tokenizer, tiny_decoder
 from tests.decompress import assert_equal, by_numpy, held, tensors_of
+from tests.transforms.test_law import Stranger
 
 RUN = jax.jit(lambda model, tokens: model(tokens)[0])
 
@@ -47,7 +50,9 @@ def test_packed_weights_decode_to_those_of_the_model(tiny_directory, tmp_path):
     assert set(scheme["apply"][0]["targets"]) == set(wanted)
 
 
-def test_smoothing_before_a_norms_linears_is_folded_into_the_norm(tiny_directory, tmp_path):
+def test_smoothing_is_folded_into_norms_and_hadamard_matrices_are_seen_in_strangers(
+    tiny_directory, tmp_path
+):
     from duquantpp_jax.checkpoints.exports import pack_layer
 
     model = Quantized(quantized(tiny_directory, tmp_path / "q", recipe="smooth"))
@@ -61,6 +66,10 @@ def test_smoothing_before_a_norms_linears_is_folded_into_the_norm(tiny_directory
         assert np.ptp(scale) > 0
         np.testing.assert_array_equal(found, parameters[norm].astype(np.float32) / scale)
     assert not layer.rotated
+    stranger = Stranger(BlockRotation(hadamard(32)[None]))
+    turned = dataclasses.replace(identity["mlp_in"], transform=stranger)
+    layer = pack_layer(model.config, 0, parameters, identity | {"mlp_in": turned})
+    assert set(layer.rotated) == {f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up")}
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """A transform from outside the package, as docs/adding_a_transform.md has it, works as it says."""
 
 import importlib
-import json
 import re
 import sys
 from pathlib import Path
@@ -12,7 +11,9 @@ import numpy as np
 import pytest
 
 from duquantpp_jax import cli
-from duquantpp_jax.commands import compare
+from duquantpp_jax.core import Fitted
+from duquantpp_jax.learning.named import Learn
+from duquantpp_jax.learning.site import start_of
 from duquantpp_jax.recipes import FITS, find_fit, recipe
 from duquantpp_jax.transforms import storage
 from duquantpp_jax.transforms.health import health
@@ -22,11 +23,16 @@ PAGE = (Path(__file__).parents[2] / "docs/adding_a_transform.md").read_text(enco
 NAME = "my_reflection:REFLECTION"
 
 
+def example():
+    """The page's module."""
+    (text,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    return text
+
+
 @pytest.fixture
 def outside(tmp_path, monkeypatch):
     """The directory with the page's module in it, importable until the test is over."""
-    (example,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    (tmp_path / "my_reflection.py").write_text(example)
+    (tmp_path / "my_reflection.py").write_text(example())
     (tmp_path / "broken_module.py").write_text("raise RuntimeError('two\\nlines')\n")
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
@@ -59,18 +65,11 @@ def test_the_pages_transform_is_stored_and_found_again_once_imported(outside):
     assert '"my_reflection:Reflection"' in storage.to_arrays(transform)[1]
 
 
-@pytest.mark.slow
-def test_the_pages_command_compares_it_beside_the_others(
-    outside, tiny_directory, tiny_text, monkeypatch
-):
-    monkeypatch.setattr(compare, "CALIBRATION_ROWS", 8)
-    (command,) = re.findall(r"PYTHONPATH=. duquantpp (compare .*)", PAGE)
-    files = ["--model", tiny_directory, "--text", tiny_text, "--calibration-text", tiny_text]
-    less = ["--tokens", 511, "--scale-rules", "floor", "--out", outside / "out"]
-    assert cli.main([*command.split(), *map(str, [*files, *less])]) == 0
-    entries = json.loads((outside / "out/results.json").read_text())["entries"]
-    assert [entry["row"] for entry in entries] == ["block_hadamard", NAME]
-    assert entries[0]["kl"]["value"] != entries[1]["kl"]["value"]
+def test_learning_starts_from_the_pages_transform(outside):
+    x, transform = _fitted()
+    Learn(start=NAME).check()
+    start = start_of(Fitted(transform), 64, 32)
+    np.testing.assert_allclose(start.activations(x), transform.activations(x), atol=1e-4)
 
 
 @pytest.mark.parametrize(
