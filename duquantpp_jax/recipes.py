@@ -28,6 +28,7 @@ from duquantpp_jax.formats import (
 from duquantpp_jax.formats.plain import BFloat16
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.learning.site import FitLearned
+from duquantpp_jax.rounding.asymmetric import Asymmetric
 from duquantpp_jax.rounding.clip import SCALE, Search
 from duquantpp_jax.rounding.descent import GPTQDescent
 from duquantpp_jax.rounding.gptq import GPTQ
@@ -100,6 +101,8 @@ ROUNDINGS: dict[str, Rounding] = {
     "gptq_clip": GPTQ(search=Search()),
     "gptq_scale": GPTQ(search=SCALE),
     "descent": GPTQDescent(),
+    "asymmetric": Asymmetric(),
+    "asymmetric_descent": Asymmetric(rounding=GPTQDescent()),
 }
 
 FORMATS: dict[str, Format] = {

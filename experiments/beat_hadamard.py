@@ -6,17 +6,19 @@ Three rows, never mixed; at most one 32 x 32 per block online, E8M0 scales, W4A4
   c  anything learned offline: transform, weights, clips, scale offsets
 Hypothesis: learned through the whole model, the transform takes a quarter off Hadamard's KL;
   once weights are learned it matters little.
-Command: python -m experiments.beat_hadamard --model DIR --text FILE [--transfer-text FILE]
-    --calibration-text FILE [--train-text FILE] [--tokens N] [--cells NAME ...]
-    [--rule floor] [--seed 0] --out DIR
-  then --summary FILE --out DIR for the table. A cell is one JSON file in --out; those that are
-  there are not run again. Statistics for starts and for rounding come from the first 64 calibration
-  rows; learning is on the calibration text but for its last documents (64 rows of them choose the
-  best step), and on --train-text.
-Cost: on one H100 for gutenberg-27m about 60 ms a step where the transform moves, 40 where weights
-  alone do (batches of 8,176 tokens); a minute or two to compile each cell, five on three cores.
-Last result, 2026-11-25 and 2026-11-28, gutenberg-27m, 261,632 targets, jax 0.11.2 on two H100s
-  that 3 to 6 runs shared (a of 2,400 steps and Hadamard refined: two H200s, 2 runs on each;
+Command: duquantpp ablate experiments/beat_hadamard.py --table [--model DIR --text FILE
+    --calibration-text FILE] [--data FITS]
+  FITS holds a directory for each learned row and rule that is there, affine_floor say, of
+    duquantpp learn --start wush --moves affine --steps 800 --formats floor --out FITS/affine_floor
+  likewise affine_blocks_RULE (--through block), weights_RULE (--start block_hadamard --moves
+  weights --steps 1600) and both_RULE (--moves affine weights --steps 1500), with --model DIR --text
+  FILE --rows N. Statistics for rounding come from 64 calibration rows, of refined cells from all
+  that they learn from: 2,048 rows, or those of the embedded model.
+Cost: 14 cells, 18 more with all learned fits under both rules; refining 800 steps on one H100 for
+  gutenberg-27m is about 60 ms a step, a minute or two to compile.
+Last result, 2026-11-25 and 2026-11-28, with a bench of its own that also learned from 19,000 rows
+  of other books and from what other rows had learned, gutenberg-27m, 261,632 targets, jax 0.11.2 on
+  two H100s that 3 to 6 runs shared (a of 2,400 steps and Hadamard refined: two H200s, 2 runs each;
   results/beat_hadamard_gutenberg27m_512rows.json; the table is in README.md here). Learned on
   21,197 rows (2,197 of the calibration text, 19,000 of books that the model was trained on). KL,
   floor / even, means of three seeds; the difference is to the best method known before, run again
@@ -108,90 +110,51 @@ Search: one seed, floor, 65,408 targets, KL and (that on WikiText-2, where RTN H
   the weights. That weights cannot follow activations that move faster than they fits all of these.
 """
 
-import argparse
-import dataclasses
-from pathlib import Path
+import sys
+from collections.abc import Iterator
 
-import jax.numpy as jnp
-import numpy as np
+from duquantpp_jax.commands.ablate import AblateOptions, main
+from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.lab import Cell
+from experiments.seeding import seeded
 
-from duquantpp_jax import files
-from duquantpp_jax.checkpoints import load_config, load_tokenizer, testbed
-from duquantpp_jax.core import Needs
-from duquantpp_jax.evaluation.rows import Rows, read_text, rows_of_text
-from duquantpp_jax.evaluation.subject import load_subject
-from duquantpp_jax.ptq.calibration import calibrate, site_widths
-from experiments import attempts_table
-from experiments.attempts import ATTEMPTS
-from experiments.attempts_bench import SIZE, Bench
-
-CALIBRATION_ROWS, HELD_OUT_ROWS = 64, 64
-
-
-def bench(arguments: argparse.Namespace) -> Bench:
-    """Reads the model and the texts."""
-    paths = arguments.model, arguments.text, arguments.calibration_text
-    subject = load_subject(*paths, arguments.tokens, CALIBRATION_ROWS)
-    texts = {"text": subject.evaluation}
-    rows = all_rows(arguments, arguments.calibration_text)
-    if arguments.transfer_text:
-        transfer = all_rows(arguments, arguments.transfer_text)
-        texts["transfer"] = transfer.take(len(subject.evaluation.tokens))
-    documents = np.unique(rows.documents)
-    last = rows.documents >= documents[-max(1, len(documents) // 10)]
-    learn = rows.tokens[~last]
-    if arguments.train_text:
-        learn = np.concatenate([learn, all_rows(arguments, arguments.train_text).tokens])
-    held_out = rows.tokens[last][:HELD_OUT_ROWS]
-    dtype = jnp.bfloat16 if arguments.model else jnp.float32
-    calibration = subject.calibration.tokens[:, :-1]
-    widths = site_widths(subject.model, SIZE)
-    stats = calibrate(subject.model, calibration, widths, needs=Needs.GRAM)
-    return Bench(subject.model, learn, held_out, calibration, texts, widths, stats, dtype)
+RULES = ("floor", "even")
+BASELINE = "block_hadamard"
+STEPS = 800
+"""Of refining."""
+REFINE_ROWS = {False: 64, True: 2048}
+"""Rows that refined cells are calibrated on and learn from, without --model and with it."""
+ROUNDINGS = (("rtn", 0), ("gptq", 0), ("descent", 0), ("asymmetric_descent", 0), ("descent", STEPS))
+LEARNED = {
+    "affine": (("rtn", 0), ("descent", 0), ("asymmetric_descent", 0), ("descent", STEPS)),
+    "affine_blocks": (("rtn", 0),),
+    "weights": (("rtn", 0),),
+    "both": (("rtn", 0),),
+}
+"""Of each learned row, how its weights are rounded and for how many steps it is refined."""
 
 
-def all_rows(arguments: argparse.Namespace, text: Path | None) -> Rows:
-    """All whole rows of a text, or the embedded calibration rows."""
-    if text is None:
-        tokens = testbed.calibration_rows()
-        return Rows(tokens, np.arange(len(tokens)))
-    directory = arguments.model or testbed.directory()
-    bos = load_config(directory).bos_token_id
-    return rows_of_text(read_text(text), load_tokenizer(directory), bos)
+def CELLS(options: AblateOptions) -> Iterator[Cell]:
+    """Hadamard, and the learned fits that --data holds."""
+    for rule in RULES:
+        for name, ways in {BASELINE: ROUNDINGS, **LEARNED}.items():
+            fits = None
+            if name in LEARNED:
+                if options.data is None or not (options.data / f"{name}_{rule}").is_dir():
+                    continue
+                fits = options.data / f"{name}_{rule}"
+            for rounding, steps in ways:
+                rows = REFINE_ROWS[options.model is not None] if steps else 64
+                cell = Cell(name, rule, fits=fits, rounding=rounding, refine=steps,
+                            calibration_tokens=rows * TARGETS)  # fmt: skip
+                yield from seeded(cell)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("model", "text", "transfer-text", "calibration-text", "train-text"):
-        parser.add_argument(f"--{name}", type=Path)
-    parser.add_argument("--tokens", type=int, default=65_408)
-    parser.add_argument("--cells", nargs="+", choices=ATTEMPTS, default=list(ATTEMPTS))
-    parser.add_argument("--rule", default="floor")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="in place of each attempt's own, to try it out")
-    parser.add_argument("--out", type=Path, required=True, help="a directory")
-    parser.add_argument("--summary", type=Path, help="write what --out holds, and run nothing")
-    arguments = parser.parse_args()
-
-    if arguments.summary:
-        entries = attempts_table.summary(arguments.out)
-        files.write_whole(arguments.summary, files.to_json(entries))
-        print(attempts_table.table(entries))
-        return
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    shared, attempts = bench(arguments), ATTEMPTS
-    if arguments.steps:
-        attempts = {
-            name: dataclasses.replace(
-                one,
-                steps=min(one.steps, arguments.steps),
-                refine=min(one.refine, arguments.steps),
-            )
-            for name, one in ATTEMPTS.items()
-        }
-    for name in arguments.cells:
-        shared.cell(name, arguments.rule, arguments.seed, arguments.out, attempts)
+def ROWS(cell: Cell) -> str:
+    """What is learned, how weights are rounded, and refining."""
+    steps = f", refined {cell.refine} steps" if cell.refine else ""
+    return cell.recipe + (f", {cell.rounding}" if cell.rounding != "rtn" else "") + steps
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.modules[__name__])

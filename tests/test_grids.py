@@ -26,6 +26,7 @@ PLACE = pathlib.Path(experiments.__file__).parent
 QUESTIONS = (
     *("rotations", "rotation_size", "greedy", "permutation", "smoothing"),
     *("calibration", "formats", "gptq", "rounding", "kv_cache", "outliers"),
+    "beat_hadamard",
 )
 
 
@@ -63,6 +64,17 @@ def test_options_hold_where_a_cell_leaves_them_open(tiny_directory, tiny_text, t
     assert {(c.model, c.text, c.tokens) for c in cells} == {(tiny_directory, tiny_text, 1022)}
     given = dataclasses.replace(module.CELLS[0], calibration_text=other)
     assert [c.calibration_text for c in grid([given], options)] == [other]
+
+
+def test_beat_hadamard_has_a_row_for_each_way_to_round_the_fits_that_are_there(tmp_path):
+    module = importlib.import_module("experiments.beat_hadamard")
+    for name in ("affine_floor", "weights_even"):
+        (tmp_path / name).mkdir()
+    cells = [c for c in cells_of(module, AblateOptions(data=tmp_path)) if c.fits]
+    rows = {(module.ROWS(cell), cell.format, cell.fits.name) for cell in cells}
+    assert len(rows) == 5
+    assert ("affine, descent, refined 800 steps", "floor", "affine_floor") in rows
+    assert ("weights", "even", "weights_even") in rows
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ class Job:
       environment: Versions and device: others may round numbers differently.
       fits: SHA-256 of the fits that were given; None where the recipe fitted.
       rotate_stream, rotate_values: Rotations of the float model, as of `ptq.stream.Turn`.
+      refine: Steps that the transforms learned after rounding.
     """
 
     model: Mapping[str, str]
@@ -49,6 +50,7 @@ class Job:
     fits: str | None = None
     rotate_stream: str | None = None
     rotate_values: str | None = None
+    refine: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -67,7 +69,7 @@ class Job:
         """
         names = {field.name for field in dataclasses.fields(cls)}
         # Jobs that were written before there were these have no such fields.
-        later = {"fuse", "fits", "rotate_stream", "rotate_values"}
+        later = {"fuse", "fits", "rotate_stream", "rotate_values", "refine"}
         if not isinstance(fields, Mapping) or set(fields) | later != names:
             raise ValueError(f"a job has the fields {', '.join(sorted(names))}, and no others")
         given: dict[str, Any] = {

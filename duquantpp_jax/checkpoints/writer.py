@@ -35,12 +35,17 @@ from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.shards import INDEX, SINGLE, one_line, read_json
 from duquantpp_jax.core import Fitted, MXArray
 from duquantpp_jax.formats.tensors import to_tensors
-from duquantpp_jax.models import SITE_WEIGHTS, SITES
+from duquantpp_jax.models import SITE_WEIGHTS, SITES, linear_names
 from duquantpp_jax.ptq.calibration import BATCH_ROWS
+from duquantpp_jax.ptq.fuse import online_cost
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.report import report_layer
-from duquantpp_jax.ptq.walk import QuantizedLayer, quantize_layer
+from duquantpp_jax.ptq.site import QuantizedSite
+from duquantpp_jax.ptq.walk import PASSES, QuantizedLayer, quantize_layer, streams
 from duquantpp_jax.transforms.storage import to_arrays
+
+REFINED = "refined"
+"""In the metadata of a layer whose transforms were learned once more."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done, steps in all."""
@@ -85,7 +90,7 @@ def write_layers(
     if first == count:
         return
     if hidden is None:
-        hidden = checkpoint.embed(tokens)
+        hidden = streams(plan, checkpoint.embed(tokens))
     steps = steps_of_layer(plan, len(tokens))
     done = itertools.count(first * steps + 1)
     for number in range(first, count):
@@ -123,13 +128,10 @@ def layer_tensors(
     prefix = layer_prefix(number)
     rest = {name: array for name, array in layer.parameters.items() if name not in LINEARS}
     tensors = {names[name]: np.asarray(array) for name, array in rest.items()}
-    arrays, structures = {}, {}
+    arrays, (moved, structures) = {}, _moves(number, layer.sites)
+    tensors |= moved
     for site in SITES:
-        made = layer.sites[site]
-        fitted = Fitted(made.transform, None, made.clip, made.scale_offset)
-        moved, structures[site] = to_arrays(fitted)
-        tensors |= {f"{prefix}{site}/{path}": np.asarray(a) for path, a in moved.items()}
-        for name, weight in zip(SITE_WEIGHTS[site], made.weights, strict=True):
+        for name, weight in zip(SITE_WEIGHTS[site], layer.sites[site].weights, strict=True):
             if isinstance(weight, MXArray):
                 own, arrays[name] = to_tensors(prefix + name, weight)
                 tensors |= own
@@ -137,6 +139,37 @@ def layer_tensors(
                 tensors[names[name]] = np.asarray(layer.parameters[name])
     about = {"layer": number, "arrays": arrays, "sites": structures}
     return tensors, about
+
+
+def write_refined(path: Path, sites: Mapping[str, QuantizedSite]) -> None:
+    """Gives a layer's file other transforms, clips and scale offsets, and marks it as refined.
+
+    Args:
+      sites: With the new ones; their weights are not written.
+    """
+    about = read_about(path)
+    number = about["layer"]
+    moved, structures = _moves(number, sites)
+    old = tuple(f"{layer_prefix(number)}{site}/" for site in SITES)
+    kept = {name: array for name, array in load_file(path).items() if not name.startswith(old)}
+    for row in about["report"]:
+        site = next(site for site in SITES if row["linear"] in linear_names(site, number))
+        online = online_cost(sites[site].transform, sites[site].weights[0].shape[-1])
+        row |= {"online_multiply_adds": online.multiply_adds, "online_bytes": online.bytes}
+    write_tensors(path, kept | moved, about | {"sites": structures, REFINED: True})
+
+
+def _moves(
+    number: int, sites: Mapping[str, QuantizedSite]
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What moves the inputs of a layer's sites, as tensors, and their structures."""
+    tensors, structures = {}, {}
+    for site in SITES:
+        moves = Fitted(sites[site].transform, None, sites[site].clip, sites[site].scale_offset)
+        arrays, structures[site] = to_arrays(moves)
+        prefix = f"{layer_prefix(number)}{site}/"
+        tensors |= {prefix + path: np.asarray(array) for path, array in arrays.items()}
+    return tensors, structures
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
@@ -182,7 +215,7 @@ def _resume(out: Path, count: int) -> tuple[int, Float32[np.ndarray, "rows lengt
 def steps_of_layer(plan: Plan, rows: int) -> int:
     """How often `quantize_layer` reports progress, at most."""
     twice = any(plan.rounding_needs(number) for number in range(plan.config.num_hidden_layers))
-    passes = 1 + twice + plan.sequential
+    passes = PASSES if plan.compares else 1 + twice + plan.sequential
     return passes * -(-rows // BATCH_ROWS) + 2 * len(SITES)
 
 

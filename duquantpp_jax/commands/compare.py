@@ -71,7 +71,9 @@ class CompareOptions:
       fuse: Fold smoothing and permutations into norms, v and up before rounding, as in quantize.
       rotate_stream, rotate_values: Turn the residual stream, and value heads, before anything else,
         as in quantize; compared with the float model as it is.
-      seed: For recipes that draw random numbers.
+      refine: Steps in which, after rounding, what moves the activations is learned once more: a
+        second row of every method.
+      seed: For recipes that draw random numbers, and for refining.
       seeds: Several of them in place of --seed: which (0 1 2), or how many (3).
       imports: Modules to import first: those of the transforms in --fits that are not of this
         package.
@@ -100,6 +102,7 @@ class CompareOptions:
     fuse: bool = False
     rotate_stream: Rotation | None = None
     rotate_values: Rotation | None = None
+    refine: int = 0
     seed: int = 0
     seeds: tuple[int, ...] | None = None
     imports: Imports = ()
@@ -147,8 +150,10 @@ def cells(options: CompareOptions) -> list[Cell]:
                 rotate_stream=options.rotate_stream,
                 rotate_values=options.rotate_values,
             )
-            seeds = _seeds(options) if cell.draws else _seeds(options)[:1]
-            grid += [dataclasses.replace(cell, seed=seed) for seed in seeds]
+            for steps in (0, options.refine) if options.refine else (0,):
+                refined = dataclasses.replace(cell, refine=steps)
+                seeds = _seeds(options) if refined.draws else _seeds(options)[:1]
+                grid += [dataclasses.replace(refined, seed=seed) for seed in seeds]
     return grid
 
 
@@ -170,7 +175,8 @@ def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Co
     for done, cell in enumerate(order(grid)):
         progress(f"measuring {cell.labels()}", done, len(grid))
         records[cell] = record_of(cell, bench.run(cell))
-        if (cell.format_label, cell.seed) == (grid[0].format_label, grid[0].seed):
+        first = (grid[0].format_label, grid[0].seed, 0)
+        if (cell.format_label, cell.seed, cell.refine) == first:
             fits, stats = bench.fitted(cell)
             site, before, moved = moved_maxima(stats, fits)
             maxima |= {"before": before, cell.recipe: moved}

@@ -16,21 +16,37 @@ from duquantpp_jax.checkpoints.directory import (
     JOB,
     REPORT,
     is_quantized,
+    layer_file,
+    read_layer,
 )
+from duquantpp_jax.checkpoints.directory import read_about as read_about_layer
 from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about
 from duquantpp_jax.checkpoints.job import Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.shards import read_json
-from duquantpp_jax.checkpoints.writer import Progress, begin, finish, write_layers
+from duquantpp_jax.checkpoints.writer import (
+    REFINED,
+    Progress,
+    begin,
+    finish,
+    write_layers,
+    write_refined,
+)
 from duquantpp_jax.commands.evaluate import Imports
 from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.commands.sizes import dry_line, quantized_line, table
+from duquantpp_jax.core import Fitted
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import environment, load_rows, model_name
+from duquantpp_jax.learning import refine as refining
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.estimate import estimate
+from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.site import QuantizedSite, layer_of
 from duquantpp_jax.ptq.stream import Name as Rotation
+from duquantpp_jax.ptq.walk import stack_layers
 from duquantpp_jax.recipes import ALIASES, format_name, import_modules, known, under_rule
+from duquantpp_jax.transforms import storage
 
 ROWS = 64
 
@@ -68,6 +84,8 @@ class QuantizeOptions:
         becomes a matrix of its own.
       rotate_values: Turn value heads by such rotations.
       pad: Widen linear inputs that blocks do not divide, with zeros (exact).
+      refine: Steps in which, after rounding, what moves the activations is learned once more
+        through the whole model in memory, from the calibration text; weights stay as they are.
       dry_run: Say sizes, memory and time; write nothing.
       overwrite: Start anew where --out holds another quantized model.
       imports: Modules to import first: those of the transforms in --fits that are not of this
@@ -93,6 +111,7 @@ class QuantizeOptions:
     rotate_stream: Rotation | None = None
     rotate_values: Rotation | None = None
     pad: bool = False
+    refine: int = 0
     dry_run: bool = False
     overwrite: bool = False
     imports: Imports = ()
@@ -115,11 +134,58 @@ def quantize(options: QuantizeOptions, progress: Progress = lambda *_: None) -> 
     if options.fits is not None:
         plan = dataclasses.replace(plan, fits=load_fits(options.fits, job.model["sha256"])[0])
     plan.check()
+    if options.refine:
+        refining.check(plan)
     finished = begin(options.out, job, overwrite=options.overwrite)
     if not finished:
         write_layers(options.out, checkpoint, job, plan, tokens, progress)
+        if options.refine:
+            refine_layers(options.out, checkpoint, plan, tokens, options.refine, progress)
         finish(options.out, checkpoint, job)
     return read_json(options.out / REPORT)
+
+
+def refine_layers(
+    out: Path,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    tokens: Integer[np.ndarray, "rows length"],
+    steps: int,
+    progress: Progress,
+) -> None:
+    """Learns the transforms of finished layers once more, or what is left of it.
+
+    Where learning stands is kept at every check, and what was learned until all layers have it: a
+    run that was killed goes on to the same bits.
+    """
+    begun, learned = out / "refine.safetensors", out / "refined.safetensors"
+    paths = [out / layer_file(number) for number in range(plan.config.num_hidden_layers)]
+    if not all(read_about_layer(path).get(REFINED) for path in paths):
+        layers = [read_layer(path)[1] for path in paths]
+        if not learned.is_file():
+            sites = refining.refine(
+                plan,
+                checkpoint.decoder(),
+                stack_layers(layers),
+                tokens,
+                steps,
+                checkpoint=begun,
+                report=lambda step, _, loss: progress(
+                    f"refining: held-out KL {loss:.5f}", step, steps
+                ),
+            )
+            moves = {s: Fitted(q.transform, None, q.clip, q.scale_offset) for s, q in sites.items()}
+            storage.save(learned, moves)
+        fits: Any = storage.load(learned)
+        for number, path in enumerate(paths):
+            moved = {
+                site: QuantizedSite(fit.transform, layers[number][site].weights, fit.clip,
+                                    fit.scale_offset)
+                for site, fit in layer_of(fits, number).items()
+            }  # fmt: skip
+            write_refined(path, moved)
+    for path in (learned, begun):
+        path.unlink(missing_ok=True)
 
 
 def dry_run(options: QuantizeOptions) -> dict[str, Any]:
@@ -158,9 +224,13 @@ def calibration_tokens(
     Raises:
       ValueError: The text cannot be read or is too short, or no row is asked for.
     """
+    if options.refine < 0:
+        raise ValueError(f"--refine {options.refine}: give a number of steps, or 0 for none")
     if options.rows < 1:
         raise ValueError(f"--rows {options.rows}: calibrate on at least one row")
     if options.calibration_text is None and options.model is not None:
+        if options.refine:
+            raise ValueError("--refine learns from text, not random ids: give --calibration-text")
         config = load_config(options.model)
         random = np.random.default_rng(options.seed)
         tokens = random.integers(0, config.vocab_size, (options.rows, TARGETS + 1), np.int32)
@@ -211,6 +281,7 @@ def job_of(
         },
         environment=environment(),
         fits=None if about is None else about["sha256"],
+        refine=options.refine,
     )
 
 

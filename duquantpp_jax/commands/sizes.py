@@ -63,6 +63,7 @@ def quantized_line(report: Mapping[str, Any]) -> str:
         f"{calibration['rows']} rows of {calibration['length']} tokens ({calibration['source']}). "
         f"{'The tied head became a matrix of its own. ' if report.get('untied_head') else ''}"
         f"{report['float_bytes'] / MIB:.1f} MiB became {report['bytes'] / MIB:.1f} MiB."
+        + (f" Refined {job['refine']} steps; SQNR is from before." if job.get("refine") else "")
     )
 
 

@@ -20,7 +20,7 @@ class Needs(enum.Flag):
       GRAM: The Gram matrix X^T X.
       POSITIONS: The sum over rows of the token at each position.
       FORMATS: The recipe's formats, so that each pair of formats has a fit of its own.
-      CROSS: Moments of the quantized model's inputs with the float model's.
+      CROSS: The cross Gram matrix X^T X^ of the float path's moved input with the quantized one's.
     """
 
     NOTHING = 0
@@ -43,6 +43,8 @@ class Stats:
       sample: Every `stride`-th token, by its index in the whole calibration set.
       gram: X^T X over all tokens, where a fit asks for it.
       position_sum: Sum over rows of the token at each position, where a fit asks for it.
+      cross: X^T X^, X what the float model gives the site where X^, this input, is what the
+        quantized one gives it; where a rounding asks for it.
       stride: Tokens of the calibration set for one of the sample.
     """
 
@@ -51,6 +53,7 @@ class Stats:
     sample: Float[Array, "*layers samples k"]
     gram: Float[Array, "*layers k k"] | None
     position_sum: Float[Array, "*layers length k"] | None
+    cross: Float[Array, "*layers k k"] | None
     stride: int = struct.field(pytree_node=False)
 
     @classmethod
@@ -84,22 +87,39 @@ class Stats:
             position_sum=(
                 jnp.zeros((length, width), jnp.float32) if Needs.POSITIONS in needs else None
             ),
+            cross=jnp.zeros((width, width), jnp.float32) if Needs.CROSS in needs else None,
             stride=stride,
         )
 
-    def update(self, x: Float[Array, "rows length k"], first: Int[Array, ""]) -> Stats:
+    def update(
+        self,
+        x: Float[Array, "rows length k"],
+        first: Int[Array, ""],
+        exact: Float[Array, "rows length k"] | None = None,
+    ) -> Stats:
         """Folds in whole rows of tokens.
 
         Args:
           x: Inputs of the site.
           first: Index of x's first token in the whole calibration set.
+          exact: Of the float path for the same tokens, for CROSS.
+
+        Raises:
+          ValueError: `exact` is not given just where it is needed.
         """
+        if (exact is None) != (self.cross is None):
+            raise ValueError(
+                "inputs of the float path are for Stats with Needs.CROSS, and only them"
+            )
         tokens = x.reshape(-1, x.shape[-1])
         index = first + jnp.arange(tokens.shape[0])
         slot = jnp.where(index % self.stride == 0, index // self.stride, self.sample.shape[0])
-        gram, position_sum = self.gram, self.position_sum
+        gram, position_sum, cross = self.gram, self.position_sum, self.cross
         if gram is not None:
             gram = gram + jnp.matmul(tokens.T, tokens, precision=jax.lax.Precision.HIGHEST)
+        if cross is not None and exact is not None:
+            beside = exact.reshape(tokens.shape)
+            cross = cross + jnp.matmul(beside.T, tokens, precision=jax.lax.Precision.HIGHEST)
         if position_sum is not None:
             position_sum = position_sum + jnp.sum(x, axis=0)
         return dataclasses.replace(
@@ -109,19 +129,25 @@ class Stats:
             sample=self.sample.at[slot].add(tokens, mode="drop"),
             gram=gram,
             position_sum=position_sum,
+            cross=cross,
         )
 
     def require(self, need: Needs, who: str) -> Array:
-        """What was kept for this need: the Gram matrix, or the sums by position.
+        """What was kept for this need.
 
         Args:
-          need: GRAM or POSITIONS.
+          need: GRAM, POSITIONS or CROSS.
           who: The fit or rounding that needs it, by name.
 
         Raises:
           ValueError: It was not kept; says who needs what.
         """
-        kept = {Needs.GRAM: self.gram, Needs.POSITIONS: self.position_sum}.get(need)
+        of: dict[Needs, Array | None] = {
+            Needs.GRAM: self.gram,
+            Needs.POSITIONS: self.position_sum,
+            Needs.CROSS: self.cross,
+        }
+        kept = of.get(need)
         if kept is None:
             raise ValueError(
                 f"{who} needs Needs.{need.name}, which these Stats do not hold: calibrate with "
@@ -136,7 +162,7 @@ class Stats:
 
     @jax.jit
     def through(self, transform: Transform) -> Stats:
-        """Stats of the moved input: sample, Gram matrix and positions exactly, maxima as
+        """Stats of the moved input: sample, Gram matrices and positions exactly, maxima as
         `Transform.maxima` has them."""
         move = transform.activations
         sample = move(self.sample)
@@ -146,4 +172,5 @@ class Stats:
             absmax=transform.maxima(self.absmax, sample),
             gram=None if self.gram is None else move(move(self.gram).T).T,
             position_sum=None if self.position_sum is None else move(self.position_sum),
+            cross=None if self.cross is None else move(move(self.cross).T).T,
         )

@@ -1,68 +1,19 @@
-"""What a comparison is made on: a model, rows to calibrate and to evaluate on, and where they and
-the numbers come from."""
+"""What a comparison is made on: rows to calibrate and to evaluate on, and where all is from."""
 
 import importlib.metadata
 import os
 import platform
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 import duquantpp_jax
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints import load, load_config, load_tokenizer, sha256, testbed
+from duquantpp_jax.checkpoints import load_config, load_tokenizer, testbed
 from duquantpp_jax.evaluation.rows import TARGETS, Rows, read_text, rows_for_targets, rows_of_text
-from duquantpp_jax.models import Decoder, DecoderConfig
-
-
-class Subject(NamedTuple):
-    """A model, its rows, and what names them in a result.
-
-    Attributes:
-      name, sha256: Of the model.
-      files: Name and hash of the texts.
-    """
-
-    model: Decoder
-    calibration: Rows
-    evaluation: Rows
-    name: str
-    sha256: str
-    files: dict[str, Any]
-
-
-def load_subject(
-    model: Path | None,
-    text: Path | None,
-    calibration_text: Path | None,
-    targets: int,
-    calibration_rows: int,
-) -> Subject:
-    """Reads the model and both texts; where one is None, what the package embeds.
-
-    Args:
-      model: Hugging Face directory.
-      targets: Of the evaluation text, cut down to whole rows.
-      calibration_rows: The first so many of the calibration text.
-
-    Raises:
-      ValueError: Something is missing or wrong; one line that says what would be right.
-    """
-    check_texts(model, text, calibration_text)
-    directory = model or testbed.directory()
-    return Subject(
-        evaluation=load_rows(model, text, targets, "evaluation"),
-        calibration=load_rows(model, calibration_text, calibration_rows * TARGETS, "calibration"),
-        model=load(directory),
-        name=model_name(model),
-        sha256=sha256(directory),
-        files={
-            "text": name_and_hash(text),
-            "calibration_text": name_and_hash(calibration_text),
-        },
-    )
+from duquantpp_jax.models import DecoderConfig
 
 
 def model_name(model: Path | None) -> str:

@@ -1,8 +1,8 @@
 """What measurements on one subject share, so that none of it is done twice.
 
-    calibrate -> fit -> quantize -> measure       every step a function; `compare` calls them too
+    calibrate -> fit -> quantize -> (refine) -> measure
 
-`Bench` does the four for one cell after another and keeps what the next may want: the model, the
+`Bench` does these for one cell after another and keeps what the next may want: the model, the
 rows, the Stats, the last fit, and the float model's log-probabilities up to a stated number of
 bytes (batches beyond it are computed anew, cell by cell). Everything else that cells share is
 compiled code, which is kept for as long as only arrays differ.
@@ -27,6 +27,7 @@ from duquantpp_jax.evaluation.rows import TARGETS, Rows
 from duquantpp_jax.evaluation.sqnr import mean_sqnr
 from duquantpp_jax.evaluation.subject import check_texts, load_rows
 from duquantpp_jax.lab.cells import Cell
+from duquantpp_jax.learning.refine import refine
 from duquantpp_jax.models import Decoder
 from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.plan import Plan
@@ -128,6 +129,9 @@ class Bench:
         if plan:
             fits, fit_seconds, calibration, stats = self._fit(cell, plan, start)
             predictor = quantize(plan, start, calibration, stats, fits)
+            if cell.refine:
+                state = refine(plan, start, predictor.state, calibration, cell.refine)
+                predictor = dataclasses.replace(predictor, state=state)
             sqnr = mean_sqnr(predictor, rows.tokens[: reference.batch_rows])
             online = online_costs(predictor.state)
         predictor = dataclasses.replace(predictor, store=cell.store)

@@ -63,6 +63,7 @@ class Cell:
       fuse: As in `ptq.plan.Plan`.
       rotate_stream, rotate_values: By what the model is turned before it is quantized, as of
         `ptq.stream.Turn`; it is compared with the float model as it is.
+      refine: Steps that the transforms learn after rounding, as `learning.refine` has it.
     """
 
     recipe: str
@@ -86,6 +87,7 @@ class Cell:
     fuse: bool = False
     rotate_stream: str | None = None
     rotate_values: str | None = None
+    refine: int = 0
 
     def method(self) -> Recipe | None:
         """The recipe that this cell measures; None where linears stay in float.
@@ -120,7 +122,8 @@ class Cell:
     def draws(self) -> bool:
         """Whether random numbers are drawn, so that another seed gives another result."""
         method = self.method()
-        return self.turn.draws or (method is not None and method.draws)
+        own = method is not None and (method.draws or self.refine > 0)
+        return own or self.turn.draws
 
     @property
     def turn(self) -> stream.Turn:
@@ -133,6 +136,11 @@ class Cell:
         if turn != stream.Turn() and self.change is not None:
             raise ValueError("rotations turn a model as it is stored: give no change with them")
         return dataclasses.replace(turn, seed=self.seed) if turn.draws else turn
+
+    @property
+    def row(self) -> str:
+        """The method in a table: the recipe, and how long it was refined."""
+        return f"{self.recipe}, refined {self.refine} steps" if self.refine else self.recipe
 
     @property
     def warning(self) -> str | None:
@@ -178,10 +186,8 @@ class Cell:
         # Later fields appear only where they are given: the names of recorded cells stay.
         turn = self.turn
         later = {"fuse": self.fuse, "rotate_stream": turn.stream, "rotate_values": turn.values}
-        found |= {name: value for name, value in later.items() if value}
-        if self.fits is not None:
-            found["fits"] = self._about_fits()["sha256"]
-        return found
+        later |= {"refine": self.refine, "fits": self.fits and self._about_fits()["sha256"]}
+        return found | {name: value for name, value in later.items() if value}
 
     @functools.cached_property
     def digest(self) -> str:
@@ -190,7 +196,7 @@ class Cell:
 
     def labels(self) -> str:
         """The cell in a few words."""
-        words = (self.recipe, self.format_label, f"seed {self.seed}")
+        words = (self.row, self.format_label, f"seed {self.seed}")
         return ", ".join(word for word in words if word)
 
 

@@ -43,7 +43,7 @@ class Layout:
       baseline: The row that the others of a column are compared with.
     """
 
-    rows: Label = "recipe"
+    rows: Label = "row"
     columns: Label = "format_label"
     baseline: str | None = None
 

@@ -102,7 +102,6 @@ def learn_model(
     *,
     steps: int,
     optimizer: optax.GradientTransformation,
-    rounded: Mapping[str, Weights] | None = None,
     dtype: Any = jnp.bfloat16,
     **options: Any,
 ) -> Learning:
@@ -116,20 +115,10 @@ def learn_model(
       key: For the order of the batches.
       steps: Updates.
       optimizer: Of {site: Learned}; `at_rates` gives each part a rate of its own.
-      rounded: Weights of each site that `start` has moved and that have been rounded: they are
-        held, and the transform learns to make good what rounding them has done.
       dtype: As of `Divergence`.
       options: Others of `training.train`.
-
-    Raises:
-      ValueError: Weights are held and they, or their clips, are to learn.
     """
-    if rounded is not None and (moves.weights != "fixed" or moves.weight_clip is not None):
-        raise ValueError(
-            'rounded weights are held, clips and all: give weights="fixed" and no weight_clip'
-        )
-    held = None if rounded is None else dict(rounded)
-    objective = Divergence(model, dict(start), moves, formats, held, dtype)
+    objective = Divergence(model, dict(start), moves, formats, dtype=dtype)
     learned = {site: moves.init(one, model.weights(site)) for site, one in start.items()}
     found = train(
         objective, learned, rows, held_out, key, steps=steps, optimizer=optimizer, **options

@@ -27,6 +27,7 @@ from duquantpp_jax.learning.blocks import learn_blocks, stack_blocks
 from duquantpp_jax.learning.model import Learning, at_rates, learn_model
 from duquantpp_jax.learning.moves import PARTS, moves_named
 from duquantpp_jax.learning.site import FitLearned, start_of
+from duquantpp_jax.learning.training import warmed_cosine
 from duquantpp_jax.models import SITES, Decoder, DecoderConfig
 from duquantpp_jax.ptq.calibration import calibrate_layer
 from duquantpp_jax.ptq.plan import Plan
@@ -107,7 +108,7 @@ class Learn:
       moves: What moves, by the names of `learning/moves.py`.
       through: What the loss is taken through; see the top of this file.
       steps: Updates; of each site or block where those learn by themselves.
-      rate: Peak learning rate of the transform; warmed up, then down a cosine to zero.
+      rate: Peak learning rate of the transform; see `training.warmed_cosine`.
       optimizer: Of OPTIMIZERS.
       batch_rows: Rows of a batch; of a site, batches of 16 times as many tokens.
       check_every: Steps between checks, at which progress is kept.
@@ -182,10 +183,9 @@ def learn(
     size = max(format.block_size for format in formats)
     starts = _starts(plan, source, calibration, size)
     key = jax.random.fold_in(jax.random.key(how.seed), 1)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, how.rate, max(1, count // 20), count + 1)
     settings: dict[str, Any] = {
         "steps": count,
-        "optimizer": Optimizer(how.optimizer)(schedule),
+        "optimizer": Optimizer(how.optimizer)(warmed_cosine(how.rate, count)),
         "batch_rows": how.batch_rows,
         "check_every": how.check_every,
     }

@@ -85,7 +85,8 @@ class FitLearned:
       start: Where the transform starts: any fit that lowers to matrices of one block.
       kind: Which loss of this file.
       optimizer: From a learning rate to an optimiser of optax.
-      rate: Its peak; warmed up over a tenth of the steps, then down a cosine to zero.
+      rate: Its peak; warmed up over a tenth of the steps (not at all where those are fewer than
+        ten), then down a cosine to zero.
       steps: Updates.
       batch_tokens: Tokens of a batch, or all that there are if those are fewer.
       check_every: Steps between measurements of the held-out loss.
@@ -117,7 +118,7 @@ class FitLearned:
             raise ValueError(
                 f"{len(tokens)} tokens cannot be learned from and held out: give more calibration"
             )
-        first = self.start(weights, stats, recipe, jax.random.fold_in(key, 0))
+        first = self.start(weights, stats, recipe, key)
         weights = first.weights or weights
         start = start_of(first, width, recipe.activation_format.block_size)
         formats = (recipe.activation_format, recipe.weight_format)
@@ -158,8 +159,7 @@ def _optimizer(
     make: Callable[[optax.Schedule], optax.GradientTransformation], rate: float, steps: int
 ) -> optax.GradientTransformation:
     """One object for one setting: compiled code is kept for as long as it is the same."""
-    warm = max(1, steps // 10)
-    return make(optax.warmup_cosine_decay_schedule(0.0, rate, warm, max(steps, warm + 1)))
+    return make(optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps))
 
 
 def _error(wanted: Float[Array, "*rows k"], found: Float[Array, "*rows k"]) -> Float[Array, ""]:

@@ -165,6 +165,17 @@ def train(
     return Trained(state.best, start_loss, history)
 
 
+def warmed_cosine(rate: float, steps: int) -> optax.Schedule:
+    """Learning rates: warmed up over a twentieth of the steps, then down a cosine to zero.
+
+    With fewer than twenty steps there is no warm-up: the first of them has the full rate.
+
+    Args:
+      rate: The peak.
+    """
+    return optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps + 1)
+
+
 def held_out_loss(
     objective: Objective, learned: Any, rows: Rows, batch_rows: int, mesh: Mesh | None = None
 ) -> float:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Float32, Int, Integer
 from duquantpp_jax.core import Fitted, Format, Needs, Stats
 from duquantpp_jax.models import SITES, Decoder, DecoderConfig, dense, linear_names
 from duquantpp_jax.models.layers import layer, window
-from duquantpp_jax.ptq.site import pad_channels, quantize_input
+from duquantpp_jax.ptq.site import MixedLinear, QuantizedSite, pad_channels, quantize_input
 
 SAMPLE_LIMIT = 2048
 """Most tokens of a site that are kept as they are."""
@@ -149,6 +149,9 @@ def calibrate_layer(
     fits: Mapping[str, Fitted] | None = None,
     formats: Mapping[str, Format] | None = None,
     after: Hidden | None = None,
+    exact: Hidden | None = None,
+    rounded: Mapping[str, QuantizedSite] | None = None,
+    linear: MixedLinear | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Stats]:
     """Stats of the inputs of one layer.
@@ -166,6 +169,9 @@ def calibrate_layer(
       fits: What moves the input of each site, for the second pass.
       formats: Of the moved input of each site.
       after: Overwritten with the layer's output; may be `hidden` itself.
+      exact: Input hidden states of the float path, where a rounding needs its inputs as well:
+        `hidden` are then those of the quantized one.
+      rounded: Sites of the layer that are run quantized, by `linear`.
       progress: Called after each batch.
     """
     rows, length, _ = hidden.shape
@@ -175,21 +181,27 @@ def calibrate_layer(
         for site, width in widths.items()
     }
     if mesh is not None:
-        parameters, stats, fits = (spread(tree, mesh, P()) for tree in (parameters, stats, fits))
-    for batch in batches(rows, mesh):
-        y, inputs = _run_layer(
-            on_devices(hidden[batch], mesh),
-            parameters,
-            window(config, number),
-            config=config,
-            mesh=mesh,
+        parameters, stats, fits, rounded = (
+            spread(tree, mesh, P()) for tree in (parameters, stats, fits, rounded)
         )
+
+    def run(given: Hidden, sites: Mapping[str, QuantizedSite]) -> tuple[Array, dict[str, Array]]:
+        place = (parameters, window(config, number), sites)
+        return _run_layer(
+            on_devices(given, mesh), *place, config=config, linear=linear if sites else None,
+            mesh=mesh,
+        )  # fmt: skip
+
+    for batch in batches(rows, mesh):
+        y, inputs = run(hidden[batch], rounded or {})
+        beside = {} if exact is None else run(exact[batch], {})[1]
         for site in stats:
             stats[site] = _fold(
                 stats[site],
                 inputs[site],
                 np.int32(batch.start * length),
                 fits[site] if fits else None,
+                beside.get(site),
                 format=formats[site] if formats else None,
                 mesh=mesh,
             )
@@ -206,6 +218,7 @@ def keep(stats: Stats, needs: Needs) -> Stats:
         stats,
         gram=stats.gram if Needs.GRAM in needs else None,
         position_sum=stats.position_sum if Needs.POSITIONS in needs else None,
+        cross=stats.cross if Needs.CROSS in needs else None,
     )
 
 
@@ -214,16 +227,21 @@ def _run_layer(
     x: Float32[Array, "rows length k"],
     parameters: Mapping[str, Float[Array, "..."]],
     window: Int[Array, ""] | None,
+    rounded: Mapping[str, QuantizedSite],
     *,
     config: DecoderConfig,
+    linear: MixedLinear | None,
     mesh: Mesh | None,
 ) -> tuple[Float32[Array, "rows length k"], dict[str, Array]]:
-    """The output of a float layer, and the input of each of its sites."""
+    """The output of a layer, float but for the rounded sites, and the inputs of all its sites."""
 
-    def linear(site: str, x: Array, weights: tuple[Array, ...], state: None) -> tuple[Any, Array]:
+    def either(site: str, x: Array, weights: tuple[Array, ...], state: Any) -> tuple[Any, Array]:
+        if linear is not None and state is not None:
+            return linear(site, x, weights, state)[0], x
         return dense(site, x, weights, None)[0], x
 
-    y, inputs = layer(config, x, parameters, window, linear, dict.fromkeys(SITES))
+    sites = {site: rounded.get(site) for site in SITES}
+    y, inputs = layer(config, x, parameters, window, either, sites)
     return replicated(y, mesh), inputs
 
 
@@ -233,6 +251,7 @@ def _fold(
     x: Float[Array, "rows length k"],
     first: Int[Array, ""] | np.int32,
     fitted: Fitted | None,
+    exact: Float[Array, "rows length k"] | None,
     *,
     format: Format | None,
     mesh: Mesh | None,
@@ -242,10 +261,12 @@ def _fold(
     A format whose scale spans a tensor sees BATCH_ROWS rows at a time, on any number of devices.
     """
     x = pad_channels(x, stats.absmax.shape[-1])
+    if exact is not None and fitted is not None:
+        exact = fitted.transform.activations(pad_channels(exact, x.shape[-1]))
     if fitted is not None and format is not None:
         groups = x.reshape(max(1, x.shape[0] // BATCH_ROWS), -1, *x.shape[1:])
         x = jax.vmap(lambda group: quantize_input(group, fitted, format))(groups).reshape(x.shape)
-    return replicated(stats.update(x, jnp.asarray(first)), mesh)
+    return replicated(stats.update(x, jnp.asarray(first), exact), mesh)
 
 
 def rows_mesh(devices: Sequence[Any] | None = None) -> Mesh:

@@ -18,6 +18,7 @@ from duquantpp_jax.models import SITE_WEIGHTS, SITES, linear_names
 from duquantpp_jax.ptq.calibration import BATCH_ROWS, SAMPLE_LIMIT
 from duquantpp_jax.ptq.plan import Plan, linear_shapes
 from duquantpp_jax.ptq.site import HIGHEST
+from duquantpp_jax.ptq.walk import PASSES
 
 RUNTIME = 2**29
 """Bytes of a Python process that has imported JAX and compiled a few programs, roughly."""
@@ -35,6 +36,7 @@ def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
     tokens = rows * length
     parameters = sum(n * k for n, k in shapes.values())
     passes = 1 + plan.sequential + any(_needs(plan, site) for site in SITES)
+    passes = PASSES if plan.compares else passes
     for number in range(config.num_hidden_layers):
         flops += passes * 2.0 * tokens * parameters
         widths = plan.widths(number)
@@ -62,7 +64,7 @@ def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
             layer_stats += 4.0 * (min(tokens, SAMPLE_LIMIT) * width + grams * width**2)
             largest = max(largest, sum(n for _, n, _ in picked) * width)
         stats_bytes = max(stats_bytes, layer_stats)
-    hidden = 4.0 * tokens * config.hidden_size
+    hidden = 4.0 * tokens * config.hidden_size * (1 + plan.compares)
     scores = 4.0 * BATCH_ROWS * config.num_attention_heads * length**2
     activations = 4.0 * BATCH_ROWS * length * config.intermediate_size
     embedding = 2.0 * config.vocab_size * config.hidden_size

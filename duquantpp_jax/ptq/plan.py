@@ -108,6 +108,12 @@ class Plan:
         needs = (self.recipes[site].rounding.needs for site in self.widths(number))
         return functools.reduce(operator.or_, needs, Needs.NOTHING)
 
+    @property
+    def compares(self) -> bool:
+        """Whether a rounding compares the quantized path with the float one."""
+        layers = range(self.config.num_hidden_layers)
+        return any(Needs.CROSS in self.rounding_needs(number) for number in layers)
+
     def check(self) -> None:
         """Raises ValueError where this cannot be carried out on such a model."""
         layers = range(self.config.num_hidden_layers)

@@ -7,6 +7,10 @@
     sites_l  = round(transform.weights(weights of layer l), moved_l)
     hidden_(l+1) = layer l (hidden_l)                      float or, if sequential, as quantized
 
+Roundings that compare the two paths (Needs.CROSS) get both: hidden states of the float path and of
+the quantized one, which each go on by themselves, and site after site in a layer, those before it
+quantized, moved_l with the cross Gram matrix. A layer runs `PASSES` times.
+
 `quantize_layer` takes one step of it, for a model that need not be in memory: `duquantpp quantize`
 writes what it returns. `quantize_decoder` takes all steps for a model in memory: the laboratory
 measures what it returns, bit for bit what is written. Sequential, each layer is fitted and rounded
@@ -57,6 +61,9 @@ from duquantpp_jax.transforms.basic import Identity
 Progress = Callable[[str], None]
 """Called with what is being done, whenever a part of it is done."""
 
+PASSES = 3 + 2 * len(SITES)
+"""How often a layer runs for roundings that compare the two paths."""
+
 State = dict[str, QuantizedSite] | tuple[dict[str, QuantizedSite], ...]
 """The sites of all layers: stacked, or, where layers differ in what is quantized, stacked in runs.
 """
@@ -92,30 +99,38 @@ def quantize_layer(
       plan: What is done.
       number: Of the layer.
       parameters: Of the layer, in any float type.
-      hidden: Input hidden states; overwritten with the layer's output. None if the `stats` are all
-        that is needed.
+      hidden: Input hidden states, as `streams` has them; overwritten with the layer's output. None
+        if the `stats` are all that is needed.
       progress: Called after each batch, fit and rounding.
       stats: Of the float inputs of the layer's sites, if they have been found before; else the
         layer is calibrated.
     """
     parameters = {name: jnp.asarray(array) for name, array in parameters.items()}
     widths, needs = plan.widths(number), plan.rounding_needs(number)
-    pass_over = functools.partial(
-        calibrate_layer, plan.config, number, parameters, progress=lambda: progress("calibrating")
-    )
-    last = None if plan.sequential else hidden
+
+    def pass_over(hidden: Hidden, *what: Any, **options: Any) -> dict[str, Stats]:
+        options["progress"] = lambda: progress("calibrating")
+        return calibrate_layer(plan.config, number, parameters, hidden, *what, **options)
+
+    exact, both = hidden, Needs.CROSS in needs
+    if both and hidden is not None:
+        exact, hidden = np.split(hidden, 2)  # views
+    seen = hidden if plan.sequential else exact
+    last = None if plan.sequential else seen
     if stats is None:
-        if hidden is None:
+        if seen is None:
             raise ValueError("a layer is calibrated on hidden states: give them, or its Stats")
         after = None if needs else last
-        stats = pass_over(hidden, widths, plan.fit_needs(number), after=after)
+        stats = pass_over(seen, widths, plan.fit_needs(number), after=after)
     fits = fit_layer(plan, number, parameters, stats, progress)
     if plan.fuse and "attention_out" in fits:
         fits["attention_out"] = grouped(fits["attention_out"], plan.config)
-    if needs:
-        if hidden is None:
-            raise ValueError("the rounding looks at moved inputs: give the hidden states")
-        formats = dict(plan.formats)
+    formats = dict(plan.formats)
+    if needs and hidden is None:
+        raise ValueError("the rounding looks at moved inputs: give the hidden states")
+    if both:
+        moved = {}
+    elif needs and hidden is not None:
         moved = pass_over(hidden, widths, needs, fits=fits, formats=formats, after=last)
     else:
         plain = {site: keep(stats[site], Needs.NOTHING) for site in widths}
@@ -125,13 +140,26 @@ def quantize_layer(
         linears = {site: plan.names(site, number) for site in widths}
         parameters, fits, folded = fuse_layer(plan.config, parameters, fits, linears)
         samples = {site: folded[site].activations(x) for site, x in samples.items()}
-    sites = {}
+    sites: dict[str, QuantizedSite] = {}
     for site in SITES:
+        if both and site in widths and hidden is not None:
+            moved |= pass_over(
+                hidden, {site: widths[site]}, needs, fits=fits, formats=formats, exact=exact,
+                rounded=sites, linear=plan.linear,
+            )  # fmt: skip
         sites[site] = _round_site(plan, site, number, parameters, fits.get(site), moved.get(site))
         progress("rounding")
-    if plan.sequential and hidden is not None:
+    if both and exact is not None:
+        pass_over(exact, {}, Needs.NOTHING, after=exact)
+    if (both or plan.sequential) and hidden is not None:
         _run_quantized(plan, number, parameters, sites, hidden, progress)
     return QuantizedLayer(sites, parameters, samples)
+
+
+def streams(plan: Plan, hidden: Hidden) -> Float32[np.ndarray, "paths length k"]:
+    """The hidden states that the walk starts with: those of the float path and, below them where a
+    rounding compares the two, of the quantized one, which are the same there."""
+    return np.concatenate([hidden, hidden]) if plan.compares else hidden
 
 
 def fit_layer(
@@ -209,7 +237,7 @@ def quantize_decoder(
         raise ValueError("a sequential plan calibrates on the quantized layers: give no stats")
     layers = range(plan.config.num_hidden_layers)
     runs = stats is None or any(plan.rounding_needs(number) for number in layers)
-    hidden = embed(model, tokens) if runs else None
+    hidden = streams(plan, embed(model, tokens)) if runs else None
     sites, moved = [], []
     for number, parameters in enumerate(layers_of(model)):
         given = None if stats is None else layer_of(stats, number)

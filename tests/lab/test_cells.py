@@ -61,6 +61,7 @@ CHANGES = {
     "calibration_tokens": 511,
     "batch_rows": 8,
     "pad": True,
+    "refine": 5,
     "fuse": True,
     "rotate_stream": "hadamard",
     "rotate_values": "random_orthogonal",

@@ -1,16 +1,12 @@
 """Learning through the model: the loss falls on rows that it did not learn from, and what is
 learned is what the quantized model then has."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
 from duquantpp_jax.checkpoints import load, testbed
-from duquantpp_jax.core import Fitted
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.formats import MXFP4
 from duquantpp_jax.learning.model import at_rates, learn_model
@@ -96,59 +92,3 @@ def test_held_out_loss_falls_and_the_best_is_kept(model, moves, rate):
 def test_rates_are_for_parts_that_learn():
     with pytest.raises(ValueError, match="weight does not learn: rates are for transform, weights"):
         at_rates({"weight": optax.constant_schedule(1e-3)})
-
-
-@pytest.mark.slow
-def test_a_transform_learns_to_make_good_what_rounding_has_done_to_weights(model):
-    rows = testbed.calibration_rows()[:20, :64]
-    start, one = _start(model), recipe("rtn", "floor")
-    fits = {site: Fitted(transform) for site, transform in start.items()}
-    *_, state = quantize_decoder(Plan.of(model.config, one, fits=fits), model, rows[16:, :-1])
-    rounded = {
-        site: tuple(w.dequantize() for w in quantized.weights) for site, quantized in state.items()
-    }
-    learning = learn_model(
-        model,
-        start,
-        Moves(PARAMETRIZATIONS["affine"], through_amax=True),
-        FORMATS,
-        rows[:16],
-        rows[16:],
-        jax.random.key(0),
-        steps=8,
-        optimizer=at_rates({"transform": optax.constant_schedule(1e-3)}),
-        rounded=rounded,
-        batch_rows=4,
-        check_every=4,
-        dtype=jnp.float32,
-    )
-    assert min(loss for _, _, loss in learning.history) < learning.start_loss
-    assert all(fitted.weights is None for fitted in learning.fits.values())
-
-    def loss(state):
-        return _divergence(model, FORMATS[0], state, rows[16:])
-
-    # The same rounded weights behind the first transform and behind the last.
-    assert loss(state) == pytest.approx(learning.start_loss, rel=0.01)
-    moved = {
-        site: dataclasses.replace(quantized, transform=learning.fits[site].transform)
-        for site, quantized in state.items()
-    }
-    assert loss(moved) == pytest.approx(min(h[2] for h in learning.history), rel=0.01)
-
-
-@pytest.mark.parametrize("moves", [Moves(None, "given"), Moves(None, weight_clip="site")])
-def test_rounded_weights_do_not_learn_nor_their_clips(model, moves):
-    with pytest.raises(ValueError, match="held"):
-        learn_model(
-            model,
-            {},
-            moves,
-            FORMATS,
-            np.zeros((1, 8), np.int32),
-            np.zeros((1, 8), np.int32),
-            jax.random.key(0),
-            steps=1,
-            optimizer=at_rates({}),
-            rounded={},
-        )

@@ -193,3 +193,11 @@ def test_a_start_beyond_the_bound_and_too_few_tokens_are_refused(data):
         FitLearned(BOUNDED, FitWush())(weights, stats_of(30.0 ** (x / 4)), EVEN, KEY)
     with pytest.raises(ValueError, match="1 tokens cannot be learned from and held out"):
         FitLearned(BOUNDED, FitHadamard())(weights, stats_of(x[:1, :1]), EVEN, KEY)
+
+
+def test_it_starts_from_what_the_start_draws_by_itself(data):
+    weights, x = data
+    start, stats = FitHadamard(random_signs=True), stats_of(x[:1, :32])
+    fit = FitLearned(Moves(P["cayley"]), start, rate=1e-9, steps=1)
+    alone, learned = (f(weights, stats, EVEN, KEY).transform.activations(x) for f in (start, fit))
+    np.testing.assert_allclose(learned, alone, atol=1e-4)

@@ -12,7 +12,7 @@ import optax
 import pytest
 from flax import struct
 
-from duquantpp_jax.learning.training import Objective, batches, held_out_loss, train
+from duquantpp_jax.learning.training import Objective, batches, held_out_loss, train, warmed_cosine
 
 KEY = jax.random.key(0)
 ADAM = optax.adam(1e-2)
@@ -28,6 +28,13 @@ class Line(Objective):
     def loss(self, learned, batch):
         x, y = batch
         return jnp.mean(jnp.abs(self.scale * (x @ learned["w"] - y)) ** self.power)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 19, 40])
+def test_every_step_but_that_which_begins_a_warm_up_moves(steps):
+    rates = [float(warmed_cosine(1e-3, steps)(step)) for step in range(steps)]
+    assert max(rates) == pytest.approx(1e-3)
+    assert [step for step, rate in enumerate(rates) if rate == 0] == ([0] if steps >= 20 else [])
 
 
 class Killed(Exception):

@@ -1,0 +1,134 @@
+"""Refining: after rounding, what moves the activations is learned once more for these weights.
+
+    W^ = round(T0.weights(W)) stays;    T <- T - rate * gradient of mean KL(float || quantized);
+    y = Q(T.activations(x)) @ W^.T
+
+T starts as the T0 that moved the weights, of which it stops being the inverse: it makes good what
+rounding them has done. It is a matrix for each block of channels, as the affine transforms of
+`learn`; clips and scale offsets of the activations, where the sites hold them, learn with it. The
+whole model is in memory, and the loss is taken through all of it (learning/model.py).
+
+Source: experiments/beat_hadamard.py; 400 steps at 3e-4 were the best of its search.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Integer
+
+from duquantpp_jax.core import MXArray
+from duquantpp_jax.learning.model import Divergence, at_rates
+from duquantpp_jax.learning.moves import Learned, Moves
+from duquantpp_jax.learning.training import train, warmed_cosine
+from duquantpp_jax.models import Decoder
+from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.site import QuantizedSite
+from duquantpp_jax.ptq.walk import State
+from duquantpp_jax.transforms.learned import Affine, block_affine
+
+RATE = 3e-4
+"""Peak learning rate of the transform; clips and scale offsets move at ten times of it."""
+BATCH_ROWS = 16
+HELD_OUT = 8
+"""One of so many rows chooses the best step."""
+
+
+def refine(
+    plan: Plan,
+    model: Decoder,
+    state: State,
+    tokens: Integer[np.ndarray, "rows length"],
+    steps: int,
+    **options: Any,
+) -> dict[str, QuantizedSite]:
+    """The quantized sites with transforms that were learned for their rounded weights.
+
+    Args:
+      plan: How the state was made.
+      model: The float model.
+      state: As `quantize_decoder` gives it.
+      tokens: Text to learn from. The last eighth of the rows, at least one, chooses the best step,
+        the start included; batches are of 16 rows, or of all where there are fewer.
+      steps: Updates.
+      options: `report`, `checkpoint` and others of `training.train`.
+
+    Returns:
+      The sites, stacked over layers; their weights are those of `state`.
+
+    Raises:
+      ValueError: As `check`; or there is a single row, or a transform is not made of blocks.
+    """
+    check(plan)
+    format = plan.recipes["mlp_in"].activation_format
+    sites = state if isinstance(state, dict) else {}
+    held_out = max(1, len(tokens) // HELD_OUT)
+    rows = tokens[:-held_out]
+    if len(rows) == 0:
+        raise ValueError("refining learns from all rows but one: give two rows or more")
+    start = {
+        site: jax.vmap(functools.partial(block_affine, width=width, size=format.block_size))(
+            sites[site].transform
+        )
+        for site, width in plan.widths(0).items()
+    }
+    moves = Moves(
+        Affine(),
+        scale_offset=any(site.scale_offset is not None for site in sites.values()),
+        clip="block" if any(site.clip is not None for site in sites.values()) else None,
+        through_amax=True,
+    )
+    weights = {
+        name: tuple(w.dequantize() for w in site.weights if isinstance(w, MXArray))
+        for name, site in sites.items()
+    }
+    found = train(
+        Divergence(model, start, moves, (format, format), weights, jnp.dtype(jnp.float32)),
+        {name: _learned(moves.init(start[name], ()), site) for name, site in sites.items()},
+        rows,
+        tokens[-held_out:],
+        jax.random.fold_in(jax.random.key(plan.seed), 2),
+        steps=steps,
+        optimizer=_optimizer(steps),
+        batch_rows=min(BATCH_ROWS, len(rows)),
+        **options,
+    )
+    fits = {name: moves.fitted(start[name], found.learned[name], ()) for name in sites}
+    return {
+        name: QuantizedSite(
+            fits[name].transform, site.weights, fits[name].clip, fits[name].scale_offset
+        )
+        for name, site in sites.items()
+    }
+
+
+def check(plan: Plan) -> None:
+    """Raises ValueError where what a plan makes cannot be refined."""
+    if plan.fuse or plan.pad or plan.include != ("*",) or plan.exclude:
+        raise ValueError(
+            "--refine learns what moves the inputs of all linears as they are: leave out --fuse, "
+            "--pad, --include and --exclude"
+        )
+    formats = {format for _, format in plan.formats}
+    if len(formats) > 1 or not all(format.holds_weights for format in formats):
+        raise ValueError("--refine takes one format for the activations of all sites, and not bf16")
+
+
+def _learned(nothing: Learned, site: QuantizedSite) -> Learned:
+    """Where learning starts: the clip and the scale offset that the site has."""
+    if site.scale_offset is not None:
+        nothing = dataclasses.replace(nothing, log_scale=site.scale_offset.astype(jnp.float32))
+    if site.clip is not None:
+        nothing = dataclasses.replace(nothing, log_clip=jnp.log(site.clip))
+    return nothing
+
+
+@functools.cache
+def _optimizer(steps: int) -> Any:
+    """One object for one setting: compiled code is kept for as long as it is the same."""
+    scheduled = warmed_cosine(RATE, steps)
+    rest = warmed_cosine(10 * RATE, steps)
+    return at_rates({"transform": scheduled, "log_scale": rest, "log_clip": rest})
