@@ -222,7 +222,7 @@ def keep(stats: Stats, needs: Needs) -> Stats:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mesh"))
+@functools.partial(jax.jit, static_argnames=("config", "linear", "mesh"))
 def _run_layer(
     x: Float32[Array, "rows length k"],
     parameters: Mapping[str, Float[Array, "..."]],
