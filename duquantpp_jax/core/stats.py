@@ -137,7 +137,7 @@ class Stats:
 
         Args:
           need: GRAM, POSITIONS or CROSS.
-          who: The fit or rounding that needs it, by name.
+          who: Needs it, by name.
 
         Raises:
           ValueError: It was not kept; says who needs what.

@@ -1,4 +1,4 @@
-"""Learning through the whole model: the least KL(float || quantized) over calibration text.
+"""Learning through the whole model: KL(float || quantized) over calibration text is minimised.
 
     loss = mean over targets of KL(p || q)
 
@@ -38,17 +38,17 @@ Rates = Mapping[str, optax.Schedule]
 class Divergence(Objective):
     """Mean KL over the targets of a batch of token ids, in nats.
 
-    In bfloat16 what is not rounded to 4 bits is off by 1e-4 of what that rounding does, unless a
-    massive activation lies on a border between two elements in many channels at once, as Hadamard
-    matrices make of position 0 of the embedded model: .18 nats were .23 there in float32.
+    In bfloat16 the loss is off by 1e-4 of itself, unless a massive activation lies on a border
+    between two elements in many channels at once. A Hadamard matrix does so to position 0 of the
+    embedded model: there the loss was .18 nats in bfloat16 and .23 in float32.
 
     Attributes:
       model: The float model.
       start: Transform of each site, stacked over layers.
       moves: What learns.
       formats: Of activations and of weights.
-      rounded: Of each site, weights that are held as they are; see `SiteState`.
-      dtype: What both models compute in where they do not round.
+      rounded: Weights of each site that were rounded before; see `SiteState`.
+      dtype: Of both models' other numbers.
     """
 
     model: Decoder
@@ -66,16 +66,14 @@ class Divergence(Objective):
         plain = dense if self.dtype == jnp.float32 else _bfloat16_linear
         log_p = jax.lax.stop_gradient(Predictor(model, plain).log_probabilities(batch))
         linear = LearningLinear(self.moves, *self.formats)
-        held = self.rounded or {}
-        state = {
-            site: SiteState(self.start[site], one, held.get(site)) for site, one in learned.items()
-        }
+        rounded = self.rounded or {}
+        state = {s: SiteState(self.start[s], moved, rounded.get(s)) for s, moved in learned.items()}
         log_q = Predictor(model, linear, state).log_probabilities(batch)
         return jnp.mean(kl_divergence(log_p, log_q))
 
     def bounded(self, learned: dict[str, Learned]) -> dict[str, Learned]:
         """Within `Moves.max_condition`."""
-        return {site: self.moves.bounded(self.start[site], one) for site, one in learned.items()}
+        return {s: self.moves.bounded(self.start[s], moved) for s, moved in learned.items()}
 
 
 class Learning(NamedTuple):
@@ -100,12 +98,10 @@ def learn_model(
     held_out: Integer[np.ndarray, "held length"],
     key: Key[Array, ""],
     *,
-    steps: int,
-    optimizer: optax.GradientTransformation,
     dtype: Any = jnp.bfloat16,
     **options: Any,
 ) -> Learning:
-    """Learns what `moves` says, from `start`.
+    """Learns what `moves` names, from `start`.
 
     Args:
       start: Transform of each site, stacked over layers.
@@ -113,31 +109,24 @@ def learn_model(
       rows: Token ids to learn from.
       held_out: Token ids to choose by; never test text.
       key: For the order of the batches.
-      steps: Updates.
-      optimizer: Of {site: Learned}; `at_rates` gives each part a rate of its own.
       dtype: As of `Divergence`.
-      options: Others of `training.train`.
+      options: Of `training.train`; `at_rates` gives an optimiser with a rate for each part.
     """
     objective = Divergence(model, dict(start), moves, formats, dtype=dtype)
-    learned = {site: moves.init(one, model.weights(site)) for site, one in start.items()}
-    found = train(
-        objective, learned, rows, held_out, key, steps=steps, optimizer=optimizer, **options
-    )
-    fits = {
-        site: moves.fitted(start[site], one, model.weights(site))
-        for site, one in found.learned.items()
-    }
-    return Learning(fits, found.start_loss, found.history)
+    weights = {site: model.weights(site) for site in start}
+    learned = {site: moves.init(start[site], weights[site]) for site in start}
+    found = train(objective, learned, rows, held_out, key, **options)
+    return Learning(moves.fits(start, found.learned, weights), found.start_loss, found.history)
 
 
 def at_rates(
     rates: Rates, direction: optax.GradientTransformation | None = None
 ) -> optax.GradientTransformation:
-    """An optimiser that moves each part of `Learned` at its own rate; parts without one stay.
+    """An optimiser with a rate for each part of `Learned`; parts without a rate stay.
 
     Args:
-      rates: Multiply the updates, step by step.
-      direction: What the updates are: Adam's by default.
+      rates: By part.
+      direction: Gives the updates that the rates multiply; Adam by default.
 
     Raises:
       ValueError: A rate is for no part.

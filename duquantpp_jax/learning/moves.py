@@ -1,19 +1,19 @@
-"""What an optimiser moves at a site, and the `linear` of a model that learns.
+"""What learns at a site, and the `linear` of a model that learns.
 
     y = Q(x T) @ Q(clamp(W'))^T
 
-    weights = "fixed"    W' = W T^-T, W as the checkpoint has it
+    weights = "fixed"    W' = W T^-T
     weights = "given"    W' = (W + D) T^-T, D learned: a moving T rounds every weight anew
-    weights = "moved"    W' = W T0^-T + D, D learned where it is rounded: T moves the input alone
+    weights = "moved"    W' = W T0^-T + D, D learned in the moved space: T moves the input alone
 
 Q rounds in the forward pass and lets gradients through (quantizer.py). Clips are learned as their
 logarithms, one for each block of channels or one for the site. That of the activations is the
-format's: what lies beyond saturates. That of the weights clamps each row's part of a block to the
-clip times its largest magnitude, so that any rounding may follow.
+format's: larger numbers saturate. That of the weights clamps each row's part of a block to the clip
+times its largest magnitude, so that any rounding may follow.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -35,13 +35,13 @@ from duquantpp_jax.transforms.learned import (
 
 @struct.dataclass
 class Learned:
-    """What moves at one site; all zeros at the start.
+    """The parameters of one site, None where that does not learn; all zeros at the start.
 
     Attributes:
-      transform: Parameters of the transform.
-      weights: Added to each weight, where weights learn.
-      log_scale: Added to the log2 of each activation block's scale, where that learns.
-      log_clip, log_weight_clip: Logarithms of the clips, where they learn.
+      transform: As of its parametrisation.
+      weights: Added to each weight.
+      log_scale: Added to the log2 of each activation block's scale.
+      log_clip, log_weight_clip: Logarithms of the clips.
     """
 
     transform: Parameters | None
@@ -52,21 +52,20 @@ class Learned:
 
 
 PARTS = tuple(field.name for field in dataclasses.fields(Learned))
-"""Names of what may learn at rates of its own."""
+"""What may learn at a rate of its own."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Moves:
-    """What moves.
+    """What learns.
 
     Attributes:
-      transform: How the transform is parametrised, or None: it stays where it starts.
-      weights: See the head of this file.
+      transform: How the transform is parametrised; None keeps its start.
+      weights: See the top of this file.
       scale_offset: Whether powers of two for the activations' scales are learned.
       clip, weight_clip: Whether clips are learned, and what shares one.
       through_amax: As in `learnable_quantize`, for activations and weights (and always for those
         that are clipped).
-      round_weights: Whether weights are rounded while learning.
       max_condition: Bound on the condition number of each block's matrix, kept at every check.
     """
 
@@ -76,11 +75,10 @@ class Moves:
     clip: Literal["site", "block"] | None = None
     weight_clip: Literal["site", "block"] | None = None
     through_amax: bool = False
-    round_weights: bool = True
     max_condition: float | None = None
 
     def init(self, start: BlockAffine, weights: Weights) -> Learned:
-        """Nothing moved yet, of one site or of all layers stacked.
+        """The parameters at the start, of one site or of all layers stacked.
 
         Raises:
           ValueError: The start is beyond `max_condition`.
@@ -113,7 +111,7 @@ class Moves:
         """What has been learned, as a fit gives it; of one site or of all layers stacked."""
         transform = settled(self.moved_transform(start, learned), self.transform)
 
-        def held(start: BlockAffine, t: BlockAffine, learned: Learned, ws: Weights) -> Weights:
+        def back(start: BlockAffine, t: BlockAffine, learned: Learned, ws: Weights) -> Weights:
             if self.weights == "given" and self.weight_clip is None:
                 return _plus(ws, learned.weights)
             moved = self.moved_weights(start, t, learned, ws)
@@ -121,14 +119,23 @@ class Moves:
 
         blocks, clip = start.matrices.shape[:-2], learned.log_clip
         if len(blocks) == 2:
-            held = jax.vmap(held)
+            back = jax.vmap(back)
         still = self.weights == "fixed" and self.weight_clip is None
         return Fitted(
             transform,
-            None if still else held(start, transform, learned, weights),
+            None if still else back(start, transform, learned, weights),
             None if clip is None else jnp.broadcast_to(jnp.exp(clip), blocks),
             None if learned.log_scale is None else integer(learned.log_scale),
         )
+
+    def fits(
+        self,
+        start: Mapping[str, BlockAffine],
+        learned: Mapping[str, Learned],
+        weights: Mapping[str, Weights],
+    ) -> dict[str, Fitted]:
+        """`fitted` of each site."""
+        return {s: self.fitted(start[s], moved, weights[s]) for s, moved in learned.items()}
 
     def moved_transform(self, start: BlockAffine, learned: Learned) -> BlockAffine:
         """T."""
@@ -168,10 +175,8 @@ class Moves:
         learned: Learned,
         weights: Weights,
     ) -> Weights:
-        """Q(clamp(W')), or clamp(W') where weights are not rounded."""
+        """Q(clamp(W'))."""
         moved = self.moved_weights(start, transform, learned, weights)
-        if not self.round_weights:
-            return moved
         through = self.through_amax or self.weight_clip is not None
         return tuple(learnable_quantize(format, through, w) for w in moved)
 
@@ -191,7 +196,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def moves_named(names: Sequence[str]) -> Moves:
-    """All that several names of PRESETS move; gradients also go through the largest magnitudes.
+    """The moves of several names of PRESETS together, with gradients through largest magnitudes.
 
     Raises:
       ValueError: No name, an unknown one, or two that exclude each other.

@@ -1,12 +1,11 @@
-"""Learning that is said in names and numbers: what starts, what moves, through what, how long.
+"""Learning by names and numbers, as `duquantpp learn` has it: start, moves, loss, steps.
 
     site     each site alone, the loss of `learning/site.py` on its calibration tokens
     block    one decoder block after the other, `learning/blocks.py`; one block is in memory
     model    through the whole model, `learning/model.py`
 
-All give the same thing, {site: Fitted} stacked over layers. The transform moves at `rate`, weights
-at a tenth of it, clips and scale offsets at ten times of it, for the last two are logarithms of
-order one and weights are small.
+All give {site: Fitted}, stacked over layers. The transform learns at `rate`, weights, which are
+small, at a tenth of it, clips and scale offsets, which are logarithms of order one, at ten times.
 """
 
 import dataclasses
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float32, Integer
+from jaxtyping import Integer
 
 from duquantpp_jax.checkpoints import load
 from duquantpp_jax.checkpoints.lazy import Checkpoint
@@ -28,7 +27,7 @@ from duquantpp_jax.learning.model import Learning, at_rates, learn_model
 from duquantpp_jax.learning.moves import PARTS, moves_named
 from duquantpp_jax.learning.site import FitLearned, start_of
 from duquantpp_jax.learning.training import warmed_cosine
-from duquantpp_jax.models import SITES, Decoder, DecoderConfig
+from duquantpp_jax.models import SITES, DecoderConfig
 from duquantpp_jax.ptq.calibration import calibrate_layer
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.walk import fit_layer
@@ -57,33 +56,8 @@ Report = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class InMemory:
-    """A decoder in memory, read a layer at a time as a `Checkpoint` is."""
-
-    model: Decoder
-
-    @property
-    def config(self) -> DecoderConfig:
-        """Of the model."""
-        return self.model.config
-
-    def embed(
-        self, tokens: Integer[np.ndarray, "rows length"]
-    ) -> Float32[np.ndarray, "rows length k"]:
-        """The hidden states that the first layer reads."""
-        return np.asarray(self.model.embedding[...], np.float32)[tokens]
-
-    def layer(self, number: int) -> dict[str, Array]:
-        """The parameters of a layer."""
-        return {name: array[...][number] for name, array in self.model.layers.items()}
-
-
-Source = Checkpoint | InMemory
-
-
-@dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """From a schedule of learning rates to the optimiser that moves each part at its share of it.
+    """Makes an optimiser from a schedule of learning rates; parts learn at their FACTORS of it.
 
     Attributes:
       name: Of OPTIMIZERS.
@@ -139,49 +113,44 @@ class Learn:
 
 def learn(
     how: Learn,
-    source: Source,
+    checkpoint: Checkpoint,
     recipe: Recipe,
     rows: Integer[np.ndarray, "rows length"],
     held_out: Integer[np.ndarray, "held length"],
     *,
-    place: Path | None = None,
+    place: Path,
     report: Report = lambda *_: None,
-    **options: Any,
 ) -> Learning:
     """Learns fits for a model.
 
     Args:
       how: What is learned and how.
-      source: The float model. A `Checkpoint` stays on disk unless the loss is taken through the
-        whole model.
+      checkpoint: The float model, read a layer at a time unless learning goes through all of it.
       recipe: For its formats.
       rows: Token ids to learn from; the last of each row is a target and not an input.
       held_out: Token ids to choose by. A site holds out a part of its sample instead.
-      place: A directory, in which progress is kept: a run that was killed goes on from there to
-        the bits that it would have had.
+      place: A directory for progress: a run that was killed goes on from there to the same bits.
       report: Called at every check.
-      options: Others of `learn_model`, such as `dtype`.
 
     Returns:
-      Fits stacked over layers, and losses: in nats where learned through the model, as means over
-      blocks where block by block, none where site by site.
+      Fits, and losses: in nats where learned through the model, as means over blocks where block by
+      block, none where site by site.
 
     Raises:
       ValueError: Bad settings, a start or a width that has no blocks, or progress of other
         settings.
     """
     how.check()
-    if place is not None:
-        place.mkdir(parents=True, exist_ok=True)
+    place.mkdir(parents=True, exist_ok=True)
     moves = moves_named(how.moves)
     formats = (recipe.activation_format, recipe.weight_format)
     calibration = rows[:CALIBRATION_ROWS, :-1]
-    layers, count = source.config.num_hidden_layers, how.steps
+    layers, count = checkpoint.config.num_hidden_layers, how.steps
     if how.through == "site":
-        return Learning(_learn_sites(how, source, recipe, calibration, place, report), 0.0, [])
-    plan = _plan(source.config, dataclasses.replace(recipe, fit=find_fit(how.start)), how.seed)
+        return Learning(_learn_sites(how, checkpoint, recipe, calibration, place, report), 0.0, [])
+    plan = _plan(checkpoint.config, dataclasses.replace(recipe, fit=find_fit(how.start)), how.seed)
     size = max(format.block_size for format in formats)
-    starts = _starts(plan, source, calibration, size)
+    starts = _starts(plan, checkpoint, calibration, size)
     key = jax.random.fold_in(jax.random.key(how.seed), 1)
     settings: dict[str, Any] = {
         "steps": count,
@@ -190,33 +159,26 @@ def learn(
         "check_every": how.check_every,
     }
     if how.through == "model":
-        model = load(source.directory) if isinstance(source, Checkpoint) else source.model
+        model = load(checkpoint.directory)
         start = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(start for _, start in starts))
         return learn_model(
-            model,
-            start,
-            moves,
-            formats,
-            rows,
-            held_out,
-            key,
-            checkpoint=None if place is None else place / "model.safetensors",
+            model, start, moves, formats, rows, held_out, key,
+            checkpoint=place / "model.safetensors",
             report=lambda step, _, loss: report(f"held-out KL {loss:.5f}", step, count),
             **settings,
-            **options,
-        )
+        )  # fmt: skip
     done: list[Any] = []
 
     def say(step: int, _: float, loss: float) -> None:
         what = f"block {len(done) + 1} of {layers}: held-out {loss:.5f}"
         report(what, len(done) * count + step, layers * count)
 
-    inputs, choosing = (source.embed(part[:, :-1]) for part in (rows, held_out))
-    for one in learn_blocks(
-        source.config, starts, moves, formats, inputs, choosing, key,
+    inputs, choosing = (checkpoint.embed(part[:, :-1]) for part in (rows, held_out))
+    for block in learn_blocks(
+        checkpoint.config, starts, moves, formats, inputs, choosing, key,
         checkpoint=place, report=say, **settings,
     ):  # fmt: skip
-        done.append(one)
+        done.append(block)
     return stack_blocks(done)
 
 
@@ -228,36 +190,29 @@ def _plan(config: DecoderConfig, recipe: Recipe, seed: int) -> Plan:
 
 def _fits(
     plan: Plan,
-    source: Source,
+    checkpoint: Checkpoint,
     tokens: Integer[np.ndarray, "rows length"],
     finished: Callable[[int], dict[str, Fitted] | None] = lambda _: None,
 ) -> Iterator[tuple[Mapping[str, Any], dict[str, Fitted]]]:
     """Parameters and fits of one layer after the other; finished ones are not fitted."""
-    hidden = np.array(source.embed(tokens))
+    hidden = np.array(checkpoint.embed(tokens))
     for number in range(plan.config.num_hidden_layers):
-        parameters = source.layer(number)
-        stats = calibrate_layer(
-            plan.config,
-            number,
-            parameters,
-            hidden,
-            plan.widths(number),
-            plan.fit_needs(number),
-            after=hidden,
-        )
+        parameters = checkpoint.layer(number)
+        what = plan.widths(number), plan.fit_needs(number)
+        stats = calibrate_layer(plan.config, number, parameters, hidden, *what, after=hidden)
         fits = finished(number)
         yield parameters, fits or fit_layer(plan, number, parameters, stats)
 
 
 def _starts(
-    plan: Plan, source: Source, tokens: Integer[np.ndarray, "rows length"], size: int
+    plan: Plan, checkpoint: Checkpoint, tokens: Integer[np.ndarray, "rows length"], size: int
 ) -> Iterator[tuple[Mapping[str, Any], dict[str, BlockAffine]]]:
     """Parameters and starts of one layer after the other.
 
     Raises:
       ValueError: A start holds weights: learning through blocks starts from those of the model.
     """
-    for number, (parameters, fits) in enumerate(_fits(plan, source, tokens)):
+    for number, (parameters, fits) in enumerate(_fits(plan, checkpoint, tokens)):
         if any(fitted.weights is not None for fitted in fits.values()):
             raise ValueError(
                 "the start has learned weights, which learning through blocks or the model would "
@@ -269,10 +224,10 @@ def _starts(
 
 def _learn_sites(
     how: Learn,
-    source: Source,
+    checkpoint: Checkpoint,
     recipe: Recipe,
     tokens: Integer[np.ndarray, "rows length"],
-    place: Path | None,
+    place: Path,
     report: Report,
 ) -> dict[str, Fitted]:
     """Fits of every site by itself; a layer that is finished is kept in `place`."""
@@ -285,19 +240,17 @@ def _learn_sites(
         batch_tokens=16 * how.batch_rows,
         check_every=how.check_every,
     )
-    plan = _plan(source.config, dataclasses.replace(recipe, fit=fit), how.seed)
+    plan = _plan(checkpoint.config, dataclasses.replace(recipe, fit=fit), how.seed)
 
-    def file(number: int) -> Path | None:
-        return None if place is None else place / f"layer_{number}.safetensors"
+    def file(number: int) -> Path:
+        return place / f"layer_{number}.safetensors"
 
     def finished(number: int) -> Any:
-        path = file(number)
-        return storage.load(path) if path is not None and path.is_file() else None
+        return storage.load(file(number)) if file(number).is_file() else None
 
     found: list[dict[str, Fitted]] = []
-    for number, (_, fits) in enumerate(_fits(plan, source, tokens, finished)):
-        if (path := file(number)) is not None:
-            storage.save(path, fits)
+    for number, (_, fits) in enumerate(_fits(plan, checkpoint, tokens, finished)):
+        storage.save(file(number), fits)
         found.append({site: fits[site] for site in SITES})
-        report("learning sites", number + 1, source.config.num_hidden_layers)
+        report("learning sites", number + 1, checkpoint.config.num_hidden_layers)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)

@@ -1,6 +1,6 @@
 """Rounding that gradients pass through, to the numbers and to the scales of their blocks.
 
-With q = s e the held value of x, s its block's scale and e its element,
+With q = s e the rounded value of x, s its block's scale and e its element,
 
     dq/dx = 1 where x lies in the block's range, 0 beyond;
     dq/d(log s) = q - x where x lies in the range, q beyond,
@@ -31,12 +31,10 @@ def learnable_quantize(
     log_scale: Float[Array, "*offsets"] | None = None,
     log_clip: Float[Array, "*clips"] | None = None,
 ) -> Float[Array, "*batch k"]:
-    """x as the format holds it.
+    """x rounded to the format, whose scales are powers of two.
 
     Args:
-      format: Of which the scales are powers of two.
       through_amax: Whether the largest magnitude of a block gets the gradient of its scale.
-      x: In float32.
       log_scale: Learned offset of each block's log2 scale, one for each block of the last axes;
         rounded to an integer where it is applied.
       log_clip: Learned logarithm of the clip, one for each of the same blocks, or one for all.
@@ -51,9 +49,9 @@ def _forward(
     options = {} if log_scale is None else {"scale_offset": integer(log_scale)}
     if log_clip is not None:
         options["clip"] = jnp.exp(log_clip)
-    held = format.encode(x, **options)
-    q = held.dequantize()
-    return q, (x, q, jnp.abs(x) <= held.limit(), log_scale, log_clip)
+    rounded = format.encode(x, **options)
+    q = rounded.dequantize()
+    return q, (x, q, jnp.abs(x) <= rounded.limit(), log_scale, log_clip)
 
 
 def _backward(format: Format, through_amax: bool, kept, g: Array):

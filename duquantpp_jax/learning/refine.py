@@ -96,7 +96,7 @@ def refine(
         batch_rows=min(BATCH_ROWS, len(rows)),
         **options,
     )
-    fits = {name: moves.fitted(start[name], found.learned[name], ()) for name in sites}
+    fits = moves.fits(start, found.learned, dict.fromkeys(sites, ()))
     return {
         name: QuantizedSite(
             fits[name].transform, site.weights, fits[name].clip, fits[name].scale_offset

@@ -77,17 +77,15 @@ class SiteError(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class FitLearned:
-    """What lowers a loss at one site, learned on the token sample but for its last tokens, which
-    choose the best step.
+    """A fit that minimises a loss at one site, on the token sample; its last tokens choose the best
+    step.
 
     Attributes:
-      moves: What learns.
-      start: Where the transform starts: any fit that lowers to matrices of one block.
+      start: The fit that learning starts from; it must lower to matrices of one block.
       kind: Which loss of this file.
       optimizer: From a learning rate to an optimiser of optax.
       rate: Its peak; warmed up over a tenth of the steps (not at all where those are fewer than
         ten), then down a cosine to zero.
-      steps: Updates.
       batch_tokens: Tokens of a batch, or all that there are if those are fewer.
       check_every: Steps between measurements of the held-out loss.
       held_out: Share of the sample that is held out.

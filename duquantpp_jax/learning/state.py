@@ -1,7 +1,7 @@
-"""Where learning stands, in one safetensors file that appears whole or not at all.
+"""Checkpoints of learning: one safetensors file, written whole or not at all.
 
-Arrays are named by their path in the state; the settings that they follow from are in the file's
-metadata, and a file of other settings is refused.
+Arrays are named by their path in the state. The metadata holds the settings, and a file of other
+settings is refused.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ History = list[tuple[int, float, float]]
 
 
 def digest(tree: Any) -> str:
-    """A hash of the arrays of a tree: where they sit, their shapes, types and numbers."""
+    """A hash of the arrays of a tree: their paths, shapes, types and numbers."""
     found = hashlib.sha256()
     for name, leaf in _named(tree):
         array = np.ascontiguousarray(leaf)
@@ -36,13 +36,9 @@ def digest(tree: Any) -> str:
 
 
 def describe(optimizer: optax.GradientTransformation, learned: Any) -> str:
-    """A hash of what an optimiser computes: the program that JAX traces of one update.
+    """A hash of an optimiser: of the program that JAX traces of one update of `learned`.
 
-    Rates, schedules and moments are numbers of that program, so that two optimisers with the same
-    hash give the same updates.
-
-    Args:
-      learned: What it moves.
+    Rates, schedules and moments are numbers of that program: optimisers of one hash do the same.
     """
     update = optax.with_extra_args_support(optimizer).update
 
@@ -62,11 +58,7 @@ def describe(optimizer: optax.GradientTransformation, learned: Any) -> str:
 def save(
     path: Path, state: Any, start_loss: float, history: History, settings: Mapping[str, str]
 ) -> None:
-    """Writes a state, a pytree of arrays.
-
-    Args:
-      start_loss, history: As of `training.Trained`.
-      settings: By name, what must be the same where learning goes on.
+    """Writes a state, a pytree of arrays, with the settings that must be the same to go on.
 
     Raises:
       OSError: The file cannot be written.
@@ -80,10 +72,7 @@ def save(
 
 
 def load(path: Path, like: Any, settings: Mapping[str, str]) -> tuple[Any, float, History]:
-    """The state, the loss at the start and the history that `save` wrote.
-
-    Args:
-      like: A state of the same structure and shapes.
+    """The state, the start loss and the history that `save` wrote; `like` has the same structure.
 
     Raises:
       ValueError: The file is no such checkpoint, or of other settings or shapes.

@@ -1,11 +1,11 @@
-"""The one loop that learns, whatever is learned and whatever is made small.
+"""The training loop, for all objectives.
 
     learned <- learned + optimiser(gradient of the objective on a batch)
 
-Batches are drawn with a key, without replacement within a pass over the rows. After every
-`check_every` steps what is learned is brought within its bounds, the loss on held-out rows is
-measured, and what is least there, the start included, is kept. With a checkpoint, a run that was
-killed goes on from the last check to the bits that it would have had.
+Batches are drawn with a key, without replacement within a pass over the rows. At every check the
+parameters are brought within their bounds and the loss on held-out rows is measured; those with the
+least such loss, the start included, are the result. With a checkpoint, a run that was killed goes
+on from the last check to the same bits.
 """
 
 import abc
@@ -31,28 +31,26 @@ Rows = Any
 
 
 class Objective(abc.ABC):
-    """What is made small: a pytree whose arrays are given and whose static fields are choices."""
+    """A function to minimise: a pytree of given arrays, whose static fields are choices."""
 
     @abc.abstractmethod
     def loss(self, learned: Any, batch: Rows) -> Float[Array, ""]:
         """Mean over the rows of a batch."""
 
     def bounded(self, learned: Any) -> Any:
-        """What is learned, brought within its bounds."""
+        """The parameters, brought within their bounds."""
         return learned
 
 
 @struct.dataclass
 class Progress:
-    """Where learning stands; all that is needed to go on.
+    """The state of training.
 
     Attributes:
       step: Steps taken.
-      learned: What moves.
+      learned: The parameters.
       optimizer: Its state.
-      best: What had the least held-out loss so far.
-      best_loss: That loss.
-      waited: Checks since then.
+      best, best_loss: The parameters with the least held-out loss so far, and that loss.
     """
 
     step: Int[Array, ""]
@@ -60,14 +58,13 @@ class Progress:
     optimizer: optax.OptState
     best: Any
     best_loss: Float[Array, ""]
-    waited: Int[Array, ""]
 
 
 class Trained(NamedTuple):
-    """What training gives.
+    """The result of training.
 
     Attributes:
-      learned: That of the least held-out loss.
+      learned: The parameters with the least held-out loss.
       start_loss: Held-out loss before the first step.
       history: (step, training loss since the last, held-out loss) of every check.
     """
@@ -88,31 +85,24 @@ def train(
     optimizer: optax.GradientTransformation,
     batch_rows: int = 16,
     check_every: int = 100,
-    patience: int | None = None,
     report: Callable[[int, float, float], None] = lambda *_: None,
     checkpoint: Path | None = None,
     mesh: Mesh | None = None,
 ) -> Trained:
-    """Learns what makes the objective small.
+    """Minimises the objective.
 
     Args:
-      objective: What is made small.
-      learned: Where learning starts.
+      learned: The parameters at the start.
       rows: To learn from.
       held_out: To choose by; never test text.
       key: For the order of the batches.
-      steps: Updates.
-      optimizer: Any of optax, its learning rate and schedule included. Compiled code is kept for
-        as long as it is the same object.
-      batch_rows: Rows of a batch.
+      optimizer: Of optax, with its schedule. Compiled code is kept while it is the same object.
       check_every: Steps between checks.
-      patience: Stop after so many checks without a new best; None is never.
       report: Called at every check.
-      checkpoint: A file, written at every check; a run that finds it goes on from there. The
-        objective (its choices and its arrays), the optimiser, the start, the key, the rows and
-        the numbers of steps must be the same: digests of all of them stand in the file.
-      mesh: Devices in a line, over which each batch is spread; everything else is on each. The
-        result is that of one device but for the order of float additions.
+      checkpoint: A file, written at every check; a run that finds it goes on from there. It holds
+        digests of all other arguments, which must be the same.
+      mesh: Devices over which each batch is spread; all else is on each. The result is that of one
+        device but for the order of float additions.
 
     Raises:
       ValueError: Too few rows, or none held out; devices that do not divide the batch; a
@@ -131,7 +121,6 @@ def train(
         optimizer=optimizer.init(learned),
         best=learned,
         best_loss=jnp.float32(held_out_loss(objective, learned, held_out, batch_rows, mesh)),
-        waited=jnp.int32(0),
     )
     start_loss, history = float(state.best_loss), []
     settings = {}
@@ -148,16 +137,13 @@ def train(
             state, start_loss, history = states.load(checkpoint, state, settings)
     order = batches(key, _count(rows), batch_rows, steps)
     state = jax.tree.map(jnp.copy, place(state))  # for it is given away
-    while (first := int(state.step)) < steps and (patience is None or state.waited < patience):
+    while (first := int(state.step)) < steps:
         part = jnp.asarray(order[first : first + check_every])
         state, losses = _advance(objective, state, rows, part, optimizer=optimizer, mesh=mesh)
         loss = held_out_loss(objective, state.learned, held_out, batch_rows, mesh)
         if loss < float(state.best_loss):
             best = jax.tree.map(jnp.copy, state.learned)
-            found = {"best": best, "best_loss": jnp.float32(loss), "waited": jnp.int32(0)}
-            state = dataclasses.replace(state, **found)
-        else:
-            state = dataclasses.replace(state, waited=state.waited + 1)
+            state = dataclasses.replace(state, best=best, best_loss=jnp.float32(loss))
         history.append((int(state.step), float(jnp.mean(losses)), loss))
         if checkpoint is not None:
             states.save(checkpoint, state, start_loss, history, settings)

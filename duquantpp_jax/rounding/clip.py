@@ -1,4 +1,4 @@
-"""Searching the scale of each block: rounding with the one, of a few, that costs the output least.
+"""Search for the scale of each block, among a few, with the least error of the output.
 
 With h = diag(H) of the moved input, the mean square of each channel, and Q_c the format with its
 scale chosen from c times the block's largest magnitude (clip), or times 2^c (scale),
@@ -6,9 +6,9 @@ scale chosen from c times the block's largest magnitude (clip), or times 2^c (sc
     c of a block = argmin over c of  sum_j h_j (w_j - Q_c(w)_j)^2,
 
 or of a row, with the sum over all its blocks. The first c changes nothing and wins ties, so no
-block (or row) ends with a larger error than round-to-nearest has. A power-of-two scale only moves
-when c takes the block's maximum over a border; so for MX formats `scale` sees all that `clip` can
-do to a block, and scales above the rule's besides.
+block (or row) has a larger error than with round-to-nearest. A power-of-two scale only changes when
+c takes the block's maximum over a border; so for MX formats `scale` tries all that `clip` can, and
+larger scales too.
 
 Source: clipping by weighted squared error as in AWQ, Lin et al., arXiv 2306.00978; offsets of MX
 scales as in `scale_offset` of core/arrays.py.

@@ -1,4 +1,4 @@
-"""Coordinate descent after GPTQ: each code once more, given all the others.
+"""Coordinate descent after GPTQ: each column is rounded again, given all others.
 
 With E = W - Q and H as in GPTQ, the least of E H E^T over one column j of Q is at
 
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from duquantpp_jax.core import Format, MXArray, Needs, Stats
 from duquantpp_jax.formats.elements import encode
-from duquantpp_jax.rounding.gptq import GPTQ, HIGHEST, damped
+from duquantpp_jax.rounding.gptq import GPTQ, HIGHEST, damped, mean_gram
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,20 +42,18 @@ class GPTQDescent:
           ValueError: The Stats hold no Gram matrix.
         """
         rounded = GPTQ(self.damping)(w, format, stats)
-        gram = stats.require(Needs.GRAM, "descent") / jnp.maximum(stats.count, 1).astype(
-            jnp.float32
-        )
-        return descend(w, rounded, damped(gram, self.damping), self.passes)
+        h = damped(mean_gram(stats, "descent"), self.damping)
+        return descend(w, rounded, h, self.passes)
 
 
 def descend(
     w: Float[Array, "n k"], rounded: MXArray, h: Float[Array, "k k"], passes: int
 ) -> MXArray:
-    """`rounded` with its elements moved, scales as they are, to a lower (w - q) H (w - q)^T.
+    """`rounded` with other elements in the same scales, for a lower (w - q) H (w - q)^T.
 
     Args:
-      w: What is rounded.
-      rounded: Where to start; with MX scales.
+      w: The moved weight.
+      rounded: The start; with MX scales.
       h: Positive definite.
       passes: Over all columns.
     """

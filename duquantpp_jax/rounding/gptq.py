@@ -1,4 +1,4 @@
-"""GPTQ on MX blocks: the error of each column is made good by the columns that follow it.
+"""GPTQ on MX blocks: later columns compensate for the rounding error of each column.
 
 With H = X^T X / tokens of the input as the linear will see it (moved and quantized), damped, and
 H^-1 = U^T U, U upper triangular, the columns j of W are rounded in order:
@@ -30,8 +30,8 @@ class GPTQ:
 
     Attributes:
       damping: Added to H's diagonal, in units of its mean.
-      search: Of each block's scale when the block is reached, weighted by H's diagonal; what it
-        shares per row, it shares per block here.
+      search: Of each block's scale when the block is reached, weighted by H's diagonal; each block
+        has a scale of its own, also where the search shares one in a row.
     """
 
     damping: float = 0.01
@@ -44,9 +44,7 @@ class GPTQ:
         Raises:
           ValueError: The Stats hold no Gram matrix.
         """
-        gram = stats.require(Needs.GRAM, "GPTQ")
-        gram = gram / jnp.maximum(stats.count, 1).astype(jnp.float32)
-        return gptq(w, format, gram, self.damping, self.search)
+        return gptq(w, format, mean_gram(stats, "GPTQ"), self.damping, self.search)
 
 
 def gptq(
@@ -60,8 +58,8 @@ def gptq(
 
     Args:
       w: The moved weight.
-      format: Of the weight. Where its scale depends on the whole tensor (log256), the tensor is
-        the block of columns.
+      format: Of the weight. A scale that depends on the whole tensor (log256) depends on the block
+        of columns here.
       gram: X^T X / tokens of the moved and quantized input.
       damping: In units of the mean of gram's diagonal.
       search: As in `GPTQ`.
@@ -108,6 +106,18 @@ def gptq(
         elements=jnp.where(worse[:, None], nearest.elements, rounded.elements),
         scales=jnp.where(worse[:, None], nearest.scales, rounded.scales),
     ).stored()
+
+
+def mean_gram(stats: Stats, who: str) -> Float[Array, "k k"]:
+    """X^T X / tokens.
+
+    Args:
+      who: Needs it, by name.
+
+    Raises:
+      ValueError: The Stats hold no Gram matrix.
+    """
+    return stats.require(Needs.GRAM, who) / jnp.maximum(stats.count, 1).astype(jnp.float32)
 
 
 def damped(gram: Float[Array, "k k"], damping: float | Float[Array, ""]) -> Float[Array, "k k"]:

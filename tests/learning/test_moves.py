@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duquantpp_jax.formats import MXFP4
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.hadamard import hadamard
@@ -41,11 +40,11 @@ def test_clipped_weights_lie_within_their_clip_and_are_what_is_fitted(weights):
 
 
 def test_what_a_clip_cuts_off_pulls_at_it_and_at_the_largest_weight():
-    moves = Moves(None, weight_clip="site", round_weights=False)
+    moves = Moves(None, weight_clip="site")
     learned = clipped(moves, [np.log(0.5)])
 
     def total(learned, weights):
-        moved = moves.quantized_weights(MXFP4(), START, START, learned, weights)
+        moved = moves.moved_weights(START, START, learned, weights)
         return sum(jnp.sum(jnp.abs(w)) for w in moved)
 
     to_clip, to_weights = jax.grad(total, argnums=(0, 1))(learned, WEIGHTS)

@@ -91,11 +91,6 @@ def test_where_learning_only_harms_the_start_is_kept(rows):
     np.testing.assert_array_equal(found.learned["w"], np.zeros(4))
 
 
-def test_it_stops_when_patience_is_over(rows):
-    assert len(run(rows, optax.sgd(-1e-2), patience=2).history) == 2
-    assert len(run(rows, patience=2).history) == 4
-
-
 def killing(after):
     """A report that kills the run at its `after`-th check, and the steps that it has seen."""
     seen = []
