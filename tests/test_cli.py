@@ -118,6 +118,12 @@ def test_a_single_row_has_no_interval(tiny_directory, tiny_text, tmp_path, capsy
     assert "one row gives no interval" in capsys.readouterr().out
 
 
+def test_refined_is_a_second_row_of_every_method_with_every_seed():
+    grid = cells(CompareOptions(recipes=("rtn",), formats=("even",), refine=5, seeds=(0, 1)))
+    refined = "rtn, refined 5 steps"
+    assert [(cell.row, cell.seed) for cell in grid] == [("rtn", 0), (refined, 0), (refined, 1)]
+
+
 def _columns(**options):
     return list(dict.fromkeys(cell.format_label for cell in cells(CompareOptions(**options))))
 
