@@ -26,7 +26,7 @@ from duquantpp_jax.learning.moves import Learned, Moves
 from duquantpp_jax.learning.training import train, warmed_cosine
 from duquantpp_jax.models import Decoder
 from duquantpp_jax.ptq.plan import Plan
-from duquantpp_jax.ptq.site import QuantizedSite
+from duquantpp_jax.ptq.site import QuantizedSite, layer_of
 from duquantpp_jax.ptq.walk import State
 from duquantpp_jax.transforms.learned import Affine, block_affine
 
@@ -69,12 +69,14 @@ def refine(
     rows = tokens[:-held_out]
     if len(rows) == 0:
         raise ValueError("refining learns from all rows but one: give two rows or more")
-    start = {
-        site: jax.vmap(functools.partial(block_affine, width=width, size=format.block_size))(
-            sites[site].transform
-        )
-        for site, width in plan.widths(0).items()
-    }
+    layers = range(plan.config.num_hidden_layers)
+    start = {}
+    for site, width in plan.widths(0).items():
+        each = [
+            block_affine(layer_of(sites[site].transform, number), width, format.block_size)
+            for number in layers
+        ]
+        start[site] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
     moves = Moves(
         Affine(),
         scale_offset=any(site.scale_offset is not None for site in sites.values()),
