@@ -17,7 +17,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from duquantpp_jax import cli, files
-from duquantpp_jax.checkpoints import Quantized, load, load_quantized, save
+from duquantpp_jax.checkpoints import Quantized, load, load_quantized, save, writer
+from duquantpp_jax.checkpoints.directory import layer_file
 from duquantpp_jax.checkpoints.loading import load_any
 from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.quantize import QuantizeOptions, calibration_tokens, job_of, quantize
@@ -41,10 +42,11 @@ def contents(directory):
 
 @pytest.fixture(scope="module")
 def three_layers(tmp_path_factory):
-    """A tiny model of three layers, with a generation config beside it."""
+    """A tiny model of three layers, with a generation config and a hidden file beside it."""
     directory = tmp_path_factory.mktemp("models") / "three"
     save(tiny_decoder(num_hidden_layers=3), byte_tokenizer().to_str(), directory)
     (directory / "generation_config.json").write_text('{"temperature": 0.6}')
+    (directory / ".hidden.json").write_text("{}")
     return directory
 
 
@@ -75,6 +77,7 @@ def test_a_reloaded_model_gives_the_logits_of_the_one_in_memory_bit_for_bit(thre
 def test_the_directory_has_what_the_float_one_has(three_layers, quantized):
     for name in ("tokenizer.json", "generation_config.json"):
         assert (quantized / name).read_bytes() == (three_layers / name).read_bytes()
+    assert not (quantized / ".hidden.json").exists()
     fields = json.loads((quantized / "config.json").read_text())
     assert fields.pop("quantization_config")["quant_method"] == "duquantpp_jax"
     assert fields == json.loads((three_layers / "config.json").read_text())
@@ -107,6 +110,35 @@ def test_quantizing_again_changes_nothing(three_layers, quantized):
     before = contents(quantized)
     quantize(options_of(three_layers, quantized, recipe="smooth_hadamard", rounding="gptq"))
     assert contents(quantized) == before
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "first"),
+    [
+        ((), (), 0),
+        ((0, 1), (), 0),  # layer 2 has nothing to read
+        ((0, 1), (1,), 1),
+        ((0, 1), (1, 2), 2),
+        ((0,), (2,), 0),
+        ((1,), (2,), 0),  # layer 0 is missing
+        ((0, 1, 2), (2,), 2),  # killed before the hidden states were dropped
+        ((0, 1, 2), (), 3),
+    ],
+)
+def test_it_goes_on_from_the_last_layer_with_all_before_it_and_its_hidden_states(
+    layers, hidden, first, tmp_path
+):
+    for number in layers:
+        (tmp_path / layer_file(number)).touch()
+    for number in hidden:
+        save_file(
+            {"hidden": np.full((1, 1, 2), number, np.float32)},
+            writer._hidden_file(tmp_path, number),
+        )
+    found, states = writer._resume(tmp_path, 3)
+    assert found == first
+    assert (states is None) == (first in (0, 3))
+    assert states is None or np.all(states == first)
 
 
 class Killed(BaseException):

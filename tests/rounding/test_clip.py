@@ -51,6 +51,14 @@ def test_each_block_or_row_has_the_least_error_of_all_candidates(name):
     assert np.mean(np.min(tried, axis=0) < tried[0]) > 0.05  # there is something to find
 
 
+@pytest.mark.parametrize("name", SEARCHES)
+def test_the_first_candidate_wins_ties(name):
+    search, format = SEARCHES[name]
+    found, plain = search.encode(W, format, jnp.zeros(96)), format.encode(W)  # every error is 0
+    np.testing.assert_array_equal(found.scales, plain.scales)
+    np.testing.assert_array_equal(found.elements, plain.elements)
+
+
 def test_a_search_over_offsets_finds_all_that_clipping_can_do_to_a_block():
     clip, scale = Search()(W, MXFP4(), stats()), SCALE(W, MXFP4(), stats())
     assert np.all(errors(scale, "block") <= errors(clip, "block") * (1 + 1e-6))
