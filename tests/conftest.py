@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,26 @@ from duquantpp_jax.core import Needs, Stats
 from duquantpp_jax.models import Decoder, DecoderConfig, random_parameters
 
 DATA_VARIABLE = "DUQUANTPP_DATA"
+COMPILED_VARIABLE = "DUQUANTPP_TEST_COMPILED"
 
 
 # Here, and not around each test: a compiled program is kept under it, and what fixtures of modules
 # and sessions have compiled is then found by their tests.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_configure(config):
+    """Compiles each program once in a run: the workers share a directory, empty at the start.
+
+    A program is found there by its text and by all that the compiler is told. Processes that the
+    tests start compile for themselves.
+    """
+    if not hasattr(config, "workerinput"):
+        directory = tempfile.TemporaryDirectory(prefix="duquantpp-compiled-")
+        config.add_cleanup(directory.cleanup)
+        os.environ[COMPILED_VARIABLE] = directory.name
+    jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED_VARIABLE])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture
