@@ -1,18 +1,87 @@
-"""duquantpp_jax: rotations, MX scale rules and rounding for 4-bit language models, in JAX."""
+"""duquantpp_jax: rotations, MX scale rules and rounding for 4-bit language models, in JAX.
 
-from duquantpp_jax.core import Chain, Fitted, Format, MXArray, Recipe, ScaleRule, Stats, Transform
-from duquantpp_jax.formats import MXFP4
+Here are the five nouns and the calls that most programs start from. What needs more than core and
+formats is imported when it is first asked for.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from duquantpp_jax.core import (
+    Chain,
+    Fitted,
+    Format,
+    MXArray,
+    Needs,
+    Recipe,
+    ScaleRule,
+    Stats,
+    Transform,
+)
+from duquantpp_jax.formats import MXFP4, MXFP6, MXFP8, NVFP4
+
+if TYPE_CHECKING:
+    from duquantpp_jax.checkpoints import load, load_quantized, load_tokenizer
+    from duquantpp_jax.evaluation import Predictor, Reference
+    from duquantpp_jax.kernels import quantized_linear
+    from duquantpp_jax.lab import Cell
+    from duquantpp_jax.models import Decoder, DecoderConfig
+    from duquantpp_jax.ptq import Plan, calibrate, fit_linear, quantize_decoder, quantize_linear
+    from duquantpp_jax.recipes import FITS, FORMATS, ROUNDINGS, recipe
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "FITS",
+    "FORMATS",
     "MXFP4",
+    "MXFP6",
+    "MXFP8",
+    "NVFP4",
+    "ROUNDINGS",
+    "Cell",
     "Chain",
+    "Decoder",
+    "DecoderConfig",
     "Fitted",
     "Format",
     "MXArray",
+    "Needs",
+    "Plan",
+    "Predictor",
     "Recipe",
+    "Reference",
     "ScaleRule",
     "Stats",
     "Transform",
+    "calibrate",
+    "fit_linear",
+    "load",
+    "load_quantized",
+    "load_tokenizer",
+    "quantize_decoder",
+    "quantize_linear",
+    "quantized_linear",
+    "recipe",
 ]
+
+_LATER = {
+    "checkpoints": ("load", "load_quantized", "load_tokenizer"),
+    "evaluation": ("Predictor", "Reference"),
+    "kernels": ("quantized_linear",),
+    "lab": ("Cell",),
+    "models": ("Decoder", "DecoderConfig"),
+    "ptq": ("Plan", "calibrate", "fit_linear", "quantize_decoder", "quantize_linear"),
+    "recipes": ("FITS", "FORMATS", "ROUNDINGS", "recipe"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for room, names in _LATER.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{room}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

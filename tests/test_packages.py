@@ -1,0 +1,33 @@
+"""What the package and its rooms export is there, is documented, and weighs nothing until asked."""
+
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+
+import duquantpp_jax
+
+ROOMS = ("core", "formats", "transforms", "rounding", "learning", "models", "checkpoints", "ptq")
+ROOMS += ("evaluation", "lab", "kernels")
+
+
+@pytest.mark.parametrize("room", ["", *ROOMS])
+def test_every_exported_name_imports_and_has_a_docstring(room):
+    package = importlib.import_module(f"duquantpp_jax.{room}".rstrip("."))
+    assert package.__doc__
+    assert sorted(set(package.__all__)) == sorted(package.__all__)
+    files = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    for name in package.__all__:
+        value = getattr(package, name)
+        if inspect.isclass(value) or inspect.isroutine(value):
+            assert value.__doc__, name
+        # A kernel is a folder, or a file, of its function's name.
+        assert name not in files or room == "kernels", f"{name} hides the file of that name"
+
+
+def test_what_is_no_export_is_no_attribute():
+    for package in (duquantpp_jax, importlib.import_module("duquantpp_jax.learning")):
+        with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+            _ = package.nothing
+    assert set(duquantpp_jax.__all__) <= set(dir(duquantpp_jax))
