@@ -42,15 +42,15 @@ from duquantpp_jax.transforms.hadamard import hadamard
 
 @dataclasses.dataclass(frozen=True)
 class RotatedStore(HeadStore):
-    """Each head rotated when it is put away and turned back when it is read."""
+    """Rotates each head when it is encoded, and back when it is decoded."""
 
-    def hold(self, x: Float[Array, "rows length heads head_dim"]) -> Any:
+    def encode(self, x: Float[Array, "rows length heads head_dim"]) -> Any:
         """Q(x H)."""
-        return super().hold(multiply_blocks(x, hadamard(x.shape[-1])[None]))
+        return super().encode(multiply_blocks(x, hadamard(x.shape[-1])[None]))
 
-    def read(self, held: Any) -> Float32[Array, "rows length heads head_dim"]:
+    def decode(self, entries: Any) -> Float32[Array, "rows length heads head_dim"]:
         """Q(x H) H^T, and Sylvester's H is symmetric."""
-        x = super().read(held)
+        x = super().decode(entries)
         return multiply_blocks(x, hadamard(x.shape[-1]).T[None])
 
 

@@ -118,7 +118,7 @@ def test_the_best_of_n_rotations_has_the_least_maximum():
 def test_values_that_are_turned_come_back():
     x = jax.random.normal(jax.random.key(0), (2, 3, 4, 32))
     store = kv_cache.RotatedStore(jnp.dtype(jnp.float32))
-    np.testing.assert_allclose(store.read(store.hold(x)), x, atol=1e-5)
+    np.testing.assert_allclose(store.decode(store.encode(x)), x, atol=1e-5)
 
 
 @pytest.fixture

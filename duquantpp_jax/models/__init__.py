@@ -1,4 +1,4 @@
-"""Decoders that call a `linear` they are given, and know nothing of quantization."""
+"""Decoders, whose linears the caller gives; nothing here knows of quantization."""
 
 from duquantpp_jax.models.cache import Cache, Store, empty_cache
 from duquantpp_jax.models.config import DecoderConfig

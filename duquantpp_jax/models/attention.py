@@ -1,4 +1,4 @@
-"""Rotary positions, and causal attention over all keys or the last few.
+"""Rotary positions, and causal attention over all keys or over a window of the last.
 
     R(x)_i        = x_i cos(p w_i) - x_{i + d/2} sin(p w_i)              i < d/2, position p
     R(x)_{i+d/2}  = x_{i + d/2} cos(p w_i) + x_i sin(p w_i)
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-# Without it a GPU multiplies float32 in TF32, whose 10-bit mantissa errs like a quantizer.
-_HIGHEST = jax.lax.Precision.HIGHEST
+# By default a GPU multiplies float32 in TF32, whose 10-bit mantissa rounds as a quantizer does.
+HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def rotary(
@@ -23,7 +23,7 @@ def rotary(
     positions: Int32[Array, " length"],
     frequencies: Float32[np.ndarray, " pairs"],
 ) -> Float32[Array, "rows length *heads head_dim"]:
-    """R(x): pair (x_i, x_{i + d/2}) turned by positions * frequencies_i."""
+    """R(x): rotates the pair (x_i, x_{i + d/2}) by the angle positions * frequencies_i."""
     angle = positions.astype(jnp.float32)[:, None] * frequencies
     angle = angle.reshape(len(positions), *(1,) * (x.ndim - 3), len(frequencies))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -38,15 +38,14 @@ def causal_attention(
     positions: Int32[Array, " length"],
     window: Int32[Array, ""] | None,
 ) -> Float[Array, "rows length kv_heads groups head_dim"]:
-    """softmax(q k^T / sqrt(d)) v over keys not after the query; softmax in float32.
+    """softmax(q k^T / sqrt(d)) v over the keys up to the query; softmax in float32.
 
     Args:
-      q: Queries at `positions`.
-      k, v: Keys and values at positions 0, 1, ...
-      window: How many of the last keys a query sees, its own among them; None for all.
+      positions: Of the queries; keys and values are at positions 0, 1, ...
+      window: Number of keys that a query sees, the last of them its own; None for all.
     """
     scores = jnp.einsum(
-        "rqhgd,rkhd->rhgqk", q, k, precision=_HIGHEST, preferred_element_type=jnp.float32
+        "rqhgd,rkhd->rhgqk", q, k, precision=HIGHEST, preferred_element_type=jnp.float32
     )
     keys = jnp.arange(k.shape[1], dtype=jnp.int32)
     visible = keys <= positions[:, None]
@@ -54,4 +53,4 @@ def causal_attention(
         visible &= keys > positions[:, None] - window
     scores = jnp.where(visible, scores / np.float32(q.shape[-1] ** 0.5), -jnp.inf)
     weights = jax.nn.softmax(scores)
-    return jnp.einsum("rhgqk,rkhd->rqhgd", weights.astype(v.dtype), v, precision=_HIGHEST)
+    return jnp.einsum("rhgqk,rkhd->rqhgd", weights.astype(v.dtype), v, precision=HIGHEST)

@@ -1,16 +1,17 @@
-"""Keys and values that are kept from one token to the next.
+"""The key-value cache.
 
-A `Store` says in what form they are kept; the decoder knows no more of it than that
+A `Store` is the format of the cache. Attention uses, in place of q, k and v,
 
-    k, v are seen as read(hold(move(k))), read(hold(v)),    q as move(q),
+    move(q),    decode(encode(move(k))),    decode(encode(v)),
 
-with move orthogonal, so that it leaves every score q k^T alone. A `Cache` is what a store holds of
-all positions so far, in arrays of a fixed capacity.
+where move is orthogonal, so that it does not change q k^T. A `Cache` has the encoded keys and
+values of all positions so far, in arrays of a fixed capacity.
 """
 
 from __future__ import annotations
 
 import abc
+import functools
 from typing import Any
 
 import jax
@@ -22,53 +23,52 @@ from duquantpp_jax.models.config import DecoderConfig
 
 
 class Store(abc.ABC):
-    """How keys and values are kept. Frozen, hashable, without arrays: a static choice under jit.
+    """Format of a cache. Frozen, hashable, without arrays: a static choice under jit.
 
-    Each head of each position is kept by itself, so that what is held of a token does not depend
-    on how many came with it.
+    It encodes each head of each position by itself, so that the entry of a token does not depend
+    on how many tokens were encoded together.
     """
 
     @abc.abstractmethod
     def move(self, x: Float[Array, "*batch head_dim"]) -> Float[Array, "*batch head_dim"]:
-        """An orthogonal map, for queries and keys alike."""
+        """An orthogonal map of queries and keys."""
 
     @abc.abstractmethod
-    def hold(self, x: Float[Array, "rows length heads head_dim"]) -> Any:
-        """What is kept of x: a pytree of arrays that begin with [rows, length]; zeros must read as
-        finite numbers, as a cache is filled with them."""
+    def encode(self, x: Float[Array, "rows length heads head_dim"]) -> Any:
+        """The entries for x: a pytree of arrays whose first axes are [rows, length].
+
+        An empty cache is zeros, which must decode to finite numbers.
+        """
 
     @abc.abstractmethod
-    def read(self, held: Any) -> Float[Array, "rows length heads head_dim"]:
-        """The numbers that are kept."""
+    def decode(self, entries: Any) -> Float[Array, "rows length heads head_dim"]:
+        """The numbers that the entries stand for."""
 
 
 @struct.dataclass
 class Cache:
-    """What a store holds of the keys and values of all layers.
+    """Encoded keys and values of all layers.
 
     Attributes:
-      held: The pair (keys, values) of what `Store.hold` gives, each array with two axes more in
-        front and a fixed length: [layers, rows, capacity, ...].
+      entries: The pair (keys, values) of `Store.encode`, as arrays [layers, rows, capacity, ...].
       length: Positions that are filled.
-      store: How they are kept.
     """
 
-    held: Any
+    entries: Any
     length: Int32[Array, ""]
     store: Store = struct.field(pytree_node=False)
 
 
 def empty_cache(config: DecoderConfig, store: Store, rows: int, capacity: int) -> Cache:
-    """A cache for so many rows that has room for `capacity` positions, and none filled."""
+    """A cache with room for `capacity` positions of each row, none of them filled."""
     shape = (rows, capacity, config.num_key_value_heads, config.head_dim)
-    held = jax.eval_shape(store.hold, jax.ShapeDtypeStruct(shape, jnp.float32))
+    keys = jax.eval_shape(store.encode, jax.ShapeDtypeStruct(shape, jnp.float32))
     layers = config.num_hidden_layers
-    zeros = jax.tree.map(lambda leaf: jnp.zeros((layers, *leaf.shape), leaf.dtype), (held, held))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros((layers, *leaf.shape), leaf.dtype), (keys, keys))
     return Cache(zeros, jnp.int32(0), store)
 
 
-def written(held: Any, new: Any, start: Int32[Array, ""]) -> Any:
-    """One layer's arrays with the positions from `start` on replaced by new ones."""
-    return jax.tree.map(
-        lambda old, one: jax.lax.dynamic_update_slice_in_dim(old, one, start, axis=1), held, new
-    )
+def written(entries: Any, new: Any, start: Int32[Array, ""]) -> Any:
+    """The entries of a layer with new ones at the positions from `start` on."""
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+    return jax.tree.map(put, entries, new)

@@ -1,9 +1,8 @@
-"""What a decoder is: the numbers of a Hugging Face `config.json`, checked field by field.
+"""The sizes and constants of a decoder, read from a Hugging Face `config.json` and checked.
 
-A family (families.py) says what an architecture takes for granted. Whatever changes the arithmetic
-is a field of `DecoderConfig` that the decoder reads; what is not supported is refused by name,
-never ignored, because a wrong rotary scaling or a missing bias only shows as a slightly worse
-model.
+families.py says how architectures differ. Each field of config.json that changes the arithmetic is
+a field of `DecoderConfig`, or is refused by name where it is not supported. None is ignored: a
+wrong rotary scaling or a missing bias would go unnoticed as a slightly worse model.
 
 Source: the `config.json` of the architectures in families.py and their documented defaults, in the
 layouts of transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters).
@@ -23,14 +22,13 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The sizes and constants of one decoder, under their names in config.json.
+    """The sizes and constants of a decoder, under their names in config.json.
 
-    Fields without a default must stand in config.json. The defaults are those of the file format;
-    `num_key_value_heads` falls back to `num_attention_heads` and `head_dim` to
-    hidden_size / num_attention_heads, as config.json defines them.
+    Fields without a default must be in config.json. The defaults are those of the file format; that
+    of `num_key_value_heads` is `num_attention_heads`, and that of `head_dim` is
+    hidden_size / num_attention_heads.
 
     Attributes:
-      rope_scaling: How rotary frequencies are rescaled, if they are.
       biases: Linears that have a bias, by their name inside a layer.
       qk_norm: Whether each head's query and key are RMS-normed before the rotation.
       sliding_window: Positions that a layer with a window sees, the query's own among them.
@@ -60,24 +58,21 @@ class DecoderConfig:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The sliding window of each layer; None for a layer that sees all that came before."""
+        """The sliding window of each layer; None for a layer that sees all positions before."""
         types = self.layer_types or (_SLIDING,) * self.num_hidden_layers
-        return tuple(self.sliding_window if one == _SLIDING else None for one in types)
+        return tuple(self.sliding_window if kind == _SLIDING else None for kind in types)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
-        """The configuration that a parsed config.json states.
+        """The configuration of a parsed config.json.
 
         Args:
           fields: config.json as a mapping. Fields that do not change the float function
             (dropout, initializer_range, torch_dtype, ...) are ignored.
 
-        Returns:
-          The configuration.
-
         Raises:
-          ValueError: one line saying which field is missing, of the wrong type, out of range or
-            not supported, and what would be right.
+          ValueError: A field is missing, of the wrong type, out of range or not supported. The
+            message is a line with its name and what would be right.
         """
         architecture = _architecture(fields)
         family = FAMILIES[architecture]
@@ -88,14 +83,24 @@ class DecoderConfig:
                     f"config.json: {name} = {read.short(fields[name])} is not supported for "
                     f"{architecture}: it must be {json.dumps(only)}"
                 )
-        hidden, heads = (
-            read.integer(fields, "hidden_size"),
-            read.integer(fields, "num_attention_heads"),
-        )
+        hidden = read.integer(fields, "hidden_size")
+        heads = read.integer(fields, "num_attention_heads")
         if fields.get("head_dim") is None and hidden % heads:
             raise ValueError(
                 f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads "
                 f"{heads}: give head_dim or sizes that divide"
+            )
+        kv_heads = read.integer(fields, "num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise ValueError(
+                f"config.json: num_attention_heads {heads} is not a multiple of "
+                f"num_key_value_heads {kv_heads}: every key head must serve the same number of "
+                "query heads"
+            )
+        head_dim = read.integer(fields, "head_dim", hidden // heads)
+        if head_dim % 2:
+            raise ValueError(
+                f"config.json: head_dim {head_dim} is odd: rotary positions need an even one"
             )
         vocab_size = read.integer(fields, "vocab_size")
         layers = read.integer(fields, "num_hidden_layers", below=10_000)
@@ -104,19 +109,17 @@ class DecoderConfig:
         for name, linears in family.biases_if.items():
             biases += linears if read.boolean(fields, name, False) else ()
         sliding_window, layer_types = _windows(fields, family, layers)
-        config = cls(
+        return cls(
             hidden_size=hidden,
             intermediate_size=read.integer(fields, "intermediate_size"),
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=read.integer(fields, "num_key_value_heads", heads),
-            head_dim=read.integer(fields, "head_dim", hidden // heads),
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
             vocab_size=vocab_size,
             rms_norm_eps=read.positive(fields, "rms_norm_eps"),
             rope_theta=read.positive(fields, "rope_theta", cls.rope_theta),
-            tie_word_embeddings=read.boolean(
-                fields, "tie_word_embeddings", cls.tie_word_embeddings
-            ),
+            tie_word_embeddings=read.boolean(fields, "tie_word_embeddings", False),
             max_position_embeddings=max_positions,
             bos_token_id=read.token(fields.get("bos_token_id"), "bos_token_id", vocab_size),
             eos_token_id=read.tokens(fields.get("eos_token_id"), "eos_token_id", vocab_size),
@@ -127,33 +130,20 @@ class DecoderConfig:
             sliding_window=sliding_window,
             layer_types=layer_types,
         )
-        if config.num_attention_heads % config.num_key_value_heads:
-            raise ValueError(
-                f"config.json: num_attention_heads {heads} is not a multiple of "
-                f"num_key_value_heads {config.num_key_value_heads}: every key head must serve the "
-                "same number of query heads"
-            )
-        if config.head_dim % 2:
-            raise ValueError(
-                f"config.json: head_dim {config.head_dim} is odd: rotary positions need an even one"
-            )
-        return config
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of a config.json that `from_dict` reads back as this configuration."""
+        """The fields of a config.json from which `from_dict` makes this configuration."""
         family = FAMILIES[self.architecture]
         derived = ("architecture", "biases", "qk_norm", "sliding_window", "layer_types")
         fields = {n: v for n, v in vars(self).items() if n not in derived}
         fields["rope_scaling"] = write_scaling(self.rope_scaling)
-        fields |= {
-            name: set(linears) <= set(self.biases) for name, linears in family.biases_if.items()
-        }
+        for name, linears in family.biases_if.items():
+            fields[name] = set(linears) <= set(self.biases)
         if family.windows != "none":
             fields["sliding_window"] = self.sliding_window
         if family.windows == "listed":
-            types = [_FULL if window is None else _SLIDING for window in self.windows]
             fields["use_sliding_window"] = self.sliding_window is not None
-            fields["layer_types"] = types
+            fields["layer_types"] = [_SLIDING if window else _FULL for window in self.windows]
         return {
             "architectures": [self.architecture],
             "model_type": family.model_type,
@@ -166,7 +156,7 @@ class DecoderConfig:
 def _windows(
     fields: Mapping[str, Any], family: Family, layers: int
 ) -> tuple[int | None, tuple[str, ...] | None]:
-    """The sliding window and which layers have it, as `DecoderConfig` keeps them."""
+    """`sliding_window` and `layer_types` of the `DecoderConfig`."""
     if family.windows == "none":
         return None, None
     window = None
@@ -181,7 +171,7 @@ def _windows(
         first = fields["max_window_layers"] and read.integer(fields, "max_window_layers")
         types = [_FULL if layer < first else _SLIDING for layer in range(layers)]
     elif types != [_FULL] * layers:
-        known = isinstance(types, list) and all(one in (_FULL, _SLIDING) for one in types)
+        known = isinstance(types, list) and all(kind in (_FULL, _SLIDING) for kind in types)
         if not (known and len(types) == layers and window is not None):
             raise ValueError(
                 f"config.json: layer_types = {read.short(types)} is not supported: it must name "
@@ -192,7 +182,7 @@ def _windows(
 
 
 def _architecture(fields: Mapping[str, Any]) -> str:
-    """The one supported name in `architectures`."""
+    """The name in `architectures`, which must be supported."""
     names = fields.get("architectures")
     supported = " or ".join(FAMILIES)
     if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
@@ -216,7 +206,7 @@ def _architecture(fields: Mapping[str, Any]) -> str:
 
 
 def _without_rope_parameters(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """transformers 5 nests rope_theta and the scaling in rope_parameters; this undoes it."""
+    """The fields in the layout of transformers 4: rope_parameters of transformers 5 is unpacked."""
     fields = dict(fields)
     nested = fields.pop("rope_parameters", None)
     if nested is not None:

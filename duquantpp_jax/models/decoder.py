@@ -1,4 +1,4 @@
-"""A decoder that knows nothing of quantization: it calls a `linear` that is given to it.
+"""A decoder whose linears the caller gives, so that it knows nothing of quantization.
 
 A layer, with RMSNorm n(x) = x / sqrt(mean(x^2) + eps) * g, is
 
@@ -8,18 +8,17 @@ A layer, with RMSNorm n(x) = x / sqrt(mean(x^2) + eps) * g, is
     up, gate  = linear("mlp_in", n2(x), (Wup, Wgate))
     x        += linear("mlp_out", silu(gate) * up, (Wdown,))
 
-and families add to it: a bias to what a `linear` gives out, a norm of each head's q and k before
-R, a mask that hides all but the last positions. They are listed in families.py.
+Families (families.py) add to it: biases of linears, a norm of each head's q and k before R, a mask
+that hides all but the last positions.
 
-A *site* is one input that several weights may share; `linear` is called once a site. Calibration,
-capture and quantized evaluation are other `linear`s, so the model never changes. All layers are
-stacked on a leading axis and scanned: one compiled body, however deep the model.
+A *site* is an input of linears; several weights may share it, and `linear` is called once a site.
+Calibration and quantized evaluation pass another `linear` to the same model. All layers are stacked
+on a leading axis and scanned, so that a model of any depth compiles a single layer.
 
 Source: Touvron et al., LLaMA (arXiv:2302.13971); Shazeer, GLU variants (arXiv:2002.05202); Yang et
 al., Qwen2 (arXiv:2407.10671) and Qwen3 (arXiv:2505.09388) technical reports for biases and norms.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,7 +29,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, Integer
 from numpy.typing import DTypeLike
 
-from duquantpp_jax.models.attention import causal_attention, rotary
+from duquantpp_jax.models.attention import HIGHEST, causal_attention, rotary
 from duquantpp_jax.models.cache import Cache, Store, written
 from duquantpp_jax.models.config import DecoderConfig
 from duquantpp_jax.models.parameters import (
@@ -47,19 +46,16 @@ from duquantpp_jax.models.parameters import (
 )
 from duquantpp_jax.models.rope import rotary_frequencies
 
-# Without it a GPU multiplies float32 in TF32, whose 10-bit mantissa errs like a quantizer.
-_HIGHEST = jax.lax.Precision.HIGHEST
-
 Linear = Callable[[str, Array, tuple[Array, ...], Any], tuple[tuple[Array, ...], Any]]
-"""`linear(site, x, weights, state) -> (one output per weight, out)`; see `Decoder.__call__`."""
+"""`linear(site, x, weights, state) -> (an output per weight, out)`; see `Decoder.__call__`."""
 
 State = Mapping[str, Any] | tuple[Mapping[str, Any], ...]
-"""What `linear` gets at each site and layer; see `Decoder.__call__`."""
+"""The state of `linear` at each site, stacked over layers; see `Decoder.__call__`."""
 
 
 def dense(site: str, x: Array, weights: tuple[Array, ...], state: Any) -> tuple[Any, None]:
     """The float linear: x W^T for each weight W [out, in], at the highest matmul precision."""
-    return tuple(jnp.einsum("...i,oi->...o", x, w, precision=_HIGHEST) for w in weights), None
+    return tuple(jnp.einsum("...i,oi->...o", x, w, precision=HIGHEST) for w in weights), None
 
 
 def rms_norm(
@@ -75,10 +71,10 @@ class Decoder(nnx.Module):
 
     Attributes:
       config: Its sizes and constants; static.
-      dtype: What the matrix products compute in; static. The residual stream, norms, rotary,
-        softmax and logits are float32 whatever it is.
+      dtype: Of the matrix products; static. The residual stream, norms, rotary positions, softmax
+        and logits are always float32.
       embedding: [vocab, hidden]; also the head where the embeddings are tied.
-      layers: Name inside a checkpoint's layer -> parameter with a leading layer axis.
+      layers: Parameters with a leading layer axis, by their names inside a layer of a checkpoint.
       norm: Gain of the last norm, [hidden].
       head: [vocab, hidden], or None where the embeddings are tied.
     """
@@ -91,12 +87,10 @@ class Decoder(nnx.Module):
         dtype: DTypeLike = jnp.float32,
     ):
         """Args:
-          config: The sizes.
-          parameters: Arrays named and shaped as `parameter_shapes(config)` says.
-          dtype: What the matrix products compute in.
+          parameters: Arrays with the names and shapes of `parameter_shapes(config)`.
 
         Raises:
-          ValueError: a parameter is missing, unknown or of another shape.
+          ValueError: A parameter is missing, unknown or of another shape.
         """
         shapes = parameter_shapes(config)
         got = {name: jnp.shape(array) for name, array in parameters.items()}
@@ -109,18 +103,13 @@ class Decoder(nnx.Module):
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.embedding = nnx.Param(parameters[EMBEDDING])
-        self.layers = nnx.Dict(
-            {
-                name.removeprefix(LAYER): nnx.Param(array)
-                for name, array in parameters.items()
-                if name.startswith(LAYER)
-            }
-        )
+        layers = {n.removeprefix(LAYER): a for n, a in parameters.items() if n.startswith(LAYER)}
+        self.layers = nnx.Dict({name: nnx.Param(array) for name, array in layers.items()})
         self.norm = nnx.Param(parameters[NORM])
         self.head = None if config.tie_word_embeddings else nnx.Param(parameters[HEAD])
 
     def parameters(self) -> dict[str, Float32[Array, "..."]]:
-        """The arrays under the names of `parameter_shapes`; `Decoder(config, these)` is a copy."""
+        """The arrays by the names of `parameter_shapes`, as `Decoder` takes them."""
         named = {EMBEDDING: self.embedding[...], NORM: self.norm[...]}
         named |= {LAYER + name: array[...] for name, array in self.layers.items()}
         if self.head is not None:
@@ -128,7 +117,7 @@ class Decoder(nnx.Module):
         return {name: named[name] for name in parameter_shapes(self.config)}
 
     def weights(self, site: str) -> tuple[Float32[Array, "layers out in"], ...]:
-        """The weights that share one site's input, all layers stacked."""
+        """The weights that share the input of a site, all layers stacked."""
         return tuple(self.layers[name][...] for name in SITE_WEIGHTS[site])
 
     def __call__(
@@ -144,21 +133,21 @@ class Decoder(nnx.Module):
         Call it under jit: outside, every call traces and compiles the scan anew.
 
         Args:
-          tokens: Token ids below vocab_size (others give NaN logits, as jnp.take fills).
-          linear: Called once for each of `SITES` in a layer, in that order, as
-            `linear(site, x, weights, state)` with x [rows, length, in] and weights [out, in];
-            returns one output [rows, length, out] per weight, and any pytree `out`.
-          state: For each site a pytree whose arrays have a leading layer axis; `linear` gets the
-            slice of its layer. Sites left out get None. Where the pytrees of layers differ, a
-            tuple of such mappings, each for the next so many layers.
-          store: Keys and values are seen as a cache of this kind would give them back, which is
-            what decoding token by token with `extend` sees.
+          tokens: Token ids below vocab_size; others give NaN logits.
+          linear: Called for each of `SITES` in a layer, in this order, as
+            `linear(site, x, weights, state)` with x [rows, length, in] and weights [out, in].
+            It returns an output [rows, length, out] per weight, and any pytree `out`.
+          state: For each site a pytree of arrays with a leading layer axis; `linear` gets the
+            slice of its layer, and None where the site has no state. If the pytrees differ from
+            layer to layer: a tuple of such mappings, each for a run of layers.
+          store: Attention sees keys and values as this format of a cache encodes them, as it does
+            in `extend`.
 
         Returns:
           The logits, and `{site: out stacked over layers}`.
 
         Raises:
-          ValueError: `state` has a key that is no site.
+          ValueError: `state` has a key that is not a site.
         """
         logits, outs, _ = self._run(tokens, linear, state, jnp.int32(0), store, None)
         return logits, outs
@@ -170,16 +159,16 @@ class Decoder(nnx.Module):
         linear: Linear = dense,
         state: State | None = None,
     ) -> tuple[Float32[Array, "rows length vocab"], Cache]:
-        """Logits at further positions, and the cache with those positions in it.
+        """Logits at further positions, and the cache with these positions in it.
 
         Args:
-          tokens: What follows the positions that the cache holds: all of a prompt, or one token.
-          cache: Must have room for them: beyond its capacity, what it holds is overwritten.
+          tokens: The tokens after those in the cache: all of a prompt, or a single token.
+          cache: Must have room for them; beyond its capacity older entries are overwritten.
           linear, state: As for `__call__`.
         """
         start = cache.length
-        logits, _, held = self._run(tokens, linear, state, start, cache.store, cache.held)
-        return logits, Cache(held, start + tokens.shape[1], cache.store)
+        logits, _, entries = self._run(tokens, linear, state, start, cache.store, cache.entries)
+        return logits, Cache(entries, start + tokens.shape[1], cache.store)
 
     def _run(
         self,
@@ -188,48 +177,38 @@ class Decoder(nnx.Module):
         state: State | None,
         start: Int32[Array, ""],
         store: Store | None,
-        held: Any,
+        entries: Any,
     ) -> tuple[Float32[Array, "rows length vocab"], dict[str, Any], Any]:
-        """Logits at positions from `start` on, what `linear` gave out, what is held after it."""
+        """Logits at positions from `start` on, what `linear` gave out, and the new entries."""
         config = self.config
         runs = state if isinstance(state, tuple) else (state or {},)
         if unknown := set().union(*runs) - set(SITES):
-            raise ValueError(
-                f"state has {min(unknown)!r}, which is no site: use {', '.join(SITES)}"
-            )
+            raise ValueError(f"state has {min(unknown)!r}, not a site: use {', '.join(SITES)}")
         positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
 
         def body(x: Array, scanned: Any) -> tuple[Array, Any]:
-            layer, states, window, held = scanned
-            attend = functools.partial(
-                self._attend, layer=layer, positions=positions, window=window, store=store
-            )
-            return self._layer(x, layer, linear, states, attend, held)
+            layer, states, window, entries = scanned
+            return self._layer(x, layer, linear, states, window, entries, positions, store)
 
         x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(jnp.float32)
         layers = {name: array[...] for name, array in self.layers.items()}
-        scanned = (layers, layer_windows(config), held)
+        scanned = (layers, layer_windows(config), entries)
         given, first = [], 0
         for run in runs:
             count = config.num_hidden_layers
-            if len(runs) > 1:
-                count = jax.tree.leaves(run)[0].shape[0]
+            count = jax.tree.leaves(run)[0].shape[0] if len(runs) > 1 else count
             part = jax.tree.map(lambda a: a[first : first + count], scanned)  # noqa: B023
             states = dict.fromkeys(SITES) | dict(run)
             x, out = jax.lax.scan(body, x, (part[0], states, *part[1:]), length=count)
             given.append(out)
             first += count
-        outs, held = jax.tree.map(lambda *parts: jnp.concatenate(parts), *given)
+        outs, entries = jax.tree.map(lambda *parts: jnp.concatenate(parts), *given)
         x = rms_norm(x, self.norm[...], config.rms_norm_eps).astype(self.dtype)
-        head = self.embedding if self.head is None else self.head
+        head = (self.embedding if self.head is None else self.head)[...].astype(self.dtype)
         logits = jnp.einsum(
-            "rlk,vk->rlv",
-            x,
-            head[...].astype(self.dtype),
-            precision=_HIGHEST,
-            preferred_element_type=jnp.float32,
+            "rlk,vk->rlv", x, head, precision=HIGHEST, preferred_element_type=jnp.float32
         )
-        return logits, outs, held
+        return logits, outs, entries
 
     def _layer(
         self,
@@ -237,10 +216,12 @@ class Decoder(nnx.Module):
         layer: dict[str, Array],
         linear: Linear,
         state: Mapping[str, Any],
-        attend: Callable[..., Any],
-        held: Any,
+        window: Int32[Array, ""] | None,
+        entries: Any,
+        positions: Int32[Array, " length"],
+        store: Store | None,
     ) -> tuple[Float32[Array, "rows length k"], tuple[dict[str, Any], Any]]:
-        """One layer of the equations at the top of this file."""
+        """A layer, by the equations at the top of this file."""
         config, dtype = self.config, self.dtype
         outs = {}
 
@@ -248,57 +229,52 @@ class Decoder(nnx.Module):
             names = SITE_WEIGHTS[site]
             weights = tuple(layer[name].astype(dtype) for name in names)
             ys, outs[site] = linear(site, x.astype(dtype), weights, state[site])
-            biases = (layer.get(f"{name}.bias") for name in names)
-            return [
-                y if b is None else y + b.astype(y.dtype) for y, b in zip(ys, biases, strict=True)
-            ]
+            pairs = zip(ys, (layer.get(f"{name}.bias") for name in names), strict=True)
+            return [y if bias is None else y + bias.astype(y.dtype) for y, bias in pairs]
 
         q, k, v = at("attention_in", rms_norm(x, layer[ATTENTION_NORM], config.rms_norm_eps))
-        a, held = attend(q, k, v, held)
+        a, entries = self._attend(q, k, v, layer, window, entries, positions, store)
         (y,) = at("attention_out", a)
         x = x + y.astype(jnp.float32)
         up, gate = at("mlp_in", rms_norm(x, layer[MLP_NORM], config.rms_norm_eps))
         (y,) = at("mlp_out", jax.nn.silu(gate) * up)
-        return x + y.astype(jnp.float32), (outs, held)
+        return x + y.astype(jnp.float32), (outs, entries)
 
     def _attend(
         self,
         q: Float[Array, "rows length queries"],
         k: Float[Array, "rows length keys"],
         v: Float[Array, "rows length keys"],
-        held: Any,
-        *,
         layer: dict[str, Array],
-        positions: Int32[Array, " length"],
         window: Int32[Array, ""] | None,
+        entries: Any,
+        positions: Int32[Array, " length"],
         store: Store | None,
     ) -> tuple[Float[Array, "rows length queries"], Any]:
-        """Attention of all heads, and what is held with these positions written."""
+        """Attention of all heads, and the entries with these positions written."""
         config, dtype = self.config, self.dtype
         rows, length, _ = q.shape
         kv_heads, head_dim = config.num_key_value_heads, config.head_dim
         q = q.reshape(rows, length, kv_heads, -1, head_dim)
-        k, v = (one.reshape(rows, length, kv_heads, head_dim) for one in (k, v))
+        k, v = (heads.reshape(rows, length, kv_heads, head_dim) for heads in (k, v))
         if config.qk_norm:
-            q, k = (
-                rms_norm(one, layer[name], config.rms_norm_eps)
-                for one, name in zip((q, k), HEAD_NORMS, strict=True)
-            )
+            q_gain, k_gain = (layer[name] for name in HEAD_NORMS)
+            q, k = (rms_norm(*pair, config.rms_norm_eps) for pair in ((q, q_gain), (k, k_gain)))
         frequencies = rotary_frequencies(config.rope_theta, head_dim, config.rope_scaling)
-        q, k = (rotary(one, positions, frequencies) for one in (q, k))
+        q, k = (rotary(heads, positions, frequencies) for heads in (q, k))
         if config.rope_scaling is not None:
-            q, k = (np.float32(config.rope_scaling.magnitude()) * one for one in (q, k))
+            q, k = (np.float32(config.rope_scaling.magnitude()) * heads for heads in (q, k))
         if store is not None:
             q, k = store.move(q), store.move(k)
-            new = store.hold(k), store.hold(v.astype(jnp.float32))
-            held = None if held is None else written(held, new, positions[0])
-            k, v = (store.read(one) for one in held or new)
+            new = store.encode(k), store.encode(v.astype(jnp.float32))
+            entries = None if entries is None else written(entries, new, positions[0])
+            k, v = map(store.decode, entries or new)
         a = causal_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype), positions, window)
-        return a.reshape(rows, length, -1), held
+        return a.reshape(rows, length, -1), entries
 
 
 def layer_windows(config: DecoderConfig) -> Int32[np.ndarray, " layers"] | None:
-    """How far each layer sees back; None where all of them see everything."""
+    """Positions that each layer sees; None where all layers see everything."""
     if not any(config.windows):
         return None
     everything = np.iinfo(np.int32).max

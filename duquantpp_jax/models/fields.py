@@ -1,6 +1,6 @@
-"""Fields of a parsed config.json, each checked as it is read.
+"""Reads fields of a parsed config.json and checks each.
 
-Whatever is wrong raises ValueError with one line: the field, its value, what would be right.
+A wrong field raises ValueError with a line: the field, its value, what would be right.
 """
 
 import difflib
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 REQUIRED: Any = object()
-"""In place of a default: the field must be there."""
+"""The default of a field that must be present."""
 
 
 def field(fields: Mapping[str, Any], name: str, default: Any = REQUIRED) -> Any:
@@ -24,16 +24,18 @@ def field(fields: Mapping[str, Any], name: str, default: Any = REQUIRED) -> Any:
     raise ValueError(f"config.json: {name} is missing{hint}: it must be a number above 0")
 
 
+def wrong(name: str, value: Any, right: str) -> ValueError:
+    """The error for a field whose value must be `right`."""
+    return ValueError(f"config.json: {name} = {short(value)} is out of place: it must be {right}")
+
+
 def integer(
     fields: Mapping[str, Any], name: str, default: Any = REQUIRED, below: int = 2**31
 ) -> int:
     """An integer above 0."""
     value = field(fields, name, default)
     if type(value) is not int or not 0 < value < below:
-        raise ValueError(
-            f"config.json: {name} = {short(value)} is out of place: "
-            f"it must be an integer above 0 and below {below}"
-        )
+        raise wrong(name, value, f"an integer above 0 and below {below}")
     return value
 
 
@@ -41,10 +43,7 @@ def positive(fields: Mapping[str, Any], name: str, default: Any = REQUIRED) -> f
     """A finite number above 0."""
     value = field(fields, name, default)
     if type(value) not in (int, float) or not (math.isfinite(value) and value > 0):
-        raise ValueError(
-            f"config.json: {name} = {short(value)} is out of place: "
-            "it must be a finite number above 0"
-        )
+        raise wrong(name, value, "a finite number above 0")
     return float(value)
 
 
@@ -52,9 +51,7 @@ def boolean(fields: Mapping[str, Any], name: str, default: Any = REQUIRED) -> bo
     """A truth value."""
     value = field(fields, name, default)
     if type(value) is not bool:
-        raise ValueError(
-            f"config.json: {name} = {short(value)} is out of place: it must be true or false"
-        )
+        raise wrong(name, value, "true or false")
     return value
 
 
@@ -62,18 +59,14 @@ def token(value: Any, name: str, vocab_size: int) -> int | None:
     """A token id, or null."""
     if value is None or (type(value) is int and 0 <= value < vocab_size):
         return value
-    raise ValueError(
-        f"config.json: {name} = {short(value)} is out of place: "
-        f"it must be null or a token id below vocab_size {vocab_size}"
-    )
+    raise wrong(name, value, f"null or a token id below vocab_size {vocab_size}")
 
 
 def tokens(value: Any, name: str, vocab_size: int) -> int | tuple[int, ...] | None:
-    """A token id, or the several that Llama 3 lists."""
+    """A token id, null, or a list of token ids, as in Llama 3."""
     if not isinstance(value, list):
         return token(value, name, vocab_size)
-    ids = (token(one, name, vocab_size) for one in value)
-    return tuple(one for one in ids if one is not None)
+    return tuple(i for i in (token(v, name, vocab_size) for v in value) if i is not None)
 
 
 def short(value: Any) -> str:

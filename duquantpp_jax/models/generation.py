@@ -1,10 +1,10 @@
-"""Text token by token: a prompt is read at once into a cache, then each token extends it by one.
+"""Text generation with a key-value cache.
 
-    z = logits of the last position / temperature, all but the chosen few set to -inf
+    z = logits of the last position / temperature, -inf for tokens that are not chosen
     next ~ softmax(z)            temperature 0: next = argmax z
 
-Chosen are the top_k largest, and of those the fewest whose probabilities reach top_p. Prefill and
-the loop over new tokens are one compiled program, which ends early when every row has ended.
+The chosen tokens are the top_k largest, and of those the fewest whose probabilities reach top_p.
+A single compiled program reads the prompt and then generates until every row has ended.
 
 Source: Holtzman et al., The Curious Case of Neural Text Degeneration (arXiv:1904.09751), for top-p.
 """
@@ -26,8 +26,8 @@ class Sampling:
 
     Attributes:
       temperature: 0 takes the likeliest token.
-      top_k: Draw from so many of the likeliest; 0 for all.
-      top_p: Draw from the fewest of the likeliest that have this probability together.
+      top_k: Number of likeliest tokens to draw from; 0 for all.
+      top_p: Draw from the fewest likeliest tokens that together have this probability.
     """
 
     temperature: float = 0.0
@@ -43,9 +43,6 @@ class Sampling:
             raise ValueError(f"a top_p of {self.top_p}: give a probability above 0, at most 1")
 
 
-GREEDY = Sampling()
-
-
 def draw(
     logits: Float32[Array, "rows vocab"], sampling: Sampling, key: Key[Array, ""]
 ) -> Int32[Array, " rows"]:
@@ -59,7 +56,7 @@ def draw(
 
 
 def _chosen(logits: Float32[Array, "rows vocab"], sampling: Sampling) -> Bool[Array, "rows vocab"]:
-    """Which tokens may be drawn: those as large as the last that is in; ties are in together."""
+    """Which tokens may be drawn; tokens that tie with the last of them may be, too."""
     descending = -jnp.sort(-logits, axis=-1)
     if sampling.top_k:
         descending = descending[:, : sampling.top_k]
@@ -79,20 +76,19 @@ def generate(
     new: int,
     linear: Linear,
     state: Any = None,
-    sampling: Sampling = GREEDY,
+    sampling: Sampling = Sampling(),
 ) -> tuple[Int32[Array, "rows new"], Int32[Array, " rows"]]:
     """Continues each row of a prompt.
 
     Args:
-      prompt: Rows of one length, at least one token.
-      key: For drawing.
-      store: How keys and values are kept.
+      prompt: Rows of the same length, at least a token.
+      store: Format of the cache.
       new: Tokens to generate, at least 1.
       linear, state: As for `Decoder.__call__`.
 
     Returns:
-      The new tokens, and how many of each row count: an end-of-sequence token is the last that
-      does, and zeros follow it.
+      The new tokens, and their number in each row, the end-of-sequence token among them; zeros
+      follow.
     """
     rows, length = prompt.shape
     ends = model.config.eos_token_id
@@ -115,13 +111,8 @@ def generate(
         logits, cache = model.extend(last, cache, linear, state)
         token = jnp.where(ended, 0, draw(logits[:, -1], sampling, keys[done]))
         out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], done, axis=1)
-        return (
-            done + 1,
-            out,
-            counts + (~ended).astype(jnp.int32),
-            ended | jnp.isin(token, ends),
-            cache,
-        )
+        counts = counts + (~ended).astype(jnp.int32)
+        return done + 1, out, counts, ended | jnp.isin(token, ends), cache
 
     carry = (jnp.int32(1), out, jnp.ones(rows, jnp.int32), ended, cache)
     _, out, counts, _, _ = jax.lax.while_loop(running, step, carry)

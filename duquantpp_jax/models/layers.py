@@ -1,4 +1,4 @@
-"""One layer of the decoder by itself, over parameters that are given.
+"""A single layer of the decoder, for a model whose layers are in memory one at a time.
 
 hidden_0 = embedding[tokens],    hidden_(l+1) = layer(hidden_l, parameters of layer l)
 """
@@ -24,50 +24,44 @@ def layer(
     linear: Linear,
     state: Mapping[str, Any],
 ) -> tuple[Float32[Array, "rows length k"], dict[str, Any]]:
-    """One layer of the decoder: the hidden states after it, and what `linear` gave out.
+    """The hidden states after a layer, and what `linear` gave out.
 
     Args:
-      config: Of the model.
-      x: The hidden states before it, from position 0 on.
+      x: The hidden states before the layer, from position 0 on.
       parameters: Of this layer, by name inside it.
-      window: As `window` gives it.
-      linear, state: As in `Decoder.__call__`, for one layer.
+      window: From `window`.
+      linear, state: As in `Decoder.__call__`, for a single layer.
     """
-    model = outline(config)
-    parameters = {  # the weights are widened where they are used, one site at a time
+    parameters = {  # matrices become float32 where they are used, to save memory
         name: array if array.ndim > 1 else array.astype(jnp.float32)
         for name, array in parameters.items()
     }
     positions = jnp.arange(x.shape[1], dtype=jnp.int32)
-    attend = functools.partial(
-        model._attend, layer=parameters, positions=positions, window=window, store=None
-    )
-    x, (outs, _) = model._layer(x, parameters, linear, state, attend, None)
+    layer = outline(config)._layer
+    x, (outs, _) = layer(x, parameters, linear, state, window, None, positions, None)
     return x, outs
 
 
 def window(config: DecoderConfig, number: int) -> Int32[Array, ""] | None:
-    """How far a layer sees back; None where all layers see everything."""
+    """Positions that a layer sees, its own among them; None where all layers see everything."""
     windows = layer_windows(config)
     return None if windows is None else jnp.asarray(windows[number])
 
 
 @functools.cache
 def outline(config: DecoderConfig) -> Decoder:
-    """A decoder whose parameters are shapes alone."""
+    """A decoder with shapes in place of parameters."""
     shapes = parameter_shapes(config)
-    return nnx.eval_shape(
-        lambda: Decoder(config, {name: jnp.zeros(shape) for name, shape in shapes.items()})
-    )
+    return nnx.eval_shape(lambda: Decoder(config, {n: jnp.zeros(s) for n, s in shapes.items()}))
 
 
 def without_linears(
     config: DecoderConfig, parameters: Mapping[str, Float[Array, "..."]]
 ) -> Decoder:
-    """A decoder for a `linear` that brings its own weights: those not given are empty arrays.
+    """A decoder for a `linear` with weights of its own: those of the decoder are empty arrays.
 
     Args:
-      parameters: Named as in `parameter_shapes`, layers stacked; all but weights of linears.
+      parameters: All but the weights of linears, named as in `parameter_shapes`.
     """
     model = nnx.clone(outline(config))
     given = {name: nnx.Param(array) for name, array in parameters.items()}

@@ -1,10 +1,9 @@
-"""The parameters of a decoder: names in a checkpoint, shapes, and values to train from.
+"""The parameters of a decoder: their names in a checkpoint, shapes, and initial values.
 
-A *site* is one input that several weights may share.
+A *site* is an input of linears; several weights may share it.
 """
 
 from collections.abc import Mapping
-from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -16,15 +15,13 @@ from duquantpp_jax.models.config import DecoderConfig
 SITES = ("attention_in", "attention_out", "mlp_in", "mlp_out")
 """The sites of a layer in order of call."""
 
-SITE_WEIGHTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "attention_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "attention_out": ("self_attn.o_proj",),
-        "mlp_in": ("mlp.up_proj", "mlp.gate_proj"),
-        "mlp_out": ("mlp.down_proj",),
-    }
-)
-"""The weights of each site in order, by their name inside a checkpoint's layer."""
+SITE_WEIGHTS: Mapping[str, tuple[str, ...]] = {
+    "attention_in": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention_out": ("self_attn.o_proj",),
+    "mlp_in": ("mlp.up_proj", "mlp.gate_proj"),
+    "mlp_out": ("mlp.down_proj",),
+}
+"""The weights of each site in order, by their names inside a layer of a checkpoint."""
 
 ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
@@ -39,7 +36,7 @@ def linear_names(site: str, layer: int) -> tuple[str, ...]:
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every parameter, by checkpoint name without `.weight` (biases keep `.bias`).
 
-    In `model.layers.*.NAME` the star stands for the layer, which is the leading axis of the shape.
+    The star of `model.layers.*.NAME` is the layer, the leading axis of the shape.
     """
     layers, hidden, ffn = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     query = config.num_attention_heads * config.head_dim
@@ -67,22 +64,19 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def random_parameters(config: DecoderConfig, key: PRNGKeyArray) -> dict[str, Float32[Array, "..."]]:
-    """Parameters to start training from.
+    """Initial parameters for training: norms are 1, biases 0, the rest is normal.
 
-    Normal with standard deviation 0.02, divided by sqrt(2 layers) for the two matrices that write
-    to the residual stream; norms are 1, biases 0. Source: Radford et al., GPT-2 (2019), section
-    2.3.
+    The standard deviation is 0.02, divided by sqrt(2 layers) for the two matrices that write to
+    the residual stream. Source: Radford et al., GPT-2 (2019), section 2.3.
     """
     shapes = parameter_shapes(config)
     parameters = {}
-    for one, (name, shape) in zip(jax.random.split(key, len(shapes)), shapes.items(), strict=True):
-        if name.endswith("norm"):
-            parameters[name] = jnp.ones(shape, jnp.float32)
-            continue
-        if name.endswith(".bias"):
-            parameters[name] = jnp.zeros(shape, jnp.float32)
+    for own_key, name in zip(jax.random.split(key, len(shapes)), shapes, strict=True):
+        if name.endswith(("norm", ".bias")):
+            parameters[name] = jnp.full(shapes[name], name.endswith("norm"), jnp.float32)
             continue
         residual = name.endswith(("o_proj", "down_proj"))
         std = 0.02 / np.sqrt(2 * config.num_hidden_layers) if residual else 0.02
-        parameters[name] = jnp.float32(std) * jax.random.normal(one, shape, jnp.float32)
+        normal = jax.random.normal(own_key, shapes[name], jnp.float32)
+        parameters[name] = jnp.float32(std) * normal
     return parameters

@@ -1,19 +1,20 @@
 """Rotary frequencies and how long-context checkpoints rescale them.
 
-Pair i of a head of width d turns by p w_i at position p, w_i = theta^(-2i/d); its wavelength is
-2 pi / w_i. With a model trained on L positions and stretched by a factor s,
+At position p, pair i of a head of width d rotates by the angle p w_i, w_i = theta^(-2i/d); its
+wavelength is 2 pi / w_i. A model trained on L positions is extended by a factor s:
 
     linear   w_i / s
     llama3   w_i where the wavelength is below L / high,  w_i / s where it is above L / low,
              and between them  (1 - t) w_i / s + t w_i,   t = (L / wavelength - low) / (high - low)
-    yarn     (1 - t_i) w_i / s + t_i w_i, where t_i falls in a straight line over i, from 1 at the
-             pair that turns beta_fast times in L to 0 at the one that turns beta_slow times; and
-             q and k are both multiplied by .1 ln(s) + 1
+    yarn     (1 - t_i) w_i / s + t_i w_i, where t_i is linear in i, from 1 at the pair that turns
+             beta_fast times in L positions to 0 at the pair that turns beta_slow times; q and k
+             are both multiplied by .1 ln(s) + 1
 
 Source: RoFormer (arXiv:2104.09864); Chen et al., Position Interpolation (arXiv:2306.15595); the
 Llama 3.1 model card's `rope_scaling`; Peng et al., YaRN (arXiv:2309.00071), sections 3.2 and 3.4.
 """
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -28,51 +29,56 @@ Frequencies = Float64[np.ndarray, " pairs"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear:
-    """All frequencies divided."""
+class Scaling(abc.ABC):
+    """How rotary frequencies are rescaled.
+
+    Attributes:
+      factor: s.
+    """
 
     factor: float
 
+    @abc.abstractmethod
     def rescale(self, frequencies: Frequencies, theta: float) -> Frequencies:
-        """w_i / s."""
-        return frequencies / self.factor
+        """The rescaled w_i; see the equations at the top of the file."""
 
     def magnitude(self) -> float:
-        """What q and k are multiplied by."""
+        """Factor on q and on k."""
         return 1.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Llama3:
-    """Low frequencies divided, high ones kept, a smooth step in wavelength between."""
+class LinearScaling(Scaling):
+    """Divides all frequencies."""
 
-    factor: float
+    def rescale(self, frequencies: Frequencies, theta: float) -> Frequencies:
+        return frequencies / self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3(Scaling):
+    """Divides low frequencies, keeps high ones, and interpolates in 1 / wavelength between."""
+
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
 
     def rescale(self, frequencies: Frequencies, theta: float) -> Frequencies:
-        """See the top of the file; beyond the borders t is 0 or 1, which are their cases."""
         turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         return _mixed(frequencies, self.factor, np.clip(kept, 0, 1))
 
-    def magnitude(self) -> float:
-        """What q and k are multiplied by."""
-        return 1.0
-
 
 @dataclasses.dataclass(frozen=True)
-class Yarn:
-    """Low frequencies divided, high ones kept, a straight ramp over pairs between.
+class Yarn(Scaling):
+    """Divides low frequencies, keeps high ones, and interpolates over pairs between.
 
     Attributes:
-      attention_factor: What q and k are multiplied by, if not by .1 ln(factor) + 1.
+      attention_factor: Factor on q and on k; None for .1 ln(factor) + 1.
       beta_fast, beta_slow: Turns within the original length at the ends of the ramp.
       truncate: Whether the ends are moved outwards to whole pairs.
     """
 
-    factor: float
     original_max_position_embeddings: int
     attention_factor: float | None = None
     beta_fast: float = 32.0
@@ -80,7 +86,6 @@ class Yarn:
     truncate: bool = True
 
     def rescale(self, frequencies: Frequencies, theta: float) -> Frequencies:
-        """See the top of the file."""
         pairs = len(frequencies)
 
         def pair_that_turns(times: float) -> float:  # L w_i = 2 pi times, solved for i
@@ -95,12 +100,10 @@ class Yarn:
         return _mixed(frequencies, self.factor, 1 - np.clip(ramp, 0, 1))
 
     def magnitude(self) -> float:
-        """What q and k are multiplied by."""
         return self.attention_factor or 0.1 * math.log(max(self.factor, 1)) + 1
 
 
-Scaling = Linear | Llama3 | Yarn
-KINDS: Mapping[str, type[Scaling]] = {"linear": Linear, "llama3": Llama3, "yarn": Yarn}
+KINDS: Mapping[str, type[Scaling]] = {"linear": LinearScaling, "llama3": Llama3, "yarn": Yarn}
 _READERS: Mapping[Any, Any] = {int: read.integer, bool: read.boolean}
 
 
@@ -120,14 +123,14 @@ def rotary_frequencies(
 
 
 def read_scaling(fields: Mapping[str, Any], max_positions: int) -> Scaling | None:
-    """The scaling that `rope_scaling` of a config.json asks for.
+    """The scaling that `rope_scaling` of a config.json describes.
 
     Args:
-      fields: Of the config, rope_parameters undone.
-      max_positions: Where the scaling does not name the original length.
+      fields: Of config.json, in the layout of transformers 4.
+      max_positions: The original length where the scaling does not give it.
 
     Raises:
-      ValueError: It is unknown, or has a field that is missing, unknown or out of range.
+      ValueError: The scaling is unknown, or a field of it is missing, unknown or out of range.
     """
     given = fields.get("rope_scaling")
     if given is None:
@@ -139,7 +142,7 @@ def read_scaling(fields: Mapping[str, Any], max_positions: int) -> Scaling | Non
             f"it must be null or of type {', '.join(KINDS)}"
         )
     kind = KINDS[name]
-    known = {one.name: one for one in dataclasses.fields(kind)}
+    known = {field.name: field for field in dataclasses.fields(kind)}
     skipped = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     for extra, value in given.items():
         if extra not in known and extra not in skipped and value is not None:
@@ -149,21 +152,21 @@ def read_scaling(fields: Mapping[str, Any], max_positions: int) -> Scaling | Non
             )
     given = {"original_max_position_embeddings": max_positions} | given
     values = {
-        name: _READERS.get(one.type, read.positive)(given, name)
-        for name, one in known.items()
-        if given.get(name) is not None or one.default is dataclasses.MISSING
+        name: _READERS.get(field.type, read.positive)(given, name)
+        for name, field in known.items()
+        if given.get(name) is not None or field.default is dataclasses.MISSING
     }
     scaling = kind(**values)
     if isinstance(scaling, Llama3) and scaling.low_freq_factor >= scaling.high_freq_factor:
         raise ValueError(
             f"config.json: low_freq_factor {scaling.low_freq_factor} is not below "
-            f"high_freq_factor {scaling.high_freq_factor}: rope_scaling needs two that are in order"
+            f"high_freq_factor {scaling.high_freq_factor}: rope_scaling needs them in this order"
         )
     return scaling
 
 
 def write_scaling(scaling: Scaling | None) -> dict[str, Any] | None:
-    """The `rope_scaling` that `read_scaling` reads back."""
+    """The `rope_scaling` of a config.json, from which `read_scaling` makes this scaling."""
     if scaling is None:
         return None
     name = next(name for name, kind in KINDS.items() if type(scaling) is kind)

@@ -81,7 +81,7 @@ class HeadStore(Store):
         """x H."""
         return multiply_blocks(x, hadamard(x.shape[-1])[None]) if self.rotate_keys else x
 
-    def hold(self, x: Float[Array, "rows length heads head_dim"]) -> Any:
+    def encode(self, x: Float[Array, "rows length heads head_dim"]) -> Any:
         """Bytes of codes (two a byte where they have four bits) and of scales; or x as a float."""
         if not isinstance(self.format, MX):
             return x.astype(self.format)
@@ -89,11 +89,11 @@ class HeadStore(Store):
         codes = pack_nibbles(q.codes()) if q.element.bits == 4 else q.codes()
         return codes, q.scale_bytes()
 
-    def read(self, held: Any) -> Float32[Array, "rows length heads head_dim"]:
-        """What is held, in float32."""
+    def decode(self, entries: Any) -> Float32[Array, "rows length heads head_dim"]:
+        """The numbers that the entries stand for."""
         if not isinstance(self.format, MX):
-            return held.astype(jnp.float32)
-        element, (codes, scale_bytes) = self.format.element, held
+            return entries.astype(jnp.float32)
+        element, (codes, scale_bytes) = self.format.element, entries
         codes = unpack_nibbles(codes) if element.bits == 4 else codes
         scales = jax.lax.bitcast_convert_type(scale_bytes, jnp.float8_e8m0fnu)
         q = MXArray(codes, scales, element=element, block_size=self.format.block_size)

@@ -125,8 +125,8 @@ def test_a_linear_sees_the_inputs_that_the_equations_give_each_site():
 
     _, seen = jax.jit(lambda m, t: m(t, recording))(model, jnp.asarray(tokens))
     assert tuple(seen) == SITES
-    for row, one in enumerate(tokens):
-        for site, wanted in numpy_llama(model, one)[1].items():
+    for row, sequence in enumerate(tokens):
+        for site, wanted in numpy_llama(model, sequence)[1].items():
             assert error(seen[site][:, row], wanted) < 3e-6
 
 

@@ -40,14 +40,14 @@ def full(model, tokens, store):
 def decoded(model, tokens, store):
     """Logits of a prompt read at once and then token by token, in a cache with room to spare."""
     extend = jax.jit(Decoder.extend)
-    held = empty_cache(model.config, store, 2, LENGTH + 3)
-    logits, held = extend(model, tokens[:, :PROMPT], held)
+    kept = empty_cache(model.config, store, 2, LENGTH + 3)
+    logits, kept = extend(model, tokens[:, :PROMPT], kept)
     parts = [logits]
     for position in range(PROMPT, LENGTH):
-        logits, held = extend(model, tokens[:, position : position + 1], held)
+        logits, kept = extend(model, tokens[:, position : position + 1], kept)
         parts.append(logits)
-    assert int(held.length) == LENGTH
-    return np.concatenate(parts, axis=1), held
+    assert int(kept.length) == LENGTH
+    return np.concatenate(parts, axis=1), kept
 
 
 def error(got, wanted):
@@ -86,19 +86,19 @@ def test_fewer_bits_err_more(finer, coarser, model, tokens):
     ("name", "bits"), [("float32", 32), ("bf16", 16), ("mxfp8", 8.25), ("mxfp4", 4.25)]
 )
 def test_a_cache_takes_the_bits_of_its_format(name, bits, model):
-    held = empty_cache(model.config, cache.store(name, 32), 2, 7).held
+    entries = empty_cache(model.config, cache.store(name, 32), 2, 7).entries
     numbers = 2 * 2 * 2 * 7 * 32  # keys and values, layers, rows, positions, channels
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(held)) * 8 == numbers * bits
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(entries)) * 8 == numbers * bits
 
 
-def test_a_token_is_held_the_same_alone_and_among_others():
+def test_a_token_is_encoded_the_same_alone_and_among_others():
     x = jax.random.normal(jax.random.key(1), (2, 6, 3, 64))
     for name in cache.FORMATS:
         store = cache.store(name, 64)
-        together = jax.tree.leaves(store.hold(x))
-        alone = jax.tree.leaves(store.hold(x[1:, 4:5]))
-        for one, other in zip(together, alone, strict=True):
-            assert np.asarray(one[1:, 4:5]).tobytes() == np.asarray(other).tobytes()
+        together = jax.tree.leaves(store.encode(x))
+        alone = jax.tree.leaves(store.encode(x[1:, 4:5]))
+        for part, other in zip(together, alone, strict=True):
+            assert np.asarray(part[1:, 4:5]).tobytes() == np.asarray(other).tobytes()
 
 
 def test_heads_that_do_not_fit_are_refused_by_name():

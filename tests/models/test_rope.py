@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from duquantpp_jax.models.rope import Linear, Llama3, Yarn, rotary_frequencies
+from duquantpp_jax.models.rope import LinearScaling, Llama3, Yarn, rotary_frequencies
 
 YARNS = st.builds(
     Yarn,
@@ -81,7 +81,7 @@ def test_every_pair_is_divided_by_its_share(scaling, theta, pairs):
 @FEW
 def test_a_frequency_lies_between_itself_and_itself_divided(scaling, theta, pairs):
     plain = rotary_frequencies(theta, 2 * pairs, None)
-    divided = rotary_frequencies(theta, 2 * pairs, Linear(scaling.factor))
+    divided = rotary_frequencies(theta, 2 * pairs, LinearScaling(scaling.factor))
     np.testing.assert_allclose(divided, plain / scaling.factor, rtol=1e-6)
     found = rotary_frequencies(theta, 2 * pairs, scaling)
     assert (found <= np.maximum(plain, divided) * (1 + 1e-6)).all()
@@ -107,4 +107,4 @@ def test_the_magnitude_of_yarn_is_one_until_the_context_grows(factor, wanted):
 
 
 def test_only_yarn_has_a_magnitude():
-    assert Linear(4.0).magnitude() == Llama3(4.0, 1.0, 4.0, 64).magnitude() == 1.0
+    assert LinearScaling(4.0).magnitude() == Llama3(4.0, 1.0, 4.0, 64).magnitude() == 1.0

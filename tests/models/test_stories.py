@@ -68,7 +68,7 @@ def test_padding_leaves_logits_unchanged(stories):
         )
 
     run = jax.jit(lambda m, t, linear: m(t, linear)[0], static_argnums=2)
-    plain, wide = (np.asarray(run(model, tokens, one)) for one in (dense, padded))
+    plain, wide = (np.asarray(run(model, tokens, linear)) for linear in (dense, padded))
     assert np.abs(wide - plain).max() < 3e-6 * np.abs(plain).max()
 
 
