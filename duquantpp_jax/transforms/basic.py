@@ -1,4 +1,4 @@
-"""Transforms that keep channels apart, and the fit that composes fits.
+"""Transforms that do not mix channels, and the fit that composes fits.
 
     Identity   T = I
     Smooth     T = diag(1 / s)     x / s,  w * s
@@ -34,7 +34,7 @@ from duquantpp_jax.core import (
 
 @struct.dataclass
 class Identity(Transform):
-    """T = I: nothing moves."""
+    """T = I."""
 
     keeps_channels = True
 
@@ -64,7 +64,7 @@ class Identity(Transform):
 
 @struct.dataclass
 class Smooth(Transform):
-    """T = diag(1 / s): channel j of the input is divided by s_j, column j of w multiplied."""
+    """T = diag(1 / s): divides channel j of the input by s_j, multiplies column j of w by s_j."""
 
     scale: Float[Array, "*layers k"]
     keeps_channels = True
@@ -87,8 +87,7 @@ class Smooth(Transform):
         return Cost(1, self.scale.nbytes, fuses=True)
 
     def as_channels(self, width: int) -> Channels:
-        scale = np.asarray(self.scale)
-        return Channels(np.arange(len(scale)), scale)
+        return Channels(np.arange(self.scale.shape[-1]), np.asarray(self.scale))
 
     def as_blocks(self, width: int, size: int) -> Blocks:
         return Blocks(self.scale)
@@ -96,7 +95,7 @@ class Smooth(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class FitIdentity:
-    """Fits nothing."""
+    """The identity."""
 
     needs = Needs.NOTHING
 
@@ -108,13 +107,13 @@ class FitIdentity:
 
 @dataclasses.dataclass(frozen=True)
 class FitSmooth:
-    """s_j = max |x_j|^alpha / max_i |w_ij|^(1 - alpha), each factor and s floored at 1e-5.
+    """s_j = max |x_j|^alpha / max_i |w_ij|^(1 - alpha), both maxima and s at least 1e-5.
 
     Attributes:
-      alpha: Strength: 0 balances by the weights alone, 1 by the activations alone. A number or an
-        array: another value compiles nothing anew.
-      weight_max: Whose rows i the maximum is over: "all" linears that share the input, or the
-        "first" of them (q_proj, up_proj), as the released DuQuant++ code has it.
+      alpha: Strength: 0 balances by the weights alone, 1 by the activations alone. Another value
+        does not recompile.
+      weight_max: Maximum over the rows i of "all" linears that share the input, or of the "first"
+        (q_proj, up_proj), as in the released DuQuant++ code.
       floor: Least |s_j|.
 
     Source: arXiv 2211.10438, equation 4; floors of the code released with arXiv 2604.17789.
@@ -146,13 +145,13 @@ def _smooth_scale(
 
 @dataclasses.dataclass(frozen=True)
 class FitInTurn:
-    """Fits one after the other, each on what the earlier ones moved, and composes all of it."""
+    """Fits in turn, each on weights and inputs moved by the earlier fits, and composes them."""
 
     fits: tuple[Fit, ...]
 
     @property
     def needs(self) -> Needs:
-        """All that any of the fits needs."""
+        """The needs of all the fits together."""
         return functools.reduce(operator.or_, (fit.needs for fit in self.fits), Needs.NOTHING)
 
     @property

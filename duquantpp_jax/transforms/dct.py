@@ -1,4 +1,4 @@
-"""The discrete cosine transform as a rotation: agnostic of the data, its entries not of one size.
+"""The discrete cosine transform as a rotation, which does not depend on the data.
 
     R_ij = sqrt(2 / n) cos(pi (2 i + 1) j / (2 n)),   column 0 divided by sqrt(2)      (DCT-II)
 
@@ -16,7 +16,7 @@ from duquantpp_jax.transforms.block import BlockRotation, rotation_size
 
 
 def dct(size: int) -> Float[Array, "size size"]:
-    """R, so that x R are the coefficients of x; float32."""
+    """R: x R are the coefficients of x."""
     i, j = np.arange(size)[:, None], np.arange(size)
     matrix = np.sqrt(2 / size) * np.cos(np.pi * (2 * i + 1) * j / (2 * size))
     matrix[:, 0] /= np.sqrt(2)
@@ -25,11 +25,7 @@ def dct(size: int) -> Float[Array, "size size"]:
 
 @dataclasses.dataclass(frozen=True)
 class FitDct:
-    """One DCT-II for all blocks.
-
-    Attributes:
-      size: Rotation size, or None for the full width.
-    """
+    """The same DCT-II for all blocks; `size` is the rotation size, None for the full width."""
 
     size: int | None = 32
     needs = Needs.NOTHING

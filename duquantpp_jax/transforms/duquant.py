@@ -1,24 +1,24 @@
 """The greedy rotation search of DuQuant and DuQuant++.
 
-The base rotation B spreads one channel evenly: with Givens rotations G_i acting on channels
-(i, i + 1), cos = 1 / sqrt(i + 2), sin = sqrt((i + 1) / (i + 2)),
+The base rotation B spreads channel 0 evenly: every entry of its row 0 is 1 / sqrt(n). With Givens
+rotations G_i of the channels (i, i + 1), cos = 1 / sqrt(i + 2), sin = sqrt((i + 1) / (i + 2)),
 
-    B = G_(n-2) ... G_1 G_0, then rows and columns 0 and n - 1 swapped,
+    B = G_(n-2) ... G_1 G_0, then rows and columns 0 and n - 1 swapped.
 
-every entry of its row 0 is 1 / sqrt(n). It is mixed with a random orthogonal Q of side n - 1,
+B is mixed with a random orthogonal Q of side n - 1,
 
     T = B diag(1, Q)    as released, or    T = diag(1, Q) B    which keeps the even row 0,
 
-and applied where the largest magnitude is, again and again. With X_0 the tokens of a block:
+and applied at the largest magnitude again and again. With X_0 the tokens of a block and A_0 = I,
 
     d_k = channel of max |X_k|,   S_k = T with rows and columns 0 and d_k swapped,
     X_(k+1) = X_k S_k,            A_(k+1) = A_k S_k,
 
-and of A_0 = I, A_1, ..., A_steps the one whose X_k has the least criterion is kept. DuQuant (2024)
-is this search on blocks of 128, a zigzag permutation (permutation.py), and the search again.
+and the result is the A_k of A_0, ..., A_steps whose X_k has the least criterion. DuQuant (2024) is
+this search on blocks of 128, a zigzag permutation (permutation.py), and the search again.
 
 Source: DuQuant, Lin et al., arXiv 2406.01721; DuQuant++, arXiv 2604.17789 and its released code,
-which takes as d_k not the channel but the row of the maximum, mod n.
+where d_k is not the channel but the row of the maximum, mod n.
 """
 
 import dataclasses
@@ -35,11 +35,11 @@ from duquantpp_jax.transforms.block import BlockRotation, polished, rotation_siz
 
 HIGHEST = jax.lax.Precision.HIGHEST
 MANY_ROWS = 1024
-"""From so many on, a CPU looks for the few rows that matter."""
+"""Least number of rows for which a CPU tries the rows with the largest norms first."""
 
 
 def base_rotation(size: int) -> Float[np.ndarray, "size size"]:
-    """B, in float64: orthogonal, its row 0 even."""
+    """B, in float64."""
     product = np.eye(size)
     for i in range(size - 1):
         cos, sin = 1 / np.sqrt(i + 2), np.sqrt((i + 1) / (i + 2))
@@ -68,21 +68,19 @@ def greedy_search(
     criterion: Literal["absmax", "range", "mse"] = "absmax",
     format: Format | None = None,
 ) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
-    """The rotation A_k of least criterion over steps 0..steps, and that criterion.
+    """The rotation A_k of least criterion over steps 0..steps, and this criterion.
 
     Args:
-      x: X_0, the tokens of one block.
-      rotations: T of each step, or a single one for all.
-      steps: How often T is applied.
-      index: Where: the channel of the largest magnitude, or, as released, its row mod n.
+      x: X_0, the tokens of a block.
+      rotations: T of each step, or a single T for all.
+      index: d_k is the channel of the largest magnitude, or, as released, its row mod n.
       criterion: Of X_k: max |X|, max X - min X, or the squared error of `format`.
-      format: For "mse".
     """
     size = x.shape[1]
     channels = jnp.arange(size)
 
     def look(x: Float[Array, "rows n"]) -> tuple[Int[Array, ""], Float[Array, ""]]:
-        """Where the largest magnitude is, d, and the criterion."""
+        """d and the criterion."""
         maxima = _largest(jnp.abs(x)) if index == "channel" else jnp.max(jnp.abs(x), axis=1)
         d = jnp.argmax(maxima) % size
         match criterion:
@@ -108,7 +106,7 @@ def greedy_search(
     def search(
         x: Float[Array, "rows n"], bound: Float[Array, ""] | None = None
     ) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
-        """The result on these rows; given up when the criterion falls below a bound."""
+        """The result on these rows; stops early when the criterion falls below a bound."""
 
         def going(carry: tuple) -> Bool[Array, ""]:
             k, *_, least = carry
@@ -121,8 +119,8 @@ def greedy_search(
 
     if (index, criterion) != ("channel", "absmax") or not _on_cpu() or len(x) < MANY_ROWS:
         return search(x)
-    # No rotation makes an entry larger than the norm of its row, so rows whose norm is below the
-    # least criterion never matter: try a few of the largest rows, then more.
+    # A rotation makes no entry larger than the norm of its row, so rows whose norm is below the
+    # least criterion do not matter: try the largest eighth of the rows, then the larger half.
     norms = jnp.nan_to_num(jnp.linalg.norm(x, axis=1), nan=jnp.inf, posinf=jnp.inf)
     order = jnp.argsort(-norms)
     x, norms = x[order], norms[order]
@@ -140,7 +138,7 @@ def greedy_search(
 
 
 def _largest(x: Float[Array, "rows n"]) -> Float[Array, " n"]:
-    """The maximum over rows. On a CPU by halves: XLA makes vector code of those, not of jnp.max."""
+    """The maximum over rows; on a CPU by halves, which XLA vectorizes as it does not jnp.max."""
     if not _on_cpu():
         return jnp.max(x, axis=0)
     while (rows := x.shape[0]) > 1:
@@ -159,14 +157,14 @@ class FitDuquantpp:
 
     Attributes:
       index, criterion, steps: As in `greedy_search`.
-      sharing: "per_block" fits a rotation for each block, "shared" one for all of them.
-      fresh_q: Draw Q anew at each step, or once for the search. (The draws serve all blocks.)
-      q_side: Side of B on which diag(1, Q) stands.
-      averaged: Search on the mean over calibration rows at each position, as released, rather
-        than on a sample of tokens.
-      size: Rotation size, or None for the full width (which wants one Q: `fresh_q=False`).
-      seeds: Searches with Q drawn anew, of which each block keeps the one of least criterion.
-      polish: Make the result orthogonal to the last bit; as released it has drifted by some 1e-6.
+      sharing: "per_block" fits a rotation for each block, "shared" a single rotation.
+      fresh_q: Draw Q at each step, or once for the search. All blocks share the draws.
+      q_side: Side of B on which diag(1, Q) is.
+      averaged: Search on the mean over calibration rows at each position, as released, and not on
+        a sample of tokens.
+      size: Rotation size, or None for the full width, for which `fresh_q=False` saves memory.
+      seeds: Number of searches with other draws; each block keeps the result of least criterion.
+      polish: Make the result orthogonal to the last bit; without, it is off by about 1e-6.
     """
 
     index: Literal["channel", "released"] = "channel"
@@ -183,7 +181,7 @@ class FitDuquantpp:
 
     @property
     def needs(self) -> Needs:
-        """Means by position if averaged; the formats if it measures their error."""
+        """Means by position if `averaged`, the formats for "mse"."""
         positions = Needs.POSITIONS if self.averaged else Needs.NOTHING
         return positions | (Needs.FORMATS if self.criterion == "mse" else Needs.NOTHING)
 
@@ -217,18 +215,11 @@ def _fit_blocks(
     size = rotation_size(fit.size, tokens.shape[-1])
     draws = fit.steps if fit.fresh_q else 1
     rotations = mixed_rotations(key, draws, size, fit.q_side)
-    search = functools.partial(
-        greedy_search,
-        rotations=rotations,
-        steps=fit.steps,
-        index=fit.index,
-        criterion=fit.criterion,
-        format=format,
-    )
+    how = {"steps": fit.steps, "index": fit.index, "criterion": fit.criterion, "format": format}
+    search = functools.partial(greedy_search, rotations=rotations, **how)
     if fit.sharing == "shared":
         best, least = search(tokens.reshape(-1, size))
         return best[None], least[None]
     blocks = tokens.reshape(tokens.shape[0], -1, size).swapaxes(0, 1)
-    # A CPU keeps one block in its cache; a GPU wants many at once.
-    at_once = None if _on_cpu() else 64
-    return jax.lax.map(search, blocks, batch_size=at_once)
+    # A single block fits into the cache of a CPU; a GPU needs many at once.
+    return jax.lax.map(search, blocks, batch_size=None if _on_cpu() else 64)

@@ -1,7 +1,7 @@
 """Random rotations, uniform over all orthogonal matrices (Haar's measure).
 
-With G of independent normal entries and G = Q U, U upper triangular with a positive diagonal, Q is
-uniform. The signs of the diagonal matter: without them Q depends on how QR was computed.
+Q is uniform where G = Q U has independent normal entries and U is upper triangular with a positive
+diagonal. Without the signs of the diagonal, Q depends on the algorithm of the QR decomposition.
 
 Source: Mezzadri, How to generate random matrices from the classical compact groups,
 arXiv math-ph/0609050.
@@ -18,11 +18,7 @@ from duquantpp_jax.transforms.block import BlockRotation, polished, rotation_siz
 
 @dataclasses.dataclass(frozen=True)
 class FitHaar:
-    """A random rotation for each block, drawn with the key.
-
-    Attributes:
-      size: Rotation size, or None for the full width.
-    """
+    """A random rotation for each block; `size` is the rotation size, None for the full width."""
 
     size: int | None = 32
     needs = Needs.NOTHING
@@ -33,5 +29,5 @@ class FitHaar:
     ) -> Fitted:
         width = weights[0].shape[-1]
         size = rotation_size(self.size, width)
-        # jax.random.orthogonal is this construction, the signs included.
+        # jax.random.orthogonal is this construction, with the signs.
         return Fitted(BlockRotation(polished(jax.random.orthogonal(key, size, (width // size,)))))

@@ -1,16 +1,15 @@
-"""Hadamard rotations: agnostic of the data, all entries of one magnitude.
+"""Hadamard rotations, which do not depend on the data; all entries have the same magnitude.
 
     H_1 = [1],  H_2n = [[H_n, H_n], [H_n, -H_n]],  R = H_n / sqrt(n)
 
-An outlier in one channel is spread evenly over its block. With random signs d, R = diag(d) H_n
-/ sqrt(n). Sides that are m times a power of two take Kronecker's product of a matrix of order m
-(paley.py) with H_n: 14336 = 28 * 512, 11008 = 344 * 32.
+They spread an outlier evenly over its block. With random signs d, R = diag(d) H_n / sqrt(n). For a
+side m 2^i, R is the Kronecker product of a matrix of order m (paley.py) with H_(2^i):
+14336 = 28 * 512, 11008 = 344 * 32.
 
-In sequency order (Walsh; GSR) the rows are sorted by how often they change sign. For Sylvester's
-matrices that is H P for a permutation P, so where the rotation size is the block size of the
-format the channels of each block only change places, and rounding to nearest is the same as
-without. It matters where the rotation is larger than the block: then each block of the format
-holds a band of frequencies.
+Sequency order (Walsh; GSR) sorts the rows by their number of sign changes. For Sylvester's matrices
+this gives H P with a permutation P. Where the rotation size is the block size of the format, P only
+permutes channels within a block and rounding to nearest does not change. For a larger rotation,
+each block of the format gets a band of frequencies.
 """
 
 import dataclasses
@@ -29,26 +28,22 @@ from duquantpp_jax.transforms.kronecker import KroneckerRotation
 from duquantpp_jax.transforms.paley import paley
 
 DENSE_SIDE = 128
-"""Largest side that is applied as one matrix; beyond it factors are, none of a side above 64
-unless it is Paley's."""
+"""Largest side applied as a single matrix. Larger ones are applied by factors of side at most 64,
+or by Paley's matrix."""
 
 
 def hadamard(size: int) -> Float[Array, "size size"]:
-    """The orthogonal Hadamard matrix of Sylvester's construction, or Paley's times it, float32.
+    """The orthogonal Hadamard matrix of Sylvester's construction, or Paley's times it.
 
     Raises:
-      ValueError: None of this size is known here; names the nearest that are.
+      ValueError: None of this size is known here; names the nearest known sizes.
     """
     signs = functools.reduce(np.kron, sign_factors(size))
     return jnp.asarray(signs / np.sqrt(size), jnp.float32)
 
 
 def hadamard_factors(size: int) -> tuple[Float[Array, "_ _"], ...]:
-    """Orthogonal matrices whose Kronecker product is `hadamard(size)` up to rounding.
-
-    Raises:
-      ValueError: As `hadamard`.
-    """
+    """Orthogonal matrices whose Kronecker product is `hadamard(size)`; raises as it does."""
     return tuple(jnp.asarray(f / np.sqrt(len(f)), jnp.float32) for f in sign_factors(size))
 
 
@@ -72,7 +67,7 @@ def sign_factors(size: int) -> list[Float[np.ndarray, "_ _"]]:
 
 
 def _base(size: int) -> int | None:
-    """The least m of which a matrix is known and size / m a power of two; 1 for powers of two."""
+    """The least m with a known matrix of order m and size / m a power of two; 1 for such powers."""
     odd = size // (size & -size) if size > 0 else 0
     if odd == 1:
         return 1
@@ -92,7 +87,7 @@ def _sylvester(stages: int) -> Float[np.ndarray, "n n"]:
 
 
 def sequency(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    """The rows in order of their changes of sign."""
+    """The rows sorted by their number of sign changes."""
     signs = np.sign(np.asarray(matrix))
     changes = np.count_nonzero(signs[:, 1:] != signs[:, :-1], axis=1)
     return matrix[np.argsort(changes, kind="stable")]
@@ -100,12 +95,12 @@ def sequency(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
 @dataclasses.dataclass(frozen=True)
 class FitHadamard:
-    """One Hadamard matrix for all blocks, or one with random signs for each block.
+    """The same Hadamard matrix for all blocks, or a matrix with random signs for each block.
 
     Attributes:
       size: Rotation size, or None for the full width. Sizes above 128 are applied by factors.
-      random_signs: Draw the signs of each block's rows.
-      order: Of the rows: as constructed, or by sequency (then always one matrix).
+      random_signs: Draw the signs of the rows of each block.
+      order: Of the rows: as constructed, or by sequency, which is never applied by factors.
 
     Source: QuaRot, Ashkboos et al., arXiv 2404.00456; in blocks as in MR-GPTQ and BRQ; sequency
     order: GSR, arXiv 2505.03810.
@@ -118,7 +113,7 @@ class FitHadamard:
 
     @property
     def draws(self) -> bool:
-        """Only signs are random."""
+        """Whether signs are random."""
         return self.random_signs
 
     def __call__(
@@ -133,7 +128,6 @@ class FitHadamard:
             rotation = KroneckerRotation(hadamard_factors(size))
             flips = () if signs is None else (Smooth(signs.ravel()),)
             return Fitted(Chain((*flips, rotation)))
-        matrix = hadamard(size)[None]
-        if self.order == "sequency":
-            matrix = sequency(matrix[0])[None]
+        matrix = hadamard(size)
+        matrix = (sequency(matrix) if self.order == "sequency" else matrix)[None]
         return Fitted(BlockRotation(matrix if signs is None else signs * matrix))

@@ -1,11 +1,11 @@
-"""How far a fitted transform is from what it should be, in float64.
+"""The numerical errors of a fitted transform, in float64.
 
-    condition            s_max(T) / s_min(T): by so much rounding of one side may be blown up
+    condition            s_max(T) / s_min(T), the most by which T^-1 may amplify rounding errors
     orthogonality_error  max |T T^T - I|
-    law_error            max |T (T^-T)^T - I|: how far the two sides are from undoing each other
+    law_error            max |T (T^-T)^T - I|, the error of the law of transforms
 
-Of a transform that keeps blocks apart each is the largest over blocks: what a block of the format
-sees. The condition is bounded where it is chosen: `FitWush(max_condition=...)`.
+For a transform that does not mix blocks, each is the largest over blocks. To bound the condition,
+use `FitWush(max_condition=...)`.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from duquantpp_jax.core import Transform, diagonal_blocks
 
 
 class Health(NamedTuple):
-    """The numbers at the top of this file; what is not finite shows as NaN or Inf."""
+    """The numbers at the top of this file; NaN or Inf where T is not finite."""
 
     condition: float
     orthogonality_error: float
@@ -29,12 +29,12 @@ class Health(NamedTuple):
 def matrices(
     transform: Transform, width: int, size: int | None = None
 ) -> tuple[Float[np.ndarray, "blocks r r"], Float[np.ndarray, "blocks r r"]]:
-    """T and T^-T in float64, as one matrix or as their diagonal blocks.
+    """T and T^-T as their diagonal blocks, computed in float64.
 
     Args:
-      transform: Of one layer; its arrays are taken as they are and only computed with in float64.
+      transform: Of a single layer.
       width: Channels k.
-      size: Side of the diagonal blocks outside of which T is zero; None for one of side k.
+      size: Side of the diagonal blocks; None for a single block of side k.
 
     Raises:
       ValueError: T has entries outside the blocks.

@@ -1,12 +1,12 @@
-"""Inverses of many small matrices, by elimination in plain array operations.
+"""Inverses of many small matrices, by Gauss-Jordan elimination in array operations.
 
-Gauss and Jordan: with E_k the elementary operations that make column k of (M, I) a unit vector,
-the largest magnitude at or below the diagonal taken as the pivot,
+E_k are the elementary operations that make column k of (M, I) a unit vector; the pivot is the
+largest magnitude at or below the diagonal:
 
     E_(n-1) ... E_1 E_0 (M, I) = (I, M^-1),        dM^-1 = -M^-1 dM M^-1
 
-On a CPU, `jnp.linalg.inv` calls a BLAS whose threads wait for each other once for each matrix of a
-batch: a third of the time of this on an idle machine, but 10 to 70 times as slow on a busy one.
+On a CPU, `jnp.linalg.inv` calls a BLAS whose threads synchronize for each matrix of a batch. It
+takes a third of the time of this on an idle machine, but 10 to 70 times the time on a busy one.
 """
 
 import jax

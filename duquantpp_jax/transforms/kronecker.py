@@ -1,11 +1,11 @@
-"""Rotations that are Kronecker products, applied factor by factor and never as one matrix.
+"""Rotations that are Kronecker products, applied factor by factor.
 
     R = F_1 x F_2 x ... x F_m,    sides n_1, ..., n_m,    rotation size r = n_1 n_2 ... n_m
 
-With the r channels of a block laid out as an array of m axes, R applies each factor to its own
-axis: n_1 + ... + n_m multiply-adds a value in place of r. A Hadamard matrix of side 2^n is the
-product of n matrices of side 2, and this is the fast Walsh-Hadamard transform with several of its
-stages taken at once, as matrix units like it.
+With the r channels of a block as an array of m axes, each factor acts on an axis of its own: that
+takes n_1 + ... + n_m multiply-adds a value in place of r. For a Hadamard matrix of side 2^n, a
+product of n matrices of side 2, this is the fast Walsh-Hadamard transform; a factor joins several
+of its stages, to suit matrix units.
 """
 
 import math
@@ -37,15 +37,15 @@ class KroneckerRotation(Transform):
     def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
         width = x.shape[-1]
         if width % self.size:
+            size = self.size
             raise ValueError(
-                f"a Kronecker product of side {self.size} moves any multiple of {self.size} "
-                f"channels: got {width}"
+                f"a Kronecker product of side {size} moves any multiple of {size} channels: "
+                f"got {width}"
             )
         moved, after = x, self.size
         for factor in self.factors:
-            side = factor.shape[-1]
-            after //= side
-            moved = moved.reshape(-1, side, after)
+            after //= factor.shape[-1]
+            moved = moved.reshape(-1, factor.shape[-1], after)
             moved = jnp.einsum("bia,ij->bja", moved, factor, precision=jax.lax.Precision.HIGHEST)
         return moved.reshape(x.shape)
 
@@ -53,7 +53,7 @@ class KroneckerRotation(Transform):
         return self.activations(w)
 
     def inverse(self) -> Transform:
-        return KroneckerRotation(tuple(transposed(factor) for factor in self.factors))
+        return KroneckerRotation(tuple(map(transposed, self.factors)))
 
     def cost(self, width: int) -> Cost:
         sides = (factor.shape[-1] for factor in self.factors)

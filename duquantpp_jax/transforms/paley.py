@@ -1,15 +1,15 @@
-"""Hadamard matrices of orders that are no power of two, by Paley's two constructions.
+"""Hadamard matrices of orders that are not powers of two, by Paley's two constructions.
 
-In a field of q elements let chi(a) be 1 for squares, -1 for the rest and 0 for 0, and Q the matrix
-of chi(a - b). With 1 the column of ones,
+In a field of q elements chi(a) is 1 for squares, -1 for other elements and 0 for 0, and Q is the
+matrix of chi(a - b). With 1 the column of ones,
 
     I    q = 3 mod 4:  H = I + [[0, 1^T], [-1, Q]]                             of order q + 1
     II   q = 1 mod 4:  H = C x [[1, 1], [1, -1]] + I x [[1, -1], [-1, -1]]     of order 2 (q + 1)
                        with C = [[0, 1^T], [1, Q]] and x Kronecker's product
 
-so 12 = 11 + 1, 20 = 19 + 1, 28 = 3^3 + 1, 148 = 2 (73 + 1), 344 = 7^3 + 1. With their
-products by powers of two these are all multiples of 4 below 240 but 92, 116, 156, 172, 184, 188,
-232 and 236.
+so 12 = 11 + 1, 20 = 19 + 1, 28 = 3^3 + 1, 148 = 2 (73 + 1), 344 = 7^3 + 1. These and their
+products by powers of two are all multiples of 4 below 240 but 92, 116, 156, 172, 184, 188, 232 and
+236.
 
 Source: Paley, On orthogonal matrices (1933).
 """
@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 
 def paley(order: int) -> Float[np.ndarray, "order order"] | None:
-    """A Hadamard matrix of this order with entries 1 and -1, or None if neither way gives one."""
+    """A Hadamard matrix with entries 1 and -1, or None if neither construction has this order."""
     if order < 4 or order % 4:
         return None
     q = order - 1
@@ -55,24 +55,21 @@ def _characters(q: int) -> Float[np.ndarray, "q q"] | None:
 
 
 def _squares(elements: Int[np.ndarray, "q k"], p: int) -> Int[np.ndarray, "q k"]:
-    """The square of each element, a polynomial over the integers mod p, mod an irreducible one."""
+    """The square of each element: a polynomial mod p, reduced by an irreducible polynomial."""
     k = elements.shape[1]
     products = np.zeros((len(elements), 2 * k - 1), np.int64)
     for i, j in itertools.product(range(k), repeat=2):
         products[:, i + j] += elements[:, i] * elements[:, j]
     modulus = _irreducible(p, k)
-    for lead in range(k - 1):  # the leading power is -(the rest of the modulus) times lower ones
+    for lead in range(k - 1):  # x^k = -(the lower coefficients of the modulus)
         products[:, lead + 1 : lead + 1 + k] -= products[:, lead, None] * modulus
     return products[:, k - 1 :] % p
 
 
 def _irreducible(p: int, k: int) -> Int[np.ndarray, " k"]:
-    """Coefficients below the leading 1 of a polynomial without roots; for k <= 3 that suffices."""
-    points = np.arange(p)
-    for tail in itertools.product(range(p), repeat=k):
-        if k == 1 or np.all(np.polyval(np.array([1, *tail]), points) % p):
-            return np.array(tail)
-    raise AssertionError(f"there are irreducible polynomials of every degree over {p} elements")
+    """Coefficients below the leading 1 of a polynomial without roots, irreducible for k <= 3."""
+    tails, points = itertools.product(range(p), repeat=k), np.arange(p)
+    return np.array(next(t for t in tails if k == 1 or np.all(np.polyval([1, *t], points) % p)))
 
 
 def _prime_power(q: int) -> tuple[int, int] | None:

@@ -4,9 +4,8 @@ With X_b the tokens of a block and V the eigenvectors of X_b^T X_b, largest eige
 
     R_b = V      or      R_b = V H
 
-V concentrates the energy in few channels, which is right for coding each channel with a step of
-its own and wrong for a block that shares one scale; the Hadamard matrix H after it spreads what V
-has sorted, evenly.
+V concentrates the energy in few channels. That suits channels with a scale each, but not a block
+that shares a scale; the Hadamard matrix H spreads the energy evenly again.
 """
 
 import dataclasses
@@ -41,7 +40,7 @@ class FitPca:
         size = rotation_size(self.size, weights[0].shape[-1])
         _, v = np.linalg.eigh(block_gram(np.asarray(gram, np.float64), size))
         v = v[..., ::-1]
-        # An eigenvector has no sign of its own: its largest entry is made positive.
+        # The sign of an eigenvector is arbitrary: its largest entry is made positive.
         largest = np.argmax(np.abs(v), axis=-2, keepdims=True)
         v = v * np.where(np.take_along_axis(v, largest, axis=-2) < 0, -1.0, 1.0)
         if self.hadamard:

@@ -1,17 +1,17 @@
-"""Permutations: which channels share a block.
+"""Permutations, which choose the channels that share a block.
 
-A rotation spreads an outlier over its own block only, so who sits beside whom may matter. With
-b blocks of B channels and one number for each channel,
+A rotation spreads an outlier over its own block only, so the choice of blocks may matter. For b
+blocks,
 
-    zigzag   channels sorted by max |x_j|, largest first, are dealt to the blocks in snake order,
-             0 1 ... b-1 b-1 ... 1 0 0 1 ...; so each block is sorted too
-    mass     channels sorted by their mass, the mean of |x_j|, largest first, go one after the
-             other to the block whose total is least so far among those with room (of equal ones
-             the first), so that all blocks carry about the same mass
-    random   uniform, drawn with the key
+    zigzag   sorts channels by max |x_j|, largest first, and deals them to the blocks in snake
+             order, 0 1 ... b-1 b-1 ... 1 0 0 1 ...; so each block is sorted too
+    mass     sorts channels by mass, the mean of |x_j|, largest first, and gives each to the block
+             with room whose total mass is least (the first of equals), so that all blocks have
+             about the same mass
+    random   is uniform, drawn with the key
 
-`mass` has the goal of PeRQ, blocks of equal expected l1 norm, by the greedy rule stated here; that
-paper's own algorithm may break ties or start elsewhere.
+`mass` has the aim of PeRQ, blocks of equal expected l1 norm; the algorithm of that paper may break
+ties differently or start elsewhere.
 
 Sources: zigzag: DuQuant, arXiv 2406.01721; mass: PeRQ, arXiv 2601.22347.
 """
@@ -38,7 +38,7 @@ class Permute(Transform):
 
     def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
         width = self.order.shape[-1]
-        if x.shape[-1] != width:  # a gather would clamp what is out of range, and say nothing
+        if x.shape[-1] != width:  # a gather clamps indices out of range without an error
             raise ValueError(f"a permutation of {width} channels got a width of {x.shape[-1]}")
         return jnp.take(x, self.order, axis=-1)
 
@@ -62,14 +62,14 @@ class Permute(Transform):
 
 
 def zigzag(values: Float[np.ndarray, " k"], size: int) -> Int[np.ndarray, " k"]:
-    """Channels dealt in snake order, the largest value first."""
+    """The order that deals channels to blocks in snake order, the largest value first."""
     dealt = np.argsort(-values, kind="stable").reshape(size, -1)
     dealt[1::2] = dealt[1::2, ::-1]
     return dealt.T.ravel()
 
 
 def balanced(mass: Float[np.ndarray, " k"], size: int) -> Int[np.ndarray, " k"]:
-    """Channels dealt to the block of least total mass that has room, the largest mass first."""
+    """The order that gives each channel, largest mass first, to the lightest block with room."""
     blocks: list[list[int]] = [[] for _ in range(len(mass) // size)]
     totals = [(0.0, block) for block in range(len(blocks))]
     for channel in np.argsort(-mass, kind="stable"):
@@ -82,11 +82,10 @@ def balanced(mass: Float[np.ndarray, " k"], size: int) -> Int[np.ndarray, " k"]:
 
 @dataclasses.dataclass(frozen=True)
 class FitPermutation:
-    """Chooses which channels share a block; see the top of this file.
+    """Chooses the channels that share a block; see the top of this file.
 
     Attributes:
-      kind: How.
-      size: Channels of a block: those that the rotation after it mixes.
+      size: Channels of a block, which a later rotation mixes.
     """
 
     kind: Literal["zigzag", "mass", "random"]
@@ -95,7 +94,7 @@ class FitPermutation:
 
     @property
     def draws(self) -> bool:
-        """Only one kind is random."""
+        """Whether `kind` is random."""
         return self.kind == "random"
 
     def __call__(

@@ -1,21 +1,20 @@
-"""WUSH: the closed form that balances both sides of a linear, block by block.
+"""WUSH: the closed form that balances activations and weights of a linear, block by block.
 
 With L_x L_x^T = X^T X / tokens and L_w L_w^T = W^T W / n of a block (each damped), the singular
 value decomposition L_w^T L_x = U S V^T and a Hadamard matrix H, acting from the left on columns,
 
     T = H S^(-1/2) U^T L_w^T,      x' = x T^T,      w' = w T^-1.
 
-Both moved second moments are then H S H^T: equal to each other, and even over the channels.
+Both second moments become H S H^T: equal, and even over the channels.
 
-T T^T is the geometric mean of one moment and the other's inverse, so a channel far above the rest,
-or dead, makes T ill-conditioned, and rounding errors of one side are blown up by T^-1 of the other.
-Damping bounds that: with `max_condition` each block takes the least damping of a grid
+T T^T is the geometric mean of a moment and the inverse of the other. A channel that is far larger
+than the rest, or dead, makes T ill-conditioned, and T^-1 then amplifies rounding errors. Damping
+bounds this: with `max_condition` each block takes the least damping of the grid
 
     damping, damping * 10^(1/4), damping * 10^(2/4), ...
 
-with which cond(T) = s_max / s_min is within the bound. (With more and more of it both moments
-become multiples of I, and cond(T) 1.) Blocks that are within it from the start are left as they
-are.
+for which cond(T) = s_max / s_min is within the bound. (As damping grows, both moments become
+multiples of I, and cond(T) becomes 1.)
 
 Source: WUSH, arXiv 2512.00956.
 """
@@ -38,7 +37,7 @@ def block_gram(gram: Float[np.ndarray, "k k"], size: int) -> Float[np.ndarray, "
     return np.stack([blocks[b, :, b, :] for b in range(count)])
 
 
-def damped(
+def _damped(
     moments: Float[np.ndarray, "*blocks n n"], damping: float
 ) -> Float[np.ndarray, "*blocks n n"]:
     """Each second moment plus `damping` times its mean diagonal (or 1 where that is zero)."""
@@ -54,8 +53,8 @@ def wush(
     damping: float,
 ) -> tuple[Float[np.ndarray, "blocks n n"], Float[np.ndarray, "blocks n n"]]:
     """T^T of each block, which acts on x from the right, and its inverse."""
-    l_x = np.linalg.cholesky(damped(x_moments, damping))
-    l_w = np.linalg.cholesky(damped(w_moments, damping))
+    l_x = np.linalg.cholesky(_damped(x_moments, damping))
+    l_w = np.linalg.cholesky(_damped(w_moments, damping))
     u, s, _ = np.linalg.svd(np.swapaxes(l_w, 1, 2) @ l_x)
     h = np.asarray(hadamard(x_moments.shape[-1]), np.float64)
     # T^T = L_w U S^(-1/2) H^T, and its inverse H S^(1/2) U^T L_w^-1.
@@ -69,9 +68,10 @@ class FitWush:
     """WUSH in float64 on the host.
 
     Attributes:
-      damping: In units of the mean diagonal of each second moment; the least, if a bound is given.
-      max_condition: Bound on the condition number of each block's matrix, 1.01 or more.
-      size: Side of the matrices, a power of two.
+      damping: In units of the mean diagonal of each second moment; the least damping where
+        `max_condition` is given.
+      size: Side of the matrices, of which a Hadamard matrix exists.
+      max_condition: Bound on the condition number of the matrix of each block, at least 1.01.
     """
 
     damping: float = 1e-3
@@ -95,6 +95,4 @@ class FitWush:
             while len(beyond := np.flatnonzero(np.linalg.cond(forward) > self.max_condition)):
                 damping *= 10**0.25
                 forward[beyond], back[beyond] = wush(x_moments[beyond], w_moments[beyond], damping)
-        return Fitted(
-            BlockAffine(jnp.asarray(forward, jnp.float32), jnp.asarray(back, jnp.float32))
-        )
+        return Fitted(BlockAffine(*(jnp.asarray(m, jnp.float32) for m in (forward, back))))

@@ -42,8 +42,8 @@ def outside(tmp_path, monkeypatch):
 def _fitted():
     x = jax.random.normal(jax.random.key(0), (2, 16, 64)).at[..., 5].multiply(40.0)
     weights = (jax.random.normal(jax.random.key(1), (8, 64)),)
-    one = recipe(NAME, "floor")
-    return x, one.fit(weights, stats_of(x), one, jax.random.key(2)).transform
+    method = recipe(NAME, "floor")
+    return x, method.fit(weights, stats_of(x), method, jax.random.key(2)).transform
 
 
 def test_the_pages_transform_keeps_the_law_and_spreads_the_outlier(outside):

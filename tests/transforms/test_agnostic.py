@@ -13,12 +13,7 @@ from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.block import BlockRotation, rotation_size
 from duquantpp_jax.transforms.dct import dct
 from duquantpp_jax.transforms.haar import FitHaar
-from duquantpp_jax.transforms.hadamard import (
-    FitHadamard,
-    hadamard,
-    hadamard_factors,
-    sequency,
-)
+from duquantpp_jax.transforms.hadamard import FitHadamard, hadamard, hadamard_factors, sequency
 from duquantpp_jax.transforms.kronecker import KroneckerRotation
 from duquantpp_jax.transforms.paley import paley
 from tests.conftest import stats_of

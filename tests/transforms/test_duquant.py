@@ -49,11 +49,7 @@ def test_greedy_search_equals_the_plain_loop(index, criterion, draws):
     rotations = mixed_rotations(jax.random.key(1), draws, 8, "left")
     best, least = greedy_search(x, rotations, steps=20, index=index, criterion=criterion)
     wanted, wanted_least = replay(
-        np.asarray(x, np.float64),
-        np.asarray(rotations, np.float64),
-        20,
-        index,
-        CRITERIA[criterion],
+        np.asarray(x, np.float64), np.asarray(rotations, np.float64), 20, index, CRITERIA[criterion]
     )
     np.testing.assert_allclose(best, wanted, atol=1e-5)
     np.testing.assert_allclose(least, wanted_least, rtol=1e-5)
@@ -147,22 +143,22 @@ def test_averaged_calibration_searches_the_mean_over_rows():
     x = jax.random.t(jax.random.key(0), 3.0, (5, 40, 32))
     averaged = dataclasses.replace(FITS["greedy_released"], steps=10)
     pooled = dataclasses.replace(averaged, averaged=False)
-    weights, key, one = (jnp.ones((3, 32)),), jax.random.key(2), recipe("greedy", "floor")
+    weights, key, method = (jnp.ones((3, 32)),), jax.random.key(2), recipe("greedy", "floor")
     mean = Stats.init(32, 1, 40).update(jnp.mean(x, axis=0, keepdims=True), jnp.int32(0))
     np.testing.assert_allclose(
-        averaged(weights, stats_of(x), one, key).transform.matrices,
-        pooled(weights, mean, one, key).transform.matrices,
+        averaged(weights, stats_of(x), method, key).transform.matrices,
+        pooled(weights, mean, method, key).transform.matrices,
         atol=1e-5,
     )
 
 
 def test_the_best_of_several_seeds_is_at_most_the_first_for_every_block():
     x = jax.random.t(jax.random.key(0), 3.0, (1, 100, 64))
-    one, key = recipe("greedy", "floor"), jax.random.key(2)
+    method, key = recipe("greedy", "floor"), jax.random.key(2)
     kept = {}
     for seeds in (1, 4):
         fit = FitDuquantpp(steps=12, seeds=seeds)
-        transform = fit((jnp.ones((3, 64)),), stats_of(x), one, key).transform
+        transform = fit((jnp.ones((3, 64)),), stats_of(x), method, key).transform
         moved = transform.activations(x[0])
         kept[seeds] = np.abs(moved).reshape(100, 2, 32).max(axis=(0, 2))
     assert np.all(kept[4] <= kept[1] * (1 + 1e-5))
@@ -204,8 +200,8 @@ def orthogonality_error(matrices):
 
 def test_duquant_is_the_search_a_zigzag_and_the_search_again():
     x = jax.random.t(jax.random.key(0), 3.0, (2, 32, 256))
-    weights, key, one = (jnp.ones((3, 256)),), jax.random.key(2), recipe("duquant", "floor")
-    fitted = FITS["duquant"](weights, stats_of(x), one, key)
+    weights, key, method = (jnp.ones((3, 256)),), jax.random.key(2), recipe("duquant", "floor")
+    fitted = FITS["duquant"](weights, stats_of(x), method, key)
     smooth, first, zigzag, second = fitted.transform.flat_links()
     assert first.matrices.shape == second.matrices.shape == (2, 128, 128)
     moved = first.activations(smooth.activations(x))

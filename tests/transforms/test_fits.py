@@ -147,11 +147,11 @@ def assert_stored_well(name, found):
 @each_case
 def test_conditioned_wush_keeps_its_bound_and_leaves_alone_what_is_within(case):
     bound = FITS["wush_conditioned"].max_condition
-    plain, held = (fitted(n, case).matrices for n in ("wush", "wush_conditioned"))
-    before, after = (np.linalg.cond(np.asarray(m, np.float64)) for m in (plain, held))
+    plain, bounded = (fitted(n, case).matrices for n in ("wush", "wush_conditioned"))
+    before, after = (np.linalg.cond(np.asarray(m, np.float64)) for m in (plain, bounded))
     assert np.all(after <= bound * (1 + 1e-5))  # up to float32
     within = before <= bound
-    np.testing.assert_array_equal(plain[within], held[within])
+    np.testing.assert_array_equal(plain[within], bounded[within])
     assert np.all(after[~within] >= bound / 10**0.25)  # one step of the grid less would be beyond
 
 

@@ -152,8 +152,8 @@ def test_all_that_lowers_has_one_structure():
     low = [
         lower(single(make(rng)), WIDTH, 32) for name, make in TRANSFORMS.items() if _lowers(name)
     ]
-    assert len({jax.tree.structure(one) for one in low}) == 1
-    shapes = {tuple(leaf.shape for leaf in jax.tree.leaves(one)) for one in low}
+    assert len({jax.tree.structure(t) for t in low}) == 1
+    shapes = {tuple(leaf.shape for leaf in jax.tree.leaves(t)) for t in low}
     assert shapes == {((64,), (2, 32, 32), (2, 32, 32))}
 
 

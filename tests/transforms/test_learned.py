@@ -120,9 +120,9 @@ def test_smoothing_becomes_part_of_the_matrices():
     scale = jnp.linspace(0.5, 2.0, 24)
     transform = Chain((Smooth(scale), BlockRotation(hadamard(8)[None])))
     x = jax.random.normal(jax.random.key(1), (5, 24))
-    one = block_affine(transform, 24, 8)
-    np.testing.assert_allclose(one.activations(x), transform.activations(x), atol=1e-6)
-    np.testing.assert_allclose(one.weights(x), transform.weights(x), atol=1e-6)
+    affine = block_affine(transform, 24, 8)
+    np.testing.assert_allclose(affine.activations(x), transform.activations(x), atol=1e-6)
+    np.testing.assert_allclose(affine.weights(x), transform.weights(x), atol=1e-6)
 
 
 def test_a_permutation_is_no_start():
