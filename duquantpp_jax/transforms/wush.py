@@ -37,7 +37,7 @@ def block_gram(gram: Float[np.ndarray, "k k"], size: int) -> Float[np.ndarray, "
     return np.stack([blocks[b, :, b, :] for b in range(count)])
 
 
-def _damped(
+def damped_moments(
     moments: Float[np.ndarray, "*blocks n n"], damping: float
 ) -> Float[np.ndarray, "*blocks n n"]:
     """Each second moment plus `damping` times its mean diagonal (or 1 where that is zero)."""
@@ -53,8 +53,8 @@ def wush(
     damping: float,
 ) -> tuple[Float[np.ndarray, "blocks n n"], Float[np.ndarray, "blocks n n"]]:
     """T^T of each block, which acts on x from the right, and its inverse."""
-    l_x = np.linalg.cholesky(_damped(x_moments, damping))
-    l_w = np.linalg.cholesky(_damped(w_moments, damping))
+    l_x = np.linalg.cholesky(damped_moments(x_moments, damping))
+    l_w = np.linalg.cholesky(damped_moments(w_moments, damping))
     u, s, _ = np.linalg.svd(np.swapaxes(l_w, 1, 2) @ l_x)
     h = np.asarray(hadamard(x_moments.shape[-1]), np.float64)
     # T^T = L_w U S^(-1/2) H^T, and its inverse H S^(1/2) U^T L_w^-1.

@@ -9,7 +9,7 @@ from duquantpp_jax.core import stack
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.basic import FitSmooth, _smooth_scale
 from duquantpp_jax.transforms.pca import FitPca
-from duquantpp_jax.transforms.wush import FitWush, damped
+from duquantpp_jax.transforms.wush import FitWush, damped_moments
 from tests.conftest import stats_of
 
 KEY = jax.random.key(3)
@@ -79,8 +79,8 @@ def test_wush_makes_both_damped_second_moments_equal_and_even(damping):
     back = np.swapaxes(np.asarray(transform.inverses, np.float64), 1, 2)
     for block in (0, 1):
         part = slice(32 * block, 32 * block + 32)
-        x_moment = damped(tokens[:, part].T @ tokens[:, part] / len(tokens), damping)
-        w_moment = damped(w[:, part].T @ w[:, part] / len(w), damping)
+        x_moment = damped_moments(tokens[:, part].T @ tokens[:, part] / len(tokens), damping)
+        w_moment = damped_moments(w[:, part].T @ w[:, part] / len(w), damping)
         moved_x = forward[block].T @ x_moment @ forward[block]
         moved_w = back[block].T @ w_moment @ back[block]
         np.testing.assert_allclose(moved_x, moved_w, atol=2e-4 * np.trace(moved_x) / 32)
