@@ -34,17 +34,16 @@ class Needs(enum.Flag):
 class Stats:
     """What calibration keeps of one input site: a fold over batches of tokens.
 
-    `merge` is associative and commutative (up to the order of float additions in `gram` and
-    `position_sum`; exactly for the rest), so that batches may be split over devices.
+    `merge` is associative and commutative (up to the order of float additions in sums; exactly for
+    the rest), so that batches may be split over devices.
 
     Attributes:
       count: Tokens seen.
       absmax: Largest magnitude of each channel.
       sample: Every `stride`-th token, by its index in the whole calibration set.
-      gram: X^T X over all tokens, where a fit asks for it.
-      position_sum: Sum over rows of the token at each position, where a fit asks for it.
-      cross: X^T X^, X what the float model gives the site where X^, this input, is what the
-        quantized one gives it; where a rounding asks for it.
+      gram: X^T X over all tokens; None where nothing needs it, as the next two.
+      position_sum: Sum over rows of the token at each position.
+      cross: X^T X^, with X^ the input on the quantized path and X that on the float path.
       stride: Tokens of the calibration set for one of the sample.
     """
 

@@ -60,15 +60,15 @@ class SiteError(Objective):
             return _mean([_error(a, b) for a, b in zip(wanted, ys, strict=True)])
         transform = self.moves.moved_transform(self.start, learned)
         back = transform.inverse()
-        held = self.moves.quantized_input(self.formats[0], transform, learned, batch)
-        loss = _error(batch, back.activations(held))
+        x = self.moves.quantized_input(self.formats[0], transform, learned, batch)
+        loss = _error(batch, back.activations(x))
         if self.kind == "activations":
             return loss
         rounded = self.moves.quantized_weights(
             self.formats[1], self.start, transform, learned, self.weights
         )
         pairs = zip(self.weights, rounded, strict=True)
-        return loss + _mean([_error(w.ravel(), back.weights(held).ravel()) for w, held in pairs])
+        return loss + _mean([_error(w.ravel(), back.weights(q).ravel()) for w, q in pairs])
 
     def bounded(self, learned: Learned) -> Learned:
         """Within `Moves.max_condition`."""
@@ -111,8 +111,8 @@ class FitLearned:
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
     ) -> Fitted:
         tokens, width = stats.sample, weights[0].shape[-1]
-        held = max(1, round(self.held_out * len(tokens)))
-        if held >= len(tokens):
+        last = max(1, round(self.held_out * len(tokens)))
+        if last >= len(tokens):
             raise ValueError(
                 f"{len(tokens)} tokens cannot be learned from and held out: give more calibration"
             )
@@ -120,12 +120,12 @@ class FitLearned:
         weights = first.weights or weights
         start = start_of(first, width, recipe.activation_format.block_size)
         formats = (recipe.activation_format, recipe.weight_format)
-        rows = tokens[:-held]
+        rows = tokens[:-last]
         found = train(
             SiteError(weights, start, self.moves, formats, self.kind),
             self.moves.init(start, weights),
             rows,
-            tokens[-held:],
+            tokens[-last:],
             jax.random.fold_in(key, 1),
             steps=self.steps,
             optimizer=_optimizer(self.optimizer, self.rate, self.steps),

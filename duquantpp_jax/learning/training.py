@@ -194,7 +194,7 @@ def batches(
         np.asarray(jax.random.permutation(jax.random.fold_in(key, number), rows))
         for number in range(-(-steps // per_pass))
     ]
-    order = np.concatenate([one[: per_pass * batch_rows] for one in passes])
+    order = np.concatenate([shuffled[: per_pass * batch_rows] for shuffled in passes])
     return order.reshape(-1, batch_rows)[:steps]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -82,8 +83,8 @@ def test_it_makes_good_what_rounding_has_done_and_keeps_clips_and_scale_offsets(
     fits = fit_decoder(plan, model, calibrate(model, calibration, plan.widths(0)))
     blocks = {site: fitted.transform.links[1].matrices.shape[:2] for site, fitted in fits.items()}
     fits = {
-        site: dataclasses.replace(fitted, clip=np.full(blocks[site], 0.9, np.float32),
-                                  scale_offset=np.zeros(blocks[site], np.int32))
+        site: dataclasses.replace(fitted, clip=jnp.full(blocks[site], 0.9, jnp.float32),
+                                  scale_offset=jnp.zeros(blocks[site], jnp.int32))
         for site, fitted in fits.items()
     }  # fmt: skip
     state = quantize_decoder(dataclasses.replace(plan, fits=fits), model, calibration)[2]
