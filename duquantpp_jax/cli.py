@@ -37,11 +37,11 @@ COMMANDS: Mapping[str, tuple[type, Callable[[Any], int]]] = {
     "inspect": (inspect.InspectOptions, inspect.run),
     "kernels": (proof.Options, proof.run),
 }
-"""Of each command its options, and what runs it and gives the exit code."""
+"""Options of each command, and the function that runs it and returns the exit code."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; the exit code."""
+    """Runs a command; returns the exit code."""
     try:
         with remembering_interrupts():
             options = _parse(sys.argv[1:] if arguments is None else arguments)
@@ -59,7 +59,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     """The options of the chosen command.
 
     Raises:
-      ValueError: The arguments are wrong; the parser's boxes as one line.
+      ValueError: The arguments are wrong; the parser's message as one line.
       SystemExit: Help was asked for and printed.
     """
     complaint = io.StringIO()
@@ -74,7 +74,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-    # The first line is a title; boxes are drawn in rules and bars; the last part points to --help.
+    # Without the title in the first line, the lines of the boxes, and the pointer to --help.
     text = re.sub(r"[─-╿]|-{3,}", " ", complaint.getvalue())
     lines = [" ".join(line.split()) for line in text.splitlines()[1:]]
     said = " ".join(line for line in lines if line)

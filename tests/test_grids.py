@@ -207,7 +207,7 @@ def test_a_file_runs_to_its_table_its_summary_and_its_page(
     assert difference == pytest.approx(kl["rtn"] - kl["block_hadamard"])
     assert "<svg" in (tmp_path / "r.html").read_text()
 
-    # Again, by argparse and only one row and the baseline: nothing is left to do.
+    # Again, as a module, and only one row and the baseline: nothing is left to do.
     module = importlib.import_module(file.stem)
     out = ["--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stop:

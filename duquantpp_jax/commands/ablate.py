@@ -1,17 +1,16 @@
-"""A grid in a file, from the command line: `duquantpp ablate FILE.py`, `python -m experiments.X`.
+"""`duquantpp ablate FILE.py`, and `python -m experiments.X`: measures the grid of a Python file.
 
-The file is Python and says
+The file defines
 
-    CELLS      the grid: an iterable of cells, or a function of the options that gives one
-    ROWS       what names a cell's row in the table: a field of Cell, or a function of the cell
-    COLUMNS    its column
+    CELLS      the grid: an iterable of cells, or a function from the options to one
+    ROWS       gives a cell's row in the table: a field of Cell, or a function of the cell
+    COLUMNS    gives its column, likewise
     BASELINE   the row that the others of a column are compared with
 
-all but CELLS with a default. The model, the texts and the number of tokens are options, and hold
+Only CELLS is required. Options for the model, the texts, the formats and the number of tokens hold
 for every cell that leaves them open.
 """
 
-import argparse
 import dataclasses
 import importlib
 import itertools
@@ -23,9 +22,9 @@ from typing import Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from duquantpp_jax import files
+from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.core import Format
 from duquantpp_jax.lab import report, running, table
 from duquantpp_jax.lab.cells import DEFAULT_FORMAT, SCHEMA, Cell
@@ -37,26 +36,26 @@ from duquantpp_jax.recipes import known
 
 @dataclasses.dataclass(frozen=True)
 class AblateOptions:
-    """Measures the grid of a Python file; what is finished already is not measured again.
+    """Measures the grid of a Python file; cells that are finished are not measured again.
 
     Attributes:
       model: Hugging Face directory; without it, the embedded model.
-      text: UTF-8 texts to evaluate on; a table for each.
+      text: UTF-8 texts to evaluate on, each with its own table.
       calibration_text: UTF-8 texts to calibrate on; every cell that names none runs with each.
-      data: Further data, where the file asks for it.
-      tokens: Targets to evaluate on, in place of what the cells say.
-      formats: Of weights and activations, as `duquantpp quantize --formats`; every cell that leaves
-        its format open runs with each.
+      data: Further data, for files that read some.
+      tokens: Targets to evaluate on, over what the cells say.
+      formats: Of weights and activations, by the names of duquantpp quantize; every cell that
+        leaves its format open runs with each.
       weight_formats: Of weights alone.
       activation_formats: Of activations alone.
       scale_rules: Short for --formats mxfp4:RULE.
-      only: Rows (besides the baseline) and columns of the table to run, by name; all without it.
-      workers: Processes, GPUs or jobs that measure at once.
-      executor: Where: this process (or, with several workers, processes that share its cores),
-        one process for each GPU, or Slurm jobs (extra slurm).
+      only: Rows (the baseline runs too) and columns of the table to run, by name; by default all.
+      workers: Processes, GPUs or jobs that measure at the same time.
+      executor: processes (this one, or with several workers processes that share its cores), gpus
+        (a process for each GPU), or slurm (jobs; needs the extra slurm).
       slurm: Parameters of the jobs as NAME=VALUE, e.g. slurm_partition=gpu gpus_per_node=1.
-      cache_gib: Bound on the float model's log-probabilities kept by each process.
-      out: Directory of the records, one JSON a cell; FILE's name under ablate-out without it.
+      cache_gib: Bound on the float model's log-probabilities that each process keeps, in GiB.
+      out: Directory of the records, a JSON file for each cell; by default ablate-out/NAME of FILE.
       table: Print the table, with differences to the file's baseline.
       summary: JSON file to write the table to, small enough to commit.
       report: HTML page to write.
@@ -87,43 +86,44 @@ class AblateFile(AblateOptions):
     __doc__ = AblateOptions.__doc__
     _: dataclasses.KW_ONLY
     file: tyro.conf.Positional[Path]
-    """Python file that defines CELLS, and maybe ROWS, COLUMNS and BASELINE."""
+    """Python file that defines CELLS, and optionally ROWS, COLUMNS and BASELINE."""
 
 
 def run(options: AblateFile) -> int:
-    """Runs the grid of the file; the exit code."""
-    return ablate(options.file, options)
-
-
-def ablate(file: Path, options: AblateOptions) -> int:
-    """Runs the grid of a file; the exit code: 1 where a cell failed.
+    """Runs the grid of a file; returns the exit code: 1 if a cell failed.
 
     Raises:
       ValueError: Bad input; one line that says what was wrong and what would be right.
     """
-    return ablate_module(load(file), options)
+    return _run(_module(options.file), options)
 
 
-def ablate_module(module: ModuleType, options: AblateOptions) -> int:
-    """Runs the grid of a module; see `ablate`."""
+def main(module: ModuleType, arguments: list[str] | None = None) -> None:
+    """`python -m experiments.X`: runs the grid of the module with the options of `ablate`."""
+    question = (module.__doc__ or "").partition("\n")[0]
+    options = tyro.cli(AblateOptions, description=question, args=arguments)
+    try:
+        sys.exit(_run(module, options))
+    except (ValueError, OSError) as error:
+        print(f"{_name(module)}: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def _run(module: ModuleType, options: AblateOptions) -> int:
     name = _name(module)
     out = options.out or Path("ablate-out") / name
     layout = layout_of(module)
     cells = _only(options.only, grid(cells_of(module, options), options), layout)
-    for place in (out, options.summary, options.report):
-        if place is not None:
-            files.check_writable(place if place is out else place.parent)
+    for place in (out, *(file.parent for file in (options.summary, options.report) if file)):
+        files.check_writable(place)
     executor = _executor(options)
-    with _bar() as bar:
-        task = bar.add_task(name, total=None, failed="")
+    with progress_bar() as bar:
 
         def progress(done: int, failed: int, total: int) -> None:
-            said = f"{failed} failed" if failed else ""
-            bar.update(task, completed=done + failed, total=total, failed=said)
+            bar(name + (f", {failed} failed" if failed else ""), done + failed, total)
 
-        outcome = running.run(
-            cells, out, executor, cache_bytes=int(options.cache_gib * 2**30), progress=progress
-        )
+        cache_bytes = int(options.cache_gib * 2**30)
+        outcome = running.run(cells, out, executor, cache_bytes=cache_bytes, progress=progress)
     found = pivots(outcome, layout)
     if options.table:
         console = Console(width=1000)  # a wide table is wrapped by the terminal, not cut short
@@ -150,49 +150,44 @@ def ablate_module(module: ModuleType, options: AblateOptions) -> int:
 
 
 def cells_of(module: ModuleType, options: AblateOptions) -> list[Cell]:
-    """The module's cells as it defines them.
+    """The cells that the module defines.
 
     Raises:
       ValueError: It defines none.
     """
-    cells = getattr(module, "CELLS", None)
-    if callable(cells):
-        cells = cells(options)
-    if not isinstance(cells, Iterable):
-        raise ValueError(
-            f"{_name(module)} defines no CELLS: give an iterable of duquantpp_jax.lab.Cell"
-        )
-    return list(cells)
+    given = getattr(module, "CELLS", None)
+    cells = given(options) if callable(given) else given
+    if isinstance(cells, Iterable):
+        return list(cells)
+    raise ValueError(
+        f"{_name(module)} defines no CELLS: give an iterable of duquantpp_jax.lab.Cell"
+    )
 
 
 def grid(cells: Iterable[Cell], options: AblateOptions) -> list[Cell]:
-    """The cells with the options where they leave something open, each configuration once."""
-    given: list[Cell] = []
+    """The cells, with the options for what they leave open; each configuration once."""
+    complete: list[Cell] = []
     for cell in cells:
-        texts = [cell.text] if cell.text else list(options.text) or [None]
-        calibrations = (
-            [cell.calibration_text]
-            if cell.calibration_text
-            else list(options.calibration_text) or [None]
-        )
-        for text, calibration, formats in itertools.product(
-            texts, calibrations, _formats(cell, options)
-        ):
-            given.append(
-                dataclasses.replace(
-                    cell,
-                    **formats,
-                    model=cell.model or options.model,
-                    text=text,
-                    calibration_text=calibration,
-                    tokens=options.tokens or cell.tokens,
-                )
+        texts = (cell.text,) if cell.text else options.text or (None,)
+        own = cell.calibration_text
+        calibrations = (own,) if own else options.calibration_text or (None,)
+        choices = itertools.product(texts, calibrations, _formats(cell, options))
+        complete += [
+            dataclasses.replace(
+                cell,
+                **formats,
+                model=cell.model or options.model,
+                text=text,
+                calibration_text=calibration,
+                tokens=options.tokens or cell.tokens,
             )
-    return list({cell.digest: cell for cell in given}.values())
+            for text, calibration, formats in choices
+        ]
+    return list({cell.digest: cell for cell in complete}.values())
 
 
 def _formats(cell: Cell, options: AblateOptions) -> list[dict[str, str | Format | None]]:
-    """The fields of the cell that say its formats, for each choice of the options."""
+    """The cell's fields for formats, for each choice that the options give."""
     own = {
         "format": cell.format,
         "weight_format": cell.weight_format,
@@ -206,11 +201,12 @@ def _formats(cell: Cell, options: AblateOptions) -> list[dict[str, str | Format 
 
 
 def _only(names: tuple[str, ...], cells: list[Cell], layout: Layout) -> list[Cell]:
-    """The cells in the named rows, or the baseline's, and in the named columns; in all where no
-    row, or no column, is named.
+    """The cells in the named rows (and the baseline) and in the named columns.
+
+    Without a named row all rows remain, and likewise columns.
 
     Raises:
-      ValueError: A name is of neither kind.
+      ValueError: A name is neither a row nor a column.
     """
     places = [layout.place(cell) for cell in cells]
     for axis in (0, 1):
@@ -225,23 +221,19 @@ def _only(names: tuple[str, ...], cells: list[Cell], layout: Layout) -> list[Cel
 
 
 def layout_of(module: ModuleType) -> Layout:
-    """How the module wants its table."""
-    default = Layout()
-    return Layout(
-        getattr(module, "ROWS", default.rows),
-        getattr(module, "COLUMNS", default.columns),
-        getattr(module, "BASELINE", default.baseline),
-    )
+    """The layout that the module defines by ROWS, COLUMNS and BASELINE."""
+    names = [field.name for field in dataclasses.fields(Layout)]
+    return Layout(**{n: getattr(module, n.upper()) for n in names if hasattr(module, n.upper())})
 
 
-def load(file: Path) -> ModuleType:
+def _module(file: Path) -> ModuleType:
     """Imports a file as a module that worker processes can import too.
 
-    A file in a package is imported under its full name, another under its own, with its directory
-    on the path.
+    A file in a package is imported under its full name. Any other file is imported under its own
+    name, with its directory on the path.
 
     Raises:
-      ValueError: There is no such file, it fails, or another module has its name.
+      ValueError: There is no such file, its import fails, or another module has its name.
     """
     path = file.resolve()
     if not path.is_file() or path.suffix != ".py":
@@ -251,7 +243,7 @@ def load(file: Path) -> ModuleType:
         parts.insert(0, root.name)
         root = root.parent
     name = ".".join(parts)
-    # Last on the path, where nothing beside the file hides a module that Python or others have.
+    # Last on the path: files beside this one must not hide installed modules.
     known_before = list(sys.path)
     if str(root) not in sys.path:
         sys.path.append(str(root))
@@ -269,34 +261,6 @@ def load(file: Path) -> ModuleType:
     return module
 
 
-def main(module: ModuleType, arguments: list[str] | None = None) -> None:
-    """`python -m experiments.X`: the options of `duquantpp ablate`, by argparse alone."""
-    parser = argparse.ArgumentParser(
-        description=(module.__doc__ or "").partition("\n")[0],
-        epilog="Each option is explained by `duquantpp ablate --help`.",
-    )
-    for name in ("--model", "--data", "--out", "--summary", "--report"):
-        parser.add_argument(name, type=Path)
-    several = {"--text": Path, "--calibration-text": Path, "--only": str, "--slurm": str}
-    formats = ("formats", "weight_formats", "activation_formats", "scale_rules")
-    several |= {f"--{name.replace('_', '-')}": str for name in formats}
-    for name, kind in several.items():
-        parser.add_argument(name, type=kind, nargs="+", default=())
-    parser.add_argument("--tokens", type=int)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--executor", choices=("processes", "gpus", "slurm"), default="processes")
-    parser.add_argument("--cache-gib", type=float, default=2.0)
-    parser.add_argument("--table", action="store_true")
-    given = vars(parser.parse_args(arguments))
-    for name in ("text", "calibration_text", "only", "slurm", *formats):
-        given[name] = tuple(given[name])
-    try:
-        sys.exit(ablate_module(module, AblateOptions(**given)))
-    except (ValueError, OSError) as error:
-        print(f"{_name(module)}: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-
-
 def _name(module: ModuleType) -> str:
     return Path(module.__file__ or module.__name__).stem
 
@@ -306,7 +270,7 @@ def _executor(options: AblateOptions) -> Executor | None:
         case "gpus":
             return gpus(options.workers if options.workers > 1 else None)
         case "slurm":
-            return Slurm(options.workers, tuple(_parameter(one) for one in options.slurm))
+            return Slurm(options.workers, tuple(map(_parameter, options.slurm)))
     return Processes(options.workers) if options.workers > 1 else None
 
 
@@ -315,15 +279,3 @@ def _parameter(text: str) -> tuple[str, str | int]:
     if not equals:
         raise ValueError(f"--slurm {text} is no NAME=VALUE: give e.g. gpus_per_node=1")
     return name, int(value) if value.isdigit() else value
-
-
-def _bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} cells {task.fields[failed]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
-    )

@@ -1,7 +1,7 @@
-"""`duquantpp learn`: fits for a model, learned with gradients, for `duquantpp quantize --fits`.
+"""`duquantpp learn`: learns the fits of a model with gradients, for `duquantpp quantize --fits`.
 
-Progress is kept in the directory while it runs. Killed, the same command goes on to the same bits;
-a command that differs in anything is refused there.
+A run keeps its progress in the output directory. After a kill the same command resumes and gives
+the same bits; another command is refused in that directory.
 """
 
 import dataclasses
@@ -30,37 +30,38 @@ from duquantpp_jax.ptq.walk import quantize_decoder
 from duquantpp_jax.recipes import format_name, recipe, under_rule
 
 PROGRESS, BEGUN = "progress", "begun.json"
-"""The directory of an unfinished run inside --out, and the file in it that says what was asked."""
+"""The directory of an unfinished run inside --out, and its file that holds the command."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LearnOptions:
-    """Learns how linear inputs are moved; killed, the same command goes on.
+    """Learns how linear inputs are moved; after a kill, the same command resumes.
 
     Attributes:
       model: Hugging Face directory; without it, the embedded model.
-      text: UTF-8 text to learn from, documents separated by <|endoftext|>; without it (and without
-        --model) the embedded calibration rows.
+      text: UTF-8 text to learn from, documents separated by <|endoftext|>; without --model and
+        --text, the embedded calibration rows.
       rows: Rows of 511 targets to take from the text.
-      held_out: Rows that choose the best step, and are not learned from: a share, or a number.
-        Through a site, an eighth of its sample of tokens of the other rows chooses instead.
+      held_out: Rows that choose the best step and are not learned from: a share or a number.
+        Through a site, an eighth of its token sample from the other rows chooses instead.
       start: What learning starts from, by its name in duquantpp_jax.recipes.
       moves: What moves: rotation, affine (or expm, cayley, affine_expm, affine_lu), weights or
         weights_moved, scale_offset, clip or clip_site, weight_clip or weight_clip_site.
-      through: What the loss is taken through: each site alone, one block after the other (one of
-        them in memory), or the whole model.
-      steps: Updates; of each site or block where those learn by themselves.
+      through: What the loss is taken through: each site alone, one block after the other (only one
+        is in memory), or the whole model.
+      steps: Updates; through site or block, of each of them.
       batch_rows: Rows of a batch.
-      rate: Peak learning rate of the transform; of weights a tenth of it, of the rest ten times.
+      rate: Peak learning rate of the transform; weights learn at a tenth of it, clips and scale
+        offsets at ten times.
       optimizer: adam, adan, amsgrad, lion, rms or sgd, of optax.
       check_every: Steps between checks, at which progress is kept.
-      formats: Of weights and activations, as of duquantpp quantize.
+      formats: Of weights and activations, by the names of duquantpp quantize.
       weight_formats: Of weights alone, over --formats.
       activation_formats: Of activations alone, over --formats.
-      scale_rule: Of formats that have scale rules and whose name says none.
+      scale_rule: For formats with a scale rule whose name gives none.
       seed: For starts that draw random numbers, and for the order of batches.
       measure: Print the held-out KL at the start and at the end, with the whole model in memory.
-      overwrite: Start anew where --out holds other fits.
+      overwrite: Start anew if --out holds other fits.
       out: Directory for the fits.
     """
 
@@ -87,7 +88,7 @@ class LearnOptions:
 
     @property
     def how(self) -> Learn:
-        """What is learned and how."""
+        """The options of learning itself."""
         names = [field.name for field in dataclasses.fields(Learn)]
         return Learn(**{name: getattr(self, name) for name in names})
 
@@ -105,7 +106,7 @@ class LearnOptions:
 
 
 def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[str, Any]:
-    """Learns fits, or what is left of it, and writes them; what fits.json says.
+    """Learns fits, or resumes learning, and writes them; returns the contents of fits.json.
 
     Raises:
       ValueError: Bad input; one line that says what was wrong and what would be right.
@@ -120,12 +121,13 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
     tokens = load_rows(options.model, options.text, options.rows * TARGETS, "calibration").tokens
     rows, held_out = split(np.asarray(tokens, np.int32), options.held_out)
     directory = options.model or testbed.directory()
+    ids = hashlib.sha256(np.asarray(tokens, np.int32).tobytes()).hexdigest()
     asked = {
         "model": {"name": model_name(options.model), "sha256": sha256(directory)},
         "formats": names,
         "learn": dataclasses.asdict(how) | {"moves": list(how.moves)},
         "text": name_and_hash(options.text)
-        | {"rows": len(rows), "held_out": len(held_out), "tokens": _hash(tokens)},
+        | {"rows": len(rows), "held_out": len(held_out), "tokens": ids},
         "environment": environment(),
     }
     place = options.out / PROGRESS
@@ -145,13 +147,13 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
 def split(
     tokens: Integer[np.ndarray, "rows length"], held_out: float
 ) -> tuple[Integer[np.ndarray, "_ length"], Integer[np.ndarray, "_ length"]]:
-    """Rows to learn from, and the last rows, which are held out.
+    """Splits rows into those to learn from and the last ones, which are held out.
 
     Args:
       held_out: A share below 1, or a number of rows.
 
     Raises:
-      ValueError: One of the two would be empty, or the number is no whole one.
+      ValueError: One part would be empty, or the number is not whole.
     """
     count = round(held_out * len(tokens)) if held_out < 1 else held_out
     if count != int(count) or not 0 < count < len(tokens):
@@ -170,13 +172,12 @@ def held_out_kl(
     held_out: Integer[np.ndarray, "held length"],
     seed: int,
 ) -> dict[str, float]:
-    """KL to the float model in nats a target, before and after learning, rounded to nearest."""
+    """KL to the float model in nats per target, before and after learning, rounded to nearest."""
     reference = Reference(Predictor(model), held_out)
     targets = held_out.shape[0] * (held_out.shape[1] - 1)
     start = Plan.of(model.config, method, seed=seed)
-    plans = {"start": start, "end": dataclasses.replace(start, fits=fits)}
     kl = {}
-    for name, plan in plans.items():
+    for name, plan in {"start": start, "end": dataclasses.replace(start, fits=fits)}.items():
         predictor = Predictor(*quantize_decoder(plan, model, rows[:CALIBRATION_ROWS, :-1]))
         sums = reference.row_sums(predictor)
         kl[name] = float(np.sum(sums.kl)) / targets
@@ -186,10 +187,10 @@ def held_out_kl(
 
 
 def _begin(options: LearnOptions, asked: dict[str, Any]) -> bool:
-    """Makes --out the place of this run; whether it has been finished already.
+    """Prepares --out for this run; returns whether it already holds the finished fits.
 
     Raises:
-      ValueError: It holds other things; says what differs.
+      ValueError: It holds other files, or fits of another command; says what differs.
     """
     out, place = options.out, options.out / PROGRESS
     if options.overwrite:
@@ -197,31 +198,27 @@ def _begin(options: LearnOptions, asked: dict[str, Any]) -> bool:
         for name in (ABOUT, ARRAYS):
             (out / name).unlink(missing_ok=True)
     finished = (out / ABOUT).is_file()
-    begun = None
     if finished:
         begun = read_about(out)
     elif (place / BEGUN).is_file():
         begun = read_json(place / BEGUN)
     elif out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} holds other files: give an empty or new directory")
+    else:
+        place.mkdir(parents=True, exist_ok=True)
+        files.write_whole(place / BEGUN, files.to_json(asked))
+        return False
     for name, value in asked.items():
-        if begun is not None and begun.get(name) != value:
+        if begun.get(name) != value:
             raise ValueError(
                 f"{out} was begun with another {name}: give another --out, or --overwrite to "
                 "start anew"
             )
-    if begun is None:
-        place.mkdir(parents=True, exist_ok=True)
-        files.write_whole(place / BEGUN, files.to_json(asked))
     return finished
 
 
-def _hash(tokens: Integer[np.ndarray, "rows length"]) -> str:
-    return hashlib.sha256(np.asarray(tokens, np.int32).tobytes()).hexdigest()
-
-
 def run(options: LearnOptions) -> int:
-    """Runs the command and prints what it found; the exit code."""
+    """Runs the command and prints the held-out KL; returns the exit code."""
     with progress_bar() as progress:
         about = learn_fits(options, progress)
     how = about["learn"]

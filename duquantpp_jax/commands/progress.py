@@ -1,4 +1,4 @@
-"""The bar that commands draw while they work, and Ctrl-C, which no library may swallow."""
+"""The progress bar of commands, and Ctrl-C, which no library may swallow."""
 
 import contextlib
 import signal
@@ -12,8 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 
 class _Interrupt:
-    """Ctrl-C, remembered: raised inside a callback of another library it can be lost, and is then
-    raised again at the next step of the progress."""
+    """Remembers Ctrl-C. Another library can lose a KeyboardInterrupt that is raised inside one of
+    its callbacks; the next step of the progress bar then raises it again."""
 
     asked = False
 
@@ -31,7 +31,7 @@ _interrupt = _Interrupt()
 
 @contextlib.contextmanager
 def remembering_interrupts() -> Iterator[None]:
-    """Ctrl-C is remembered, where it would have raised KeyboardInterrupt."""
+    """Within the block Ctrl-C is remembered, unless the process handles it in another way."""
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if not ours or threading.current_thread() is not threading.main_thread():
         yield
@@ -46,7 +46,7 @@ def remembering_interrupts() -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr, if that is a terminal: called with what is being done, steps done, all."""
+    """A bar on stderr if that is a terminal; call it with a description, steps done, all steps."""
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

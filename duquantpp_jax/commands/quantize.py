@@ -34,7 +34,7 @@ from duquantpp_jax.checkpoints.writer import (
 )
 from duquantpp_jax.commands.evaluate import Imports
 from duquantpp_jax.commands.progress import progress_bar
-from duquantpp_jax.commands.sizes import dry_line, quantized_line, table
+from duquantpp_jax.commands.sizes import dry_line, formats_of, quantized_line, table
 from duquantpp_jax.core import Fitted
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import environment, load_rows, model_name
@@ -309,11 +309,9 @@ def run(options: QuantizeOptions) -> int:
         return 0
     with progress_bar() as progress:
         done = quantize(options, progress)
-    if options.fits is not None:
-        sides = (done["job"][f"{side}_formats"].values() for side in ("weight", "activation"))
-        used = ["/".join(dict.fromkeys(names)) for names in sides]
-        if warning := other_formats(read_about(options.fits), *used):
-            print(warning, file=sys.stderr)
+    used = formats_of(done["job"])
+    if options.fits and (warning := other_formats(read_about(options.fits), *used)):
+        print(warning, file=sys.stderr)
     console.print(table(done["linears"]), quantized_line(done))
     print(f"Written to {options.out}; report.json has every linear.")
     return 0

@@ -1,10 +1,10 @@
-"""The size and sensitivity report of a quantized model, as a table.
+"""Size, sensitivity and online cost of a quantized model: a row for each kind of linear.
 
-A row for each kind of linear (up_proj of all layers): its bytes, and what quantizing it alone
-costs, as SQNR of its output on a sample of the calibration tokens and as the share of the output's
-energy that rounding the weights takes, mean and worst over layers. Last what moving its input
-costs online, which linears of one input share: multiply-adds for each value, mean over layers, and
-KiB of all layers. report.json has every linear.
+A kind is e.g. up_proj of all layers. Its row has the bytes, and the cost of quantizing it alone:
+the SQNR of its output on a sample of the calibration tokens, and the share of the output's energy
+that rounding the weights takes, each as mean and worst over layers. Last comes the online cost of
+moving its input, which all linears of one input share: multiply-adds for each value (mean over
+layers) and KiB of all layers. report.json has every linear.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,14 @@ MIB = 2**20
 
 
 def table(linears: Sequence[Mapping[str, Any]]) -> Table:
-    """The table, of rows as report.json or a dry run has them."""
+    """The table of the linears in report.json, or in a dry run."""
     kinds: dict[str, list[Mapping[str, Any]]] = {}
-    for one in linears:
-        kinds.setdefault(one["linear"].rpartition(".")[2], []).append(one)
-    measured = all("sqnr_db" in one for one in linears)
+    for linear in linears:
+        kinds.setdefault(linear["linear"].rpartition(".")[2], []).append(linear)
+    measured, online = (
+        all(name in linear for linear in linears) for name in ("sqnr_db", "online_bytes")
+    )
     shown = Table(box=box.SIMPLE_HEAD)
-    online = all("online_bytes" in one for one in linears)
     headings = ["linear", "of them", "MiB"]
     headings += ["SQNR dB", "worst", "weight error", "worst", "in"] if measured else []
     headings += ["online", "KiB"] if online else []
@@ -32,8 +33,7 @@ def table(linears: Sequence[Mapping[str, Any]]) -> Table:
     for kind, rows in kinds.items():
         cells = [kind, f"{len(rows)}", f"{sum(row['bytes'] for row in rows) / MIB:.2f}"]
         if measured:
-            known = [row for row in rows if row["sqnr_db"] is not None]
-            sqnr = [row["sqnr_db"] for row in known]
+            sqnr = [row["sqnr_db"] for row in rows if row["sqnr_db"] is not None]
             worst = max(rows, key=lambda row: row["weight_error"])
             mean = sum(row["weight_error"] for row in rows) / len(rows)
             cells += [f"{sum(sqnr) / len(sqnr):.2f}", f"{min(sqnr):.2f}"] if sqnr else ["", ""]
@@ -47,19 +47,21 @@ def table(linears: Sequence[Mapping[str, Any]]) -> Table:
     return shown
 
 
+def formats_of(job: Mapping[str, Any]) -> tuple[str, str]:
+    """Formats of the weights and of the activations of all sites, each name once."""
+    weights, activations = job["weight_formats"].values(), job["activation_formats"].values()
+    return "/".join(dict.fromkeys(weights)), "/".join(dict.fromkeys(activations))
+
+
 def quantized_line(report: Mapping[str, Any]) -> str:
     """What was done, in a sentence."""
-    job = report["job"]
-    bits = {
-        side: "/".join(dict.fromkeys(job[f"{side}_formats"].values()))
-        for side in ("weight", "activation")
-    }
-    calibration = job["calibration"]
+    job, calibration = report["job"], report["job"]["calibration"]
+    weights, activations = formats_of(job)
     places = {"rotate_stream": "the residual stream", "rotate_values": "value heads"}
     turned = "".join(f"{what} turned by {job[n]}, " for n, what in places.items() if job.get(n))
     return (
         f"{job['model']['name']}: {turned}{job['recipe']}, {job['rounding']}; weights "
-        f"{bits['weight']}, activations {bits['activation']}; calibrated on "
+        f"{weights}, activations {activations}; calibrated on "
         f"{calibration['rows']} rows of {calibration['length']} tokens ({calibration['source']}). "
         f"{'The tied head became a matrix of its own. ' if report.get('untied_head') else ''}"
         f"{report['float_bytes'] / MIB:.1f} MiB became {report['bytes'] / MIB:.1f} MiB."
