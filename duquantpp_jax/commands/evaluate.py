@@ -1,10 +1,11 @@
 """`duquantpp evaluate`: perplexity of a model on a text, and its distance from a reference.
 
-The protocols are in evaluation/rows.py, the equations in evaluation/predict.py; intervals are over
-text, clustered by document or by row (evaluation/intervals.py).
+Protocols are in evaluation/rows.py, equations in evaluation/predict.py. Intervals are over text,
+clustered by document or by row (evaluation/intervals.py).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,7 +43,7 @@ MEASURES = {
     "excess_nll": "NLL - reference's, nats",
     "agreement": "same first token, share",
 }
-"""What the results hold, in the words of the table."""
+"""Measures in the results, and their headings in the table."""
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Imports = Annotated[tuple[str, ...], tyro.conf.arg(name="import")]
@@ -57,17 +58,17 @@ class EvaluateOptions:
       text: UTF-8 text to evaluate on.
       reference: Directory of the model to compare with, usually the float one; it may be the same
         directory, to see what --cache costs.
-      protocol: documents (as compare: documents separated by <|endoftext|>, cut into rows each by
-        itself, taken in turn) or stream (as papers: one stream cut into rows).
-      window: Ids of text in a row; by default 511 for documents and 2048 for stream, or what the
-        model has positions for.
+      protocol: documents (as in compare: documents separated by <|endoftext|>, each cut into rows
+        by itself, the rows of all documents taken in turn) or stream (as in papers: one stream cut
+        into rows).
+      window: Token ids of text in a row; by default 511 for documents and 2048 for stream, or fewer
+        if the model has fewer positions.
       bos: Put the model's beginning-of-sequence token before every row; default for documents.
-      no_bos: Do not; default for stream.
-      tokens: Targets to evaluate on, cut down to whole rows; all by default.
+      no_bos: Leave it out; default for stream.
+      tokens: Targets to evaluate on, cut down to whole rows; by default all.
       cache: Format of the key-value cache: float32, bf16, mxfp8, mxfp4; by default there is none.
       rotate_keys: Rotate keys and queries by a Hadamard matrix before keys are cached.
-      imports: Modules to import first: those of a quantized model's transforms and formats that are
-        not of this package.
+      imports: Modules to import first, for transforms and formats that this package does not have.
       out: File for the results, as JSON.
     """
 
@@ -88,7 +89,7 @@ class EvaluateOptions:
 def evaluate(
     options: EvaluateOptions, progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> dict[str, Any]:
-    """Runs the evaluation; the results, as `--out` writes them.
+    """Runs the evaluation; returns the results, as `--out` writes them.
 
     Raises:
       ValueError: Bad input; one line that says what was wrong and what would be right.
@@ -102,7 +103,7 @@ def evaluate(
     protocol = _protocol(options, config)
     tokenizer = load_tokenizer(options.model, config)
     rows = rows_of_text(text, tokenizer, config.bos_token_id, protocol)
-    every = max(1, len(rows.documents)) * rows.targets  # of no rows one is wanted, and refused
+    every = max(1, len(rows.documents)) * rows.targets  # a text without a row is refused
     targets = every if options.tokens is None else options.tokens
     rows = rows_for_targets(rows, targets, str(options.text))
     reference = None
@@ -110,14 +111,15 @@ def evaluate(
         reference = predictor
         if options.reference.resolve() != options.model.resolve():
             reference = Predictor(*load_any(options.reference))
-        _check_same_tokens(options, config, reference.model.config)
+        if (size := reference.model.config.vocab_size) != config.vocab_size:
+            raise ValueError(
+                f"{options.reference} has {size} tokens and {options.model} has "
+                f"{config.vocab_size}: give a --reference of the same vocabulary"
+            )
     if options.cache is not None:
         store = cache.store(options.cache, config.head_dim, rotate_keys=options.rotate_keys)
         predictor = dataclasses.replace(predictor, store=store)
-
-    def step(done: int, total: int) -> None:
-        progress("evaluating", done, total)
-
+    step = functools.partial(progress, "evaluating")
     if reference is None:
         nll, sums = Reference(predictor, rows.tokens).nll(step), None
     else:
@@ -145,7 +147,7 @@ def evaluate(
 
 
 def _protocol(options: EvaluateOptions, config: DecoderConfig) -> Protocol:
-    """The preset that was named, with what was asked for instead."""
+    """The protocol of that name, with the options that change it."""
     preset = PROTOCOLS[known("protocol", options.protocol, PROTOCOLS)]
     if options.bos and options.no_bos:
         raise ValueError("--bos and --no-bos were both given: give one of them")
@@ -165,16 +167,6 @@ def _protocol(options: EvaluateOptions, config: DecoderConfig) -> Protocol:
     return Protocol(preset.stream, window, bos)
 
 
-def _check_same_tokens(
-    options: EvaluateOptions, config: DecoderConfig, reference: DecoderConfig
-) -> None:
-    if config.vocab_size != reference.vocab_size:
-        raise ValueError(
-            f"{options.reference} has {reference.vocab_size} tokens and {options.model} has "
-            f"{config.vocab_size}: give a --reference of the same vocabulary"
-        )
-
-
 def _identity(directory: Path) -> dict[str, str]:
     return {"name": directory.resolve().name, "sha256": sha256(directory)}
 
@@ -188,19 +180,15 @@ def _measures(
       ValueError: A mean is not finite.
     """
 
-    def mean(of: np.ndarray) -> dict[str, Any]:
-        value, ci95, *_ = estimate({0: of / rows.targets}, cluster)
+    def mean(row_sums: np.ndarray) -> dict[str, Any]:
+        value, ci95, *_ = estimate({0: row_sums / rows.targets}, cluster)
         if not np.isfinite(value):
             raise ValueError("the model gave NaN or Inf: no result is reported")
         return {"value": value, "ci95": ci95}
 
     nll = mean(nll_sums)
-    bounds = nll["ci95"]
-    perplexity = {
-        "value": float(np.exp(nll["value"])),
-        "ci95": None if bounds is None else [float(np.exp(one)) for one in bounds],
-    }
-    measures = {"perplexity": perplexity, "nll": nll}
+    bounds = nll["ci95"] and np.exp(nll["ci95"]).tolist()
+    measures = {"perplexity": {"value": float(np.exp(nll["value"])), "ci95": bounds}, "nll": nll}
     if sums is not None:
         measures |= {
             "kl": mean(sums.kl),
@@ -215,12 +203,12 @@ def _measures(
 
 
 def summary(results: dict[str, Any]) -> tuple[str, Table]:
-    """What was measured, and on what, for a terminal."""
+    """A description of the evaluation and a table of its measures, for a terminal."""
     chosen, clusters = results["options"], results["clusters"]
-    held = f", cache in {chosen['cache']}" if chosen["cache"] else ""
-    held += ", keys rotated" if chosen["rotate_keys"] else ""
+    cached = f", cache in {chosen['cache']}" if chosen["cache"] else ""
+    cached += ", keys rotated" if chosen["rotate_keys"] else ""
     said = (
-        f"{results['model']['name']}{held}: {results['targets']:,} targets of "
+        f"{results['model']['name']}{cached}: {results['targets']:,} targets of "
         f"{chosen['text']['name']}, {chosen['protocol']}, windows of {chosen['window']} "
         f"{'after a' if chosen['bos'] else 'without'} BOS.\n"
         f"95 % intervals clustered by {clusters['unit']} ({clusters['count']})."
@@ -237,7 +225,7 @@ def summary(results: dict[str, Any]) -> tuple[str, Table]:
 
 
 def run(options: EvaluateOptions) -> int:
-    """Runs the command and prints what it found; the exit code."""
+    """Runs the command and prints the results; returns the exit code."""
     if options.out is not None:
         files.check_writable(options.out.parent)
     with progress_bar() as progress:

@@ -1,4 +1,4 @@
-"""`duquantpp export`: a quantized checkpoint in the layouts that other programs read."""
+"""`duquantpp export`: writes a quantized checkpoint in a layout that other programs read."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,8 +19,7 @@ class ExportOptions:
       model: Directory that `duquantpp quantize` wrote.
       format: compressed-tensors (MXFP4 as vLLM and transformers read it), or dequantized (plain
         bfloat16, activations not quantized).
-      imports: Modules to import first: those of a quantized model's transforms and formats that are
-        not of this package.
+      imports: Modules to import first, for transforms and formats that this package does not have.
       out: New directory.
     """
 
@@ -36,14 +35,14 @@ def export(
     """Writes the directory; returns notes for the user.
 
     Raises:
-      ValueError: The model cannot be expressed so; one line that says why.
+      ValueError: The format cannot express the model; one line that says why.
     """
     import_modules(options.imports)
     return write_export(options.model, options.format, options.out, progress)
 
 
 def run(options: ExportOptions) -> int:
-    """Exports and prints the notes."""
+    """Runs the command and prints the notes; returns the exit code."""
     with progress_bar() as progress:
         notes = export(options, progress)
     print("\n".join([*notes, f"Written to {options.out}."]))

@@ -1,4 +1,4 @@
-"""`duquantpp generate`: a model, float or quantized, continues a text."""
+"""`duquantpp generate`: a float or quantized model continues a text."""
 
 import dataclasses
 from pathlib import Path
@@ -21,17 +21,16 @@ class GenerateOptions:
 
     Attributes:
       model: Hugging Face directory (config.json, safetensors, tokenizer.json), or a quantized one.
-      prompt: What is to be continued, with whatever special tokens the tokenizer itself adds.
-      bos: Put the model's beginning-of-sequence token before the prompt as well.
+      prompt: Text to continue; the tokenizer may add special tokens.
+      bos: Put the model's beginning-of-sequence token before the prompt.
       max_new_tokens: Tokens to generate, unless an end-of-sequence token comes first.
-      temperature: 0 takes the likeliest token; 1 draws as the model predicts.
-      top_k: Draw from so many of the likeliest tokens; 0 for all.
-      top_p: Draw from the fewest of the likeliest tokens that have this probability together.
+      temperature: 0 takes the likeliest token; 1 draws from the model's distribution.
+      top_k: Draw from this many of the likeliest tokens; 0 for all.
+      top_p: Draw from the fewest likeliest tokens whose probabilities add up to this much.
       seed: For drawing.
       cache: Format of the key-value cache: float32, bf16, mxfp8, mxfp4.
       rotate_keys: Rotate keys and queries by a Hadamard matrix before keys are cached.
-      imports: Modules to import first: those of a quantized model's transforms and formats that are
-        not of this package.
+      imports: Modules to import first, for transforms and formats that this package does not have.
     """
 
     model: Path
@@ -48,7 +47,7 @@ class GenerateOptions:
 
 
 def continued(options: GenerateOptions) -> str:
-    """The prompt and what the model makes of it, as text.
+    """The prompt and its continuation, as text.
 
     Raises:
       ValueError: Bad input; one line that says what was wrong and what would be right.
@@ -86,6 +85,6 @@ def continued(options: GenerateOptions) -> str:
 
 
 def run(options: GenerateOptions) -> int:
-    """Prints the continued text."""
+    """Runs the command and prints the text; returns the exit code."""
     print(continued(options))
     return 0
