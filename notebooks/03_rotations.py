@@ -156,7 +156,7 @@ for step in range(steps):
 print(f"kept: step {int(np.argmin(peaks)) + 1}, largest |x| {min(peaks):.2f}")
 
 # %%
-figures.training(
+figures.loss_curves(
     np.arange(1, steps + 1),
     {"DuQuant++": peaks, "Hadamard": np.full(steps, float(jnp.max(jnp.abs(x @ h))))},
     loss="largest |x| of the block",

@@ -142,7 +142,7 @@ print(f"held out: {judged[0, 0]:.5f} with Hadamard, {judged[-1, 0]:.5f} after 10
 
 # %%
 seen = np.array([losses[max(0, 10 * n - 10) : max(10 * n, 1)].mean() for n in range(11)])
-figures.training(
+figures.loss_curves(
     10 * np.arange(11),
     {"training tokens": seen, "held out": judged[:, 0]},
     {"Cayley": judged[:, 1]},
@@ -222,7 +222,7 @@ for name, parametrization in {"learned rotations": Cayley(), "learned affine": A
     fits[name] = learning.fits
     histories[name] = [learning.start_loss, *(held for _, _, held in learning.history)]
 
-figures.training(10 * np.arange(5), histories, title="the whole model: KL on held-out rows")
+figures.loss_curves(10 * np.arange(5), histories, title="the whole model: KL on held-out rows")
 
 # %% [markdown]
 # The held-out rows chose the step, so they cannot also be the judge. The judge is the evaluation

@@ -79,6 +79,46 @@ def test_the_house_has_few_rooms_and_no_two_of_one_name():
     assert len(set(stems.values())) == len(stems), sorted(stems)
 
 
+ENDINGS = (
+    "able",
+    "e",
+    "ed",
+    "er",
+    "ers",
+    "es",
+    "ing",
+    "ings",
+    "ion",
+    "ions",
+    "ment",
+    "or",
+    "ors",
+    "s",
+)
+
+
+def _stem(name):
+    cut = (name.removesuffix(end) for end in ENDINGS if len(name) - len(end) >= 3)
+    return min((name, *cut), key=len)
+
+
+def _names():
+    """Names that must be told apart: files and rooms beside one another, functions, classes."""
+    for path, module in _modules():
+        parent, _, name = module.rpartition(".")
+        yield f"beside each other in {parent or 'the package'}", name
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                yield type(node).__name__, node.name
+
+
+def test_no_two_public_names_differ_only_by_an_ending():
+    stems = {}
+    for kind, name in _names():
+        stems.setdefault((kind, _stem(name)), set()).add(name)
+    assert [names for names in stems.values() if len(names) > 1] == []
+
+
 def test_files_are_short_enough_to_be_read():
     lengths = {name: len(path.read_text("utf-8").splitlines()) for path, name in _modules()}
     assert {name: length for name, length in lengths.items() if length > 350} == {}

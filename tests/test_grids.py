@@ -21,6 +21,7 @@ from experiments import kv_cache, outliers
 from experiments.greedy import FitBestOf
 from experiments.seeding import SEEDS, seeded
 from tests.conftest import stats_of, tiny_decoder
+from tests.documented import undocumented
 
 PLACE = pathlib.Path(experiments.__file__).parent
 QUESTIONS = (
@@ -198,7 +199,9 @@ def test_a_file_runs_to_its_table_its_summary_and_its_page(
     assert "4 of 5 cells finished, 1 failed" in printed.out
     assert "tiny, text.txt, 2,044 targets" in printed.out
     assert printed.err.startswith("failed: nothing, mxfp4, seed 0: ValueError: 1000 calibration")
-    (table,) = json.loads((tmp_path / "s.json").read_text())["tables"]
+    summary = json.loads((tmp_path / "s.json").read_text())
+    assert undocumented(summary) == set()
+    (table,) = summary["tables"]
     assert table["rows"] == ["rtn", "block_hadamard", "random_hadamard", "nothing"]
     rows = {entry["row"]: entry for entry in table["entries"]}
     assert rows["random_hadamard"]["seeds"] == [0, 1]

@@ -36,7 +36,7 @@ def contents(quantized: Quantized, stored: Stored | None) -> dict[str, Any]:
     }
 
 
-def stored(quantized: Quantized) -> Stored | None:
+def scales_and_codes(quantized: Quantized) -> Stored | None:
     """Scale bytes and codes of the MXFP4 weights; of large weights only every n-th block."""
     scales, codes = [], []
     for number in range(quantized.config.num_hidden_layers):

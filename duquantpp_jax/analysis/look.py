@@ -133,7 +133,7 @@ def inspect(
         }
         linears = list(linear_names(site, layer))
         sites.append({"site": site, "layer": layer, "linears": linears, **found})
-    stored = None if quantized is None else holds.stored(quantized)
+    stored = None if quantized is None else holds.scales_and_codes(quantized)
     results = {
         "schema": 1,
         "model": {"name": model_name(options.model), "sha256": sha256(directory)},

@@ -79,7 +79,7 @@ def figures_of(inspection: Inspection, block_size: int) -> dict[str, Any]:
         made[f"blocks{end}"] = figures.amax_map(whole, block_size=block_size, title=title)
     if inspection.stored is not None:
         scales, codes = inspection.stored
-        made["scales"] = figures.scale_exponents({"weights": scales})
+        made["scales"] = figures.scale_occupancy({"weights": scales})
         made["codes"] = figures.code_occupancy({"weights": codes})
     if inspection.sqnr is not None:
         made["sqnr"] = figures.sqnr({results["quantized"]["recipe"]: inspection.sqnr})

@@ -23,7 +23,7 @@ from duquantpp_jax.core import Fitted, Recipe
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import environment, load_rows, model_name, name_and_hash
-from duquantpp_jax.learning.named import CALIBRATION_ROWS, Learn, Report, learn
+from duquantpp_jax.learning.named import CALIBRATION_ROWS, LearnSettings, Report, learn
 from duquantpp_jax.models import Decoder
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.walk import quantize_decoder
@@ -87,10 +87,10 @@ class LearnOptions:
     out: Path = Path("fits")
 
     @property
-    def how(self) -> Learn:
+    def how(self) -> LearnSettings:
         """The options of learning itself."""
-        names = [field.name for field in dataclasses.fields(Learn)]
-        return Learn(**{name: getattr(self, name) for name in names})
+        names = [field.name for field in dataclasses.fields(LearnSettings)]
+        return LearnSettings(**{name: getattr(self, name) for name in names})
 
     def format_names(self) -> dict[str, str]:
         """The full name of each side's format.

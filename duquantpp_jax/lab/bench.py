@@ -31,7 +31,7 @@ from duquantpp_jax.learning.refine import refine
 from duquantpp_jax.models import Decoder
 from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.plan import Plan
-from duquantpp_jax.ptq.report import online_costs
+from duquantpp_jax.ptq.report import costs_by_site
 from duquantpp_jax.ptq.stream import Turn
 from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder
 
@@ -74,7 +74,7 @@ class Found(NamedTuple):
       agreement: Targets of each row at which both models put the same token first.
       documents: Number of each row's document.
       sqnr: In dB, mean over the linears that have one; None where all stay in float.
-      online: As of `ptq.report.online_costs`; None where all stay in float.
+      online: As of `ptq.report.costs_by_site`; None where all stay in float.
       seconds: To fit (of the cell that fitted what this one may share), and in all.
     """
 
@@ -133,7 +133,7 @@ class Bench:
                 state = refine(plan, start, predictor.state, calibration, cell.refine)
                 predictor = dataclasses.replace(predictor, state=state)
             sqnr = mean_sqnr(predictor, rows.tokens[: reference.batch_rows])
-            online = online_costs(predictor.state)
+            online = costs_by_site(predictor.state)
         predictor = dataclasses.replace(predictor, store=cell.store)
         sums = reference.row_sums(predictor)
         if not np.isfinite([np.sum(sums.kl), np.sum(sums.nll), sqnr or 0.0]).all():

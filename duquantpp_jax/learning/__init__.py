@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from duquantpp_jax.learning.blocks import learn_blocks
-    from duquantpp_jax.learning.model import Learning, learn_model
+    from duquantpp_jax.learning.model import LearnResult, learn_model
     from duquantpp_jax.learning.moves import LearningLinear, Moves
-    from duquantpp_jax.learning.named import Learn, learn
+    from duquantpp_jax.learning.named import LearnSettings, learn
     from duquantpp_jax.learning.site import FitLearned
     from duquantpp_jax.learning.training import Objective, train
 
 __all__ = [
     "FitLearned",
-    "Learn",
-    "Learning",
+    "LearnResult",
+    "LearnSettings",
     "LearningLinear",
     "Moves",
     "Objective",
@@ -30,9 +30,9 @@ __all__ = [
 
 _FILES = {
     "blocks": ("learn_blocks",),
-    "model": ("Learning", "learn_model"),
+    "model": ("LearnResult", "learn_model"),
     "moves": ("LearningLinear", "Moves"),
-    "named": ("Learn", "learn"),
+    "named": ("LearnSettings", "learn"),
     "site": ("FitLearned",),
     "training": ("Objective", "train"),
 }

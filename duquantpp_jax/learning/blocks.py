@@ -20,7 +20,7 @@ from flax import struct
 from jaxtyping import Array, Float, Float32, Int, Key
 
 from duquantpp_jax.core import Fitted, Format
-from duquantpp_jax.learning.model import Learning
+from duquantpp_jax.learning.model import LearnResult
 from duquantpp_jax.learning.moves import Learned, LearningLinear, Moves, SiteState
 from duquantpp_jax.learning.training import Objective, Trained, train
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig, dense
@@ -120,14 +120,14 @@ def learn_blocks(
         given = tuple(_run(objective, found.learned, hidden, batch_rows) for hidden in given)
 
 
-def stack_blocks(learned: Sequence[tuple[dict[str, Fitted], Trained]]) -> Learning:
+def stack_blocks(learned: Sequence[tuple[dict[str, Fitted], Trained]]) -> LearnResult:
     """What `learn_blocks` gave: fits stacked over layers, losses as means over blocks, check by
     check."""
     fits = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(fitted for fitted, _ in learned))
     found = [trained for _, trained in learned]
     checks = np.mean([trained.history for trained in found], axis=0)
     history = [(int(step), float(loss), float(held)) for step, loss, held in checks]
-    return Learning(fits, float(np.mean([trained.start_loss for trained in found])), history)
+    return LearnResult(fits, float(np.mean([trained.start_loss for trained in found])), history)
 
 
 def _run(

@@ -76,7 +76,7 @@ class Divergence(Objective):
         return {s: self.moves.bounded(self.start[s], moved) for s, moved in learned.items()}
 
 
-class Learning(NamedTuple):
+class LearnResult(NamedTuple):
     """What was learned.
 
     Attributes:
@@ -100,7 +100,7 @@ def learn_model(
     *,
     dtype: Any = jnp.bfloat16,
     **options: Any,
-) -> Learning:
+) -> LearnResult:
     """Learns what `moves` names, from `start`.
 
     Args:
@@ -116,7 +116,7 @@ def learn_model(
     weights = {site: model.weights(site) for site in start}
     learned = {site: moves.init(start[site], weights[site]) for site in start}
     found = train(objective, learned, rows, held_out, key, **options)
-    return Learning(moves.fits(start, found.learned, weights), found.start_loss, found.history)
+    return LearnResult(moves.fits(start, found.learned, weights), found.start_loss, found.history)
 
 
 def at_rates(

@@ -23,7 +23,7 @@ from duquantpp_jax.checkpoints import load
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.core import Fitted, Recipe
 from duquantpp_jax.learning.blocks import learn_blocks, stack_blocks
-from duquantpp_jax.learning.model import Learning, at_rates, learn_model
+from duquantpp_jax.learning.model import LearnResult, at_rates, learn_model
 from duquantpp_jax.learning.moves import PARTS, moves_named
 from duquantpp_jax.learning.site import FitLearned, start_of
 from duquantpp_jax.learning.training import warmed_cosine
@@ -74,7 +74,7 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Learn:
+class LearnSettings:
     """How fits are learned.
 
     Attributes:
@@ -112,7 +112,7 @@ class Learn:
 
 
 def learn(
-    how: Learn,
+    how: LearnSettings,
     checkpoint: Checkpoint,
     recipe: Recipe,
     rows: Integer[np.ndarray, "rows length"],
@@ -120,7 +120,7 @@ def learn(
     *,
     place: Path,
     report: Report = lambda *_: None,
-) -> Learning:
+) -> LearnResult:
     """Learns fits for a model.
 
     Args:
@@ -147,7 +147,7 @@ def learn(
     calibration = rows[:CALIBRATION_ROWS, :-1]
     layers, count = checkpoint.config.num_hidden_layers, how.steps
     if how.through == "site":
-        return Learning(_learn_sites(how, checkpoint, recipe, calibration, place, report), 0.0, [])
+        return LearnResult(_learn_sites(how, checkpoint, recipe, calibration, place, report), 0.0, [])
     plan = _plan(checkpoint.config, dataclasses.replace(recipe, fit=find_fit(how.start)), how.seed)
     size = max(format.block_size for format in formats)
     starts = _starts(plan, checkpoint, calibration, size)
@@ -223,7 +223,7 @@ def _starts(
 
 
 def _learn_sites(
-    how: Learn,
+    how: LearnSettings,
     checkpoint: Checkpoint,
     recipe: Recipe,
     tokens: Integer[np.ndarray, "rows length"],

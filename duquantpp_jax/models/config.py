@@ -122,7 +122,7 @@ class DecoderConfig:
             tie_word_embeddings=read.boolean(fields, "tie_word_embeddings", False),
             max_position_embeddings=max_positions,
             bos_token_id=read.token(fields.get("bos_token_id"), "bos_token_id", vocab_size),
-            eos_token_id=read.tokens(fields.get("eos_token_id"), "eos_token_id", vocab_size),
+            eos_token_id=read.stop_tokens(fields.get("eos_token_id"), "eos_token_id", vocab_size),
             architecture=architecture,
             rope_scaling=read_scaling(fields, max_positions),
             biases=biases,

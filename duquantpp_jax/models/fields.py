@@ -62,7 +62,7 @@ def token(value: Any, name: str, vocab_size: int) -> int | None:
     raise wrong(name, value, f"null or a token id below vocab_size {vocab_size}")
 
 
-def tokens(value: Any, name: str, vocab_size: int) -> int | tuple[int, ...] | None:
+def stop_tokens(value: Any, name: str, vocab_size: int) -> int | tuple[int, ...] | None:
     """A token id, null, or a list of token ids, as in Llama 3."""
     if not isinstance(value, list):
         return token(value, name, vocab_size)

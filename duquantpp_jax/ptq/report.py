@@ -66,7 +66,7 @@ def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[st
     return report
 
 
-def online_costs(state: State) -> dict[str, dict[str, float]]:
+def costs_by_site(state: State) -> dict[str, dict[str, float]]:
     """What moving the inputs of each site costs while the model runs.
 
     Args:

@@ -11,6 +11,7 @@ from duquantpp_jax import cli
 from duquantpp_jax.checkpoints import save
 from duquantpp_jax.evaluation.rows import PROTOCOLS, read_text, rows_of_text
 from tests.conftest import byte_tokenizer, tiny_decoder
+from tests.documented import undocumented
 
 
 def arguments(directory, text, *more):
@@ -39,6 +40,7 @@ def test_results_keep_their_contract(results):
             "reference",
         ),
     ]
+    assert undocumented(results) == set()
     assert results["schema"] == 2
     assert results["targets"] == 1200
     assert results["clusters"] == {"unit": "document", "count": 10}

@@ -15,7 +15,7 @@ from duquantpp_jax.formats.elements import E2M1
 Bytes = Mapping[str, UInt8[Array | np.ndarray, "..."]]
 
 
-def scale_exponents(scale_bytes: Bytes, *, title: str = "", columns: style.Columns = 1) -> Figure:
+def scale_occupancy(scale_bytes: Bytes, *, title: str = "", columns: style.Columns = 1) -> Figure:
     """Number of blocks with each scale 2^E, E = byte - 127: a bar for every integer E.
 
     Args:

@@ -48,7 +48,7 @@ def rotation(
     return figure
 
 
-def training(
+def loss_curves(
     steps: Integer[Array | np.ndarray, " checks"],
     losses: Lines,
     orthogonality: Lines | None = None,

@@ -41,13 +41,13 @@ EXAMPLES = {
     "amax_map": lambda c: figures.amax_map(SITES, title="a model", columns=c),
     "sqnr": lambda c: figures.sqnr(dict.fromkeys(ERRORS, SITES), title="a model", columns=c),
     "error_ecdf": lambda c: figures.error_ecdf(ERRORS, title=SITE, columns=c),
-    "scale_exponents": lambda c: figures.scale_exponents(BYTES, title=SITE, columns=c),
+    "scale_occupancy": lambda c: figures.scale_occupancy(BYTES, title=SITE, columns=c),
     "code_occupancy": lambda c: figures.code_occupancy(CODES, title=SITE, columns=c),
     "divergences": lambda c: figures.divergences(PIVOT, columns=c),
     "rotation": lambda c: figures.rotation(
         dict.fromkeys(ERRORS, X[:32, :32] / 17), title=SITE, columns=c
     ),
-    "training": lambda c: figures.training(
+    "loss_curves": lambda c: figures.loss_curves(
         STEPS, {"held out": X[0, :5] ** 2}, {"R": 1e-7 + X[1, :5] ** 2}, title=SITE, columns=c
     ),
     "roofline": lambda c: figures.roofline(

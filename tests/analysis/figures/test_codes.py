@@ -21,7 +21,7 @@ def _bars(axes):
 
 def test_every_integer_exponent_has_a_bar_and_bars_sum_to_all_blocks():
     given = {"a": np.uint8([[126, 127], [127, 130]]), "b": np.uint8([120, 127, 127])}
-    (axes,) = figures.scale_exponents(given).axes
+    (axes,) = figures.scale_occupancy(given).axes
     bars = _bars(axes)
     assert bars["a"] == {e: {-1: 1, 0: 2, 3: 1}.get(e, 0) for e in range(-7, 4)}
     assert bars["b"] == {e: {-7: 1, 0: 2}.get(e, 0) for e in range(-7, 4)}
@@ -33,7 +33,7 @@ def test_every_integer_exponent_has_a_bar_and_bars_sum_to_all_blocks():
 def test_bars_of_exponents_are_those_of_a_quantized_array():
     x = RNG.standard_normal((4, 64)).astype(np.float32)
     quantized = MXFP4().quantize(x)
-    (axes,) = figures.scale_exponents({"x": quantized.scale_bytes()}).axes
+    (axes,) = figures.scale_occupancy({"x": quantized.scale_bytes()}).axes
     amax = np.abs(x).reshape(-1, 32).max(-1)
     wanted = np.floor(np.log2(amax)) - 2  # FLOOR; the largest element is 1.5 * 2^2
     assert {e: n for e, n in _bars(axes)["x"].items() if n} == {
@@ -43,7 +43,7 @@ def test_bars_of_exponents_are_those_of_a_quantized_array():
 
 def test_a_scale_that_is_nan_is_refused():
     with pytest.raises(ValueError, match="255, which stands for NaN"):
-        figures.scale_exponents({"a": np.uint8([255])})
+        figures.scale_occupancy({"a": np.uint8([255])})
 
 
 @pytest.mark.parametrize("columns", [1, 2])

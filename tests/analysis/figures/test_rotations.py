@@ -27,7 +27,7 @@ FAR = {"mlp_out": np.array([1e-7, 2e-7, 3e-6])}
 
 
 def test_lines_are_losses_and_distances_from_orthogonal():
-    top, bottom = figures.training(STEPS, LOSSES, FAR).axes
+    top, bottom = figures.loss_curves(STEPS, LOSSES, FAR).axes
     for axes, lines in ((top, LOSSES), (bottom, FAR)):
         for line, (name, values) in zip(axes.lines, lines.items(), strict=True):
             np.testing.assert_array_equal(line.get_xdata(), STEPS)
@@ -39,10 +39,10 @@ def test_lines_are_losses_and_distances_from_orthogonal():
 
 
 def test_without_rotations_there_is_only_the_loss():
-    (axes,) = figures.training(STEPS, LOSSES).axes
+    (axes,) = figures.loss_curves(STEPS, LOSSES).axes
     assert axes.get_xlabel() == "step"
 
 
 def test_a_line_without_a_number_for_each_step_is_refused():
     with pytest.raises(ValueError, match="held out has 2 numbers for 3 steps"):
-        figures.training(STEPS, {"held out": np.ones(2)})
+        figures.loss_curves(STEPS, {"held out": np.ones(2)})
