@@ -85,10 +85,10 @@ def fit_seconds(
     stats = Stats.init(width, 1, count, sample_limit=count)
     stats = stats.update(tokens_of(count, width, tail)[None], jnp.int32(0))
     jax.block_until_ready(stats)
-    weights, one = (jnp.ones((1, width)),), recipe("greedy", "floor")
+    weights, method = (jnp.ones((1, width)),), recipe("greedy", "floor")
     fit = FitDuquantpp(steps=steps)
-    first, later = least(lambda: fit(weights, stats, one, KEY).transform)
-    return first, later, np.asarray(fit(weights, stats, one, KEY).transform.matrices)
+    first, later = least(lambda: fit(weights, stats, method, KEY).transform)
+    return first, later, np.asarray(fit(weights, stats, method, KEY).transform.matrices)
 
 
 def plain_seconds(count: int, width: int, steps: int, blocks: int, fitted: np.ndarray) -> float:

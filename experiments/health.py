@@ -79,15 +79,15 @@ def measure(name: str, rule: str, x: jax.Array, w: jax.Array) -> dict[str, float
     stats = Stats.init(
         width, half, x.shape[1], needs=Needs.GRAM | Needs.POSITIONS, sample_limit=2048
     ).update(x[:half], jnp.int32(0))
-    one = recipe(name, rule)
-    fitted = fit_linear(one, (w,), stats, jax.random.key(0))
-    site = quantize_linear(one, (w,), stats, fitted)
+    method = recipe(name, rule)
+    fitted = fit_linear(method, (w,), stats, jax.random.key(0))
+    site = quantize_linear(method, (w,), stats, fitted)
     seen = x[half:, 1:].reshape(-1, width)
-    (y,), _ = QuantizedLinear(one.activation_format)(SITE, seen, (w,), site)
+    (y,), _ = QuantizedLinear(method.activation_format)(SITE, seen, (w,), site)
     wanted = np.asarray(seen, np.float64) @ np.asarray(w, np.float64).T
     error = np.sum((np.asarray(y, np.float64) - wanted) ** 2, axis=-1)
     try:
-        found = health(fitted.transform, width, one.activation_format.block_size)
+        found = health(fitted.transform, width, method.activation_format.block_size)
     except ValueError:  # it mixes blocks
         found = health(fitted.transform, width)
     row = {

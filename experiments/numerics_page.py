@@ -108,10 +108,10 @@ def by_convention() -> str:
     rows = []
     for name, format, rule in CONVENTIONS:
         q = format.quantize(x)
-        held = np.asarray(q.dequantize())[0, :8]
+        values = np.asarray(q.dequantize())[0, :8]
         error = float(np.square(np.asarray(format.fake_quantize(x)) - x).mean())
         scale = float(q.scales[0, 0].astype(jnp.float32))
-        rows.append((name, rule, f"{scale:.4g}", *(f"{v:.4g}" for v in held), f"{error:.4f}"))
+        rows.append((name, rule, f"{scale:.4g}", *(f"{v:.4g}" for v in values), f"{error:.4f}"))
     head = ("convention", "rule", "scale", *(f"{v:g}" for v in x[0, :8]), "mean squared error")
     return table(head, rows)
 
@@ -122,12 +122,12 @@ def by_rounding() -> str:
     for tie in ties:
         for name, x in ((f"next below {tie:g}", below(tie)), (f"{tie:g}", tie),
                         (f"next above {tie:g}", beyond(tie))):  # fmt: skip
-            held = []
+            cells = []
             for rounding in (EVEN, AWAY, ZERO):
                 given = np.array([[4, x, -x, *[0] * 29]], np.float32)
                 got = np.asarray(MXFP4(rounding=rounding).fake_quantize(given))[0, 1:3]
-                held.append(f"{got[0]:g}, {got[1]:g}")
-            rows.append((name, *held))
+                cells.append(f"{got[0]:g}, {got[1]:g}")
+            rows.append((name, *cells))
     return table(("+-x, under scale 1", EVEN.value, AWAY.value, ZERO.value), rows)
 
 
@@ -152,8 +152,10 @@ def edges() -> str:
             x = np.array([[*start, *[0] * (32 - len(start))]], np.float32)
             q = format.quantize(x)
             scale = q.scale_bytes()[0, 0] if q.scales.dtype.itemsize == 1 else q.scales[0, 0]
-            held = ", ".join(number(v) for v in np.asarray(q.dequantize())[0, : len(start)])
-            cells.append(f"{number(scale) if scale.dtype == jnp.float32 else int(scale)}: {held}")
+            numbers = ", ".join(number(v) for v in np.asarray(q.dequantize())[0, : len(start)])
+            cells.append(
+                f"{number(scale) if scale.dtype == jnp.float32 else int(scale)}: {numbers}"
+            )
         rows.append((name, *cells))
     return table(("first numbers of the block", *(name for name, _ in EDGE_FORMATS)), rows)
 

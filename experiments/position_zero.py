@@ -66,11 +66,11 @@ def main() -> None:
     float_model = Reference(Predictor(model), tokens, keep_bytes=2**30)
     for name, seed in CASES:
         for rule in ("floor", "even"):
-            one = recipe(name, rule)
-            plan = Plan.of(model.config, one, seed=seed)
+            method = recipe(name, rule)
+            plan = Plan.of(model.config, method, seed=seed)
             *_, state = quantize_decoder(plan, model, calibration, stats=stats)
             everywhere, but_zero = (
-                Predictor(model, linear(one.activation_format), state)
+                Predictor(model, linear(method.activation_format), state)
                 for linear in (QuantizedLinear, PositionZeroInFloat)
             )
             kl, kl_but_zero = (

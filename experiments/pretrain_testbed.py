@@ -199,8 +199,8 @@ def sample(model: Decoder, rows: int, key: PRNGKeyArray) -> Int32[Array, "rows 5
     for i in range(0, rows, 64):
         tokens = jnp.zeros((min(rows, 64), ROW), jnp.int32)
         for last in range(128, ROW + 1, 128):
-            one = jax.random.fold_in(key, i)
-            tokens = _extend(model, tokens, one, max(1, last - 128), last)
+            part = jax.random.fold_in(key, i)
+            tokens = _extend(model, tokens, part, max(1, last - 128), last)
         parts.append(tokens)
     return jnp.concatenate(parts)[:rows]
 
@@ -234,7 +234,7 @@ def main(run: Pretrain, data: Path, out: Path) -> dict[str, Any]:
     tokenizer = train_tokenizer(seen_text, run.vocab_size)
     print(f"{len(books)} books, tokenizer at {time.perf_counter() - begin:.0f} s", flush=True)
     encoded = tokenizer.encode_batch_fast(books, add_special_tokens=False)
-    ids = [np.array(one.ids, np.uint16) for one in encoded]
+    ids = [np.array(text.ids, np.uint16) for text in encoded]
     seen, unseen = ids[: -run.unseen_books], ids[-run.unseen_books :]
     print(f"{sum(map(len, seen))} tokens at {time.perf_counter() - begin:.0f} s", flush=True)
 

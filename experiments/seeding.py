@@ -9,6 +9,6 @@ SEEDS = (0, 1, 2)
 
 
 def seeded(cell: Cell) -> Iterator[Cell]:
-    """The cell, once for each seed that its fit has a use for."""
+    """The cell once for each seed: three seeds if its fit draws random numbers, else one."""
     for seed in SEEDS if cell.draws else SEEDS[:1]:
         yield dataclasses.replace(cell, seed=seed)

@@ -21,27 +21,27 @@ SHORT = ("floor", "even", "log256")
 
 
 def beside(pivots: list[Pivot]) -> str:
-    """Rows of a grid down; a few columns of each model and text across; last, what a fit took on
-    the first."""
-    columns = [(one, c) for one in pivots for c in SHORT if c in one["columns"]]
+    """A row for each row of the grid, a few columns for each model and text, and the seconds of a
+    fit on the first of them."""
+    columns = [(pivot, c) for pivot in pivots for c in SHORT if c in pivot["columns"]]
     heads = [
-        f"{one['model']['name']} on {Path(one['text']['name']).stem}, {column}"
-        for one, column in columns
+        f"{pivot['model']['name']} on {Path(pivot['text']['name']).stem}, {column}"
+        for pivot, column in columns
     ]
     lines = [
         "| | " + " | ".join([*heads, "fit, s"]) + " |",
         "| --- |" + " ---: |" * (len(heads) + 1),
     ]
     for row in pivots[0]["rows"]:
-        cells = [_short(one, row, column) for one, column in columns]
+        cells = [_short(pivot, row, column) for pivot, column in columns]
         cells.append(table.fit_seconds(pivots[0], row))
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _short(pivot: Pivot, row: str, column: str) -> str:
-    """KL without the spread of its seeds, and its difference in brackets; nothing if not run."""
-    found = [one for one in pivot["entries"] if (one["row"], one["column"]) == (row, column)]
+    """KL without the range of its seeds, and its difference in brackets; empty if not run."""
+    found = [e for e in pivot["entries"] if (e["row"], e["column"]) == (row, column)]
     if not found:
         return ""
     said = table.difference(found[0])
@@ -55,18 +55,18 @@ def chosen(pivot: Pivot, rows: Sequence[str], columns: Sequence[str]) -> Pivot:
 
 
 def gains(pivot: Pivot) -> str:
-    """Of a grid whose rows are the baseline and one method: columns down, both side by side."""
+    """A line for each column of a grid whose rows are the baseline and one other method."""
     baseline, method = pivot["baseline"], *(r for r in pivot["rows"] if r != pivot["baseline"])
-    found = {(one["row"], one["column"]): one for one in pivot["entries"]}
+    found = {(entry["row"], entry["column"]): entry for entry in pivot["entries"]}
     lines = [
         f"| | {baseline} | {method} | {method} - {baseline} | PPL, {baseline} | PPL, {method} |",
         "| --- |" + " ---: |" * 5,
     ]
     for column in pivot["columns"]:
         before, after = found[baseline, column], found[method, column]
-        parts = [f"{one['kl']['value']:.4f}" for one in (before, after)]
+        parts = [f"{entry['kl']['value']:.4f}" for entry in (before, after)]
         parts.append(table.difference(after).rstrip("*"))
-        parts += [f"{one['perplexity']['value']:.2f}" for one in (before, after)]
+        parts += [f"{entry['perplexity']['value']:.2f}" for entry in (before, after)]
         lines.append(f"| {column} | " + " | ".join(parts) + " |")
     return "\n".join(lines)
 

@@ -1,16 +1,15 @@
-"""The main job: recipes compared on one model, in several formats, with paired intervals.
+"""`duquantpp compare`: recipes on one model, in several formats, with paired intervals.
 
-A comparison is a small grid: a cell for each recipe, format and, where the recipe draws random
-numbers, seed. Every cell sees the same rows of text as the float model. Its table is that of any
-grid (lab/pivot.py): differences to block_hadamard in the same format, row by row, with intervals
-over text and seeds.
+A comparison is a small grid: a cell for each recipe, format and, if the recipe draws random
+numbers, seed. Every cell evaluates the same rows of text as the float model. Its table is that of
+any grid (lab/pivot.py), with block_hadamard as the baseline of each format.
 """
 
 import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +22,13 @@ from rich.table import Table
 from duquantpp_jax import files
 from duquantpp_jax.analysis.outliers import moved_maxima
 from duquantpp_jax.commands.evaluate import Imports
-from duquantpp_jax.commands.progress import progress_bar
+from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import check_texts, name_and_hash
 from duquantpp_jax.lab import table
 from duquantpp_jax.lab.bench import Bench, order
 from duquantpp_jax.lab.cells import DEFAULT_FORMAT, SCHEMA, Cell
-from duquantpp_jax.lab.pivot import COMPARED, Layout, pivots
+from duquantpp_jax.lab.pivot import Layout, pivots
 from duquantpp_jax.lab.records import Record, record_of
 from duquantpp_jax.lab.running import Outcome
 from duquantpp_jax.ptq.stream import Name as Rotation
@@ -37,14 +36,11 @@ from duquantpp_jax.recipes import ALIASES, import_modules
 
 BASELINE = "block_hadamard"
 BATCH_ROWS = 16
-"""Rows evaluated at once; under log256, whose scale spans a batch, part of the result."""
+"""Rows evaluated at once; they decide the result of log256, whose scale spans a batch."""
 CALIBRATION_ROWS = 64
 FORMATS = ("floor", "even", "log256")
 TIMES = ("fit_seconds", "seconds")
-"""What differs from run to run, and so stands in timings.json."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, steps done, steps in all."""
+"""Fields of an entry that differ from run to run; they stand in timings.json."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +71,7 @@ class CompareOptions:
         second row of every method.
       seed: For recipes that draw random numbers, and for refining.
       seeds: Several of them in place of --seed: which (0 1 2), or how many (3).
-      imports: Modules to import first: those of the transforms in --fits that are not of this
-        package.
+      imports: Modules to import first, for transforms and formats that this package does not have.
       out: Directory for results.json, timings.json and compare.png.
     """
 
@@ -110,11 +105,11 @@ class CompareOptions:
 
 
 class Comparison(NamedTuple):
-    """What a comparison found.
+    """The results of a comparison.
 
     Attributes:
       results: The contents of results.json (docs/results.md).
-      timings: Seconds to fit and to measure each entry, and of the whole comparison.
+      timings: The contents of timings.json: seconds of each entry, and of the whole comparison.
       channels: For the figure: a site, and its channel maxima before and after each recipe.
     """
 
@@ -124,32 +119,24 @@ class Comparison(NamedTuple):
 
 
 def cells(options: CompareOptions) -> list[Cell]:
-    """The grid, row by row; a recipe that draws no random numbers stands in it once.
+    """The grid, row by row; a recipe that draws no random numbers has only the first seed.
 
     Raises:
       ValueError: An unknown name, or an empty list of names.
     """
+    lists = ("scale_rules", "formats", "weight_formats", "activation_formats", "seeds")
+    for name in lists if options.fits else ("recipes", *lists):
+        if getattr(options, name) == ():
+            raise ValueError(f"--{name.replace('_', '-')} is empty: name at least one")
+    same = ("rounding", "model", "text", "calibration_text", "tokens", "pad", "fuse")
+    same += ("rotate_stream", "rotate_values")
+    shared = {name: getattr(options, name) for name in same}
+    shared |= {"calibration_tokens": CALIBRATION_ROWS * TARGETS, "batch_rows": BATCH_ROWS}
     grid = []
     for name, fits in _methods(options).items():
-        for format, weight_format, activation_format in _formats(options):
-            cell = Cell(
-                name,
-                format,
-                fits=fits,
-                weight_format=weight_format,
-                activation_format=activation_format,
-                rounding=options.rounding,
-                model=options.model,
-                text=options.text,
-                calibration_text=options.calibration_text,
-                tokens=options.tokens,
-                calibration_tokens=CALIBRATION_ROWS * TARGETS,
-                batch_rows=BATCH_ROWS,
-                pad=options.pad,
-                fuse=options.fuse,
-                rotate_stream=options.rotate_stream,
-                rotate_values=options.rotate_values,
-            )
+        for format, weights, activations in _formats(options):
+            sides = {"weight_format": weights, "activation_format": activations}
+            cell = Cell(name, format, fits=fits, **sides, **shared)
             for steps in (0, options.refine) if options.refine else (0,):
                 refined = dataclasses.replace(cell, refine=steps)
                 seeds = _seeds(options) if refined.draws else _seeds(options)[:1]
@@ -157,7 +144,7 @@ def cells(options: CompareOptions) -> list[Cell]:
     return grid
 
 
-def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Comparison:
+def compare(options: CompareOptions, progress: Step = lambda *_: None) -> Comparison:
     """Runs the comparison.
 
     Raises:
@@ -168,7 +155,7 @@ def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Co
     check_texts(options.model, options.text, options.calibration_text)
     grid = cells(options)
     for cell in grid:
-        cell.configuration()  # refuses what is missing before anything is measured
+        cell.configuration()  # refuses bad input before anything is measured
     records: dict[Cell, Record] = {}
     maxima: dict[str, Float[np.ndarray, " k"]] = {}
     bench, site = Bench(), ""
@@ -184,24 +171,17 @@ def compare(options: CompareOptions, progress: Progress = lambda *_: None) -> Co
     names = list(_methods(options))
     layout = Layout(baseline=BASELINE if BASELINE in names else None)
     (pivot,) = pivots(Outcome({cell: records[cell] for cell in grid}, {}), layout)
-    timings = {
-        "entries": [
-            {name: entry[name] for name in ("row", "column", *TIMES)} for entry in pivot["entries"]
-        ],
-        "total_seconds": time.perf_counter() - start,
-    }
-    pivot["entries"] = [
-        {name: value for name, value in entry.items() if name not in TIMES}
-        for entry in pivot["entries"]
-    ]
+    seconds = []
+    for entry in pivot["entries"]:
+        times = {name: entry.pop(name) for name in TIMES}
+        seconds.append({"row": entry["row"], "column": entry["column"]} | times)
+    timings = {"entries": seconds, "total_seconds": time.perf_counter() - start}
     results = {"schema": SCHEMA, **pivot, "options": _chosen(options)}
     return Comparison(results, timings, (site, {name: maxima[name] for name in ("before", *names)}))
 
 
 def _methods(options: CompareOptions) -> dict[str, Path | None]:
-    """The rows in order: names of recipes, and names and places of fits."""
-    if not options.fits:
-        _check_not_empty("recipes", options.recipes)
+    """The rows in order: names of recipes, and names of fits with their directories."""
     found = dict.fromkeys((ALIASES.get(name, name) for name in options.recipes), None)
     methods: dict[str, Path | None] = dict(found)
     for directory in options.fits:
@@ -213,9 +193,7 @@ def _methods(options: CompareOptions) -> dict[str, Path | None]:
 
 
 def _formats(options: CompareOptions) -> Iterator[tuple[str, str | None, str | None]]:
-    """Of each column the format of both sides, and those of weights and activations."""
-    for name in ("scale_rules", "formats", "weight_formats", "activation_formats"):
-        _check_not_empty(name, getattr(options, name))
+    """For each column the format of both sides, and, if they differ, of weights and activations."""
     both = dict.fromkeys([*(options.scale_rules or ()), *(options.formats or ())]) or FORMATS
     if "float" in both:
         raise ValueError("format float quantizes nothing: name the formats to compare in")
@@ -228,8 +206,7 @@ def _formats(options: CompareOptions) -> Iterator[tuple[str, str | None, str | N
 
 
 def _seeds(options: CompareOptions) -> tuple[int, ...]:
-    """The seeds that are asked for; a single number in --seeds says how many."""
-    _check_not_empty("seeds", options.seeds)
+    """The seeds of the options; a single number in --seeds says how many."""
     seeds = options.seeds or (options.seed,)
     if options.seeds and len(seeds) == 1:
         seeds = tuple(range(seeds[0]))
@@ -241,13 +218,8 @@ def _seeds(options: CompareOptions) -> tuple[int, ...]:
     return seeds
 
 
-def _check_not_empty(option: str, values: tuple[Any, ...] | None) -> None:
-    if values is not None and not values:
-        raise ValueError(f"--{option.replace('_', '-')} is empty: name at least one")
-
-
 def _chosen(options: CompareOptions) -> dict[str, Any]:
-    """The options as results.json has them, without places."""
+    """The options as results.json has them, without directories."""
     fields = dataclasses.asdict(options) | {
         "recipes": [name for name, fits in _methods(options).items() if fits is None],
         "fits": [name for name, fits in _methods(options).items() if fits is not None],
@@ -261,65 +233,51 @@ def _chosen(options: CompareOptions) -> dict[str, Any]:
 
 
 def run(options: CompareOptions) -> int:
-    """Runs the command and prints what it found; the exit code."""
+    """Runs the command, and prints and writes the results; returns the exit code."""
+    from duquantpp_jax.analysis import figures
+
     files.check_writable(options.out)
     with progress_bar() as progress:
         comparison = compare(options, progress)
     for warning in dict.fromkeys(cell.warning for cell in cells(options)):
         if warning:
             print(warning, file=sys.stderr)
-    _write(options, comparison)
+    figure = figures.comparison(comparison.results, comparison.channels)
+    options.out.mkdir(parents=True, exist_ok=True)
+    files.write_whole(options.out / "compare.png", figures.picture(figure, "png"))
+    files.write_whole(options.out / "timings.json", files.to_json(comparison.timings))
+    files.write_whole(options.out / "results.json", files.to_json(comparison.results))
     _print_table(comparison)
     print(table.verdict(comparison.results))
     print(f"Written to {options.out}: results.json, timings.json, compare.png")
     return 0
 
 
-def _write(options: CompareOptions, comparison: Comparison) -> None:
-    from duquantpp_jax.analysis import figures
-
-    figure = figures.comparison(comparison.results, comparison.channels)
-    options.out.mkdir(parents=True, exist_ok=True)
-    files.write_whole(options.out / "compare.png", figures.picture(figure, "png"))
-    files.write_whole(options.out / "timings.json", files.to_json(comparison.timings))
-    files.write_whole(options.out / "results.json", files.to_json(comparison.results))
-
-
 def _print_table(comparison: Comparison) -> None:
-    results = comparison.results
-    print(f"{table.title(results)}; weights rounded by {results['options']['rounding']}.")
+    results, options = comparison.results, comparison.results["options"]
+    print(f"{table.title(results)}; weights rounded by {options['rounding']}.")
     print(f"{table.legend(results)}.")
-    if results["options"]["pad"]:
+    if options["pad"]:
         print("--pad: inputs that blocks of 32 do not divide are widened with zeros (exact).")
-    if results["options"]["fuse"]:
+    if options["fuse"]:
         print("--fuse: smoothing and permutations are folded into the model where they can be.")
     for name, what in (("stream", "the residual stream is"), ("values", "value heads are")):
-        if rotation := results["options"][f"rotate_{name}"]:
+        if rotation := options[f"rotate_{name}"]:
             print(f"--rotate-{name}: {what} turned by {rotation} before anything else.")
-    seconds = {
-        (one["row"], one["column"]): one["fit_seconds"] for one in comparison.timings["entries"]
-    }
-    entries = {(one["row"], one["column"]): one for one in results["entries"]}
+    seconds = {(e["row"], e["column"]): e["fit_seconds"] for e in comparison.timings["entries"]}
+    entries = {(entry["row"], entry["column"]): entry for entry in results["entries"]}
     beside = f"- {results['baseline']}" if results["baseline"] else ""
     distances = _table("KL", beside, "excess NLL", beside)
     others = _table("PPL", "SQNR dB", "fit s", "online", "KiB")
     for row, column in itertools.product(results["rows"], results["columns"]):
         entry, end = entries[row, column], column == results["columns"][-1]
-        pairs = [
-            (table.value(entry, measure), table.difference(entry, measure)) for measure in COMPARED
-        ]
-        distances.add_row(row, column, *itertools.chain(*pairs), end_section=end)
-        numbers = [
-            f"{entry['perplexity']['value']:.3f}",
-            f"{entry['sqnr_db']['value']:.2f}",
-            f"{seconds[row, column]:.1f}",
-        ]
-        others.add_row(row, column, *numbers, *table.online(entry), end_section=end)
+        cells = [text for *_, text in table.line(entry, beside)]
+        distances.add_row(row, column, *cells[:4], end_section=end)
+        cells = [*cells[4:], f"{seconds[row, column]:.1f}", *table.online(entry)]
+        others.add_row(row, column, *cells, end_section=end)
     console = Console(width=160)
     console.print(distances)
-    print(
-        "Online: multiply-adds for each value of the inputs of the four sites; KiB of all layers."
-    )
+    print("Online: multiply-adds for each value of the four sites' inputs; KiB of all layers.")
     console.print(others)
 
 

@@ -6,7 +6,6 @@ clustered by document or by row (evaluation/intervals.py).
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,7 @@ from rich.table import Table
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load_tokenizer, sha256
 from duquantpp_jax.checkpoints.loading import load_any
-from duquantpp_jax.commands.progress import progress_bar
+from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.evaluation.intervals import clusters, estimate
 from duquantpp_jax.evaluation.predict import Predictor, Reference, RowSums
 from duquantpp_jax.evaluation.rows import (
@@ -86,9 +85,7 @@ class EvaluateOptions:
     out: Path | None = None
 
 
-def evaluate(
-    options: EvaluateOptions, progress: Callable[[str, int, int], None] = lambda *_: None
-) -> dict[str, Any]:
+def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict[str, Any]:
     """Runs the evaluation; returns the results, as `--out` writes them.
 
     Raises:

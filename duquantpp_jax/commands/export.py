@@ -1,13 +1,12 @@
 """`duquantpp export`: writes a quantized checkpoint in a layout that other programs read."""
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from duquantpp_jax.checkpoints.exports import write_export
 from duquantpp_jax.commands.evaluate import Imports
-from duquantpp_jax.commands.progress import progress_bar
+from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.recipes import import_modules
 
 
@@ -29,9 +28,7 @@ class ExportOptions:
     out: Path = Path("exported")
 
 
-def export(
-    options: ExportOptions, progress: Callable[[str, int, int], None] = lambda *_: None
-) -> list[str]:
+def export(options: ExportOptions, progress: Step = lambda *_: None) -> list[str]:
     """Writes the directory; returns notes for the user.
 
     Raises:

@@ -10,6 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+Step = Callable[[str, int, int], None]
+"""Called with a description of the work, the steps done and the number of all steps."""
+
 
 class _Interrupt:
     """Remembers Ctrl-C. Another library can lose a KeyboardInterrupt that is raised inside one of
@@ -45,7 +48,7 @@ def remembering_interrupts() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar() -> Iterator[Step]:
     """A bar on stderr if that is a terminal; call it with a description, steps done, all steps."""
     bar = Progress(
         TextColumn("{task.description}"),

@@ -1,4 +1,4 @@
-"""`duquantpp quantize`: a float checkpoint in, a quantized one out, a layer at a time."""
+"""`duquantpp quantize`: reads a float checkpoint and writes a quantized one, layer by layer."""
 
 import dataclasses
 import hashlib
@@ -53,7 +53,7 @@ ROWS = 64
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeOptions:
-    """Quantizes a Hugging Face model layer by layer; killed, the same command goes on.
+    """Quantizes a Hugging Face model layer by layer; after a kill, the same command resumes.
 
     Without --model it is the small model inside the package.
 
@@ -71,25 +71,24 @@ class QuantizeOptions:
       seed: For random ids, and for recipes that draw.
       rows: Rows of 511 tokens to calibrate on (512 of random ids).
       include: Linears to quantize, by name, as in '*.mlp.*'.
-      exclude: Of those, the ones to leave in float.
+      exclude: Linears among them to leave in float.
       formats: Of weights and activations: mxfp4, mxfp6, mxfp8, nvfp4, .. of duquantpp_jax.recipes,
         a scale rule with it (mxfp4:even) or alone (even), or module:NAME; SITE=FORMAT for one of
         the sites attention_in, attention_out, mlp_in, mlp_out.
       weight_formats: Of weights alone, over --formats.
       activation_formats: Of activations alone, over --formats; also bf16 (W4A16).
-      sequential: Calibrate each layer on what the quantized layers before it give.
+      sequential: Calibrate each layer on the output of the quantized layers before it.
       fuse: Fold smoothing and permutations into norms, v and up before rounding; smoothing before
         o_proj becomes the same in the query heads that share a value head.
       rotate_stream: Turn the residual stream by a rotation that costs nothing online; a tied head
         becomes a matrix of its own.
       rotate_values: Turn value heads by such rotations.
       pad: Widen linear inputs that blocks do not divide, with zeros (exact).
-      refine: Steps in which, after rounding, what moves the activations is learned once more
-        through the whole model in memory, from the calibration text; weights stay as they are.
-      dry_run: Say sizes, memory and time; write nothing.
-      overwrite: Start anew where --out holds another quantized model.
-      imports: Modules to import first: those of the transforms in --fits that are not of this
-        package.
+      refine: Steps of learning, after rounding, of what moves the activations; through the whole
+        model in memory, on the calibration text. Weights stay as they are.
+      dry_run: Print sizes, memory and time; write nothing.
+      overwrite: Start anew if --out holds another quantized model.
+      imports: Modules to import first, for transforms and formats that this package does not have.
       out: Directory for the quantized model.
     """
 
@@ -119,12 +118,36 @@ class QuantizeOptions:
 
 
 def quantize(options: QuantizeOptions, progress: Progress = lambda *_: None) -> dict[str, Any]:
-    """Carries the job out, or what is left of it; the report.
+    """Runs the job, or resumes it; returns the report.
 
     Raises:
       ValueError: Bad input; one line that says what was wrong and what would be right.
       OSError: A file cannot be written; the finished layers are kept.
     """
+    job, checkpoint, plan, tokens = _planned(options)
+    finished = begin(options.out, job, overwrite=options.overwrite)
+    if not finished:
+        write_layers(options.out, checkpoint, job, plan, tokens, progress)
+        if options.refine:
+            refine_layers(options.out, checkpoint, plan, tokens, options.refine, progress)
+        finish(options.out, checkpoint, job)
+    return read_json(options.out / REPORT)
+
+
+def dry_run(options: QuantizeOptions) -> dict[str, Any]:
+    """The cost of the job, as `estimate` gives it; writes nothing.
+
+    Raises:
+      ValueError: As `quantize`.
+    """
+    _, _, plan, tokens = _planned(options)
+    return estimate(plan, *tokens.shape)
+
+
+def _planned(
+    options: QuantizeOptions,
+) -> tuple[Job, Checkpoint, Plan, Integer[np.ndarray, "rows length"]]:
+    """The job, the float model, the checked plan, and the calibration inputs."""
     import_modules(options.imports)
     check_out(options)
     tokens, source = calibration_tokens(options)
@@ -136,13 +159,7 @@ def quantize(options: QuantizeOptions, progress: Progress = lambda *_: None) -> 
     plan.check()
     if options.refine:
         refining.check(plan)
-    finished = begin(options.out, job, overwrite=options.overwrite)
-    if not finished:
-        write_layers(options.out, checkpoint, job, plan, tokens, progress)
-        if options.refine:
-            refine_layers(options.out, checkpoint, plan, tokens, options.refine, progress)
-        finish(options.out, checkpoint, job)
-    return read_json(options.out / REPORT)
+    return job, checkpoint, plan, tokens
 
 
 def refine_layers(
@@ -153,10 +170,10 @@ def refine_layers(
     steps: int,
     progress: Progress,
 ) -> None:
-    """Learns the transforms of finished layers once more, or what is left of it.
+    """Refines the transforms of finished layers, or resumes it.
 
-    Where learning stands is kept at every check, and what was learned until all layers have it: a
-    run that was killed goes on to the same bits.
+    The state of learning is kept at every check, and its result until all layers have it. So a run
+    that was killed resumes to the same bits.
     """
     begun, learned = out / "refine.safetensors", out / "refined.safetensors"
     paths = [out / layer_file(number) for number in range(plan.config.num_hidden_layers)]
@@ -188,21 +205,8 @@ def refine_layers(
         path.unlink(missing_ok=True)
 
 
-def dry_run(options: QuantizeOptions) -> dict[str, Any]:
-    """What the job would cost, as `estimate` has it; writes nothing.
-
-    Raises:
-      ValueError: As `quantize`.
-    """
-    check_out(options)
-    job = job_of(options, *calibration_tokens(options))
-    plan = job.plan(Checkpoint(options.model or testbed.directory(), job.turn).config)
-    plan.check()
-    return estimate(plan, job.calibration["rows"], job.calibration["length"])
-
-
 def check_out(options: QuantizeOptions) -> None:
-    """Raises ValueError where --out must not or cannot be written."""
+    """Raises ValueError if --out cannot or must not be written."""
     out = options.out
     files.check_writable(out)
     source = options.model or testbed.directory()
@@ -210,7 +214,7 @@ def check_out(options: QuantizeOptions) -> None:
         raise ValueError(f"--out {out} is the model itself: give another directory")
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a directory")
-    # A run that was killed before its job was written leaves no more than a temporary file.
+    # A run that was killed before it wrote its job leaves only a temporary file.
     others = [path for path in out.glob("*") if not path.name.startswith(f".{JOB}.")]
     if others and not is_quantized(out):
         raise ValueError(f"{out} holds other files: give an empty or new directory")
@@ -219,10 +223,10 @@ def check_out(options: QuantizeOptions) -> None:
 def calibration_tokens(
     options: QuantizeOptions,
 ) -> tuple[Integer[np.ndarray, "rows length"], str]:
-    """The rows to calibrate on, all of whose positions are inputs, and where they are from.
+    """The rows to calibrate on, every position an input, and their source.
 
     Raises:
-      ValueError: The text cannot be read or is too short, or no row is asked for.
+      ValueError: The text cannot be read or is too short, or --rows is below 1.
     """
     if options.refine < 0:
         raise ValueError(f"--refine {options.refine}: give a number of steps, or 0 for none")
@@ -246,10 +250,10 @@ def calibration_tokens(
 def job_of(
     options: QuantizeOptions, tokens: Integer[np.ndarray, "rows length"], source: str
 ) -> Job:
-    """The job that the options ask for.
+    """The job of the options.
 
     Raises:
-      ValueError: A name is not known.
+      ValueError: A name is unknown, or two options contradict one another.
     """
     directory = options.model or testbed.directory()
     tokens = np.asarray(tokens, np.int32)
@@ -286,10 +290,10 @@ def job_of(
 
 
 def _by_site(options: QuantizeOptions, side: tuple[str, ...]) -> dict[str, str]:
-    """The format of each site, in full: the last that names the site, or all sites.
+    """The full name of each site's format; later options go over earlier ones.
 
     Args:
-      side: `NAME` or `SITE=NAME`, which go over those of both sides.
+      side: `NAME` or `SITE=NAME` of weights or activations alone, over those of --formats.
     """
     formats = dict.fromkeys(SITES, "mxfp4")
     for given in (*options.formats, *side):
@@ -301,7 +305,7 @@ def _by_site(options: QuantizeOptions, side: tuple[str, ...]) -> dict[str, str]:
 
 
 def run(options: QuantizeOptions) -> int:
-    """Runs the command and prints what it found; the exit code."""
+    """Runs the command and prints the report; returns the exit code."""
     console = Console(width=100)
     if options.dry_run:
         found = dry_run(options)

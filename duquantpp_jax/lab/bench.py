@@ -1,17 +1,15 @@
-"""What measurements on one subject share, so that none of it is done twice.
+"""The bench measures cells one after another and keeps what the next cell may share.
 
     calibrate -> fit -> quantize -> (refine) -> measure
 
-`Bench` does these for one cell after another and keeps what the next may want: the model, the
-rows, the Stats, the last fit, and the float model's log-probabilities up to a stated number of
-bytes (batches beyond it are computed anew, cell by cell). Everything else that cells share is
-compiled code, which is kept for as long as only arrays differ.
+It keeps the last model, rows, Stats and fit, and the float model's log-probabilities up to a bound
+in bytes; batches beyond the bound are computed again for each cell. Cells that differ in arrays
+alone share compiled code, too.
 """
 
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +21,7 @@ from duquantpp_jax.checkpoints.fits import load_fits
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.core import Fitted, Needs, Stats
 from duquantpp_jax.evaluation.predict import Predictor, Reference
-from duquantpp_jax.evaluation.rows import TARGETS, Rows
+from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.sqnr import mean_sqnr
 from duquantpp_jax.evaluation.subject import check_texts, load_rows
 from duquantpp_jax.lab.cells import Cell
@@ -36,14 +34,7 @@ from duquantpp_jax.ptq.stream import Turn
 from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder
 
 CACHE_BYTES = 2 << 30
-"""Default bound on log-probabilities kept, on each device that computes."""
-
-
-def fit(plan: Plan, model: Decoder, stats: Mapping[str, Stats]) -> tuple[dict[str, Fitted], float]:
-    """What the plan's recipes fit at every site, and in how many seconds."""
-    began = time.perf_counter()
-    fits = jax.block_until_ready(fit_decoder(plan, model, stats))
-    return fits, time.perf_counter() - began
+"""Default bound on the log-probabilities that each device keeps."""
 
 
 def quantize(
@@ -56,26 +47,23 @@ def quantize(
     """Moves and rounds every site, as `duquantpp quantize` does.
 
     Args:
-      plan: What is done.
-      model: The float model.
       rows: Inputs of the calibration.
       stats: Of these inputs, stacked over layers.
-      fits: As `fit` gives them.
     """
     plan = dataclasses.replace(plan, fits=fits)
     return Predictor(*quantize_decoder(plan, model, rows, stats=stats))
 
 
 class Found(NamedTuple):
-    """What one cell gave.
+    """The results of one cell.
 
     Attributes:
       kl, nll, float_nll: Sums over each row's targets, in nats.
       agreement: Targets of each row at which both models put the same token first.
       documents: Number of each row's document.
-      sqnr: In dB, mean over the linears that have one; None where all stay in float.
-      online: As of `ptq.report.costs_by_site`; None where all stay in float.
-      seconds: To fit (of the cell that fitted what this one may share), and in all.
+      sqnr: In dB, mean over the linears that have one; None if all stay in float.
+      online: See `ptq.report.costs_by_site`; None if all linears stay in float.
+      seconds: "fit", of the cell that made the fit if cells share one, and "total".
     """
 
     kl: Float32[np.ndarray, " rows"]
@@ -91,7 +79,7 @@ class Found(NamedTuple):
 class Bench:
     """Measures one cell after another; cells in `order` share most.
 
-    What a cell gives does not depend on which cells were measured before it.
+    The result of a cell does not depend on the cells before it.
     """
 
     def __init__(self, cache_bytes: int = CACHE_BYTES):
@@ -99,9 +87,9 @@ class Bench:
         self._kept: dict[str, tuple[Any, Any]] = {}
 
     def _latest(self, what: str, key: Any, make: Callable[[], Any]) -> Any:
-        """make(), or what it gave last time if the key is the same; one value of each kind."""
+        """The kept value of this kind if its key is the same; else make(), which is kept."""
         if self._kept.get(what, (None,))[0] != (key,):
-            self._kept.pop(what, None)  # before the new one is made: both may not fit
+            self._kept.pop(what, None)  # first: there may be no memory for both
             self._kept[what] = ((key,), make())
         return self._kept[what][1]
 
@@ -112,17 +100,15 @@ class Bench:
           ValueError: Bad input, or a result that is NaN or Inf; one line.
         """
         began = time.perf_counter()
-        model = self._latest("model", _of_model(cell), lambda: _model(cell))
-        rows = self._latest("rows", _of_rows(cell), lambda: _evaluation(cell))
+        of_model, of_rows, _ = _keys(cell)
+        model = self._latest("model", of_model, lambda: _model(cell))
+        subject = cell.model, cell.text, cell.tokens
+        rows = self._latest("rows", of_rows, lambda: load_rows(*subject, "evaluation"))
+        size, bound = cell.batch_rows, self._cache_bytes
         reference = self._latest(
             "reference",
-            (_of_model(cell), _of_rows(cell), cell.batch_rows),
-            lambda: Reference(
-                Predictor(model),
-                rows.tokens,
-                batch_rows=cell.batch_rows,
-                keep_bytes=self._cache_bytes,
-            ),
+            (of_model, of_rows, size),
+            lambda: Reference(Predictor(model), rows.tokens, batch_rows=size, keep_bytes=bound),
         )
         start, plan = self._start(cell)
         predictor, fit_seconds, sqnr, online = Predictor(start), 0.0, None, None
@@ -150,8 +136,9 @@ class Bench:
         )
 
     def fitted(self, cell: Cell) -> tuple[dict[str, Fitted], dict[str, Stats]]:
-        """What the cell's recipe fits at every site, and the Stats that it saw; for nothing right
-        after `run` of the cell.
+        """The fits of the cell at every site, and the Stats that they were made from.
+
+        They are kept, so that a call after `run` of the same cell costs nothing.
 
         Raises:
           ValueError: The cell's linears stay in float.
@@ -163,8 +150,8 @@ class Bench:
         return fits, stats
 
     def _start(self, cell: Cell) -> tuple[Decoder, Plan | None]:
-        """The float model that is quantized, turned if the cell says so, and the plan for it."""
-        model = self._latest("model", _of_model(cell), lambda: _model(cell))
+        """The float model to quantize, turned if the cell has rotations, and its plan."""
+        model = self._latest("model", _keys(cell)[0], lambda: _model(cell))
         if cell.turn != Turn():
             checkpoint = Checkpoint(cell.model or testbed.directory(), cell.turn)
             model = self._latest("turned", (cell.model, cell.turn), checkpoint.decoder)
@@ -176,62 +163,51 @@ class Bench:
     def _fit(
         self, cell: Cell, plan: Plan, model: Decoder
     ) -> tuple[dict[str, Fitted], float, np.ndarray, dict[str, Stats]]:
-        """The fit, its seconds, and the calibration inputs and Stats that it saw."""
-        rows = self._latest("calibration", _of_calibration(cell), lambda: _calibration(cell))
+        """The fits, their seconds, and the calibration inputs and Stats behind them."""
+        of_model, _, of_calibration = _keys(cell)
+        rows = self._latest("calibration", of_calibration, lambda: _calibration(cell))
         widths, recipe = plan.widths(0), plan.recipes["mlp_in"]
-        inputs = (_of_model(cell), cell.turn, _of_calibration(cell), tuple(widths.items()))
+        inputs = (of_model, cell.turn, of_calibration, tuple(widths.items()))
         stats = self._latest("stats", inputs, dict)
         if recipe.needs not in stats:
             stats[recipe.needs] = calibrate(model, rows, widths, needs=recipe.needs)
-        # A fit that does not look at the formats is the same under every rule.
+        # A fit that does not need the formats is the same under all of them.
         formats = (recipe.weight_format, recipe.activation_format)
         seen = formats if Needs.FORMATS in recipe.needs else recipe.activation_format.block_size
-        fits, seconds = self._latest(
-            "fit",
-            (inputs, recipe.fit, cell.fits, cell.seed, seen),
-            lambda: _load(cell) if cell.fits else fit(plan, model, stats[recipe.needs]),
-        )
+
+        def make() -> tuple[dict[str, Fitted], float]:
+            if cell.fits:
+                return load_fits(cell.fits, sha256(cell.model or testbed.directory()))[0], 0.0
+            began = time.perf_counter()
+            fits = jax.block_until_ready(fit_decoder(plan, model, stats[recipe.needs]))
+            return fits, time.perf_counter() - began
+
+        key = (inputs, recipe.fit, cell.fits, cell.seed, seen)
+        fits, seconds = self._latest("fit", key, make)
         return fits, seconds, rows, stats[recipe.needs]
 
 
 def order(cells: list[Cell]) -> list[Cell]:
-    """The cells so that neighbours share: the model, then the rows, the calibration, the fit."""
+    """Sorts cells so that neighbours share: first the model, then rows, calibration and fit."""
 
     def key(cell: Cell) -> tuple[str, ...]:
-        parts = (_of_model(cell), _of_rows(cell), _of_calibration(cell), cell.pad)
         recipe = cell.method()
         fit = (cell.turn, recipe and recipe.fit, cell.fits)
-        return (*map(repr, parts), repr(fit), f"{cell.seed:09d}")
+        return (*map(repr, (*_keys(cell), cell.pad, fit)), f"{cell.seed:09d}")
 
-    return sorted(cells, key=key)  # stable: within a fit, as given
-
-
-def _of_model(cell: Cell) -> Any:
-    return cell.model, cell.change
+    return sorted(cells, key=key)  # stable: cells of one fit stay in the order given
 
 
-def _of_rows(cell: Cell) -> Any:
-    return cell.model, cell.text, cell.tokens
-
-
-def _of_calibration(cell: Cell) -> Any:
-    return cell.model, cell.calibration_text, cell.calibration_tokens
+def _keys(cell: Cell) -> tuple[Any, Any, Any]:
+    """All that decides the cell's model, its evaluation rows and its calibration rows."""
+    calibration = cell.model, cell.calibration_text, cell.calibration_tokens
+    return (cell.model, cell.change), (cell.model, cell.text, cell.tokens), calibration
 
 
 def _model(cell: Cell) -> Decoder:
     check_texts(cell.model, cell.text, cell.calibration_text)
     model = load(cell.model or testbed.directory())
     return model if cell.change is None else cell.change(model)
-
-
-def _load(cell: Cell) -> tuple[dict[str, Fitted], float]:
-    """The fits that are given, which take no time to fit."""
-    directory = cell.model or testbed.directory()
-    return load_fits(Path(cell.fits or ""), sha256(directory))[0], 0.0
-
-
-def _evaluation(cell: Cell) -> Rows:
-    return load_rows(cell.model, cell.text, cell.tokens, "evaluation")
 
 
 def _calibration(cell: Cell) -> Integer[np.ndarray, "rows length"]:

@@ -1,8 +1,8 @@
-"""A cell: everything that decides one measurement, frozen, and named by the hash of it.
+"""A cell: all choices of one measurement, frozen, and named by the hash of its configuration.
 
-The hash is over contents: of the model and the texts by their bytes, of the fit, the rounding and
-the formats by class and fields. What only labels a cell in tables is left out of it, so that a
-recipe by its name and the same fit given as an object are one cell, and so that files may move.
+The hash covers contents: of the model and the texts the bytes, of the fit, the rounding and the
+formats the class and the fields. It leaves out labels and places. So files may move, and a recipe
+by its name and the same fit as an object are one cell.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from duquantpp_jax.ptq import stream
 from duquantpp_jax.recipes import format_name, recipe
 
 SCHEMA = 2
-"""Of a cell's configuration and record: results of another schema are measured anew."""
+"""Version of configurations and records; cells with records of another version run again."""
 FLOAT = "float"
 """The format of cells whose linears stay in float."""
 DEFAULT_FORMAT = "mxfp4"
@@ -35,28 +35,27 @@ DEFAULT_FORMAT = "mxfp4"
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One configuration to measure. Frozen and hashable; holds no arrays.
+    """One configuration to measure. Frozen and hashable, without arrays.
 
     Attributes:
       recipe: Name of the method in tables, and in duquantpp_jax.recipes unless `fit` or `fits` is
         given.
-      format: Name of the format of both sides in duquantpp_jax.recipes, as in `find_format`; a
-        label alone where both formats are given. "float" leaves all linears as they are, so that
-        only `store` is measured.
+      format: Format of weights and activations, by its name for `recipes.find_format`; only a
+        label if both formats are given. "float" leaves all linears as they are, so that only
+        `store` is measured.
       fit: How the transform is fitted.
-      fits: Directory that `duquantpp learn` wrote for this model: what moves the inputs, in place
-        of a fit.
+      fits: Directory that `duquantpp learn` wrote for this model, in place of a fit.
       rounding: How moved weights are rounded, or its name.
-      weight_format, activation_format: Each, where given, in place of `format`: a name or a format.
+      weight_format, activation_format: Name or format of one side, in place of `format`.
       store: How keys and values are kept; None keeps them as they are.
       seed: For fits that draw random numbers.
-      change: Called with the float model before anything else; what it gives is the float model.
-        A frozen dataclass, so that it has a name and numbers.
+      change: Called with the float model before anything else; its result is the float model. A
+        frozen dataclass, so that it has a name and numbers.
       model: Hugging Face directory; None is the embedded model.
       text, calibration_text: UTF-8 files; None is what the package embeds.
       tokens: Targets to evaluate on, cut down to whole rows of 511.
-      calibration_tokens: The first so many inputs of the calibration text: whole rows of 511, or
-        the start of one row.
+      calibration_tokens: Inputs from the start of the calibration text: whole rows of 511, or the
+        start of one row.
       batch_rows: Rows evaluated at once; under log256, whose scale spans a batch, part of the
         result.
       pad: Widen linear inputs that blocks do not divide, with zeros (exact).
@@ -90,15 +89,15 @@ class Cell:
     refine: int = 0
 
     def method(self) -> Recipe | None:
-        """The recipe that this cell measures; None where linears stay in float.
+        """The recipe that this cell measures; None if linears stay in float.
 
         Raises:
-          ValueError: An unknown name; says the nearest known one.
+          ValueError: A name is unknown; says the nearest known one.
         """
         if self.format == FLOAT and self.weight_format is self.activation_format is None:
             return None
         return recipe(
-            self.fit or (self.recipe if self.fits is None else "rtn"),  # with fits, none is made
+            self.fit or (self.recipe if self.fits is None else "rtn"),  # given fits replace it
             self.format,
             self.rounding,
             weight_format=self.weight_format,
@@ -120,17 +119,17 @@ class Cell:
 
     @property
     def draws(self) -> bool:
-        """Whether random numbers are drawn, so that another seed gives another result."""
+        """Whether random numbers are drawn, so that the result depends on the seed."""
         method = self.method()
         own = method is not None and (method.draws or self.refine > 0)
         return own or self.turn.draws
 
     @property
     def turn(self) -> stream.Turn:
-        """What the model is turned by; its seed is 0 where nothing is random.
+        """The rotations of the model; their seed is 0 if none is random.
 
         Raises:
-          ValueError: There are rotations and a change of the model.
+          ValueError: The cell has both rotations and a change of the model.
         """
         turn = stream.Turn(self.rotate_stream, self.rotate_values)
         if turn != stream.Turn() and self.change is not None:
@@ -144,7 +143,7 @@ class Cell:
 
     @property
     def warning(self) -> str | None:
-        """One line where fits are used under other formats than those they were learned for."""
+        """One line if the fits were learned for other formats than the cell's; else None."""
         method = self.method()
         if self.fits is None or method is None:
             return None
@@ -162,7 +161,7 @@ class Cell:
         return read_about(self.fits, _model_hash(self.model))
 
     def configuration(self) -> dict[str, Any]:
-        """What the result depends on, as JSON: equal for cells of equal results.
+        """All that the result depends on, as JSON; equal for cells of equal results.
 
         Raises:
           ValueError: A name is unknown, a file is missing, or a part is not a frozen dataclass of
@@ -183,7 +182,7 @@ class Cell:
             "batch_rows": self.batch_rows,
             "pad": self.pad,
         }
-        # Later fields appear only where they are given: the names of recorded cells stay.
+        # Fields that came later appear only if they are given: names of recorded cells stay.
         turn = self.turn
         later = {"fuse": self.fuse, "rotate_stream": turn.stream, "rotate_values": turn.values}
         later |= {"refine": self.refine, "fits": self.fits and self._about_fits()["sha256"]}
@@ -191,19 +190,13 @@ class Cell:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Name of the cell's files: the start of the configuration's SHA-256."""
-        return digest(self.configuration())
+        """Name of the cell's files: 16 hexadecimal digits of the configuration's SHA-256."""
+        text = json.dumps(self.configuration(), sort_keys=True, allow_nan=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def labels(self) -> str:
         """The cell in a few words."""
-        words = (self.row, self.format_label, f"seed {self.seed}")
-        return ", ".join(word for word in words if word)
-
-
-def digest(configuration: Any) -> str:
-    """16 hexadecimal digits that name a configuration."""
-    text = json.dumps(configuration, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return f"{self.row}, {self.format_label}, seed {self.seed}"
 
 
 def canonical(value: Any) -> Any:
@@ -220,9 +213,9 @@ def canonical(value: Any) -> Any:
         case enum.Enum():
             return value.value
         case tuple() | list():
-            return [canonical(one) for one in value]
+            return [canonical(item) for item in value]
         case Mapping():
-            return {str(key): canonical(one) for key, one in value.items()}
+            return {str(key): canonical(item) for key, item in value.items()}
         case Path():
             return _text_hash(value)
         case np.dtype():
@@ -251,9 +244,7 @@ def _text_hash(text: Path | None) -> str:
     return _file_hash(path.resolve(), state.st_mtime_ns, state.st_size)
 
 
-@functools.lru_cache
-def _directory_hash(directory: Path) -> str:
-    return model_sha256(directory)
+_directory_hash = functools.lru_cache(model_sha256)
 
 
 @functools.lru_cache

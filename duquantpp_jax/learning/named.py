@@ -147,7 +147,9 @@ def learn(
     calibration = rows[:CALIBRATION_ROWS, :-1]
     layers, count = checkpoint.config.num_hidden_layers, how.steps
     if how.through == "site":
-        return LearnResult(_learn_sites(how, checkpoint, recipe, calibration, place, report), 0.0, [])
+        return LearnResult(
+            _learn_sites(how, checkpoint, recipe, calibration, place, report), 0.0, []
+        )
     plan = _plan(checkpoint.config, dataclasses.replace(recipe, fit=find_fit(how.start)), how.seed)
     size = max(format.block_size for format in formats)
     starts = _starts(plan, checkpoint, calibration, size)
