@@ -187,16 +187,15 @@ def dequantize_layer(
     parameters: Mapping[str, np.ndarray],
     sites: Mapping[str, QuantizedSite],
 ) -> Layer:
-    """A layer as the float model has it: its weights what rounding left of them, in bfloat16."""
+    """A layer of the float model in bfloat16, with its rounded weights moved back."""
     prefix, shapes = f"model.layers.{number}.", linear_shapes(config)
     tensors = {}
     for site in SITES:
         back = sites[site].transform.inverse()
         for name, weight in zip(SITE_WEIGHTS[site], sites[site].weights, strict=True):
-            held = weight
             if isinstance(weight, MXArray):
-                held = back.weights(weight.dequantize())[:, : shapes[name][1]]
-            tensors[f"{prefix}{name}.weight"] = np.asarray(held).astype(ml_dtypes.bfloat16)
+                weight = back.weights(weight.dequantize())[:, : shapes[name][1]]
+            tensors[f"{prefix}{name}.weight"] = np.asarray(weight).astype(ml_dtypes.bfloat16)
     return Layer(tensors | _named(prefix, parameters), [], [])
 
 

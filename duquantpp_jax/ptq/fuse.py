@@ -222,7 +222,10 @@ def _move_rows(parameters: Parameters, name: str, rows: Channels) -> None:
 
 
 def _of_value_heads(config: DecoderConfig, channels: Channels) -> Channels | None:
-    """The same on the heads of v, if all query heads that read one of them agree."""
+    """The channels of v that give `channels` of o_proj's input; None if query heads disagree.
+
+    The query heads that read one value head must be smoothed and permuted alike.
+    """
     heads, kv_heads, side = (
         config.num_attention_heads,
         config.num_key_value_heads,
