@@ -22,7 +22,7 @@ from tests.documented import undocumented
 
 ENTRY = [
     *("row", "column", "seeds", "draws", "kl", "excess_nll", "nll", "perplexity", "agreement"),
-    *("sqnr_db", "interval", "environments", "difference"),
+    *("sqnr_db", "online", "interval", "environments", "difference"),
 ]
 
 

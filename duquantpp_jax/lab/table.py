@@ -158,20 +158,22 @@ def _leader(entries: list[Entry], baseline: str | None) -> str:
     if nearest["difference"]["kl"]["ci95"] is None:
         return "one row gives no interval"
     if first is not nearest and not _doubt(nearest):
-        return f"{baseline} is ahead (next {_interval(nearest)})"
+        return f"{baseline} is ahead (next {nearest['row']} {_interval(nearest)})"
     for entry in others:
         if entry["difference"]["kl"]["value"] < 0 and not _doubt(entry):
-            said = f"{entry['row']} is ahead ({_interval(entry).partition(' ')[2]})"
+            said = f"{entry['row']} is ahead ({_interval(entry)})"
             if entry is not first:
-                said += f", and of less KL, but not shown to be, {_interval(first)}{_doubt(first)}"
+                said += f", and of less KL, but not shown to be, {first['row']} {_interval(first)}"
+                said += _doubt(first)
             return said
-    return f"no recipe is shown to be ahead (nearest {_interval(nearest)}{_doubt(nearest)})"
+    said = f"{nearest['row']} {_interval(nearest)}{_doubt(nearest)}"
+    return f"no recipe is shown to be ahead (nearest {said})"
 
 
 def _interval(entry: Entry) -> str:
     found = entry["difference"]["kl"]
     low, high = found["ci95"]
-    return f"{entry['row']} {found['value']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}"
+    return f"{found['value']:+.4f}, 95 % interval {low:+.4f} to {high:+.4f}"
 
 
 def _doubt(entry: Entry) -> str:

@@ -184,6 +184,7 @@ DRAWN = _judged("y", 0.05, -0.3, -0.2, draws=True)
     ("entries", "says"),
     [
         ([AHEAD], "under floor x is ahead (-0.1250, 95 % interval -0.2000 to -0.0500)."),
+        ([AHEAD | {"row": "x, refined"}], "floor x, refined is ahead (-0.1250, 95 % interval"),
         ([_judged("x", 0.1, -0.2, -0.05, False)], "no recipe is shown to be ahead (nearest x"),
         ([_judged("x", 0.1, -0.2, 0.05, False)], "not significant among all differences shown"),
         ([_judged("x", 0.3, 0.05, 0.2)], "block_hadamard is ahead (next x"),
