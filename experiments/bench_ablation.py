@@ -1,10 +1,10 @@
 """How much faster is a grid than its cells one by one, and how does its time grow?
 
-The grid is 8 transforms x 3 scale rules on the embedded model. Its rival are the same cells as
-separate `duquantpp compare` processes (one recipe, one rule each); a few of them are timed and the
-mean counts for all; --separate 24 times all. Then the grid again, with half the
-cells and with half the tokens. Each grid runs in a process of its own, from imports on, as a user
-would start it; none finds anything compiled.
+The grid is 8 transforms x 3 scale rules on the embedded model. It is compared with the same cells
+as separate `duquantpp compare` processes, one recipe and one rule each. A few of these are timed,
+and their mean stands for all; --separate 24 times all. Then the grid runs again, with half the
+cells and with half the tokens. Each grid runs in a process of its own, imports included, as a user
+would start it. None finds compiled programs.
 Goal: at least 4 times faster on 2 cores at 16,352 targets.
 Command: python -m experiments.bench_ablation [--tokens N] [--separate N] [--recipes N]
 Cost: 7 minutes on 2 CPU cores.
@@ -45,7 +45,7 @@ def _seconds(command: list[str]) -> float:
 
 
 def grid_seconds(cells: list[Cell], tokens: int, workers: int) -> float:
-    """Of one `duquantpp ablate`, from nothing."""
+    """Seconds of one `duquantpp ablate` in a new process."""
     with tempfile.TemporaryDirectory() as place:
         only = sorted({cell.recipe for cell in cells})
         given = ["--tokens", str(tokens), "--out", place, "--workers", str(workers), "--only"]
@@ -53,7 +53,7 @@ def grid_seconds(cells: list[Cell], tokens: int, workers: int) -> float:
 
 
 def compare_seconds(cell: Cell, tokens: int) -> float:
-    """Of one `duquantpp compare` of one recipe and one rule."""
+    """Seconds of one `duquantpp compare` of one recipe and one rule."""
     with tempfile.TemporaryDirectory() as place:
         given = ["--recipes", cell.recipe, "--scale-rules", cell.format]
         more = ["--tokens", str(tokens), "--out", str(Path(place) / "out")]

@@ -44,7 +44,7 @@ quantize = functools.partial(quantize_pack, implementation="reference")
 
 @jax.jit
 def read_modify_write(x: jax.Array) -> jax.Array:
-    """One pass over x that does next to nothing."""
+    """One pass that reads and writes x and computes almost nothing."""
     return x + 1
 
 
@@ -55,7 +55,7 @@ def write(scale_bytes: jax.Array) -> jax.Array:
 
 
 def through_ml_dtypes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same in NumPy, elements rounded by ml_dtypes' cast."""
+    """Quantizes in NumPy; ml_dtypes' cast rounds the elements."""
     blocks = x.reshape(*x.shape[:-1], -1, 32)
     amax = np.abs(blocks).max(axis=-1)
     _, exponent = np.frexp(amax)
@@ -66,7 +66,7 @@ def through_ml_dtypes(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def from_ml_dtypes(packed: np.ndarray, scale_bytes: np.ndarray) -> np.ndarray:
-    """The same in NumPy, elements read by ml_dtypes' cast."""
+    """Dequantizes in NumPy; ml_dtypes' cast reads the elements."""
     codes = np.stack([packed & 15, packed >> 4], axis=-1).view(ml_dtypes.float4_e2m1fn)
     values = codes.astype(np.float32).reshape(*scale_bytes.shape, 32)
     scaled = np.ldexp(values, scale_bytes.astype(np.int32)[..., None] - 127)
@@ -74,7 +74,7 @@ def from_ml_dtypes(packed: np.ndarray, scale_bytes: np.ndarray) -> np.ndarray:
 
 
 def through_torchao(x: np.ndarray) -> dict[str, Callable[[], object]]:
-    """torchao's two directions as it runs without being compiled, if it is installed."""
+    """torchao's quantize and dequantize, not compiled, if it is installed."""
     try:
         import torch
         from torchao.prototype.mx_formats.mx_tensor import to_dtype, to_mx
@@ -87,7 +87,7 @@ def through_torchao(x: np.ndarray) -> dict[str, Callable[[], object]]:
 
 
 def least(call: Callable[[], object], times: int) -> float:
-    """Seconds of the fastest of so many calls, after one that does not count."""
+    """Seconds of the fastest of several calls, after one that compiles."""
     jax.block_until_ready(call())
     found = []
     for _ in range(times):
@@ -117,7 +117,7 @@ def numbers(elements: int, dtype) -> jax.Array:
 
 
 def memory(x: jax.Array) -> None:
-    """What the compiled program needs, by its own account."""
+    """Memory that the compiled program reports to need."""
     analysis = jax.jit(quantize).lower(x).compile().memory_analysis()
     given, made = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
     share = (given + made + analysis.temp_size_in_bytes) / (given + made)

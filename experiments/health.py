@@ -10,7 +10,7 @@ Method: the inputs of one linear of the embedded model, before its second down_p
   the worst block, where it keeps blocks of 32 apart), the distance from orthogonal
   max |T T^T - I| (of rotations) and from the law; and of the quantized
   linear, on the other rows without their first token, the mean share of an output's energy that is
-  error, in dB. What is not finite is an error.
+  error, in dB. A result that is not finite is an error.
 Command: python -m experiments.health [--rule floor] [--rows 8] [--recipes ...] --out FILE
 Cost: three minutes on two busy cores.
 Last result: see experiments/README.md.

@@ -104,7 +104,7 @@ def _fits(name: str) -> dict[str, Fitted]:
 
 
 def _errors(name: str) -> Iterator[Float[np.ndarray, " blocks"]]:
-    """Of every site and layer."""
+    """The relative error of each block, of every site and layer."""
     for site, fitted in _fits(name).items():
         for layer, sample in enumerate(_stats()[site].sample):
             x = layer_of(fitted.transform, layer).activations(sample[::EVERY])

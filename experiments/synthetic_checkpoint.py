@@ -49,8 +49,8 @@ def write(out: Path, layers: int, seed: int, shapes: dict = SHAPES) -> None:
 
     Args:
       out: A new directory.
-      layers: Of the model.
-      seed: Of the weights.
+      layers: Layers of the model.
+      seed: Seed of the weights.
       shapes: The other fields of config.json.
     """
     out.mkdir(parents=True)
