@@ -37,6 +37,7 @@ def options(tiny_directory, tiny_text, tmp_path):
         steps=2,
         batch_rows=2,
         check_every=1,
+        formats="even",
         out=tmp_path / "fits",
     )
 
@@ -57,7 +58,10 @@ def killing(after):
     return report
 
 
-@pytest.mark.parametrize("through", ["site", "block", "model"])
+@pytest.mark.parametrize(
+    "through",
+    [*(pytest.param(word, marks=pytest.mark.slow) for word in ("site", "block")), "model"],
+)
 def test_killed_and_resumed_it_writes_the_same_fits(options, tmp_path, through):
     options = dataclasses.replace(options, through=through, measure=False)
     learn_fits(options)
@@ -82,8 +86,8 @@ def test_killed_and_resumed_it_writes_the_same_fits(options, tmp_path, through):
 def test_it_prints_the_held_out_kl_of_the_start_and_the_end(options, capsys):
     words = [
         *("learn", "--model", options.model, "--text", options.text, "--rows", "6"),
-        *("--held-out", "2", "--start", "block_hadamard", "--steps", "2", "--batch-rows", "4"),
-        *("--moves", "weights"),
+        *("--held-out", "2", "--start", "block_hadamard", "--steps", "2", "--batch-rows", "2"),
+        *("--moves", "weights", "--check-every", "1"),
         *("--formats", "even", "--out", options.out),
     ]
     assert main([*map(str, words)]) == 0
