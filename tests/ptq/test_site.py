@@ -29,11 +29,11 @@ from tests.conftest import stats_of, tiny_decoder
 KEY = jax.random.key(5)
 
 
-def _site(width=64):
-    x = jax.random.normal(jax.random.key(0), (2, 24, width))
+def _site(width=64, tokens=(2, 24), outputs=(32, 16, 16)):
+    x = jax.random.normal(jax.random.key(0), (*tokens, width))
     weights = tuple(
         jax.random.normal(k, (n, width))
-        for k, n in zip(jax.random.split(KEY, 3), (32, 16, 16), strict=True)
+        for k, n in zip(jax.random.split(KEY, len(outputs)), outputs, strict=True)
     )
     return x, weights
 
@@ -41,7 +41,8 @@ def _site(width=64):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(FITS))
 def test_a_quantized_linear_errs_like_its_format_and_no_more(name):
-    x, weights = _site(128)
+    # Shapes and rule of tests/transforms/test_fits.py: the programs are compiled once.
+    x, weights = _site(256, (4, 64), (48, 16))
     one = recipe(name, "even")
     stats = stats_of(x)
     site = quantize_linear(one, weights, stats, fit_linear(one, weights, stats, KEY))

@@ -64,8 +64,12 @@ CASES = {
     "dead and duplicate channels": _dead_and_duplicate_channels,
     "dead block": _dead_block,
 }
+QUICK = ("heavy tails", "massive position")
 each_fit = pytest.mark.parametrize("name", sorted(FITS))
-each_case = pytest.mark.parametrize("case", sorted(CASES))
+each_case = pytest.mark.parametrize(
+    "case",
+    [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in sorted(CASES)],
+)
 
 
 @functools.cache
@@ -102,7 +106,7 @@ def exact(transform):
 
 
 @each_fit
-@pytest.mark.parametrize("case", ["heavy tails", "massive position"])
+@pytest.mark.parametrize("case", QUICK)
 def test_the_law_holds_in_float64(name, case):
     weights, x = _site(case)
     stored = fitted(name, case)
@@ -171,6 +175,7 @@ def test_every_fit_is_stored_and_read_back_bit_for_bit(name):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 @each_fit
 def test_every_fit_on_a_real_models_massive_channel(name, data):
     maxima = np.load(data / "activations/llama-3.2-1b.channel_absmax.npz")
