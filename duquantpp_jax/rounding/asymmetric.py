@@ -41,7 +41,7 @@ class Asymmetric:
         Raises:
           ValueError: The Stats lack a matrix.
         """
-        gram, cross = stats.require(Needs.GRAM, "asymmetric"), stats.require(Needs.CROSS, "it")
+        gram, cross = (stats.require(n, "asymmetric") for n in (Needs.GRAM, Needs.CROSS))
         return self.rounding(regressed(w, gram, cross, self.damping), format, stats)
 
 
