@@ -64,8 +64,8 @@ class Checkpoint:
         yield f"{EMBEDDING}.weight", self._embedding()
         if not self.config.tie_word_embeddings:
             head = self._read(EMBEDDING if self._headers.config.tie_word_embeddings else HEAD)
-            yield f"{HEAD}.weight", self._turn.head(self.config, head, gain)
-        yield f"{NORM}.weight", self._turn.last_gain(gain)
+            yield f"{HEAD}.weight", self._turn.outside(self.config, head, gain)
+        yield f"{NORM}.weight", gain if self._turn.stream is None else np.ones_like(gain)
 
     def embed(
         self, tokens: Integer[np.ndarray, "rows length"]
@@ -85,7 +85,7 @@ class Checkpoint:
         return Decoder(self.config, {name: jnp.asarray(array) for name, array in arrays.items()})
 
     def _embedding(self) -> Float[np.ndarray, "vocab k"]:
-        return self._turn.embedding(self.config, self._read(EMBEDDING))
+        return self._turn.outside(self.config, self._read(EMBEDDING))
 
     def _read(self, name: str) -> Float[np.ndarray, "..."]:
         ((_, array),) = read_stored(self._headers.found, [f"{name}.weight"])

@@ -159,21 +159,14 @@ class Turn:
         types = {name: array.dtype for name, array in parameters.items()}
         return {name: array.astype(types[name], copy=False) for name, array in turned.items()}
 
-    def embedding(self, config: DecoderConfig, embedding: Stored) -> Stored:
-        """E R_1."""
-        if self.stream is None:
-            return embedding
-        return _columns(embedding, rotation(self.stream, config.hidden_size, self.seed))
+    def outside(self, config: DecoderConfig, w: Stored, gain: Stored | None = None) -> Stored:
+        """The embedding, or the head with the gain of the last norm, of the turned model.
 
-    def head(self, config: DecoderConfig, head: Stored, gain: Stored) -> Stored:
-        """H diag(g) R_1, where g is the gain of the last norm."""
+        E R_1, or H diag(g) R_1; the last norm is then left with gains of 1.
+        """
         if self.stream is None:
-            return head
-        return _columns(head, rotation(self.stream, config.hidden_size, self.seed), gain)
-
-    def last_gain(self, gain: Stored) -> Stored:
-        """The gain of the last norm, which its reader takes over if the stream is turned."""
-        return gain if self.stream is None else np.ones_like(gain)
+            return w
+        return _columns(w, rotation(self.stream, config.hidden_size, self.seed), gain)
 
 
 def _columns(w: Stored, turned_by: Rotation, gain: Stored | None = None) -> Stored:

@@ -31,7 +31,7 @@ def quantized(model, out, **more):
 
 
 def exported(model, out, format="compressed-tensors"):
-    export(ExportOptions(model, format, out))
+    export(ExportOptions(model, format, out=out))
     return tensors_of(out)
 
 

@@ -41,9 +41,9 @@ def turned(turn, config, parameters):
     """The turned model by the names of the given one."""
     outside = {n: a for n, a in parameters.items() if ".layers." not in n}
     embedding, gain = outside["model.embed_tokens"], outside["model.norm"]
-    made = {"model.embed_tokens": turn.embedding(config, embedding),
-            "lm_head": turn.head(config, outside.get("lm_head", embedding), gain),
-            "model.norm": turn.last_gain(gain)}  # fmt: skip
+    made = {"model.embed_tokens": turn.outside(config, embedding),
+            "lm_head": turn.outside(config, outside.get("lm_head", embedding), gain),
+            "model.norm": gain if turn.stream is None else np.ones_like(gain)}  # fmt: skip
     for number in range(config.num_hidden_layers):
         layer = turn.layer(config, number, layer_of(parameters, number))
         made |= {f"model.layers.{number}.{n}": a for n, a in layer.items()}
