@@ -1,13 +1,12 @@
 """Calibration: Stats of every linear input of a model, as a fold over batches of rows.
 
-    x = what the float layer gives the linears of a site, for a batch of rows
-    stats = stats.update(x)                                    the first pass
-    stats = stats.update(Q(transform.activations(x)))          the second: what the quantized
-                                                               linear will see
+    x = input of a site's linears in the float layer, for a batch of rows
+    stats = stats.update(x)                               the first pass
+    stats = stats.update(Q(transform.activations(x)))     the second: what quantized linears see
 
-One compiled program runs a layer and returns the inputs of its sites, whatever is kept of them;
-another folds the input of one site into its Stats. So what is kept of an input never changes its
-bits. Several devices share the rows of a batch; the sums are then added in another order.
+One compiled program runs a layer and returns the inputs of its sites; another folds the input of
+one site into its Stats. So what is kept of an input never changes its bits. Several devices share
+the rows of a batch; the sums are then added in another order.
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ SAMPLE_LIMIT = 2048
 """Most tokens of a site that are kept as they are."""
 
 BATCH_ROWS = 4
-"""Rows that a device runs at once: their attention takes less than the weights of a large layer."""
+"""Rows that a device runs at once: attention to them takes less than a large layer's weights."""
 
 Parameters = Mapping[str, Float[Array | np.ndarray, "..."]]
 """The parameters of one layer, by name inside it."""
@@ -41,21 +40,11 @@ Hidden = Float32[np.ndarray, "rows length k"]
 
 
 def site_widths(model: Decoder, block_size: int, *, pad: bool = False) -> dict[str, int]:
-    """Input width of every site, each a multiple of the block.
-
-    Args:
-      model: The float model.
-      block_size: Of the format.
-      pad: Round other widths up to the next multiple (zeros are appended later, which is exact).
-
-    Raises:
-      ValueError: A width is not a multiple and `pad` was not asked for; names the linear.
-    """
+    """`padded_width` of the input of every site of a float model."""
+    widths = {site: model.weights(site)[0].shape[-1] for site in SITES}
     return {
-        site: padded_width(
-            linear_names(site, 0)[0], model.weights(site)[0].shape[-1], block_size, pad=pad
-        )
-        for site in SITES
+        site: padded_width(linear_names(site, 0)[0], width, block_size, pad=pad)
+        for site, width in widths.items()
     }
 
 
@@ -83,48 +72,34 @@ def calibrate(
     sample_limit: int = SAMPLE_LIMIT,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Stats]:
-    """Stats of the float model's inputs at every site, stacked over layers.
-
-    `calibrate_layer` on one layer after another: the same bits as the walk finds.
+    """Stats of the float model's inputs at every site, stacked over layers: the walk's, to the bit.
 
     Args:
       model: The float model.
       rows: Token ids; every position is an input.
       widths: Of every site, as `site_widths` gives them.
       needs: What to keep besides a sample and the maxima; see `Stats.init`.
-      sample_limit: Most tokens of each site kept as they are: every stride-th, so that memory
-        does not grow with the calibration set.
+      sample_limit: Tokens of each site kept as they are, at most: every stride-th.
       progress: Called after each layer.
     """
     hidden = embed(model, rows)
+    run = functools.partial(calibrate_layer, sample_limit=sample_limit, after=hidden)
     layers = []
     for number, parameters in enumerate(layers_of(model)):
-        layers.append(
-            calibrate_layer(
-                model.config,
-                number,
-                parameters,
-                hidden,
-                widths,
-                needs,
-                sample_limit=sample_limit,
-                after=hidden,
-            )
-        )
+        layers.append(run(model.config, number, parameters, hidden, widths, needs))
         progress()
-    return {
-        site: jax.tree.map(
-            lambda *leaves: jnp.stack(leaves), *(stats.pop(site) for stats in layers)
-        )
-        for site in widths
-    }
+
+    def stacked(parts: Iterator[Stats]) -> Stats:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+
+    return {site: stacked(stats.pop(site) for stats in layers) for site in widths}
 
 
 def embed(model: Decoder, rows: Integer[np.ndarray, "rows length"]) -> Hidden:
     """The hidden states that the first layer reads, in a new array.
 
     Raises:
-      ValueError: The model does not compute in float32, as the walk does.
+      ValueError: The model does not compute in float32.
     """
     if model.dtype != jnp.float32:
         raise ValueError(f"a model is quantized in float32, not in {model.dtype}: load it so")
@@ -154,10 +129,7 @@ def calibrate_layer(
     linear: MixedLinear | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Stats]:
-    """Stats of the inputs of one layer.
-
-    With `fits` and `formats` they are those of the second pass, which roundings such as GPTQ need:
-    Stats of what the quantized linears will see, the float layer's inputs moved and quantized.
+    """Stats of the inputs of one layer; with `fits` and `formats` of the second pass.
 
     Args:
       config: Of the model.
@@ -166,7 +138,7 @@ def calibrate_layer(
       hidden: Input hidden states.
       widths: Of the sites that are calibrated.
       needs, sample_limit: As for `calibrate`.
-      fits: What moves the input of each site, for the second pass.
+      fits: What moves the input of each site.
       formats: Of the moved input of each site.
       after: Overwritten with the layer's output; may be `hidden` itself.
       exact: Input hidden states of the float path, where a rounding needs its inputs as well:
@@ -270,10 +242,10 @@ def _fold(
 
 
 def rows_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """Devices in a line, over which the rows of a batch are spread; all there are if not given.
+    """Devices in a line, over which the rows of a batch are spread; all that there are by default.
 
-    Under jax.distributed these are the devices of all processes, each of which does the same with
-    the same arguments and gets the same result.
+    Under jax.distributed they are those of all processes, each of which is called with the same
+    arguments and gets the same result.
     """
     return Mesh(np.array(jax.devices() if devices is None else devices), ("rows",))
 

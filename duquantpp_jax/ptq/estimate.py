@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from duquantpp_jax.core import Format, Needs
-from duquantpp_jax.models import SITE_WEIGHTS, SITES, linear_names
+from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.calibration import BATCH_ROWS, SAMPLE_LIMIT
 from duquantpp_jax.ptq.plan import Plan, linear_shapes
 from duquantpp_jax.ptq.site import HIGHEST
@@ -42,27 +42,24 @@ def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
         widths = plan.widths(number)
         layer_stats = 0.0
         for site, width in widths.items():
-            recipe, chosen = plan.recipes[site], plan.chosen(site, number)
-            names = linear_names(site, number)
-            picked = [
-                (name, *shapes[inside])
-                for name, inside, wanted in zip(names, SITE_WEIGHTS[site], chosen, strict=True)
-                if wanted
-            ]
-            size = recipe.activation_format.block_size
-            for name, n, k in picked:
-                held = packed_bytes(recipe.weight_format, n, width)
-                linears.append({"linear": name, "bytes": held, "parameters": n * k})
-            linears[-1]["bytes"] += 4 * width + 8 * width * size  # the transform of the site
-            grams = (Needs.GRAM in recipe.needs) + bool(_needs(plan, site))
+            recipe = plan.recipes[site]
+            names = plan.names(site, number)
+            rows = sum(shapes[name][0] for name in names)
+            for name in names:
+                linears.append(
+                    {
+                        "linear": f"model.layers.{number}.{name}",
+                        "bytes": packed_bytes(recipe.weight_format, shapes[name][0], width),
+                        "parameters": math.prod(shapes[name]),
+                    }
+                )
+            # The transform of the site.
+            linears[-1]["bytes"] += 4 * width + 8 * width * recipe.activation_format.block_size
+            grams = (Needs.GRAM in recipe.needs) + _needs(plan, site)
             flops += grams * 2.0 * tokens * width**2
-            flops += (
-                2.0 * width**3 + sum(6.0 * n * width**2 for _, n, _ in picked)
-                if _needs(plan, site)
-                else 0.0
-            )
+            flops += (2.0 * width**3 + 6.0 * rows * width**2) * _needs(plan, site)
             layer_stats += 4.0 * (min(tokens, SAMPLE_LIMIT) * width + grams * width**2)
-            largest = max(largest, sum(n for _, n, _ in picked) * width)
+            largest = max(largest, rows * width)
         stats_bytes = max(stats_bytes, layer_stats)
     hidden = 4.0 * tokens * config.hidden_size * (1 + plan.compares)
     scores = 4.0 * BATCH_ROWS * config.num_attention_heads * length**2
@@ -73,8 +70,8 @@ def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
     working = 4.0 * parameters + 14.0 * largest + stats_bytes + 3 * (scores + activations)
     return {
         "linears": linears,
-        "bytes": sum(one["bytes"] for one in linears),
-        "float_bytes": sum(2 * one["parameters"] for one in linears),
+        "bytes": sum(linear["bytes"] for linear in linears),
+        "float_bytes": sum(2 * linear["parameters"] for linear in linears),
         "layers": config.num_hidden_layers,
         "memory_bytes": RUNTIME + hidden + max(working, 2 * embedding),
         "seconds": flops / flops_per_second(),

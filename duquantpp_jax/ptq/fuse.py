@@ -11,15 +11,12 @@ then of x' = x T_1 T_2 only T_2 is left to do online, and W T_1^-T stands for W 
 
 n(h) cannot be permuted alone: the residual stream h is read and written elsewhere too. With
 grouped-query attention several query heads read one head of v, so smoothing folds into v only if
-its scales are the same in all of them, and a permutation only if it keeps every channel in its
-head and is the same in all of them; else they stay online. `grouped` makes the scales the same.
-(silu is not linear: a scale folds into up, and the gate is left as it is. Head norms of queries and
-keys and biases of the site itself do not see its input's scale; biases of up, gate and v move with
-their rows.)
+its scales are the same in all of them (`grouped` makes them so), and a permutation only if it keeps
+every channel in its head and is the same in all of them; else they stay online. silu is not linear:
+a scale folds into up, and the gate is left as it is. Biases of up, gate and v move with their rows.
 
 The float function is unchanged but for rounding. What is quantized afterwards is not: rows of v and
-up, and norms, are scaled before they are rounded, so results with folded and with online transforms
-differ, and a table should say which it shows.
+up are scaled before they are rounded, so results with folded and with online transforms differ.
 
 Sources: SmoothQuant, arXiv 2211.10438, for norms; AWQ, arXiv 2306.00978, for v and up.
 """
@@ -75,8 +72,8 @@ def fuse_layer(
     Args:
       config: Of the model.
       parameters: Of the layer, by name inside it.
-      fits: For each site what was fitted, of this layer alone; sites left out stay as they are.
-      linears: Which linears the weights of each fit belong to, by name inside the layer.
+      fits: For each site what was fitted, of this layer; sites left out stay as they are.
+      linears: Of each site those that the weights of its fit belong to, by name inside the layer.
 
     Raises:
       ValueError: A key is no site.
@@ -136,11 +133,7 @@ def split(config: DecoderConfig, site: str, transform: Transform, width: int) ->
       transform: Of one layer.
       width: Of the input before it is widened with zeros.
     """
-    chain = []
-    for link in transform.flat_links():
-        channels = link.as_channels(width)
-        if channels is None or not channels.moves_nothing:
-            chain.append((link, channels))
+    chain = _moving_links(transform, width)
     moves: list[tuple[Channels, dict[str, Channels]]] = []
     for _, channels in chain:
         cut = None if channels is None else _cut(channels, width)
@@ -193,15 +186,16 @@ def online_cost(transform: Transform, width: int) -> Cost:
     """What moving a site's input costs while the model runs.
 
     Args:
-      transform: Of one layer, after folding; links that move nothing cost nothing.
+      transform: Of one layer, after folding.
       width: Of the input as it is moved.
     """
-    kept = []
-    for link in transform.flat_links():
-        channels = link.as_channels(width)
-        if channels is None or not channels.moves_nothing:
-            kept.append(link)
-    return _chained(kept).cost(width)
+    return _chained([link for link, _ in _moving_links(transform, width)]).cost(width)
+
+
+def _moving_links(transform: Transform, width: int) -> list[tuple[Transform, Channels | None]]:
+    """The links that do not leave an input as it is, and each as channels, where it is that."""
+    pairs = [(link, link.as_channels(width)) for link in transform.flat_links()]
+    return [(link, to) for link, to in pairs if to is None or not to.moves_nothing]
 
 
 def _chained(transforms: Sequence[Transform]) -> Transform:
@@ -226,12 +220,9 @@ def _of_value_heads(config: DecoderConfig, channels: Channels) -> Channels | Non
 
     The query heads that read one value head must be smoothed and permuted alike.
     """
-    heads, kv_heads, side = (
-        config.num_attention_heads,
-        config.num_key_value_heads,
-        config.head_dim,
-    )
-    inside = channels.order.reshape(heads, side) - side * np.arange(heads)[:, None]
+    kv_heads, side = config.num_key_value_heads, config.head_dim
+    inside = channels.order.reshape(-1, side)
+    inside = inside - side * np.arange(len(inside))[:, None]
     if np.any((inside < 0) | (inside >= side)):
         return None
     within = inside.reshape(kv_heads, -1, side)

@@ -4,7 +4,7 @@ import dataclasses
 import fnmatch
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ class Plan:
       config: Of the model.
       recipes: The method of each site.
       include: Patterns of the linears that are quantized, such as `*.mlp.*` or `model.layers.3.*`.
-      exclude: Of those, the ones that are left in float all the same.
+      exclude: Of those, the ones that are left in float.
       pad: Widen inputs that blocks do not divide, with zeros (exact).
       seed: For fits that draw random numbers.
       sequential: Calibrate each layer on what the quantized layers before it give.
@@ -100,13 +100,11 @@ class Plan:
 
     def fit_needs(self, number: int) -> Needs:
         """What the fits of a layer need of the Stats of their inputs."""
-        needs = (self.recipes[site].needs for site in self.widths(number))
-        return functools.reduce(operator.or_, needs, Needs.NOTHING)
+        return _together(self.recipes[site].needs for site in self.widths(number))
 
     def rounding_needs(self, number: int) -> Needs:
         """What the roundings of a layer need of the Stats of the moved and quantized inputs."""
-        needs = (self.recipes[site].rounding.needs for site in self.widths(number))
-        return functools.reduce(operator.or_, needs, Needs.NOTHING)
+        return _together(self.recipes[site].rounding.needs for site in self.widths(number))
 
     @property
     def compares(self) -> bool:
@@ -134,6 +132,10 @@ class Plan:
                     f"the fits that are given have none for {site} of {len(layers)} layers: "
                     "give every site that is quantized a Fitted that is stacked over the layers"
                 )
+
+
+def _together(needs: Iterable[Needs]) -> Needs:
+    return functools.reduce(operator.or_, needs, Needs.NOTHING)
 
 
 def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:

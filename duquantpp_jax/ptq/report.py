@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from duquantpp_jax.core import Format, MXArray
-from duquantpp_jax.models import SITE_WEIGHTS, SITES, linear_names
+from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.fuse import online_cost
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import (
@@ -24,8 +24,7 @@ from duquantpp_jax.ptq.walk import QuantizedLayer, State
 
 
 def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[str, Any]]:
-    """A row for each quantized linear of a layer: name, bytes, SQNR, error of its weights, and what
-    moving its input costs while the model runs.
+    """A row for each quantized linear of a layer, as report.json has it (docs/quantize.md).
 
     Args:
       plan: What was done.
@@ -34,17 +33,8 @@ def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[st
     """
     report = []
     for site, sample in layer.samples.items():
-        names = [
-            (name, inside)
-            for name, inside, chosen in zip(
-                linear_names(site, number),
-                SITE_WEIGHTS[site],
-                plan.chosen(site, number),
-                strict=True,
-            )
-            if chosen
-        ]
-        weights = tuple(layer.parameters[inside].astype(jnp.float32) for _, inside in names)
+        inside = plan.names(site, number)
+        weights = tuple(layer.parameters[name].astype(jnp.float32) for name in inside)
         rounded = tuple(q for q in layer.sites[site].weights if isinstance(q, MXArray))
         quantized = dataclasses.replace(layer.sites[site], weights=rounded)
         format = plan.recipes[site].activation_format
@@ -52,15 +42,15 @@ def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[st
         online = online_cost(quantized.transform, sample.shape[-1])
         report += [
             {
-                "linear": name,
+                "linear": f"model.layers.{number}.{name}",
                 "bytes": storage_bytes(q),
                 "sqnr_db": _decibel(signal, error),
                 "weight_error": float(weight_error) / max(float(signal), 1e-30),
                 "online_multiply_adds": online.multiply_adds,
                 "online_bytes": online.bytes,
             }
-            for (name, _), q, (signal, error, weight_error) in zip(
-                names, rounded, energies, strict=True
+            for name, q, (signal, error, weight_error) in zip(
+                inside, rounded, energies, strict=True
             )
         ]
     return report

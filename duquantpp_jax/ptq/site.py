@@ -41,8 +41,8 @@ class QuantizedSite:
     """The quantized linears of one site, or of all layers' sites stacked.
 
     Attributes:
-      transform: Moves the input; lowered to one form where it can be.
-      weights: One for each linear: moved and rounded, or, for one that is left in float, as it is.
+      transform: Moves the input.
+      weights: Of each linear: moved and rounded, or as they are where it is left in float.
       clip, scale_offset: As in `Format.quantize`, for the activations.
     """
 
@@ -53,11 +53,7 @@ class QuantizedSite:
 
 
 def pad_channels(x: Float[Array, "*batch k"], width: int) -> Float[Array, "*batch width"]:
-    """x with zeros appended to its last axis up to `width`.
-
-    Zeros on both sides of a linear leave its output as it is:
-    x @ w.T = pad_channels(x) @ pad_channels(w).T.
-    """
+    """x with zeros appended to its last axis: x @ w.T = pad_channels(x) @ pad_channels(w).T."""
     missing = width - x.shape[-1]
     return x if missing == 0 else jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
@@ -65,7 +61,7 @@ def pad_channels(x: Float[Array, "*batch k"], width: int) -> Float[Array, "*batc
 def fit_linear(recipe: Recipe, weights: Weights, stats: Stats, key: Key[Array, ""]) -> Fitted:
     """The recipe's fit on the linears of one site, widened to the input's width.
 
-    Its transform is lowered to the one form that all block transforms share, where it has it.
+    Its transform is lowered to the one form that block transforms share, where it has that form.
     """
     width = stats.absmax.shape[-1]
     fitted = recipe.fit(tuple(pad_channels(w, width) for w in weights), stats, recipe, key)
@@ -109,7 +105,7 @@ def _move_and_round(
     ws = tuple(transform.weights(w) for w in weights)
     if not rounding.needs or not isinstance(format, MX):
         return tuple(rounding(w, format, moved) for w in ws)
-    # Rows of an MX format are rounded each for itself: one factorization serves all linears.
+    # Each row of an MX format is rounded by itself: one factorization serves all linears.
     whole = rounding(stack(ws), format, moved)
     ends = list(itertools.accumulate(w.shape[0] for w in ws))
     return tuple(

@@ -11,11 +11,10 @@ Roundings that compare the two paths (Needs.CROSS) get both: hidden states of th
 the quantized one, which each go on by themselves, and site after site in a layer, those before it
 quantized, moved_l with the cross Gram matrix. A layer runs `PASSES` times.
 
-`quantize_layer` takes one step of it, for a model that need not be in memory: `duquantpp quantize`
-writes what it returns. `quantize_decoder` takes all steps for a model in memory: the laboratory
-measures what it returns, bit for bit what is written. Sequential, each layer is fitted and rounded
-on what the quantized layers before it really give it, as in GPTQ; within a layer all sites are
-still calibrated on the float layer.
+`quantize_layer` is one step, for a model that need not be in memory: `duquantpp quantize` writes
+what it returns. `quantize_decoder` takes all steps for a model in memory: the laboratory measures
+what it returns, bit for bit what is written. A sequential walk, as in GPTQ, gives each layer the
+output of the quantized layers before it; within a layer all sites are calibrated in float.
 """
 
 import dataclasses
@@ -74,8 +73,7 @@ class QuantizedLayer(NamedTuple):
 
     Attributes:
       sites: The quantized linears.
-      parameters: Of the float layer that has been rounded; those given, unless transforms were
-        folded into them.
+      parameters: Of the float layer, with what was folded into them.
       samples: Tokens of the input of each site that has a quantized linear.
     """
 
@@ -100,10 +98,9 @@ def quantize_layer(
       number: Of the layer.
       parameters: Of the layer, in any float type.
       hidden: Input hidden states, as `streams` has them; overwritten with the layer's output. None
-        if the `stats` are all that is needed.
+        if `stats` suffice.
       progress: Called after each batch, fit and rounding.
-      stats: Of the float inputs of the layer's sites, if they have been found before; else the
-        layer is calibrated.
+      stats: Of the float inputs of its sites; without them the layer is calibrated.
     """
     parameters = {name: jnp.asarray(array) for name, array in parameters.items()}
     widths, needs = plan.widths(number), plan.rounding_needs(number)
@@ -221,8 +218,8 @@ def quantize_decoder(
       plan: What is done.
       model: The float model.
       tokens: Of the calibration; every position is an input.
-      stats: As `calibrate` gives them for these tokens, stacked over layers, if they have been
-        found before. They may hold more than the plan needs: the result is the same.
+      stats: As `calibrate` gives them for these tokens, stacked over layers; without them layers
+        are calibrated. What they hold beyond the plan's needs changes nothing.
       progress: As of `quantize_layer`.
 
     Returns:
@@ -253,7 +250,7 @@ def quantize_decoder(
 
 
 def stack_layers(layers: Iterable[dict[str, QuantizedSite]]) -> State:
-    """The state that a decoder scans: layers stacked, a run for each stretch that are alike."""
+    """The state that a decoder scans: a stack of each stretch of layers that are alike."""
 
     def kind(sites: dict[str, QuantizedSite]) -> Any:
         shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(sites)]
@@ -311,16 +308,9 @@ def _run_quantized(
     if mesh is not None:
         parameters, sites = spread((parameters, sites), mesh, P())
     for batch in batches(len(hidden), mesh):
-        y = _forward(
-            on_devices(hidden[batch], mesh),
-            parameters,
-            window(plan.config, number),
-            sites,
-            config=plan.config,
-            linear=plan.linear,
-            mesh=mesh,
-        )
-        hidden[batch] = np.asarray(y)
+        x, seen = on_devices(hidden[batch], mesh), window(plan.config, number)
+        options = {"config": plan.config, "linear": plan.linear, "mesh": mesh}
+        hidden[batch] = np.asarray(_forward(x, parameters, seen, sites, **options))
         progress("running the quantized layer")
 
 
