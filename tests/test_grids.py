@@ -26,7 +26,7 @@ from tests.documented import undocumented
 PLACE = pathlib.Path(experiments.__file__).parent
 QUESTIONS = (
     *("rotations", "rotation_size", "greedy", "permutation", "smoothing"),
-    *("calibration", "formats", "gptq", "rounding", "kv_cache", "outliers"),
+    *("calibration", "formats", "gptq", "rounding", "kv_cache", "outliers", "stream"),
     "beat_hadamard",
 )
 
