@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duquantpp_jax import recipes
-from duquantpp_jax.core import Element, Format, MXArray, Needs
+from duquantpp_jax import cli, recipes
+from duquantpp_jax.core import Element, Format, MXArray, Needs, Transform
 from duquantpp_jax.formats import MXFP4
 from duquantpp_jax.formats.elements import E2M1
 from duquantpp_jax.ptq.site import fit_linear, quantize_linear
@@ -29,6 +29,17 @@ def test_each_addition_names_its_files_and_its_test():
         assert len(files) >= 3
         assert any(file.startswith("tests/") for file in files), name
         assert [file for file in files if not (ROOT / file).is_file()] == []
+
+
+def test_the_commands_that_it_names_take_modules_and_a_transform_has_the_methods():
+    (line,) = re.findall(r"is read by (.*?) with `--import MODULE`", PAGE)
+    for name in re.findall(r"`(\w+)`", line):
+        options, _ = cli.COMMANDS[name]
+        assert "imports" in {field.name for field in dataclasses.fields(options)}, name
+    for name in re.findall(
+        r"`(\w+)(?:\([\w, ]*\))?`", SECTIONS["A transform"].split("class of")[-1]
+    ):
+        assert hasattr(Transform, name) or name == "Transform", name
 
 
 def test_every_link_and_table_leads_somewhere():
