@@ -22,8 +22,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from duquantpp_jax.analysis import figures
-from duquantpp_jax.checkpoints import Quantized, testbed
-from duquantpp_jax.checkpoints.loading import load_any
+from duquantpp_jax.checkpoints import Quantized, load_any, testbed
 from duquantpp_jax.commands import sizes as report
 from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.generate import GenerateOptions, continued

@@ -20,8 +20,7 @@ from jaxtyping import Array, Integer
 
 from duquantpp_jax.analysis import contents as holds
 from duquantpp_jax.analysis.outliers import Moments, Thresholds, observe, statistics
-from duquantpp_jax.checkpoints import Quantized, is_quantized, sha256, testbed
-from duquantpp_jax.checkpoints.loading import load_any
+from duquantpp_jax.checkpoints import Quantized, is_quantized, load_any, sha256, testbed
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import (
@@ -59,9 +58,9 @@ class InspectOptions:
       share: Share of the channels whose energy is added up, the strongest first.
       drop: One element sets a block's scale if the scale would be at least 2^drop times smaller
         without it.
+      out: Directory for outliers.json and the figures.
       imports: Modules to import first: those of a quantized model's transforms and formats that are
         not of this package.
-      out: Directory for outliers.json and the figures.
     """
 
     model: Path | None = None
@@ -72,8 +71,8 @@ class InspectOptions:
     ratio: float = 10.0
     share: float = 0.01
     drop: int = 1
-    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
     out: Path = Path("inspect-out")
+    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
 
 
 class Inspection(NamedTuple):

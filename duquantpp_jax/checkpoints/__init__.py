@@ -1,6 +1,11 @@
 """Everything that is read from or written to a disk as a model."""
 
-from duquantpp_jax.checkpoints.directory import Quantized, is_quantized, load_quantized
+from duquantpp_jax.checkpoints.directory import (
+    Quantized,
+    is_quantized,
+    load_any,
+    load_quantized,
+)
 from duquantpp_jax.checkpoints.hugging_face import (
     load,
     load_config,
@@ -15,6 +20,7 @@ __all__ = [
     "Quantized",
     "is_quantized",
     "load",
+    "load_any",
     "load_config",
     "load_quantized",
     "load_tokenizer",

@@ -27,12 +27,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file
 
+from duquantpp_jax.checkpoints.hugging_face import load
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
 from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.core import Fitted
 from duquantpp_jax.formats.tensors import from_tensors
-from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder, DecoderConfig
+from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder, DecoderConfig, Linear, dense
 from duquantpp_jax.models.layers import without_linears
 from duquantpp_jax.models.parameters import LAYER
 from duquantpp_jax.ptq.plan import Plan
@@ -41,9 +43,7 @@ from duquantpp_jax.ptq.walk import State, stack_layers
 from duquantpp_jax.transforms.storage import from_arrays
 
 METHOD = "duquantpp_jax"
-CONFIG, JOB, INDEX, REPORT = (
-    *("config.json", "quantization.json", "model.safetensors.index.json", "report.json"),
-)
+CONFIG, JOB, REPORT = "config.json", "quantization.json", "report.json"
 
 ABOUT = "duquantpp_jax"
 """The entry of a file's metadata."""
@@ -107,9 +107,32 @@ class Quantized:
         """The parameters of a layer that are no weights of linears, and its sites.
 
         Raises:
-          ValueError: The file is missing or broken.
+          ValueError: The file is missing or broken, or its parts do not fit together.
         """
-        return read_layer(self.directory / layer_file(number))
+        path = self.directory / layer_file(number)
+        about = read_about(path)
+        prefix, arrays = layer_prefix(about["layer"]), about["arrays"]
+        tensors = load_file(path)
+        sites = {}
+        for site in SITES:
+            own = f"{prefix}{site}/"
+            moved = {k.removeprefix(own): a for k, a in tensors.items() if k.startswith(own)}
+            fitted = from_arrays(moved, about["sites"][site])
+            if not isinstance(fitted, Fitted):
+                raise ValueError(f"{path}: site {site} holds {type(fitted).__name__}, not Fitted")
+            weights = tuple(
+                from_tensors(prefix + name, arrays[name], tensors)
+                if name in arrays
+                else jnp.asarray(tensors[f"{prefix}{name}.weight"])
+                for name in SITE_WEIGHTS[site]
+            )
+            sites[site] = QuantizedSite(fitted.transform, weights, fitted.clip, fitted.scale_offset)
+        rest = {
+            name.removeprefix(prefix).removesuffix(".weight"): array
+            for name, array in tensors.items()
+            if name.endswith((".weight", ".bias"))
+        }
+        return {name: a for name, a in rest.items() if name not in LINEARS}, sites
 
     def report(self, number: int) -> list[dict[str, Any]]:
         """What quantizing cost each linear of a layer."""
@@ -119,8 +142,7 @@ class Quantized:
         """Embedding, last norm and head, by tensor name, in the type they are stored in."""
         tensors = {}
         for path in sorted(self.directory.glob("outside-*.safetensors")):
-            with safe_open(path, framework="numpy") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors |= load_file(path)
         return tensors
 
 
@@ -151,38 +173,6 @@ def check_schema(path: Path, schema: Any) -> None:
         )
 
 
-def read_layer(path: Path) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSite]]:
-    """The parameters of a layer that are no weights of linears, and its sites.
-
-    Raises:
-      ValueError: As `read_about`; or its parts do not fit together.
-    """
-    about = read_about(path)
-    prefix, arrays = layer_prefix(about["layer"]), about["arrays"]
-    with safe_open(path, framework="numpy") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    sites = {}
-    for site in SITES:
-        own = f"{prefix}{site}/"
-        moved = {k.removeprefix(own): a for k, a in tensors.items() if k.startswith(own)}
-        fitted = from_arrays(moved, about["sites"][site])
-        if not isinstance(fitted, Fitted):
-            raise ValueError(f"{path}: site {site} holds {type(fitted).__name__}, not Fitted")
-        weights = tuple(
-            from_tensors(prefix + name, arrays[name], tensors)
-            if name in arrays
-            else jnp.asarray(tensors[f"{prefix}{name}.weight"])
-            for name in SITE_WEIGHTS[site]
-        )
-        sites[site] = QuantizedSite(fitted.transform, weights, fitted.clip, fitted.scale_offset)
-    rest = {
-        name.removeprefix(prefix).removesuffix(".weight"): array
-        for name, array in tensors.items()
-        if name.endswith((".weight", ".bias"))
-    }
-    return {name: a for name, a in rest.items() if name not in LINEARS}, sites
-
-
 def load_quantized(directory: str | os.PathLike[str]) -> tuple[Decoder, MixedLinear, State]:
     """A quantized model: `model(tokens, linear, state)` gives the logits it had when quantized.
 
@@ -190,22 +180,19 @@ def load_quantized(directory: str | os.PathLike[str]) -> tuple[Decoder, MixedLin
       ValueError: As `Quantized`.
     """
     quantized = Quantized(directory)
-    parameters: dict[str, Any] = {}
-    layers, rest = [], []
-    for number in range(quantized.config.num_hidden_layers):
-        others, sites = quantized.layer(number)
-        layers.append(sites)
-        rest.append(others)
-    for name in rest[0]:
-        parameters[LAYER + name] = jnp.stack([_widened(others[name]) for others in rest])
-    for name, array in quantized.outside().items():
-        parameters[name.removesuffix(".weight")] = _widened(array)
-    return (
-        without_linears(quantized.config, parameters),
-        quantized.plan.linear,
-        stack_layers(layers),
-    )
+    numbers = range(quantized.config.num_hidden_layers)
+    rest, layers = zip(*(quantized.layer(number) for number in numbers), strict=True)
+    arrays = {LAYER + name: np.stack([others[name] for others in rest]) for name in rest[0]}
+    arrays |= {name.removesuffix(".weight"): a for name, a in quantized.outside().items()}
+    parameters = {name: jnp.asarray(array.astype(np.float32)) for name, array in arrays.items()}
+    decoder = without_linears(quantized.config, parameters)
+    return decoder, quantized.plan.linear, stack_layers(layers)
 
 
-def _widened(array: np.ndarray) -> Any:
-    return jnp.asarray(array.astype(np.float32))
+def load_any(directory: str | os.PathLike[str]) -> tuple[Decoder, Linear, Any]:
+    """A float or a quantized model: the decoder, the `linear` that it calls, and its state.
+
+    Raises:
+      ValueError: It is no model, or one that is not supported; one line that says why.
+    """
+    return load_quantized(directory) if is_quantized(directory) else (load(directory), dense, None)

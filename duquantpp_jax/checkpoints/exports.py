@@ -16,8 +16,6 @@ Source: the library compressed-tensors 0.20, `compressors/mxfp4`, `quantization/
 """
 
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -78,28 +76,29 @@ def write_export(
       ValueError: The model cannot be expressed so; one line that says why.
     """
     model = Quantized(directory)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} already exists: give the name of a new directory")
     files.check_writable(out)
     packed = format == "compressed-tensors"
     if packed:
         _check_formats(model)
     convert = pack_layer if packed else dequantize_layer
     count = model.config.num_hidden_layers
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        partial.chmod(0o755)
-        places: dict[str, str] = {}
-        rotated: list[str] = []
-        floats: list[str] = []
+    places: dict[str, str] = {}
+    rotated: list[str] = []
+    floats: list[str] = []
+    with files.new_directory(out) as partial:
+
+        def write(number: int, tensors: Tensors) -> None:
+            name = f"model-{number + 1:05d}-of-{count + 1:05d}.safetensors"
+            write_tensors(partial / name, tensors, {})
+            places.update(dict.fromkeys(tensors, name))
+
         for number in range(count):
             progress(f"layer {number + 1} of {count}", number, count)
             layer = convert(model.config, number, *model.layer(number))
-            _write(partial, f"model-{number + 1:05d}-of-{count + 1:05d}", layer.tensors, places)
+            write(number, layer.tensors)
             rotated += layer.rotated
             floats += layer.floats
-        _write(partial, f"model-{count + 1:05d}-of-{count + 1:05d}", model.outside(), places)
+        write(count, model.outside())
         index = {"metadata": {}, "weight_map": dict(sorted(places.items()))}
         files.write_whole(partial / INDEX, files.to_json(index))
         for path in copied(model.directory):
@@ -108,15 +107,7 @@ def write_export(
         if packed:
             fields["quantization_config"] = quantization_config(model, rotated, floats)
         files.write_whole(partial / CONFIG, files.to_json(fields))
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return _notes(model, packed, rotated)
-
-
-def _write(directory: Path, name: str, tensors: Tensors, places: dict[str, str]) -> None:
-    write_tensors(directory / f"{name}.safetensors", tensors, {})
-    places |= dict.fromkeys(tensors, f"{name}.safetensors")
 
 
 def _check_formats(model: Quantized) -> None:
@@ -271,17 +262,8 @@ def quantization_config(model: Quantized, rotated: list[str], floats: list[str])
         }
     ignore = ["lm_head", *floats]
     online = {"targets": rotated, "location": "input", "inverse": False, "ignore": []}
-    transforms = {
-        "config_groups": {
-            "hadamard": {
-                "type": "hadamard",
-                "apply": [online],
-                "head_dim": BLOCK,
-                "randomize": False,
-                "requires_grad": False,
-            }
-        }
-    }
+    scheme = {"type": "hadamard", "apply": [online], "head_dim": BLOCK}
+    scheme |= {"randomize": False, "requires_grad": False}
     return {
         "quant_method": "compressed-tensors",
         "format": PACKED,
@@ -290,7 +272,7 @@ def quantization_config(model: Quantized, rotated: list[str], floats: list[str])
         "ignore": ignore,
         "kv_cache_scheme": None,
         "sparsity_config": {},
-        "transform_config": transforms if rotated else {},
+        "transform_config": {"config_groups": {"hadamard": scheme}} if rotated else {},
     }
 
 

@@ -12,8 +12,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +21,14 @@ import numpy as np
 from safetensors.numpy import save as serialize
 from tokenizers import Tokenizer
 
+from duquantpp_jax import files
 from duquantpp_jax.checkpoints.shards import (
     SINGLE,
     Tensor,
     inventory,
     one_line,
     read_json,
-    read_tensors,
+    read_stored,
     shard_files,
 )
 from duquantpp_jax.models.config import DecoderConfig
@@ -117,7 +116,7 @@ def load(directory: str | os.PathLike[str]) -> Decoder:
     """
     config, found, shapes, places = headers(directory)
     arrays = {key: np.empty(shape, np.float32) for key, shape in shapes.items()}
-    for name, array in read_tensors(found, places):
+    for name, array in read_stored(found, places):  # widened as it is copied
         arrays[places[name].key][places[name].index] = array
     if config.tie_word_embeddings:
         head = arrays.pop("lm_head", arrays["model.embed_tokens"])
@@ -168,11 +167,9 @@ def sha256(directory: str | os.PathLike[str]) -> str:
     """
     directory, config = Path(directory), _config_file(directory)
     total = hashlib.sha256()
-    files = {_CONFIG: config}
-    files |= {shard.name: shard for shard in shard_files(directory)}
-    for name, path in sorted(files.items()):
-        with path.open("rb") as file:
-            total.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    paths = {_CONFIG: config} | {shard.name: shard for shard in shard_files(directory)}
+    for name, path in sorted(paths.items()):
+        total.update(f"{name} {files.sha256(path)}\n".encode())
     return total.hexdigest()
 
 
@@ -185,25 +182,16 @@ def save(model: Decoder, tokenizer_json: str, directory: str | os.PathLike[str])
     Raises:
       ValueError: `directory` exists and is not an empty directory.
     """
-    directory = Path(directory)
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise ValueError(f"{directory} already exists: give the name of a new directory")
     arrays = {name: np.asarray(array) for name, array in model.parameters().items()}
-    tensors = {
-        name: np.ascontiguousarray(arrays[place.key][place.index].astype(ml_dtypes.bfloat16))
-        for name, place in _places(model.config, parameter_shapes(model.config)).items()
-    }
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
-        partial.chmod(0o755)  # mkdtemp's 0700 would hide the model from others
+    with files.new_directory(Path(directory)) as partial:
+        tensors = {
+            name: np.ascontiguousarray(arrays[place.key][place.index].astype(ml_dtypes.bfloat16))
+            for name, place in _places(model.config, parameter_shapes(model.config)).items()
+        }
         config = json.dumps(model.config.to_dict(), indent=1)
         (partial / _CONFIG).write_text(config + "\n", encoding="utf-8")
         (partial / _TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
         (partial / SINGLE).write_bytes(serialize(tensors, metadata={"format": "pt"}))
-        partial.replace(directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _config_file(directory: str | os.PathLike[str]) -> Path:

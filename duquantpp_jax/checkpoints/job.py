@@ -5,6 +5,7 @@ job, and a run that was killed is only taken up by its own.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,10 +56,7 @@ class Job:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in fields.items()
-        }
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Job":
@@ -67,13 +65,14 @@ class Job:
         Raises:
           ValueError: Fields are missing or unknown.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        # Jobs that were written before there were these have no such fields.
-        later = {"fuse", "fits", "rotate_stream", "rotate_values", "refine"}
+        # Fields with a default came later: older jobs lack them.
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        names = set(defaults)
+        later = {name for name in names if defaults[name] is not dataclasses.MISSING}
         if not isinstance(fields, Mapping) or set(fields) | later != names:
             raise ValueError(f"a job has the fields {', '.join(sorted(names))}, and no others")
         given: dict[str, Any] = {
-            name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()
+            k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
         }
         return cls(**given)
 
@@ -109,10 +108,10 @@ class Job:
         """Where the two first differ, in words; None where they are one."""
 
         def flat(value: Any, path: str) -> dict[str, Any]:
-            if isinstance(value, Mapping):
-                parts = [flat(v, f"{path}.{k}".lstrip(".")) for k, v in value.items()]
-                return {key: one for part in parts for key, one in part.items()}
-            return {path: value}
+            if not isinstance(value, Mapping):
+                return {path: value}
+            parts = [flat(v, f"{path}.{k}".lstrip(".")).items() for k, v in value.items()]
+            return dict(itertools.chain.from_iterable(parts))
 
         mine, theirs = flat(self.to_dict(), ""), flat(other.to_dict(), "")
         for name in mine | theirs:

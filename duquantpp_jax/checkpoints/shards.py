@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Float32
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -116,18 +116,6 @@ def _opened(shard: Path) -> Any:
         raise ValueError(
             f"{shard} is truncated or no safetensors file ({one_line(error)}): fetch it again"
         ) from None
-
-
-def read_tensors(
-    found: Mapping[str, Tensor], names: Iterable[str]
-) -> Iterator[tuple[str, Float32[np.ndarray, "..."]]]:
-    """The named tensors in float32 (exact), shard by shard.
-
-    Raises:
-      ValueError: a tensor has NaN or Inf; names it.
-    """
-    for name, array in read_stored(found, names):
-        yield name, array.astype(np.float32)
 
 
 def read_stored(

@@ -8,7 +8,7 @@ out.)
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +231,8 @@ def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
     for number in range(count):
         about = read_about(out / layer_file(number))
         rows += about["report"]
-        place |= dict.fromkeys(_tensor_names(out / layer_file(number)), layer_file(number))
+        with safe_open(out / layer_file(number), framework="numpy") as file:
+            place |= dict.fromkeys(file.keys(), layer_file(number))
     fields = read_json(checkpoint.directory / CONFIG)
     if untied := bool(fields.get("tie_word_embeddings")) > checkpoint.config.tie_word_embeddings:
         fields["tie_word_embeddings"] = False
@@ -241,7 +242,9 @@ def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
         "schema": SCHEMA,
         "job": job.to_dict(),
         "bytes": total,
-        "float_bytes": sum(path.stat().st_size for path in _shards(checkpoint.directory)),
+        "float_bytes": sum(
+            path.stat().st_size for path in checkpoint.directory.glob("*.safetensors")
+        ),
         **({"untied_head": True} if untied else {}),
         "linears": rows,
     }
@@ -251,15 +254,6 @@ def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
     files.write_whole(out / INDEX, files.to_json(index))
     fields["quantization_config"] = {"quant_method": METHOD, "schema": SCHEMA, "recipe": job.recipe}
     files.write_whole(out / CONFIG, files.to_json(fields))
-
-
-def _tensor_names(path: Path) -> list[str]:
-    with safe_open(path, framework="numpy") as file:
-        return list(file.keys())
-
-
-def _shards(directory: Path) -> Iterator[Path]:
-    return directory.glob("*.safetensors")
 
 
 def copied(directory: Path) -> list[Path]:

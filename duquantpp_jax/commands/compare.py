@@ -71,8 +71,8 @@ class CompareOptions:
         second row of every method.
       seed: For recipes that draw random numbers, and for refining.
       seeds: Several of them in place of --seed: which (0 1 2), or how many (3).
-      imports: Modules to import first, for transforms and formats that this package does not have.
       out: Directory for results.json, timings.json and compare.png.
+      imports: Modules to import first, for transforms and formats that this package does not have.
     """
 
     model: Path | None = None
@@ -100,8 +100,8 @@ class CompareOptions:
     refine: int = 0
     seed: int = 0
     seeds: tuple[int, ...] | None = None
-    imports: Imports = ()
     out: Path = Path("compare-out")
+    imports: Imports = ()
 
 
 class Comparison(NamedTuple):

@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints import load_tokenizer, sha256
-from duquantpp_jax.checkpoints.loading import load_any
+from duquantpp_jax.checkpoints import load_any, load_tokenizer, sha256
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.evaluation.intervals import clusters, estimate
 from duquantpp_jax.evaluation.predict import Predictor, Reference, RowSums
@@ -67,8 +66,8 @@ class EvaluateOptions:
       tokens: Targets to evaluate on, cut down to whole rows; by default all.
       cache: Format of the key-value cache: float32, bf16, mxfp8, mxfp4; by default there is none.
       rotate_keys: Rotate keys and queries by a Hadamard matrix before keys are cached.
-      imports: Modules to import first, for transforms and formats that this package does not have.
       out: File for the results, as JSON.
+      imports: Modules to import first, for transforms and formats that this package does not have.
     """
 
     model: Path
@@ -81,8 +80,8 @@ class EvaluateOptions:
     tokens: int | None = None
     cache: str | None = None
     rotate_keys: Flag = False
-    imports: Imports = ()
     out: Path | None = None
+    imports: Imports = ()
 
 
 def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict[str, Any]:

@@ -18,14 +18,14 @@ class ExportOptions:
       model: Directory that `duquantpp quantize` wrote.
       format: compressed-tensors (MXFP4 as vLLM and transformers read it), or dequantized (plain
         bfloat16, activations not quantized).
-      imports: Modules to import first, for transforms and formats that this package does not have.
       out: New directory.
+      imports: Modules to import first, for transforms and formats that this package does not have.
     """
 
     model: Path
     format: Literal["compressed-tensors", "dequantized"] = "compressed-tensors"
-    imports: Imports = ()
     out: Path = Path("exported")
+    imports: Imports = ()
 
 
 def export(options: ExportOptions, progress: Step = lambda *_: None) -> list[str]:

@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from duquantpp_jax.checkpoints import load_tokenizer
-from duquantpp_jax.checkpoints.loading import load_any
+from duquantpp_jax.checkpoints import load_any, load_tokenizer
 from duquantpp_jax.commands.evaluate import Flag, Imports
 from duquantpp_jax.models.generation import Sampling, generate
 from duquantpp_jax.ptq import stores as cache

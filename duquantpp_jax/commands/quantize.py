@@ -88,8 +88,8 @@ class QuantizeOptions:
         model in memory, on the calibration text. Weights stay as they are.
       dry_run: Print sizes, memory and time; write nothing.
       overwrite: Start anew if --out holds another quantized model.
-      imports: Modules to import first, for transforms and formats that this package does not have.
       out: Directory for the quantized model.
+      imports: Modules to import first, for transforms and formats that this package does not have.
     """
 
     model: Path | None = None
@@ -113,8 +113,8 @@ class QuantizeOptions:
     refine: int = 0
     dry_run: bool = False
     overwrite: bool = False
-    imports: Imports = ()
     out: Path = Path("quantized")
+    imports: Imports = ()
 
 
 def quantize(options: QuantizeOptions, progress: Progress = lambda *_: None) -> dict[str, Any]:

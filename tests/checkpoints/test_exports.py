@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from duquantpp_jax import cli
-from duquantpp_jax.checkpoints import Quantized, load, save
-from duquantpp_jax.checkpoints.loading import load_any
+from duquantpp_jax.checkpoints import Quantized, load, load_any, save
 from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
 from duquantpp_jax.models import SITES

@@ -11,8 +11,7 @@ from safetensors.numpy import load_file
 from duquantpp_jax import cli
 from duquantpp_jax.analysis.look import InspectOptions, inspect
 from duquantpp_jax.analysis.outliers import Thresholds
-from duquantpp_jax.checkpoints import Quantized, save, testbed
-from duquantpp_jax.checkpoints.loading import load_any
+from duquantpp_jax.checkpoints import Quantized, load_any, save, testbed
 from duquantpp_jax.evaluation.rows import read_text, rows_of_text
 from duquantpp_jax.models import SITES
 from tests.analysis.test_outliers import plainly

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from duquantpp_jax.checkpoints import load, sha256
+from duquantpp_jax.checkpoints import load, load_any, sha256
 from duquantpp_jax.checkpoints.directory import layer_file
 from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about, save_fits
 from duquantpp_jax.checkpoints.lazy import Checkpoint
-from duquantpp_jax.checkpoints.loading import load_any
 from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.cli import main
 from duquantpp_jax.commands.learn import LearnOptions, learn_fits, split

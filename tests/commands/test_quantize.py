@@ -17,9 +17,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from duquantpp_jax import cli, files
-from duquantpp_jax.checkpoints import Quantized, load, load_quantized, save, writer
+from duquantpp_jax.checkpoints import Quantized, load, load_any, load_quantized, save, writer
 from duquantpp_jax.checkpoints.directory import layer_file
-from duquantpp_jax.checkpoints.loading import load_any
 from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.quantize import QuantizeOptions, calibration_tokens, job_of, quantize
 from duquantpp_jax.ptq.walk import quantize_decoder

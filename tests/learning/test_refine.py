@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duquantpp_jax.checkpoints import load, testbed
-from duquantpp_jax.checkpoints.loading import load_any
+from duquantpp_jax.checkpoints import load, load_any, testbed
 from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.commands import quantize as command
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize

@@ -6,10 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from duquantpp_jax.checkpoints import sha256, testbed
+from duquantpp_jax.checkpoints import load_any, sha256, testbed
 from duquantpp_jax.checkpoints.fits import save_fits
 from duquantpp_jax.checkpoints.lazy import Checkpoint
-from duquantpp_jax.checkpoints.loading import load_any
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
 from duquantpp_jax.core import MXArray, Needs
 from duquantpp_jax.evaluation.predict import Predictor, Reference
