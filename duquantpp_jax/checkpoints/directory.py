@@ -107,32 +107,9 @@ class Quantized:
         """The parameters of a layer that are no weights of linears, and its sites.
 
         Raises:
-          ValueError: The file is missing or broken, or its parts do not fit together.
+          ValueError: As `read_layer`.
         """
-        path = self.directory / layer_file(number)
-        about = read_about(path)
-        prefix, arrays = layer_prefix(about["layer"]), about["arrays"]
-        tensors = load_file(path)
-        sites = {}
-        for site in SITES:
-            own = f"{prefix}{site}/"
-            moved = {k.removeprefix(own): a for k, a in tensors.items() if k.startswith(own)}
-            fitted = from_arrays(moved, about["sites"][site])
-            if not isinstance(fitted, Fitted):
-                raise ValueError(f"{path}: site {site} holds {type(fitted).__name__}, not Fitted")
-            weights = tuple(
-                from_tensors(prefix + name, arrays[name], tensors)
-                if name in arrays
-                else jnp.asarray(tensors[f"{prefix}{name}.weight"])
-                for name in SITE_WEIGHTS[site]
-            )
-            sites[site] = QuantizedSite(fitted.transform, weights, fitted.clip, fitted.scale_offset)
-        rest = {
-            name.removeprefix(prefix).removesuffix(".weight"): array
-            for name, array in tensors.items()
-            if name.endswith((".weight", ".bias"))
-        }
-        return {name: a for name, a in rest.items() if name not in LINEARS}, sites
+        return read_layer(self.directory / layer_file(number))
 
     def report(self, number: int) -> list[dict[str, Any]]:
         """What quantizing cost each linear of a layer."""
@@ -171,6 +148,37 @@ def check_schema(path: Path, schema: Any) -> None:
             f"{path} has schema {schema!r}, and this version reads {SCHEMA}: "
             + ("install a newer duquantpp_jax" if newer else "quantize again")
         )
+
+
+def read_layer(path: Path) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSite]]:
+    """The parameters of a layer that are no weights of linears, and its sites.
+
+    Raises:
+      ValueError: As `read_about`; or its parts do not fit together.
+    """
+    about = read_about(path)
+    prefix, arrays = layer_prefix(about["layer"]), about["arrays"]
+    tensors = load_file(path)
+    sites = {}
+    for site in SITES:
+        own = f"{prefix}{site}/"
+        moved = {k.removeprefix(own): a for k, a in tensors.items() if k.startswith(own)}
+        fitted = from_arrays(moved, about["sites"][site])
+        if not isinstance(fitted, Fitted):
+            raise ValueError(f"{path}: site {site} holds {type(fitted).__name__}, not Fitted")
+        weights = tuple(
+            from_tensors(prefix + name, arrays[name], tensors)
+            if name in arrays
+            else jnp.asarray(tensors[f"{prefix}{name}.weight"])
+            for name in SITE_WEIGHTS[site]
+        )
+        sites[site] = QuantizedSite(fitted.transform, weights, fitted.clip, fitted.scale_offset)
+    rest = {
+        name.removeprefix(prefix).removesuffix(".weight"): array
+        for name, array in tensors.items()
+        if name.endswith((".weight", ".bias"))
+    }
+    return {name: a for name, a in rest.items() if name not in LINEARS}, sites
 
 
 def load_quantized(directory: str | os.PathLike[str]) -> tuple[Decoder, MixedLinear, State]:
