@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: written under a temporary name, then renamed."""
+"""Files that are written whole or not at all: under a temporary name that is then changed."""
 
 import contextlib
 import hashlib
@@ -16,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary path to write to, renamed to `path` at the end: no moment of it is half there
-    under its name.
+    """A temporary path to write to; at the end it is renamed to `path`.
 
     Raises:
       OSError: The directory cannot be written, or the disk is full.
@@ -56,11 +55,7 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file as `whole` does.
-
-    Raises:
-      OSError: As `whole` does.
-    """
+    """Writes a file with `whole`."""
     with whole(path) as temporary:
         temporary.write_bytes(content)
 
@@ -69,8 +64,8 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """All tensors of a safetensors file, and its metadata.
 
     Raises:
-      ValueError: It is no such file.
-      OSError: It cannot be read.
+      ValueError: The file is not a safetensors file.
+      OSError: The file cannot be read.
     """
     try:
         with safe_open(path, framework="numpy") as file:
@@ -81,13 +76,10 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def to_json(value: Any, *, indent: int | None = 1) -> bytes:
-    """JSON text that is the same for the same value; NaN and Inf are refused.
-
-    Args:
-      indent: Of nested lines; None for a single line.
+    """JSON text that is the same for the same value; `indent` None gives a single line.
 
     Raises:
-      ValueError: A number is not finite.
+      ValueError: A number is NaN or Inf.
     """
     return (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode()
 
@@ -99,20 +91,17 @@ def sha256(path: Path) -> str:
 
 
 def check_writable(directory: Path) -> None:
-    """Makes sure that files can be written to a directory that may not exist yet.
+    """Checks that files can be written to a directory that need not exist yet.
 
-    Writes and removes a temporary file in it, or in its nearest existing parent.
+    Writes and removes a temporary directory in it, or in its nearest existing parent.
 
     Raises:
-      ValueError: They cannot.
+      ValueError: They cannot be written.
     """
-    place = directory
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    place = next(path for path in (directory, *directory.parents) if path.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=".writable.", dir=place):
             pass
     except OSError as error:
-        raise ValueError(
-            f"cannot write to {directory} ({error.strerror}): give another --out"
-        ) from None
+        said = f"cannot write to {directory} ({error.strerror}): give another --out"
+        raise ValueError(said) from None

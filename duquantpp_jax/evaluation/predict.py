@@ -1,4 +1,4 @@
-"""The one engine that measures: how well a model predicts rows of tokens, and how far from another.
+"""The engine that measures how well a model predicts rows of tokens, and how far from a reference.
 
     NLL = mean over targets of -log q_target                      nats; PPL = exp(NLL)
     KL  = mean over targets of sum_v p_v (log p_v - log q_v)      p the reference, q the model
@@ -6,11 +6,11 @@
 
 Each is computed at every target in float32 and summed over the targets of a row in float64.
 
-Rows run in batches of `BATCH_ROWS`, or fewer where the logits of a batch would be too large. Under
-a format whose scale spans a tensor (log256) the batch is part of the result, so a batch holds the
-same rows on any number of devices: each device runs whole batches of its own. The last batch is
-filled up with copies of its first row. Copies change neither the largest nor the smallest magnitude
-of a batch, and so no scale that is made of them; their sums are dropped.
+Rows run in batches of `BATCH_ROWS`, or fewer if the logits of a batch would be too large. If the
+scale of a format spans a tensor (log256), results depend on the batch. So a batch has the same rows
+on any number of devices, and each device runs whole batches. Copies of the first row fill up the
+last batch; their sums are dropped. Copies do not change the largest and smallest magnitude of a
+batch, nor a scale that is computed from these.
 """
 
 import dataclasses
@@ -28,25 +28,24 @@ from jaxtyping import Array, Float, Float64, Integer
 from duquantpp_jax.models import Decoder, Linear, Store, dense
 
 LARGEST_LOGITS = 2**28
-"""Logits of a batch, at most (1 GiB in float32); a few such arrays are live together."""
+"""Most logits of a batch (1 GiB in float32); a few such arrays are in memory together."""
 BATCH_ROWS = 16
-"""Rows of a batch, at most."""
+"""Most rows of a batch."""
 
 Progress = Callable[[int, int], None]
-"""Called with the rows that are done and the rows in all."""
+"""Called with the number of rows done and of all rows."""
 
 ROWS = PartitionSpec("rows")
 
 
 @struct.dataclass
 class Predictor:
-    """A model as it predicts: `model(tokens, linear, state, store=store)`.
+    """A model that predicts with `model(tokens, linear, state, store=store)`.
 
     Attributes:
-      model: The decoder.
-      linear: What computes its linears.
-      state: What `linear` is given at each site.
-      store: How keys and values are kept; None keeps them as they are.
+      linear: Computes the linears.
+      state: Argument of `linear` at each site.
+      store: How keys and values are stored; None stores them unchanged.
     """
 
     model: Decoder
@@ -57,7 +56,7 @@ class Predictor:
     def log_probabilities(
         self, tokens: Integer[Array, "rows length"]
     ) -> Float[Array, "rows targets vocab"]:
-        """log q of every token at every target of rows; a row's targets are all but its first."""
+        """log q of every token at every target; the targets are all tokens but the first."""
         logits, _ = self.model(tokens[:, :-1], self.linear, self.state, store=self.store)
         return jax.nn.log_softmax(logits)
 
@@ -70,13 +69,13 @@ def kl_divergence(
 
 
 class RowSums(NamedTuple):
-    """Sums over each row's targets, of a model compared with a reference.
+    """Sums over the targets of each row, of a model compared with a reference.
 
     Attributes:
       nll: -log q_target, in nats.
-      reference_nll: The same of the reference.
+      reference_nll: -log p_target, in nats.
       kl: KL(reference || model), in nats.
-      agreement: Targets at which both put the same token first.
+      agreement: Number of targets at which both put the same token first.
     """
 
     nll: Float64[np.ndarray, " rows"]
@@ -86,7 +85,7 @@ class RowSums(NamedTuple):
 
 
 class _Predicted(NamedTuple):
-    """What the reference says of a batch: log p, the token it puts first, and -log p_target."""
+    """Predictions of the reference on a batch: log p, its first token, and -log p_target."""
 
     log_p: Float[Array, "rows targets vocab"]
     first: Integer[Array, "rows targets"]
@@ -96,9 +95,9 @@ class _Predicted(NamedTuple):
 class Reference:
     """A model on rows of tokens, with which others are compared.
 
-    The log-probabilities of the first batches are kept, as many as fit into the bound; the rest is
-    computed anew for every model. (Models visit the batches in turn: the first ones, kept for
-    good, save more than the latest ones would.)
+    The log-probabilities of the first batches are kept, as many as fit into the bound; the others
+    are computed again for every model. (All models visit the batches in the same order, so keeping
+    the first ones saves more than keeping the latest ones.)
     """
 
     def __init__(
@@ -111,14 +110,13 @@ class Reference:
         devices: Sequence[Any] | None = None,
     ):
         """Args:
-          predictor: Usually the float model.
           tokens: All but the last of a row are inputs, all but the first are targets.
-          batch_rows: Rows of a batch, at most; see the top of this file.
-          keep_bytes: Bound on the log-probabilities kept, on each device.
-          devices: Over which batches are spread; all of this process if not given.
+          batch_rows: Most rows of a batch; see the top of this file.
+          keep_bytes: Bound on the log-probabilities kept on each device.
+          devices: They share the batches; all devices of this process by default.
 
         Raises:
-          ValueError: There are no rows, or a batch of none.
+          ValueError: There are no rows, or a batch has none.
         """
         if not len(tokens) or batch_rows < 1:
             raise ValueError(
@@ -131,30 +129,30 @@ class Reference:
         """Rows of a batch."""
         self._mesh = Mesh(np.asarray(devices or jax.local_devices()), ("rows",))
         self.rows_at_once = self.batch_rows * self._mesh.size
-        """Rows of all devices' batches together; progress is told after each."""
+        """Rows of the batches of all devices; progress is called after each."""
         self._given = predictor
         self._placed = jax.device_put(predictor, NamedSharding(self._mesh, PartitionSpec()))
         self._kept: dict[int, _Predicted] = {}
         self._left = keep_bytes * self._mesh.size
 
     def row_sums(self, predictor: Predictor, progress: Progress = lambda *_: None) -> RowSums:
-        """Sums over each row's targets, of a model compared with the reference."""
+        """Sums over the targets of each row, of a model compared with the reference."""
         if predictor.model is self._given.model:  # it is on the devices already
             predictor = dataclasses.replace(predictor, model=self._placed.model)
         predictor = jax.device_put(predictor, NamedSharding(self._mesh, PartitionSpec()))
         parts = [
-            _by_row(said.nll, *_compared(predictor, tokens, said, mesh=self._mesh))
-            for tokens, said in self._batches(progress)
+            _by_row(base.nll, *_compared(predictor, tokens, base, mesh=self._mesh))
+            for tokens, base in self._batches(progress)
         ]
         reference_nll, nll, kl, agreement = self._joined(parts)
         return RowSums(nll, reference_nll, kl, agreement)
 
     def nll(self, progress: Progress = lambda *_: None) -> Float64[np.ndarray, " rows"]:
-        """Sums of -log p_target over each row's targets, of the reference itself."""
-        return self._joined([_by_row(said.nll) for _, said in self._batches(progress)])[0]
+        """Sums of -log p_target over the targets of each row, of the reference itself."""
+        return self._joined([_by_row(base.nll) for _, base in self._batches(progress)])[0]
 
     def _batches(self, progress: Progress) -> Iterator[tuple[Array, _Predicted]]:
-        """Tokens of one batch for every device, and what the reference says of them."""
+        """Tokens of a batch for every device, and the predictions of the reference."""
         count, step = len(self.tokens), self.rows_at_once
         spread = NamedSharding(self._mesh, ROWS)
         for first in range(0, count, step):
@@ -162,17 +160,17 @@ class Reference:
             batch = rows // self.batch_rows * self.batch_rows  # first row of each row's batch
             filled = np.where(rows < count, rows, np.where(batch < count, batch, 0))
             tokens = jax.device_put(self.tokens[filled], spread)
-            said = self._kept.get(first)
-            if said is None:
-                said = _predicted(self._placed, tokens, mesh=self._mesh)
-                if said.log_p.nbytes <= self._left:
-                    self._left -= said.log_p.nbytes
-                    self._kept[first] = said
-            yield tokens, said
+            base = self._kept.get(first)
+            if base is None:
+                base = _predicted(self._placed, tokens, mesh=self._mesh)
+                if base.log_p.nbytes <= self._left:
+                    self._left -= base.log_p.nbytes
+                    self._kept[first] = base
+            yield tokens, base
             progress(min(first + step, count), count)
 
     def _joined(self, parts: list[list[np.ndarray]]) -> list[Float64[np.ndarray, " rows"]]:
-        """The sums of all batches, without the rows that only fill a batch up."""
+        """The sums of all batches, without the copies that fill up the last batch."""
         return [np.concatenate(sums)[: len(self.tokens)] for sums in zip(*parts, strict=True)]
 
 
@@ -184,36 +182,32 @@ def _predicted(
         log_p = predictor.log_probabilities(tokens)
         return _Predicted(log_p, jnp.argmax(log_p, axis=-1), _nll(log_p, tokens))
 
-    return _on_each(of_batch, mesh)(predictor, tokens)
+    return _on_each(of_batch, mesh, predictor, tokens)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def _compared(
-    predictor: Predictor, tokens: Integer[Array, "rows length"], said: _Predicted, *, mesh: Mesh
+    predictor: Predictor, tokens: Integer[Array, "rows length"], base: _Predicted, *, mesh: Mesh
 ) -> tuple[Float[Array, "rows targets"], ...]:
     """-log q_target, KL and agreement at every target."""
 
-    def of_batch(predictor: Predictor, tokens: Array, said: _Predicted) -> tuple[Array, ...]:
+    def of_batch(predictor: Predictor, tokens: Array, base: _Predicted) -> tuple[Array, ...]:
         log_q = predictor.log_probabilities(tokens)
-        agree = said.first == jnp.argmax(log_q, axis=-1)
-        return _nll(log_q, tokens), kl_divergence(said.log_p, log_q), agree.astype(jnp.float32)
+        agree = base.first == jnp.argmax(log_q, axis=-1)
+        return _nll(log_q, tokens), kl_divergence(base.log_p, log_q), agree.astype(jnp.float32)
 
-    return _on_each(of_batch, mesh)(predictor, tokens, said)
+    return _on_each(of_batch, mesh, predictor, tokens, base)
 
 
-def _on_each(of_batch: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """The function of (predictor, *arrays), each device on the rows that it has."""
-
-    def spread(predictor: Predictor, *arrays: Any) -> Any:
-        specs = (PartitionSpec(), *[ROWS] * len(arrays))
-        mapped = jax.shard_map(of_batch, mesh=mesh, in_specs=specs, out_specs=ROWS, check_vma=False)
-        return mapped(predictor, *arrays)
-
-    return spread
+def _on_each(of_batch: Callable[..., Any], mesh: Mesh, predictor: Predictor, *arrays: Any) -> Any:
+    """`of_batch(predictor, *arrays)`, on each device with its own rows of the arrays."""
+    specs = (PartitionSpec(), *[ROWS] * len(arrays))
+    mapped = jax.shard_map(of_batch, mesh=mesh, in_specs=specs, out_specs=ROWS, check_vma=False)
+    return mapped(predictor, *arrays)
 
 
 def _by_row(*at_targets: Float[Array, "rows targets"]) -> list[Float64[np.ndarray, " rows"]]:
-    """Sums over targets; they are waited for, so that one batch is on the devices at a time."""
+    """Sums over targets; waits for them, so only one batch is on the devices at a time."""
     return [np.asarray(values, np.float64).sum(axis=1) for values in at_targets]
 
 

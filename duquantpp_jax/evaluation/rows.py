@@ -1,27 +1,25 @@
 """The evaluation protocols: from a text file to rows of tokens.
 
-A row is `window` ids of text, before which the beginning-of-sequence token may stand; all its
-tokens but the last are inputs, all but the first are targets. Two protocols cut them:
+A row is `window` ids of text, after a beginning-of-sequence token (BOS) if the protocol has one.
+All tokens of a row but the last are inputs, all but the first are targets. The protocols are:
 
-    documents   The file is documents separated by <|endoftext|> (or one document), split exactly
-                there. Each is encoded whole and cut into rows by itself. Rows are taken round robin
-                (the first of every document, then the second of every document, ...): any prefix
-                covers all documents evenly. `compare` does so, with 511 ids after a BOS, so that
-                511 inputs predict 511 targets.
-    stream      The file is encoded whole and cut into rows from its beginning, as papers do, with
-                2048 ids and no BOS, so that 2047 inputs predict 2047 targets.
+    documents   The file is split exactly at <|endoftext|>. Each document is encoded as a whole and
+                cut into rows. Rows are taken round robin (the first of every document, then the
+                second of every document, ...), so any prefix covers all documents evenly. This is
+                the protocol of `compare`: 511 ids after a BOS, so 511 inputs predict 511 targets.
+    stream      The file is encoded as a whole and cut into rows, as in papers: 2048 ids without a
+                BOS, so 2047 inputs predict 2047 targets.
 
-Nothing is stripped and no special tokens are added; an incomplete last row is dropped.
+Nothing is stripped, no special tokens are added, and an incomplete last row is dropped.
 
 Source: for `stream` the WikiText-2 evaluation of Frantar et al., GPTQ (arXiv:2210.17323). Its
-tokenizer call may put one BOS before the whole text; here there is none.
+tokenizer call may put a BOS before the whole text; here there is none.
 """
 
 import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -38,9 +36,9 @@ class Protocol:
     """How a text becomes rows.
 
     Attributes:
-      stream: Whether the text is one stream, and not documents.
+      stream: Whether the text is a stream; else it is documents.
       window: Ids of text in a row.
-      bos: Whether the beginning-of-sequence token stands before each row.
+      bos: Whether a row begins with the beginning-of-sequence token.
     """
 
     stream: bool
@@ -48,29 +46,22 @@ class Protocol:
     bos: bool
 
 
-PROTOCOLS: Mapping[str, Protocol] = MappingProxyType(
-    {
-        "documents": Protocol(stream=False, window=TARGETS, bos=True),
-        "stream": Protocol(stream=True, window=2048, bos=False),
-    }
-)
-"""`compare`'s, and that of papers."""
+PROTOCOLS: Mapping[str, Protocol] = {
+    "documents": Protocol(stream=False, window=TARGETS, bos=True),
+    "stream": Protocol(stream=True, window=2048, bos=False),
+}
+"""The protocols of `compare` and of papers."""
 
 
 class Rows(NamedTuple):
-    """Rows of tokens and the document that each comes from.
-
-    Attributes:
-      tokens: All but the last are inputs, all but the first their targets.
-      documents: Number of each row's document.
-    """
+    """Rows of tokens, and the number of each row's document."""
 
     tokens: Integer[np.ndarray, "rows length"]
     documents: Integer[np.ndarray, " rows"]
 
     @property
     def targets(self) -> int:
-        """Targets of one row."""
+        """Targets of a row."""
         return self.tokens.shape[1] - 1
 
     def take(self, rows: int) -> "Rows":
@@ -79,10 +70,10 @@ class Rows(NamedTuple):
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text in a UTF-8 file.
+    """The text of a UTF-8 file.
 
     Raises:
-      ValueError: There is no such file, it cannot be read, or it is not UTF-8.
+      ValueError: The file cannot be read or is not UTF-8.
     """
     try:
         return Path(path).read_bytes().decode("utf-8")
@@ -101,13 +92,11 @@ def rows_of_text(
     """All whole rows of a text.
 
     Args:
-      bos: The token that stands before each row, if the protocol wants one.
+      bos: The beginning-of-sequence token, if the protocol has one.
     """
     window, texts = protocol.window, [text] if protocol.stream else text.split(SEPARATOR)
-    documents = [
-        np.asarray(encoding.ids, np.int32)
-        for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)
-    ]
+    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
+    documents = [np.asarray(encoding.ids, np.int32) for encoding in encoded]
     before = np.asarray([bos] if protocol.bos else [], np.int32)
     tokens, numbers = [], []
     for turn in range(max(len(ids) // window for ids in documents)):
@@ -124,7 +113,7 @@ def rows_for_targets(rows: Rows, targets: int, source: str) -> Rows:
     """The first rows that hold `targets` targets, cut down to whole rows.
 
     Raises:
-      ValueError: Fewer targets than one row, or more than there are.
+      ValueError: Fewer targets than a row has, or more than there are.
     """
     each, have = rows.targets, len(rows.documents)
     wanted = targets // each

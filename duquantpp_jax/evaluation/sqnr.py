@@ -1,8 +1,8 @@
-"""SQNR of each linear alone, on the inputs that the float model gives it.
+"""SQNR of each linear alone, on its inputs in the float model.
 
-    SQNR = 10 log10( sum y^2 / sum (y - y^)^2 )  dB,   y = x @ w.T,   y^ its quantized twin
+    SQNR = 10 log10( sum y^2 / sum (y - y^)^2 )  dB,   y = x @ w.T,   y^ from the quantized linear
 
-A linear that is silent (no signal) or exact (no error) has no SQNR; it is masked.
+A linear without signal or without error has no SQNR; it is masked.
 """
 
 import jax
@@ -20,13 +20,11 @@ def linear_sqnr(
     """SQNR in dB of every linear, by site.
 
     Args:
-      predictor: The float model, and the linear and the state that it is quantized with.
+      predictor: The float model, with the quantized linear and its state.
       tokens: All but the last of a row are inputs.
     """
-    return {
-        site: decibels(np.asarray(signal), np.asarray(error))
-        for site, (signal, error) in _energies(predictor, jnp.asarray(tokens)).items()
-    }
+    energies = _energies(predictor, jnp.asarray(tokens)).items()
+    return {site: decibels(*map(np.asarray, energy)) for site, energy in energies}
 
 
 def decibels(
@@ -39,9 +37,9 @@ def decibels(
 
 
 def mean_sqnr(predictor: Predictor, tokens: Integer[np.ndarray, "rows length"]) -> float | None:
-    """Mean SQNR in dB over the linears that have one; None where none has."""
-    by_site = linear_sqnr(predictor, tokens)
-    found = np.ma.concatenate([sqnr.ravel() for sqnr in by_site.values()]).compressed()
+    """Mean SQNR in dB over the linears that have an SQNR; None if none has."""
+    by_site = linear_sqnr(predictor, tokens).values()
+    found = np.ma.concatenate([sqnr.ravel() for sqnr in by_site]).compressed()
     return float(np.mean(found)) if found.size else None
 
 
@@ -56,5 +54,4 @@ def _energies(
         error = [jnp.sum(jnp.square(y - z)) for y, z in zip(ys, rounded, strict=True)]
         return ys, (signal, jnp.stack(error))
 
-    _, energies = predictor.model(tokens[:, :-1], both, predictor.state)
-    return energies
+    return predictor.model(tokens[:, :-1], both, predictor.state)[1]

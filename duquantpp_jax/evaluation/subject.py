@@ -1,4 +1,4 @@
-"""What a comparison is made on: rows to calibrate and to evaluate on, and where all is from."""
+"""Models and texts of a comparison, their names and hashes, and the environment of results."""
 
 import importlib.metadata
 import os
@@ -17,12 +17,12 @@ from duquantpp_jax.models import DecoderConfig
 
 
 def model_name(model: Path | None) -> str:
-    """What results call a model."""
+    """Name of a model in results."""
     return "testbed" if model is None else model.resolve().name
 
 
 def check_texts(model: Path | None, text: Path | None, calibration_text: Path | None) -> None:
-    """Raises ValueError where a model is given without text: the embedded rows are not its own."""
+    """Raises ValueError if a model is given without texts: the embedded ones are not its own."""
     given = {"--text": text, "--calibration-text": calibration_text}
     if model is not None and (missing := [name for name, value in given.items() if not value]):
         raise ValueError(
@@ -34,20 +34,17 @@ def check_texts(model: Path | None, text: Path | None, calibration_text: Path | 
 def load_rows(
     model: Path | None, text: Path | None, targets: int, use: Literal["evaluation", "calibration"]
 ) -> Rows:
-    """The first rows of a text in a model's tokens; of the embedded rows where there is no text.
+    """The first rows of a text in a model's tokens; without a text, of the embedded rows.
 
     Args:
       targets: Cut down to whole rows.
-      use: Which of the embedded rows.
+      use: Which embedded rows.
 
     Raises:
       ValueError: The text cannot be read or is too short.
     """
     if text is None:
-        embedded = {
-            "evaluation": testbed.evaluation_rows,
-            "calibration": testbed.calibration_rows,
-        }
+        embedded = {"evaluation": testbed.evaluation_rows, "calibration": testbed.calibration_rows}
         tokens = embedded[use]()
         return rows_for_targets(Rows(tokens, np.arange(len(tokens))), targets, "the embedded text")
     directory = model or testbed.directory()
@@ -55,18 +52,16 @@ def load_rows(
 
 
 def text_rows(directory: Path, config: DecoderConfig, text: Path, targets: int) -> Rows:
-    """The first rows of a text in the tokens of a directory, by the protocol of `compare`.
+    """The first rows of a text by the protocol of `compare`.
 
     Args:
-      directory: With the tokenizer; of a float or a quantized model.
-      config: Of the model.
+      directory: A float or a quantized model, with its tokenizer.
       targets: Cut down to whole rows.
 
     Raises:
-      ValueError: The text cannot be read or is too short, or the model takes no such rows.
+      ValueError: The text cannot be read or is too short, or the model does not take such rows.
     """
-    content = read_text(text)
-    bos = config.bos_token_id
+    content, bos = read_text(text), config.bos_token_id
     if bos is None:
         raise ValueError(
             f"{directory}/config.json names no bos_token_id, which stands before every row: "
@@ -82,17 +77,17 @@ def text_rows(directory: Path, config: DecoderConfig, text: Path, targets: int) 
 
 
 def name_and_hash(path: Path | None) -> dict[str, str]:
-    """What names a text in a result; None is the embedded one."""
+    """Name and SHA-256 of a text for results; None is the embedded text."""
     path = path or testbed.directory() / "tokens.npz"
     return {"name": path.name, "sha256": files.sha256(path)}
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device and threads, for a result to name what it was measured with.
+    """Versions, device and threads of this process, for results.
 
-    On a CPU XLA splits sums over a pool of threads, one for each core that this process may use
-    unless NPROC or PJRT_NPROC says otherwise, so that numbers depend on `cores` in their last
-    digits. Flags that only write files are left out of `xla_flags`.
+    On a CPU XLA splits sums over a pool of threads. It has a thread for each core that this process
+    may use, or as many as NPROC or PJRT_NPROC says, so the last digits of numbers depend on `cores`
+    and `threads`. `xla_flags` is without flags that only write files.
     """
     packages = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes", "tokenizers")
     device = jax.devices()[0]
