@@ -1,6 +1,6 @@
-"""Which implementation of a kernel runs: the one that was named, or the best that the device has.
+"""Choice of the implementation of a kernel: the named one, or the best that the device has.
 
-A named implementation runs or raises and says why. Only None chooses, and logs what it chose.
+A named implementation runs, or raises and says why not. Only None chooses, and logs the choice.
 """
 
 import logging
@@ -9,20 +9,19 @@ from typing import Any
 
 import jax
 
-__all__ = ["choose", "cores", "current_device", "why_not_sm100"]
+from duquantpp_jax.kernels.specifications import CORES
 
 logger = logging.getLogger(__name__)
-SM100_CORES = 148  # streaming multiprocessors of a B200
 
 
 def current_device() -> Any:
-    """The device that computations without a placement go to."""
+    """The device of computations without a placement."""
     device = jax.config.jax_default_device
     return device if hasattr(device, "platform") else jax.devices()[0]
 
 
 def why_not_sm100() -> str | None:
-    """None where kernels for compute capability 10.x run, else the reason that they do not."""
+    """Why kernels for compute capability 10.x cannot run here; None if they can."""
     device = current_device()
     if device.platform not in ("gpu", "cuda"):
         return f"it needs an NVIDIA GPU of compute capability 10.x, and this is {device.platform}"
@@ -33,23 +32,23 @@ def why_not_sm100() -> str | None:
 
 
 def cores() -> int:
-    """Streaming multiprocessors of the current device."""
-    return int(getattr(current_device(), "core_count", None) or SM100_CORES)
+    """Streaming multiprocessors of the current device; those of a B200 if it does not say."""
+    return int(getattr(current_device(), "core_count", None) or CORES)
 
 
 def choose(
     kernel: str, named: str | None, obstacles: Mapping[str, Callable[[], str | None]]
 ) -> str:
-    """The implementation to run.
+    """Name of the implementation to run.
 
     Args:
       kernel: Name of the kernel, for messages.
-      named: What the caller asked for, or None.
-      obstacles: For every implementation, best first, what says why it cannot run here (or None).
+      named: The implementation that the caller asked for.
+      obstacles: Best first, a function for each implementation that says why it cannot run here.
 
     Raises:
-      ValueError: No implementation has that name.
-      RuntimeError: The one that was named cannot run here.
+      ValueError: No implementation has the name.
+      RuntimeError: The named implementation cannot run here.
     """
     if named is None:
         chosen = next(name for name, obstacle in obstacles.items() if obstacle() is None)

@@ -1,13 +1,13 @@
-"""A quantized matrix as tensor cores read it.
+"""A quantized matrix in the layout that tensor cores read.
 
     value[r, c] = elements[r, c] * scale[r, c // block] (* tensor_scale)
 
-Elements have K last, scales lie in 128x4 tiles (formats/packing.py). TMA copies whole tiles, so
-that rows are filled up to a multiple of 8 and K to one row of shared memory, 128 bytes; what is
-filled in is zeros, elements and scale bytes both, and adds nothing to a product.
+Elements have K as last axis, scales are in 128x4 tiles (formats/packing.py). TMA copies whole
+tiles, so rows are padded to a multiple of 8, and K to a row of shared memory (128 bytes). Padding
+is zero in elements and scale bytes and adds nothing to a product.
 
-float4 arrays hold two elements a byte on a device, the lower index in the low nibble, which is
-the packing of the hardware.
+float4 arrays have two elements a byte on a device, the lower index in the low nibble, as the
+hardware packs them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from jaxtyping import Array, Float, Shaped
 from duquantpp_jax.core import Element, MXArray
 from duquantpp_jax.formats.packing import swizzle_scales, unswizzle_scales
 
-__all__ = ["Operand", "bits_of", "depth_of", "padded_rows"]
-
 DEPTH_BYTES = 128  # of K in one row of shared memory: the widest TMA swizzle
 
 
@@ -32,15 +30,15 @@ class Operand:
     """One side of a block-scaled matmul.
 
     Attributes:
-      elements: float4_e2m1fn, float8_e4m3fn or float8_e5m2, filled up as above.
+      elements: float4_e2m1fn, float8_e4m3fn or float8_e5m2, padded as above.
       scales: float8_e8m0fnu (or float8_e4m3fn, for NVFP4) in 128x4 tiles.
-      tensor_scale: One float32 number for formats with two levels of scale, else None.
-      shape: Rows and columns before filling up.
+      tensor_scale: The second level of scales, for formats with two levels.
+      shape: Rows and columns before padding.
       element: The element type.
       block_size: Elements that share one scale.
     """
 
-    # "or Any": under eval_shape, vmap and the like, JAX puts other things than arrays here.
+    # "or Any": eval_shape, vmap and others put objects here that are not arrays.
     elements: Shaped[Array, "padded_rows padded_k"] | Any
     scales: Shaped[Array, "row_tiles column_tiles 32 16"] | Any
     tensor_scale: Float[Array, ""] | Any = None
@@ -63,12 +61,12 @@ class Operand:
                 f"{mx.element.name} with {mx.scales.dtype}"
             )
         rows, k = mx.shape
-        depth = depth_of(mx.elements.dtype)
-        filling = ((0, padded_rows(rows) - rows), (0, -k % depth))
+        extra = -k % depth_of(mx.elements.dtype)
+        padding = [(0, padded_rows(rows) - rows, 0), (0, extra, 0)]
         zero = mx.element.store(jnp.zeros((), jnp.uint8))
-        scale_bytes = jnp.pad(mx.scale_bytes(), ((0, 0), (0, filling[1][1] // mx.block_size)))
+        scale_bytes = jnp.pad(mx.scale_bytes(), ((0, 0), (0, extra // mx.block_size)))
         return cls(
-            elements=jax.lax.pad(mx.elements, zero, [(*edge, 0) for edge in filling]),
+            elements=jax.lax.pad(mx.elements, zero, padding),
             scales=jax.lax.bitcast_convert_type(swizzle_scales(scale_bytes), mx.scales.dtype),
             tensor_scale=mx.tensor_scale,
             shape=(rows, k),
@@ -77,7 +75,7 @@ class Operand:
         )
 
     def to_mx(self) -> MXArray:
-        """The quantized matrix without filling, scales in rows."""
+        """The quantized matrix without padding, scales in rows."""
         rows, k = self.shape
         tiles = jax.lax.bitcast_convert_type(self.scales, jnp.uint8)
         columns = self.elements.shape[1] // self.block_size
@@ -96,7 +94,7 @@ class Operand:
 
 
 def padded_rows(rows: int) -> int:
-    """Rows that TMA's tiles of eight can hold: a multiple of 8, or fewer than 8."""
+    """Rows that TMA's tiles of eight can copy: a multiple of 8, or fewer than 8."""
     return rows if rows < 8 else -(-rows // 8) * 8
 
 

@@ -1,4 +1,4 @@
-"""Pallas Mosaic GPU as both kernels use it, and the places where versions of JAX differ in it."""
+"""Parts of Pallas Mosaic GPU that both kernels use, and its differences between versions of JAX."""
 
 import inspect
 from collections.abc import Callable
@@ -10,17 +10,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from duquantpp_jax.kernels.operand import bits_of
 
-__all__ = ["LANE_SEMANTICS", "load", "loop", "store", "swizzled"]
 
-# Layouts of registers are written down where they matter, not inferred (the default from jax 0.12).
-LANE_SEMANTICS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+def launch(body: Callable[..., None], interpret: Any, scratch: Any, **options: Any) -> Any:
+    """A Mosaic kernel; `interpret` has parameters of interpret mode, None compiles."""
+    # Register layouts are explicit where they matter, not inferred (jax 0.12's default).
+    lanes = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+    if interpret is not None:
+        options["interpret"] = interpret
+    named = {"scratch": scratch}
+    return plgpu.kernel(body, scratch_types=named, compiler_params=lanes, **options)
 
 
 def swizzled(shape: tuple[int, ...], dtype: Any, columns: int | None = None) -> Any:
     """Shared memory in tiles of 8 swizzled rows, which TMA writes and the tensor core reads.
 
     Args:
-      columns: Of a tile; the last axis of the shape if not given, or what 128 bytes hold of it.
+      columns: Columns of a tile; default the last axis. At most 128 bytes are used.
     """
     swizzle = plgpu.find_swizzle((columns or shape[-1]) * bits_of(dtype))
     tile = (8, swizzle * 8 // bits_of(dtype))
@@ -32,12 +37,24 @@ def swizzled(shape: tuple[int, ...], dtype: Any, columns: int | None = None) -> 
 
 
 def loop(start: Any, stop: Any, body: Callable[[Any], None]) -> None:
-    """A loop with int32 counters that carries nothing."""
+    """A loop with int32 counters and no carried value."""
     lax.fori_loop(jnp.int32(start), jnp.int32(stop), lambda i, _: body(i), None)
 
 
+def wait_for_last(barriers: Any, last: int, count: Any, slots: int) -> None:
+    """Waits for the last of `count` arrivals, which visit a ring of barriers in turn.
+
+    No warp may leave while the tensor core can still arrive on a barrier.
+    """
+
+    def wait(i: Any) -> None:
+        plgpu.barrier_wait(barriers.at[lax.rem(i, jnp.int32(slots))])
+
+    loop(lax.max(count - last, 0), count, wait)
+
+
 def load(ref: Any, layout: Any) -> Any:
-    """Loads shared memory in a register layout of any access pattern, conflicts included."""
+    """Loads shared memory into any register layout, with bank conflicts where there are some."""
     # jax 0.10 asks for an index, 0.11 does not want one, 0.12 has none.
     idx = inspect.signature(plgpu.load).parameters.get("idx")
     index = ((),) if idx is not None and idx.default is inspect.Parameter.empty else ()
@@ -45,7 +62,7 @@ def load(ref: Any, layout: Any) -> Any:
 
 
 def store(ref: Any, value: Any) -> None:
-    """Stores registers to shared memory with any access pattern, conflicts included."""
+    """Stores registers of any layout to shared memory, with bank conflicts where there are some."""
     if hasattr(plgpu, "store"):
         plgpu.store(ref, value, optimized=False)
     else:  # jax 0.10: a plain store allows it

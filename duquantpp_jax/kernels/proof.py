@@ -1,8 +1,8 @@
-"""The proof without the chip: every kernel compiled for Blackwell, its machine code read.
+"""Proof without the chip: compiles every kernel for Blackwell and reads its machine code.
 
-A kernel is proved when its code holds the tensor-core instruction of its format, as often in its
-innermost loop as the tile's shape implies, and no register spills. What this cannot show is time:
-the table has the roofline's, from NVIDIA's numbers, and what bounds it.
+A kernel is proved if its innermost loop has the tensor-core instruction of its format as often as
+the shape of the tile implies, and if no register spills. This does not measure time: the table
+shows the time of the roofline, from NVIDIA's numbers, and what bounds it.
 
     duquantpp kernels --target b200
 """
@@ -19,11 +19,13 @@ from typing import IO, cast
 from duquantpp_jax.kernels import compiling, sass, target
 from duquantpp_jax.kernels.compiling import Record
 
-__all__ = ["Options", "Record", "prove", "run"]
-
 ROOFLINE = (
     "roofline: 9 PFLOP/s of FP4, 4.5 of FP8, 2.25 of BF16, and 8 TB/s: NVIDIA's DGX B200 data sheet"
     " divided by its 8 GPUs, and the Blackwell architecture brief; launches are left out"
+)
+_HEADER = (
+    f"{'kernel':<16}{'case':<42}{'instruction':<12}{'in loop':>8}{'regs':>6}{'spill':>6}"
+    f"{'smem':>8}{'tmem':>6}{'CTAs':>6}{'compile':>9}{'GFLOP':>10}{'MB':>9}{'roofline':>12}  bound"
 )
 
 
@@ -34,7 +36,7 @@ class Options:
     Attributes:
       target: The GPU.
       json: Print the table as JSON.
-      only: Of the cases, those whose kernel, shape or label contains this.
+      only: Only cases whose kernel, shape or label contains this text.
     """
 
     target: str = "b200"
@@ -46,8 +48,8 @@ def run(options: Options) -> int:
     """Prints the table; the command `duquantpp kernels`.
 
     Returns:
-      0 if all is proved; 1 if an instruction is missing, miscounted or a register spills; 2 if
-      nothing could be compiled.
+      0 if every kernel is proved; 1 if an instruction is missing or miscounted or a register
+      spills; 2 if nothing was compiled.
 
     Raises:
       ValueError: There is no such target.
@@ -55,10 +57,8 @@ def run(options: Options) -> int:
     if options.target not in target.TARGETS:
         raise ValueError(f"no target {options.target!r}: name one of {', '.join(target.TARGETS)}")
     if missing := target.missing_wheels():
-        print(
-            f"compiling for {options.target} needs {', '.join(missing)}: {target.INSTALL}",
-            file=sys.stderr,
-        )
+        wheels = ", ".join(missing)
+        print(f"compiling for {options.target} needs {wheels}: {target.INSTALL}", file=sys.stderr)
         return 2
     records = []
     if not options.json:
@@ -67,51 +67,37 @@ def run(options: Options) -> int:
         records.append(record)
         if not options.json:
             print(_line(record), flush=True)
+    failed = [record for record in records if record.failures]
     if options.json:
         print(json.dumps([dataclasses.asdict(record) for record in records], indent=1))
-    failed = [record for record in records if record.failures]
-    if not options.json:
+    else:
         print(f"{len(records)} kernels compiled for {options.target}, {len(failed)} failed")
         print(ROOFLINE)
         for record in failed:
             print(f"{record.kernel} {record.case}: {'; '.join(record.failures)}")
-    if not records:
-        return 2
-    return 1 if failed else 0
+    return 2 if not records else int(bool(failed))
 
 
 def prove(options: Options) -> Iterator[Record]:
-    """Compiles in a process of its own, as a process has one architecture.
+    """Compiles all cases in a process of its own, because a process has only one architecture.
 
     Raises:
-      RuntimeError: The process failed; its last words are the message.
+      RuntimeError: The process failed; the message ends with its errors.
     """
     with tempfile.TemporaryDirectory() as directory:
-        environment = (
-            os.environ
-            | sass.DUMP
-            | {
-                "JAX_PLATFORMS": "cpu",  # else the plugin looks for a driver and cuDNN
-                "MOSAIC_GPU_DUMP_TO": directory,
-            }
-        )
+        # On other platforms the plugin looks for a driver and cuDNN.
+        places = {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": directory}
         command = [sys.executable, "-m", compiling.__name__, options.target, options.only]
+        environment, pipe = os.environ | sass.DUMP | places, subprocess.PIPE
         with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, env=environment, stdout=pipe, stderr=pipe, text=True
         ) as worker:
-            output, errors_of = cast(IO[str], worker.stdout), cast(IO[str], worker.stderr)
-            for line in output:
+            for line in cast(IO[str], worker.stdout):
                 fields = json.loads(line)
                 yield Record(**fields | {"failures": tuple(fields["failures"])})
-            errors = errors_of.read()
+            errors = cast(IO[str], worker.stderr).read()
         if worker.returncode:
             raise RuntimeError(f"compiling for {options.target} failed:\n{errors[-4000:]}")
-
-
-_HEADER = (
-    f"{'kernel':<16}{'case':<42}{'instruction':<12}{'in loop':>8}{'regs':>6}{'spill':>6}"
-    f"{'smem':>8}{'tmem':>6}{'CTAs':>6}{'compile':>9}{'GFLOP':>10}{'MB':>9}{'roofline':>12}  bound"
-)
 
 
 def _line(record: Record) -> str:

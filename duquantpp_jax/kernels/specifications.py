@@ -1,4 +1,4 @@
-"""What a B200 can do, from NVIDIA's documents. None of these numbers is measured or fitted here.
+"""Speeds of a B200 from NVIDIA's documents; none is measured or fitted here.
 
 Sources:
   [D] NVIDIA DGX B200 data sheet: eight GPUs with 144 | 72 PFLOPS FP4 (sparse | dense), 72 PFLOPS
@@ -7,8 +7,6 @@ Sources:
   [G] CUDA C++ Programming Guide, compute capability 10.0.
 """
 
-__all__ = ["BYTES_PER_SECOND", "CORES", "FLOPS_PER_SECOND", "roofline"]
-
 FLOPS_PER_SECOND = {  # dense
     "mxfp4": 9e15,  # [D] 72 PFLOPS / 8
     "nvfp4": 9e15,  # [D]
@@ -16,11 +14,11 @@ FLOPS_PER_SECOND = {  # dense
     "bfloat16": 2.25e15,  # [B]
 }
 BYTES_PER_SECOND = 8e12  # [D] 64 TB/s / 8
-CORES = 148  # streaming multiprocessors; [G] has the memories of each
+CORES = 148  # streaming multiprocessors [G]
 
 
 def roofline(flops: int, bytes_moved: int, kind: str) -> tuple[float, str]:
-    """Least time in seconds, and what bounds it: "tensor cores" or "memory".
+    """Least time in seconds, and its bound: "tensor cores" or "memory".
 
     Source: Williams, Waterman and Patterson, "Roofline", CACM 52(4), 2009.
     """

@@ -1,9 +1,8 @@
-"""A Blackwell that is not there: a device that XLA compiles for, on a machine without a GPU.
+"""A Blackwell GPU that is not there: XLA compiles for its description on a machine without a GPU.
 
-XLA needs to know of a device only what is written down here. Compiling needs ptxas and libdevice
-beside jax, from the wheels of the extra `blackwell`, and no driver, cuDNN or cuBLAS.
-
-Mosaic remembers the first architecture that it sees, so that a process compiles for one target.
+Compiling needs ptxas and libdevice beside jax, from the wheels of the extra `blackwell`, but no
+driver, cuDNN or cuBLAS. Mosaic remembers the first architecture that it sees, so a process can
+compile for only one target.
 """
 
 import contextlib
@@ -12,8 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-
-__all__ = ["INSTALL", "compile_only", "missing_wheels", "with_sharding"]
 
 WHEELS = (
     "absl-py",
@@ -25,9 +22,8 @@ WHEELS = (
 )
 INSTALL = "pip install 'duquantpp_jax[blackwell]'"
 
-# GpuTargetConfigProto (xla/stream_executor/device_description.proto) of a B200. The numbers are of
-# the CUDA programming guide (compute capability 10.0), of NVIDIA's data sheet, and the clock and
-# the size of L2 as a B200 reports them.
+# GpuTargetConfigProto (xla/stream_executor/device_description.proto) of a B200. Sources: CUDA
+# programming guide (compute capability 10.0); NVIDIA's data sheet; clock and L2 as a B200 reports.
 B200 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -69,19 +65,12 @@ TARGETS = {"b200": B200}
 
 def missing_wheels() -> list[str]:
     """Names of the wheels that compiling needs and that are not installed."""
-
-    def installed(name: str) -> bool:
-        try:
-            return bool(importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError:
-            return False
-
-    return [name for name in WHEELS if not installed(name)]
+    return [name for name in WHEELS if not any(importlib.metadata.distributions(name=name))]
 
 
 @contextlib.contextmanager
 def compile_only(target: str = "b200") -> Iterator[Any]:
-    """The target as the default device, for `jax.jit(f).lower(...).compile()` within.
+    """Makes the target the default device, for `jax.jit(f).lower(...).compile()` inside.
 
     Raises:
       RuntimeError: Wheels are missing.
@@ -101,6 +90,6 @@ def compile_only(target: str = "b200") -> Iterator[Any]:
 
 
 def with_sharding(tree: Any, device: Any) -> Any:
-    """Shapes and types of a tree of arrays, placed on a device that only compiles."""
+    """Shapes and types of a tree of arrays, on a device that only compiles."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

@@ -1,4 +1,4 @@
-"""The proof without the chip: what it reads, what it refuses, and, with the wheels, that it holds.
+"""The proof without the chip: the code that it reads, its failures, and, with wheels, the kernels.
 
 The wheels come with the extra `blackwell`; the proof compiles in a process of its own.
 """
@@ -40,28 +40,28 @@ HOST = (
 )
 
 
-def compiled(tmp_path, spilled: int = 0, code: str = SASS) -> compiling.Compiled:
+def compiled(tmp_path, spilled: int = 0, code: str = SASS) -> sass.Kernel:
     (tmp_path / "example_0.ptx").write_text(PTX)
     (tmp_path / "example_0.ptxas").write_text(PTXAS.format(spilled, spilled))
     (tmp_path / "example_0.ll").write_text(HOST)
     (tmp_path / "example_0.sass").write_text(code)
     (kernel,) = sass.read(tmp_path)
-    return compiling.Compiled(kernel, 1.0, 0)
+    return kernel
 
 
 def test_machine_code_is_read(tmp_path):
-    kernel = compiled(tmp_path).kernel
-    assert kernel.tensor_core() == {"UTCOMMA": 3}
+    kernel = compiled(tmp_path)
+    assert (kernel.instructions["UTCOMMA"], kernel.instructions["UTCOMMA.2CTA"]) == (1, 2)
     assert kernel.tensor_core_in_loop() == {"UTCOMMA": 2}  # with the block moved out of line
     assert kernel.loops["multiply"]["NANOSLEEP"] == 1
     assert "UTCBAR" not in kernel.loops["multiply"]
     assert (kernel.registers, kernel.spill_bytes) == (53, 0)
     assert (kernel.shared_bytes, kernel.tensor_columns) == (159844, 512)
-    assert (kernel.grid, kernel.cluster, kernel.threads) == (148, 2, 256)
+    assert (kernel.ctas, kernel.cluster) == (148, 2)
 
 
-def record(compiled: compiling.Compiled, implied: int = 2) -> proof.Record:
-    return compiling.record("scaled_matmul", Case(8, 8, 64), "mxfp4", "UTCOMMA", implied, compiled)
+def record(compiled: sass.Kernel, implied: int = 2) -> proof.Record:
+    return compiling.record("scaled_matmul", Case(8, 8, 64), "mxfp4", implied, compiled)
 
 
 def test_a_kernel_is_proved_or_says_why_not(tmp_path):
@@ -79,8 +79,8 @@ def test_a_kernel_is_proved_or_says_why_not(tmp_path):
 @pytest.mark.parametrize(("spilled", "code"), [(0, 0), (8, 1)])
 def test_the_exit_code_says_whether_all_is_proved(tmp_path, monkeypatch, capsys, spilled, code):
     monkeypatch.setattr(target, "missing_wheels", lambda: [])
-    one = record(compiled(tmp_path, spilled))
-    monkeypatch.setattr(proof, "prove", lambda options: iter([one]))
+    row = record(compiled(tmp_path, spilled))
+    monkeypatch.setattr(proof, "prove", lambda options: iter([row]))
     assert proof.run(proof.Options()) == code
     assert "UTCOMMA" in capsys.readouterr().out
     assert proof.run(proof.Options(json=True)) == code

@@ -42,12 +42,12 @@ def test_it_is_the_product_of_both_sides_quantized(layer, rule):
 REVERSED = BlockRotation(jnp.eye(32)[None, ::-1])
 
 
-@pytest.mark.parametrize("one", [Identity(), REVERSED, Stranger(REVERSED)], ids=type)
-def test_one_matrix_serves_all_blocks_and_a_transform_from_outside_is_seen_to_have_some(layer, one):
+@pytest.mark.parametrize("shared", [Identity(), REVERSED, Stranger(REVERSED)], ids=type)
+def test_one_matrix_serves_all_blocks_and_a_transform_from_outside_is_seen_to_have_some(layer, shared):
     x, w, _, _ = layer
-    weights = Operand.from_mx(MXFP4().quantize(one.weights(w)))
-    out = jax.jit(lambda x: quantized_linear(x, weights, one))(x)
-    np.testing.assert_allclose(out, by_hand(x, weights, one), rtol=1e-4, atol=1e-4)
+    weights = Operand.from_mx(MXFP4().quantize(shared.weights(w)))
+    out = jax.jit(lambda x: quantized_linear(x, weights, shared))(x)
+    np.testing.assert_allclose(out, by_hand(x, weights, shared), rtol=1e-4, atol=1e-4)
 
 
 def test_the_derivative_is_that_of_the_linear_without_rounding_of_x(layer):
@@ -71,12 +71,12 @@ def test_the_derivative_is_that_of_the_linear_without_rounding_of_x(layer):
 def test_vmap_over_tokens_is_one_larger_matmul(layer):
     x, _, transform, weights = layer
 
-    def one(x):
+    def linear(x):
         return quantized_linear(x, weights, transform)
 
-    np.testing.assert_array_equal(jax.vmap(one)(x), one(x))
-    products = str(jax.make_jaxpr(jax.vmap(one))(x)).count("dot_general")
-    assert products == str(jax.make_jaxpr(one)(x)).count("dot_general")
+    np.testing.assert_array_equal(jax.vmap(linear)(x), linear(x))
+    products = str(jax.make_jaxpr(jax.vmap(linear))(x)).count("dot_general")
+    assert products == str(jax.make_jaxpr(linear)(x)).count("dot_general")
 
 
 def test_vmap_over_weights_and_gradients(layer):

@@ -1,4 +1,4 @@
-"""Numbers to packed MXFP4 codes and scale bytes, in one pass over memory; and back."""
+"""Packed MXFP4 codes and scale bytes of numbers, and back."""
 
 from duquantpp_jax.kernels.quantize_pack.api import quantize_pack, unpack_dequantize
 

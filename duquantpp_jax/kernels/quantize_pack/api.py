@@ -1,4 +1,4 @@
-"""Quantize and pack: MXFP4 of x as bytes; and back."""
+"""Packed MXFP4 of x as bytes, and back."""
 
 from typing import Literal
 
@@ -8,8 +8,6 @@ from jaxtyping import Array, Float, Float32, UInt8
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.kernels.implementation import choose, current_device
 from duquantpp_jax.kernels.quantize_pack import reference, triton
-
-__all__ = ["Implementation", "quantize_pack", "unpack_dequantize"]
 
 Implementation = Literal["triton", "reference"]
 
@@ -27,11 +25,11 @@ def quantize_pack(
     Args:
       x: float32, bfloat16 or float16; "triton" takes bfloat16.
       scale_rule: "triton" has FLOOR, CEIL, EVEN and RCEIL.
-      implementation: "triton" (Pallas, one pass over memory), "reference", or None for
-        "reference", as Pallas has announced the end of its Triton lowering.
+      implementation: "triton" (Pallas, one pass over memory) or "reference"; None is "reference",
+        because Pallas has announced the end of its Triton lowering.
 
     Raises:
-      ValueError: As `Format.quantize`, or an implementation that does not exist.
+      ValueError: As `Format.quantize`, or there is no such implementation.
       RuntimeError: The named implementation cannot run here, or not on this input.
     """
 
@@ -57,10 +55,9 @@ def unpack_dequantize(
 
     Args:
       packed: Two codes a byte, as `quantize_pack` packs them.
-      scale_bytes: One for each block of 32.
 
     Raises:
-      ValueError: The shapes do not belong together.
+      ValueError: A block does not have 16 bytes and one scale byte.
     """
     *batch, count = scale_bytes.shape
     if packed.shape != (*batch, 16 * count):

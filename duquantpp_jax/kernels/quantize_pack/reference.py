@@ -1,7 +1,7 @@
-"""What `formats` gives: two passes over x on a GPU, as XLA does not fuse a maximum with its use.
+"""The reference, made of `formats`; on a GPU it reads x twice, since XLA does not fuse the maximum.
 
-XLA's CPU code is slow where one loop also puts blocks in a row, so that is a program of its own,
-in memory that is given away.
+XLA's CPU code is slow if the same loop also puts blocks in a row. So a second program does this, in
+donated memory.
 """
 
 import functools
@@ -26,7 +26,7 @@ def quantize_pack(
 def unpack_dequantize(
     packed: UInt8[Array, "*batch bytes"], scale_bytes: UInt8[Array, "*batch blocks"]
 ) -> Float32[Array, "*batch k"]:
-    """The numbers that packed codes and scale bytes stand for."""
+    """element * 2^(byte - 127) of packed codes."""
     return _in_a_row(_numbers(packed, scale_bytes), axes=3)
 
 
@@ -49,5 +49,5 @@ def _numbers(
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="axes")
 def _in_a_row(blocks: Shaped[Array, "*blocks"], axes: int) -> Shaped[Array, "*batch k"]:
-    """The same memory, its last axes one."""
+    """The array with its last axes merged into one, in the same memory."""
     return jax.lax.collapse(blocks, blocks.ndim - axes)

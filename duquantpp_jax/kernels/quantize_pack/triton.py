@@ -1,11 +1,11 @@
-"""One pass over bfloat16 x: a row of 16 words, two numbers a word, becomes 16 bytes and a scale.
+"""One pass over bfloat16 x: a block of 16 words, two numbers a word, becomes 16 bytes and a scale.
 
-With z = x / 2^E, the float32 z * 2^-126 has an exponent field one below that of E2M1: the elements
-below 1, subnormal in E2M1, are then subnormal in float32 too, and the code is those bits, rounded
-to nearest even at bit 22. The product is exact where it matters: of bfloat16's 8 bits none reaches
-2^-149 unless |z| is so small that its code is 0. It is taken in two factors, as neither 2^-E-126
-nor a product on the way is always a normal number. GPUs keep subnormals; CPUs flush them, so that
-interpreting this on a CPU is right only for blocks whose elements are all 0 or at least 1.
+With z = x / 2^E, the float32 z * 2^-126 has an exponent field one below that of E2M1. So elements
+below 1, which are subnormal in E2M1, are subnormal in float32 too, and the code is these bits,
+rounded to nearest even at bit 22. The product is exact where it matters: bfloat16 has 8 bits, and
+none of them reaches 2^-149 unless |z| is so small that its code is 0. There are two factors, since
+2^(-E-126) and partial products are not always normal numbers. GPUs keep subnormals. CPUs flush
+them, so interpreting this on a CPU is right only for blocks of elements that are 0 or at least 1.
 """
 
 import functools
@@ -21,7 +21,7 @@ from jaxtyping import Array, BFloat16, UInt8
 from duquantpp_jax.core import ScaleRule
 
 ROWS = 512  # blocks of 32 in a program
-RAISED_ABOVE = {  # the largest mantissa of amax with which E is still FLOOR's
+RAISED_ABOVE = {  # largest mantissa of amax at which the rule still has FLOOR's E
     ScaleRule.FLOOR: 0x7FFFFF,
     ScaleRule.CEIL: 0,
     ScaleRule.EVEN: 0x5FFFFF,
@@ -49,10 +49,7 @@ def quantize_pack(
         grid=(count // rows,),
         in_specs=[whole],
         out_specs=[whole, each],
-        out_shape=[
-            jax.ShapeDtypeStruct((count, 16), jnp.uint8),
-            jax.ShapeDtypeStruct((count,), jnp.uint8),
-        ],
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.uint8) for shape in ((count, 16), (count,))],
         compiler_params=plt.CompilerParams(num_warps=8 if rows == ROWS else 4, num_stages=1),
         interpret=interpret,
     )(words)

@@ -1,4 +1,4 @@
-"""Rotate and quantize: MXFP4 of (x / smooth) R, laid out for `scaled_matmul`."""
+"""Rotation with quantization: MXFP4 of (x / smooth) R, in the layout of `scaled_matmul`."""
 
 from typing import Literal
 
@@ -8,8 +8,6 @@ from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.kernels.implementation import choose, why_not_sm100
 from duquantpp_jax.kernels.operand import Operand
 from duquantpp_jax.kernels.rotate_quantize import mosaic, reference
-
-__all__ = ["Implementation", "rotate_quantize"]
 
 Implementation = Literal["mosaic_sm100", "reference"]
 
@@ -30,15 +28,14 @@ def rotate_quantize(
 
     Args:
       x: Activations; "mosaic_sm100" takes bfloat16.
-      rotation: One matrix for each block, or a single one for all. Need not be orthogonal.
+      rotation: A matrix for each block, or a single matrix for all; it need not be orthogonal.
       smooth: Divides the columns of x.
-      scale_rule: How a block gets its scale.
       implementation: "mosaic_sm100" (Pallas, compute capability 10.x), "reference", or None for
         the first of these that runs here.
 
     Raises:
-      ValueError: The width is not a multiple of 32, the rotation or smooth do not fit it, or an
-        implementation that does not exist.
+      ValueError: The width is not a multiple of 32, the rotation or smooth do not fit it, or there
+        is no such implementation.
       RuntimeError: The named implementation cannot run here, or not on this input.
     """
     k = x.shape[-1]
@@ -52,13 +49,10 @@ def rotate_quantize(
     if smooth is not None and smooth.shape != (k,):
         raise ValueError(f"smooth must be of shape ({k},): got {smooth.shape}")
 
-    def mosaic_obstacle() -> str | None:
-        return why_not_sm100() or mosaic.why_not(x.dtype)
-
-    name = choose(
-        "rotate_quantize",
-        implementation,
-        {"mosaic_sm100": mosaic_obstacle, "reference": lambda: None},
-    )
+    obstacles = {
+        "mosaic_sm100": lambda: why_not_sm100() or mosaic.why_not(x.dtype),
+        "reference": lambda: None,
+    }
+    name = choose("rotate_quantize", implementation, obstacles)
     run = {"mosaic_sm100": mosaic, "reference": reference}[name].rotate_quantize
     return run(x, rotation, smooth, scale_rule=scale_rule)

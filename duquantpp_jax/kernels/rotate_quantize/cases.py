@@ -1,4 +1,4 @@
-"""Shapes for rotate_quantize, shared by tests, proof, cost model and benchmark."""
+"""Cases of rotate_quantize, shared by tests, proof, cost model and benchmark."""
 
 import dataclasses
 
@@ -8,8 +8,6 @@ from jaxtyping import Array, BFloat16, Float, Key
 
 from duquantpp_jax.core import ScaleRule
 
-__all__ = ["PROOF", "RULES", "SMALL", "Case"]
-
 RULES = tuple(ScaleRule)
 
 
@@ -18,10 +16,9 @@ class Case:
     """One activation matrix x [m, k].
 
     Attributes:
-      shared: One matrix for all blocks, else one for each.
-      smooth: Divide by a smoothing vector first.
-      scale_rule: How a block gets its scale.
-      label: What it is in a model.
+      shared: Whether all blocks have the same matrix; else each has its own.
+      smooth: Whether x is divided by a smoothing vector first.
+      label: The place of x in a model, or what it tests.
     """
 
     m: int
@@ -33,25 +30,25 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Shape, kind of rotation and scale rule in short."""
+        """Shape, kind of rotation and scale rule."""
         kind = "shared R" if self.shared else "R per block"
         return f"{self.m}x{self.k} {kind}{', smooth' if self.smooth else ''} {self.scale_rule.name}"
 
     @property
     def flops(self) -> int:
-        """Of the rotation: 32 multiplications and additions an element."""
+        """Operations of the rotation: 32 multiplications and additions an element."""
         return 2 * self.m * self.k * 32
 
     @property
     def bytes(self) -> int:
-        """Bytes that have to move at least: bfloat16 in, half a byte and 1/32 out, matrices."""
+        """Least bytes to move: x in bfloat16, codes, scale bytes, and the matrices."""
         matrices = 1 if self.shared and not self.smooth else self.k // 32
         return self.m * (2 * self.k + self.k // 2 + self.k // 32) + matrices * 2 * 32 * 32 * 2
 
     def inputs(
         self, key: Key[Array, ""]
     ) -> tuple[BFloat16[Array, "m k"], Float[Array, "blocks 32 32"], Float[Array, " k"] | None]:
-        """Activations of many sizes with outlier channels, rotations, and a smoothing vector."""
+        """Random activations with outlier channels, rotations, and a smoothing vector."""
         for_x, for_row, for_column, for_r, for_s = jax.random.split(key, 5)
         x = jax.random.normal(for_x, (self.m, self.k), jnp.bfloat16)
         rows = jax.random.randint(for_row, (self.m, 1), -20, 20).astype(jnp.float32)
@@ -73,13 +70,10 @@ SMALL = (
     Case(1, 96, label="one token"),
 )
 
+_LLAMA = {"Llama-3-8B hidden": 4096, "Llama-3-8B intermediate": 14336}
 PROOF = (
-    *(
-        Case(m, k, label="Llama-3-8B hidden" if k == 4096 else "Llama-3-8B intermediate")
-        for k in (4096, 14336)
-        for m in (1, 16, 128, 2048, 8192)
-    ),
+    *(Case(m, k, label=name) for name, k in _LLAMA.items() for m in (1, 16, 128, 2048, 8192)),
     *(Case(16384, 8192, scale_rule=rule) for rule in RULES),
-    Case(16384, 8192, shared=False),  # with smoothing it is the same kernel
+    Case(16384, 8192, shared=False),  # the kernel with smoothing is the same
     Case(1000, 1056, shared=False, label="edges in m and k"),
 )

@@ -2,22 +2,22 @@
 
     y_b = x_b R_b,   E_b = rule(max |y_b|),   code_i = e2m1(y_i 2^-E_b)
 
-for blocks b of 32 columns. Codes leave packed, scale bytes leave in the 128x4 tiles that
-`scaled_matmul` reads; the rotated values exist only in tensor memory.
+for blocks b of 32 columns. Codes are written packed, scale bytes in the 128x4 tiles that
+`scaled_matmul` reads; the rotated values are only in tensor memory.
 
 The rotation runs on the tensor cores: the other cores would take several times as long as memory.
 x is bfloat16; R is two bfloat16 parts, R = hi + lo to 2^-17, multiplied into one float32 sum.
 
-The exponent comes from the bits of the largest magnitude, without a logarithm. With one mantissa
-bit and a largest element of 1.5 * 2^2, a rule is one addition that carries, or not, into the
+The exponent comes from the bits of the largest magnitude, without a logarithm. E2M1 has one
+mantissa bit and a largest element of 1.5 * 2^2, so a rule is one addition that may carry into the
 exponent:
 
     byte = ((bits(amax) + carry) >> 23) - 2
     FLOOR  carry = 0                    CEIL   carry = 2^23 - 1   (above 1.0)
     EVEN   carry = 2^21  (from 1.75)    RCEIL  carry = 2^22 - 1   (above 1.5)
 
-RCEIL_FLOAT is CEIL of amax / 6 as float32 rounds it. MSE starts at FLOOR and adds up the squared
-errors of three scales in the integers of `formats.errors`, so that it too has the reference's bits.
+RCEIL_FLOAT is CEIL of amax / 6, rounded to float32. MSE adds up the squared errors of FLOOR's scale
+and its neighbours in the integers of `formats.errors`, to have the bits of the reference.
 
 Roles in a CTA, as in scaled_matmul: a warp loads, a warp multiplies, two warpgroups quantize
 alternate tiles. A tile is 128 rows by 128 columns: four blocks a row, one scale tile.
@@ -32,16 +32,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float, Int32, Shaped, UInt8
+from jaxtyping import Array, BFloat16, Float, Int32, Shaped
 
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.formats import E2M1
 from duquantpp_jax.kernels import pallas
 from duquantpp_jax.kernels.implementation import cores
 from duquantpp_jax.kernels.operand import Operand, depth_of, padded_rows
-from duquantpp_jax.kernels.pallas import loop, swizzled
-
-__all__ = ["rotate_quantize", "split_bfloat16", "why_not"]
+from duquantpp_jax.kernels.pallas import launch, loop, swizzled, wait_for_last
 
 ROWS, WIDTH, BLOCK = 128, 128, 32
 BLOCKS = WIDTH // BLOCK
@@ -49,9 +47,9 @@ BUFFERS = 4  # accumulators of WIDTH columns: all of tensor memory
 STAGES = 3  # slots of the ring between load and multiply
 DEPTH = depth_of(E2M1.dtype)
 EMAX = 2  # of E2M1
-ERROR_BITS = 25  # 32 numbers of so many bits add up to less than 2^31
-LEAST_TOP = 127 - 22  # exponent's bits of the least subnormal, 2^-149, by the least scale, 2^-127
-LINE = plgpu.Layout.TILED(  # 32 numbers, one a lane, the same in every warp
+ERROR_BITS = 25  # the sum of 32 numbers of 25 bits is below 2^31
+LEAST_TOP = 127 - 22  # exponent bits of the least subnormal, 2^-149, over the least scale, 2^-127
+LINE = plgpu.Layout.TILED(  # 32 numbers, one for each lane, the same in every warp
     plgpu.Tiling(((32,), (1,))), (plgpu.Replicated(4),), (-2,), -1
 )
 CARRY = {
@@ -63,7 +61,7 @@ CARRY = {
 
 
 def why_not(dtype: Any) -> str | None:
-    """None where the kernel takes such an input, else the reason that it does not."""
+    """Why the kernel does not take inputs of this type; None if it does."""
     return None if dtype == jnp.bfloat16 else f"it takes bfloat16, and x is {dtype}"
 
 
@@ -75,52 +73,20 @@ def rotate_quantize(
     scale_rule: ScaleRule = ScaleRule.FLOOR,
     interpret: Any = None,
 ) -> Operand:
-    """The kernel on one matrix; `api` says what is checked.
+    """Elements and scales of one matrix that `api` has checked.
 
     Args:
       interpret: Parameters of Mosaic's interpret mode; None compiles.
     """
-    m, k = x.shape
-    matrices = rotation.astype(jnp.float32)
+    (m, k), matrices = x.shape, rotation.astype(jnp.float32)
     if smooth is not None:
         matrices = matrices / smooth.astype(jnp.float32).reshape(-1, 32, 1)
     x = jnp.pad(x, ((0, padded_rows(m) - m), (0, 0)))
-    width = -(-k // DEPTH) * DEPTH
-    elements, scale_bytes = _rotate_quantize(
-        x, split_bfloat16(matrices), scale_rule, width, cores(), interpret
-    )
-    return Operand(
-        elements=elements,
-        scales=lax.bitcast_convert_type(scale_bytes, jnp.float8_e8m0fnu),
-        shape=(m, k),
-        element=E2M1,
-        block_size=BLOCK,
-    )
-
-
-def split_bfloat16(x: Float[Array, "*shape"]) -> BFloat16[Array, "2 *shape"]:
-    """hi and lo with hi + lo = x to 2^-17: what bfloat16 keeps of x, and of the rest."""
-    # reduce_precision, as a compiler may drop a cast there and back.
-    hi = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    return jnp.stack([hi, x - hi]).astype(jnp.bfloat16)
-
-
-def _rotate_quantize(
-    x: BFloat16[Array, "m k"],
-    rotation: BFloat16[Array, "2 blocks 32 32"],
-    scale_rule: ScaleRule,
-    width: int,
-    cores: int,
-    interpret: Any,
-) -> tuple[Shaped[Array, "m {width}"], UInt8[Array, "mt kt 32 16"]]:
-    """Elements of `width` columns (zeros beyond those of x), and scale bytes in 128x4 tiles."""
-    m = x.shape[0]
-    one_for_all = rotation.shape[1] == 1
-    r_blocks = 1 if one_for_all else BLOCKS
-    stages = STAGES
-    r_slots = 1 if one_for_all else stages
-    m_tiles, k_tiles = pl.cdiv(m, ROWS), pl.cdiv(width, WIDTH)
-    ctas = min(m_tiles * k_tiles, cores)
+    shared = len(matrices) == 1  # by all blocks
+    r_blocks, r_slots = (1, 1) if shared else (BLOCKS, STAGES)
+    width = -(-k // DEPTH) * DEPTH  # zeros beyond the columns of x
+    m_tiles, k_tiles = pl.cdiv(len(x), ROWS), pl.cdiv(width, WIDTH)
+    ctas = min(m_tiles * k_tiles, cores())
 
     def kernel(x_gmem, r_gmem, q_gmem, s_gmem, scratch):
         s = scratch
@@ -132,22 +98,22 @@ def _rotate_quantize(
             return lax.div(index, jnp.int32(k_tiles)), lax.rem(index, jnp.int32(k_tiles))
 
         def load(tile):
-            slot = lax.rem(tile, jnp.int32(stages))
+            slot = lax.rem(tile, jnp.int32(STAGES))
             mi, ki = where(tile)
 
-            @pl.when(tile >= stages)
+            @pl.when(tile >= STAGES)
             def _():
                 plgpu.barrier_wait(s["empty"].at[slot])
 
             rows, columns = pl.ds(mi * ROWS, ROWS), pl.ds(ki * WIDTH, WIDTH)
             full = s["full"].at[slot]
             plgpu.copy_gmem_to_smem(x_gmem.at[rows, columns], s["x"].at[slot], full)
-            if not one_for_all:
+            if not shared:
                 blocks = pl.ds(ki * BLOCKS, BLOCKS)
                 plgpu.copy_gmem_to_smem(r_gmem.at[:, blocks], s["r"].at[slot], full)
 
         def multiply(tile):
-            slot, buffer = lax.rem(tile, jnp.int32(stages)), lax.rem(tile, jnp.int32(BUFFERS))
+            slot, buffer = lax.rem(tile, jnp.int32(STAGES)), lax.rem(tile, jnp.int32(BUFFERS))
 
             @pl.when(tile >= BUFFERS)
             def _():
@@ -158,7 +124,7 @@ def _rotate_quantize(
                 block = pl.ds(b * BLOCK, BLOCK)
                 acc = s["acc"].at[:, pl.ds(buffer * WIDTH + b * BLOCK, BLOCK)]
                 for part in range(2):
-                    r = s["r"].at[0 if one_for_all else slot, part, 0 if one_for_all else b]
+                    r = s["r"].at[0 if shared else slot, part, 0 if shared else b]
                     plgpu.tcgen05_mma(acc, s["x"].at[slot, :, block], r, accumulate=part > 0)
             plgpu.tcgen05_commit_arrive(s["empty"].at[slot])
             plgpu.tcgen05_commit_arrive(s["ready"].at[buffer])
@@ -167,7 +133,7 @@ def _rotate_quantize(
             buffer = out = lax.rem(tile, jnp.int32(BUFFERS))
             mi, ki = where(tile)
             plgpu.barrier_wait(s["ready"].at[buffer])
-            plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # the tile before last is out
+            plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # for the tile before the last
             word = None
             for b in range(BLOCKS):
                 acc = s["acc"].at[:, pl.ds(buffer * WIDTH + b * BLOCK, BLOCK)]
@@ -179,7 +145,7 @@ def _rotate_quantize(
             plgpu.barrier_arrive(s["drained"].at[buffer])
             pallas.store(s["word"].at[out], word)
             plgpu.commit_smem()
-            # A row's four bytes are one word; row 32 j + i is word j of line i in its tile.
+            # The four bytes of a row are a word; row 32 j + i is word j of line i in its tile.
             for j in range(4):
                 words = pallas.load(s["word"].at[out, pl.ds(32 * j, 32)], LINE)
                 pallas.store(s["s"].at[out, :, j], words)
@@ -194,27 +160,17 @@ def _rotate_quantize(
             def _(warp):
                 @pl.when(warp == 0)
                 def _():
-                    if one_for_all:
+                    if shared:
                         plgpu.copy_gmem_to_smem(r_gmem, s["r"].at[0], s["r_full"])
                     loop(0, tiles, load)
-                    loop(
-                        lax.max(tiles - stages, 0),
-                        tiles,
-                        lambda t: plgpu.barrier_wait(s["empty"].at[lax.rem(t, jnp.int32(stages))]),
-                    )
+                    wait_for_last(s["empty"], STAGES, tiles, STAGES)
 
                 @pl.when(warp == 1)
                 def _():
-                    if one_for_all:
+                    if shared:
                         plgpu.barrier_wait(s["r_full"])
                     loop(0, tiles, multiply)
-                    loop(
-                        lax.max(tiles - BUFFERS, 0),
-                        tiles,
-                        lambda t: plgpu.barrier_wait(
-                            s["drained"].at[lax.rem(t, jnp.int32(BUFFERS))]
-                        ),
-                    )
+                    wait_for_last(s["drained"], BUFFERS, tiles, BUFFERS)
 
         @pl.when(role > 0)
         def _():
@@ -223,39 +179,41 @@ def _rotate_quantize(
             plgpu.wait_smem_to_gmem(0)
 
     scratch = {
-        "x": swizzled((stages, ROWS, WIDTH), x.dtype, columns=BLOCK),
+        "x": swizzled((STAGES, ROWS, WIDTH), x.dtype, columns=BLOCK),
         "r": swizzled((r_slots, 2, r_blocks, BLOCK, BLOCK), x.dtype),
         "q": plgpu.SMEM((BUFFERS, ROWS, WIDTH), jnp.float4_e2m1fn),
         "word": plgpu.SMEM((BUFFERS, ROWS), jnp.int32),
         "s": plgpu.SMEM((BUFFERS, 32, 4), jnp.int32),
         "acc": plgpu.TMEM((ROWS, BUFFERS * WIDTH), jnp.float32),
-        "full": plgpu.Barrier(num_arrivals=1 if one_for_all else 2, num_barriers=stages),
-        "empty": plgpu.Barrier(num_barriers=stages, orders_tensor_core=True),
+        "full": plgpu.Barrier(num_arrivals=1 if shared else 2, num_barriers=STAGES),
+        "empty": plgpu.Barrier(num_barriers=STAGES, orders_tensor_core=True),
         "ready": plgpu.Barrier(num_barriers=BUFFERS, orders_tensor_core=True),
         "drained": plgpu.Barrier(num_barriers=BUFFERS, orders_tensor_core=True),
         "r_full": plgpu.Barrier(),
     }
-    elements, words = plgpu.kernel(
-        kernel,
-        out_type=(
-            jax.ShapeDtypeStruct((m, width), jnp.float4_e2m1fn),
-            jax.ShapeDtypeStruct((m_tiles, k_tiles, 32, 4), jnp.int32),
-        ),
-        grid=(ctas,),
-        grid_names=("sm",),
-        num_threads=3,
-        thread_name="wg",
-        scratch_types={"scratch": scratch},
-        kernel_name="rotate_quantize",
-        compiler_params=pallas.LANE_SEMANTICS,
-        **({} if interpret is None else {"interpret": interpret}),
-    )(x, rotation)
-    scale_bytes = lax.bitcast_convert_type(words, jnp.uint8)  # [..., 32, 4, 4]
-    return elements, scale_bytes.reshape(m_tiles, k_tiles, 32, 16)
+    threads = {"num_threads": 3, "thread_name": "wg"}
+    grid = {"grid": (ctas,), "grid_names": ("sm",)}
+    out_type = (
+        jax.ShapeDtypeStruct((len(x), width), jnp.float4_e2m1fn),
+        jax.ShapeDtypeStruct((m_tiles, k_tiles, 32, 4), jnp.int32),
+    )
+    named = {"out_type": out_type, "kernel_name": "rotate_quantize"}
+    run = launch(kernel, interpret, scratch, **named, **grid, **threads)
+    elements, words = run(x, split_bfloat16(matrices))
+    scale_bytes = lax.bitcast_convert_type(words, jnp.uint8).reshape(m_tiles, k_tiles, 32, 16)
+    scales = lax.bitcast_convert_type(scale_bytes, jnp.float8_e8m0fnu)
+    return Operand(elements, scales, shape=(m, k), element=E2M1, block_size=BLOCK)
+
+
+def split_bfloat16(x: Float[Array, "*shape"]) -> BFloat16[Array, "2 *shape"]:
+    """hi = bfloat16(x) and lo = bfloat16(x - hi); hi + lo is x to 2^-17."""
+    # A compiler may drop a cast to bfloat16 and back, but not reduce_precision.
+    hi = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return jnp.stack([hi, x - hi]).astype(jnp.bfloat16)
 
 
 def _quantize_block(y: Float[Array, "rows 32"], rule: ScaleRule):
-    """Scale byte and elements of one block a row; Inf or NaN in it leaves byte 255 and signs."""
+    """Scale byte and elements of a block a row; byte 255 and signed zeros for Inf or NaN."""
     amax = jnp.max(lax.bitcast_convert_type(y, jnp.int32) & 0x7FFFFFFF, axis=1)
     bad = amax >= 0x7F800000
     byte = _scale_byte(y, amax, rule)
@@ -270,7 +228,7 @@ def _quantize_block(y: Float[Array, "rows 32"], rule: ScaleRule):
 def _scale_byte(
     y: Float[Array, "rows 32"], amax: Int32[Array, " rows"], rule: ScaleRule
 ) -> Int32[Array, " rows"]:
-    """E + 127 of each block, for the bits of its largest magnitude, if that is finite."""
+    """E + 127 of each block, for the bits of its largest magnitude, if this is finite."""
     match rule:
         case ScaleRule.MSE:
             return _least_error_byte(y, amax)
@@ -279,7 +237,7 @@ def _scale_byte(
             significand = lax.bitcast_convert_type(amax & 0x7FFFFF | 127 << 23, jnp.float32)
             sixth = lax.bitcast_convert_type(significand * jnp.float32(1 / 6), jnp.int32)
             exponent = (amax >> 23) - 127
-            # As formats.scales has it, a subnormal product loses its last bit.
+            # A subnormal product loses its last bit, as in formats.scales.
             lost = jnp.where(exponent + (sixth >> 23) == 0, 1, 0)
             return jnp.maximum(exponent + ((sixth + CARRY[ScaleRule.CEIL] - lost) >> 23), 0)
         case _:
@@ -289,13 +247,13 @@ def _scale_byte(
 def _least_error_byte(
     y: Float[Array, "rows 32"], amax: Int32[Array, " rows"]
 ) -> Int32[Array, " rows"]:
-    """Of FLOOR's byte and its two neighbours, the one with the least squared error of the block.
+    """FLOOR's byte or a neighbour: the byte with the least squared error of the block.
 
-    With z = y / 2^E for FLOOR's E, |z| < 8, and r what a scale 2^(E + step) makes of z,
+    With z = y / 2^E for FLOOR's E, |z| < 8, and r the value of z under the scale 2^(E + step),
 
         error = sum_i (|z_i| - r_i)^2 in units of 2^(2 u), with 2^u above every |z|
 
-    added up as `formats.errors` does: each square in float32, as two integers of ERROR_BITS.
+    summed as in `formats.errors`: each square in float32, as two integers of ERROR_BITS.
     """
     floor = _scale_byte(y, amax, ScaleRule.FLOOR)
     scale = _power_of_two(127 - floor)
@@ -321,8 +279,8 @@ def _least_error_byte(
             jnp.where(better, its_low, low),
         )
 
-    most = floor | jnp.int32(2**31 - 1)  # above every error, in floor's layout
-    # A loop that is not unrolled: three errors at a time would not fit into registers.
+    most = floor | jnp.int32(2**31 - 1)  # above every error, in the layout of floor
+    # Not unrolled: registers cannot hold three errors at a time.
     best, _, _ = lax.fori_loop(jnp.int32(0), jnp.int32(3), take_better, (floor, most, most))
     return jnp.where(amax == 0, 0, best)
 
@@ -330,7 +288,7 @@ def _least_error_byte(
 def _rounded(z: Float[Array, "rows 32"], step: Int32[Array, ""]) -> Float[Array, "rows 32"]:
     """E2M1 of z / 2^step, times 2^step, for z >= 0.
 
-    A sum with 2^22 times z's power of two (2^step at least) keeps one bit below that power.
+    A sum with 2^22 times the power of two of z (at least 2^step) keeps one bit below this power.
     """
     binade = jnp.maximum(lax.bitcast_convert_type(z, jnp.int32), (127 + step) << 23) & 0x7F800000
     cut = lax.bitcast_convert_type(binade + (22 << 23), jnp.float32)
@@ -345,6 +303,6 @@ def _power_of_two(exponent: Int32[Array, "*rows"]) -> Float[Array, "*rows"]:
 def _rows(
     values: Shaped[Array, " rows"], like: Shaped[Array, "rows 32"]
 ) -> Shaped[Array, "rows 32"]:
-    """One value a row, in every column."""
+    """The value of each row in all its columns."""
     spread = lax.broadcast_in_dim(values, like.shape, (0,))
     return plgpu.layout_cast(spread, plgpu.Layout.TCGEN05_TMEM_NATIVE)

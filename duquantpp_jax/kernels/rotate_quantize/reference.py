@@ -1,4 +1,4 @@
-"""The law for every implementation: divide, rotate in float32, quantize, lay out."""
+"""The reference for every implementation: divide, rotate in float32, quantize, lay out."""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +7,6 @@ from jaxtyping import Array, Float
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.formats import MXFP4
 from duquantpp_jax.kernels.operand import Operand
-
-__all__ = ["rotate_quantize"]
 
 
 def rotate_quantize(

@@ -10,8 +10,6 @@ from duquantpp_jax.kernels.implementation import choose, current_device, why_not
 from duquantpp_jax.kernels.operand import Operand
 from duquantpp_jax.kernels.scaled_matmul import mosaic, reference, xla
 
-__all__ = ["Implementation", "scaled_matmul"]
-
 Implementation = Literal["mosaic_sm100", "xla", "reference"]
 
 NATIVE = {  # (element, scale, block): what block-scaled tensor cores multiply
@@ -29,11 +27,11 @@ def scaled_matmul(
     out_dtype: Any = jnp.bfloat16,
     implementation: Implementation | None = None,
 ) -> Float[Array, "m n"]:
-    """out[i, j] = sum_k a[i, k] b[j, k], with scales, accumulated in float32.
+    """out[i, j] = sum_k a[i, k] b[j, k] of scaled values, accumulated in float32.
 
     Args:
-      a: Activations [m, k] in MXFP4, NVFP4 or MXFP8. An MXArray is laid out for tensor cores
-        first, which costs a pass over memory; an Operand is not.
+      a: Activations [m, k] in MXFP4, NVFP4 or MXFP8. An MXArray costs a pass over memory, which
+        lays it out for tensor cores; an Operand does not.
       b: Weights [n, k] in the same format.
       out_dtype: bfloat16 or float32.
       implementation: "mosaic_sm100" (Pallas, compute capability 10.x), "xla" (lax.scaled_dot),
@@ -41,21 +39,11 @@ def scaled_matmul(
         ("reference" on CPUs).
 
     Raises:
-      ValueError: Widths or formats differ, a format or out_dtype that tensor cores do not have,
-        or an implementation that does not exist.
+      ValueError: Widths or formats differ, tensor cores do not have the format or out_dtype, or
+        there is no such implementation.
       RuntimeError: The named implementation cannot run here.
     """
     a, b = (x if isinstance(x, Operand) else Operand.from_mx(x) for x in (a, b))
-    _check(a, b, out_dtype)
-    obstacles = {"mosaic_sm100": why_not_sm100, "xla": xla.why_not, "reference": lambda: None}
-    if current_device().platform == "cpu":  # nothing to gain there from XLA's form
-        obstacles = dict(reversed(obstacles.items()))
-    name = choose("scaled_matmul", implementation, obstacles)
-    run = {"mosaic_sm100": mosaic, "xla": xla, "reference": reference}[name].scaled_matmul
-    return run(a, b, out_dtype=out_dtype)
-
-
-def _check(a: Operand, b: Operand, out_dtype: Any) -> None:
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"a has K = {a.shape[1]} and b has K = {b.shape[1]}: they must be equal")
     kinds = [(x.elements.dtype.name, x.scales.dtype.name, x.block_size) for x in (a, b)]
@@ -68,3 +56,9 @@ def _check(a: Operand, b: Operand, out_dtype: Any) -> None:
         )
     if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"out_dtype is {jnp.dtype(out_dtype)}: must be bfloat16 or float32")
+    obstacles = {"mosaic_sm100": why_not_sm100, "xla": xla.why_not, "reference": lambda: None}
+    if current_device().platform == "cpu":  # XLA's form gains nothing there
+        obstacles = dict(reversed(obstacles.items()))
+    name = choose("scaled_matmul", implementation, obstacles)
+    run = {"mosaic_sm100": mosaic, "xla": xla, "reference": reference}[name].scaled_matmul
+    return run(a, b, out_dtype=out_dtype)

@@ -1,4 +1,4 @@
-"""Shapes for scaled_matmul, shared by tests, proof, cost model and benchmark."""
+"""Cases of scaled_matmul, shared by tests, proof, cost model and benchmark."""
 
 import dataclasses
 from typing import Any, Literal
@@ -11,8 +11,6 @@ from duquantpp_jax.core import MXArray
 from duquantpp_jax.formats import E2M1, E4M3
 from duquantpp_jax.kernels.operand import Operand
 from duquantpp_jax.kernels.scaled_matmul.tiling import Tiling, choose_tiling
-
-__all__ = ["LLAMA_3_8B", "PROOF", "SMALL", "TOKENS", "Case", "Format"]
 
 Format = Literal["mxfp4", "nvfp4", "mxfp8"]
 
@@ -31,10 +29,10 @@ class Case:
     """One product out[m, n] = a[m, k] b[n, k]^T.
 
     Attributes:
-      format: Of both operands.
+      format: Format of both operands.
       out: Name of the output type.
-      tiling: How the work is cut, where the case is about that; else the kernel chooses.
-      label: What it is in a model.
+      tiling: How the work is cut; by default the kernel chooses.
+      label: The place of the product in a model, or what it tests.
     """
 
     m: int
@@ -47,7 +45,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Shape and format in short."""
+        """Format and shape."""
         return f"{self.format} {self.m}x{self.n}x{self.k}"
 
     @property
@@ -62,14 +60,14 @@ class Case:
 
     @property
     def used_tiling(self) -> Tiling:
-        """The given tiling, or what the kernel chooses on a B200."""
+        """The given tiling, or the choice of the kernel on a B200."""
         return self.tiling or choose_tiling(
             self.m, self.n, self.k, self.dtype, self.block, out_dtype=jnp.dtype(self.out)
         )
 
     @property
     def bytes_per_element(self) -> float:
-        """A half for four bits."""
+        """Bytes of an element in memory."""
         return 1.0 if self.format == "mxfp8" else 0.5
 
     @property
@@ -79,12 +77,12 @@ class Case:
 
     @property
     def bytes(self) -> int:
-        """Bytes that have to move at least: operands with scales in, the product out."""
+        """Least bytes to move: operands with scales in, the product out."""
         row = int(self.k * self.bytes_per_element) + self.k // self.block
         return (self.m + self.n) * row + self.m * self.n * jnp.dtype(self.out).itemsize
 
     def operands(self, key: Key[Array, ""]) -> tuple[Operand, Operand]:
-        """Random codes, all of them possible, and scales of a few powers of two."""
+        """Random operands: any code, and scales from 2^-9 to 2^8 (NVFP4: .5 to 448)."""
         a, b = jax.random.split(key)
         return self._operand(a, self.m), self._operand(b, self.n)
 
@@ -103,59 +101,51 @@ class Case:
         else:
             byte = jax.random.randint(for_scales, shape, 118, 136).astype(jnp.uint8)
             scales = jax.lax.bitcast_convert_type(byte, jnp.float8_e8m0fnu)
-        mx = MXArray(
-            elements=element.store(magnitude | codes & sign),
-            scales=scales,
-            tensor_scale=tensor_scale,
-            element=element,
-            block_size=self.block,
-        )
+        elements = element.store(magnitude | codes & sign)
+        mx = MXArray(elements, scales, tensor_scale, element=element, block_size=self.block)
         return Operand.from_mx(mx)
 
 
-def _one_cta(columns: int = 128, stages: int = 4, cores: int = 3, splits: int = 1) -> Tiling:
-    return Tiling(columns, stages, collective=False, splits=splits, cores=cores)
+def _small(
+    m: int,
+    n: int,
+    k: int,
+    format: Format = "mxfp4",
+    label: str = "",
+    out: str = "float32",
+    **cut: int,
+) -> Case:
+    """A case for an interpreter: few cores, so that each of them computes several tiles."""
+    tiling = Tiling(**{"columns": 128, "stages": 4, "cores": 3} | cut, collective=False)
+    return Case(m, n, k, format, out, tiling, label)
 
 
-# Small enough for an interpreter; few cores, so that each walks over several tiles.
+_EDGES = "edges in m, n and k"
 SMALL = (
-    Case(256, 256, 1024, tiling=_one_cta()),
-    Case(256, 512, 1280, tiling=_one_cta(256, stages=3, cores=2), label="accumulators overlap"),
-    Case(128, 384, 256, tiling=_one_cta(cores=2), label="one step of K"),
-    Case(200, 328, 512, tiling=_one_cta(cores=2), label="edges in m and n"),
-    Case(1, 128, 512, tiling=_one_cta(), label="one token"),
-    Case(40, 132, 1056, tiling=_one_cta(cores=2), label="edges in m, n and k"),
-    Case(96, 256, 2048, tiling=_one_cta(splits=2), label="k split"),
-    Case(129, 130, 800, out="bfloat16", tiling=_one_cta(), label="bfloat16 out"),
-    Case(256, 256, 1024, "nvfp4", tiling=_one_cta(256, stages=3, cores=2)),
-    Case(130, 140, 272, "nvfp4", tiling=_one_cta(), label="edges"),
-    Case(256, 256, 640, "mxfp8", tiling=_one_cta()),
-    Case(72, 200, 352, "mxfp8", tiling=_one_cta(256, stages=3), label="edges"),
+    _small(256, 256, 1024),
+    _small(256, 512, 1280, label="accumulators overlap", columns=256, stages=3, cores=2),
+    _small(128, 384, 256, label="one step of K", cores=2),
+    _small(200, 328, 512, label="edges in m and n", cores=2),
+    _small(1, 128, 512, label="one token"),
+    _small(40, 132, 1056, label=_EDGES, cores=2),
+    _small(96, 256, 2048, label="k split", splits=2),
+    _small(129, 130, 800, label="bfloat16 out", out="bfloat16"),
+    _small(256, 256, 1024, "nvfp4", columns=256, stages=3, cores=2),
+    _small(130, 140, 272, "nvfp4", "edges"),
+    _small(256, 256, 640, "mxfp8"),
+    _small(72, 200, 352, "mxfp8", "edges", columns=256, stages=3),
 )
-SMALL = tuple(
-    case if case.label == "bfloat16 out" else dataclasses.replace(case, out="float32")
-    for case in SMALL
-)
-
+_SQUARE = (8192, 8192, 8192)
+_ONE_CTA = choose_tiling(*_SQUARE, E2M1.dtype, 32, collective=False)
 PROOF = (
-    *(
-        Case(m, n, k, label=f"Llama-3-8B {name}")
-        for name, (n, k) in LLAMA_3_8B.items()
-        for m in TOKENS
-    ),
-    Case(8192, 8192, 8192, label="square"),
-    Case(8192, 8192, 8192, out="float32", label="square, float32 out"),
-    Case(
-        8192,
-        8192,
-        8192,
-        tiling=choose_tiling(8192, 8192, 8192, E2M1.dtype, 32, collective=False),
-        label="square, one CTA",
-    ),
+    *(Case(m, *nk, label=f"Llama-3-8B {name}") for name, nk in LLAMA_3_8B.items() for m in TOKENS),
+    Case(*_SQUARE, label="square"),
+    Case(*_SQUARE, out="float32", label="square, float32 out"),
+    Case(*_SQUARE, tiling=_ONE_CTA, label="square, one CTA"),
     Case(8192, 57344, 8192, label="QuTLASS's benchmark"),
-    Case(1000, 1000, 1056, label="edges in m, n and k"),
+    Case(1000, 1000, 1056, label=_EDGES),
     Case(16, 4096, 4096, "nvfp4", label="q, o"),
-    Case(8192, 8192, 8192, "nvfp4", label="square"),
+    Case(*_SQUARE, "nvfp4", label="square"),
     Case(16, 4096, 4096, "mxfp8", label="q, o"),
-    Case(8192, 8192, 8192, "mxfp8", label="square"),
+    Case(*_SQUARE, "mxfp8", label="square"),
 )

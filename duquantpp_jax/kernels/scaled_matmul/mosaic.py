@@ -2,10 +2,8 @@
 
     out[i, j] = sum_k  a[i, k] * A[i, k // block]  *  b[j, k] * B[j, k // block]
 
-A and B are the scales. The tensor core applies them itself (`tcgen05.mma ... block_scale`), so
-that no dequantized value ever exists; products and sums are float32.
-
-Three roles share a CTA and meet only at barriers:
+A and B are the scales, which the tensor core applies itself (`tcgen05.mma ... block_scale`);
+products and sums are float32. A CTA has three roles that meet only at barriers:
 
     load      warp 0 of warpgroup 0: TMA of elements and scales into a ring of `stages` slots
     multiply  warp 1 of warpgroup 0: scales to tensor memory, then one tcgen05.mma a slot
@@ -16,16 +14,14 @@ Three roles share a CTA and meet only at barriers:
     ready[buffer]  multiply -> write      the accumulator of a tile is complete
     drained[buffer] write   -> multiply   its columns may be overwritten
 
-The kernel is persistent: a cluster walks over its output tiles in one flat loop over all K steps
-of all its tiles, so that loading runs ahead across tile borders, and the two accumulators let the
-next tile begin while the last one is written. Two accumulators of 256 columns and the scales do
-not fit in the 512 columns of tensor memory: they then overlap, and the overlapping columns are
-written first.
+The kernel is persistent: each cluster has one flat loop over all K steps of all its output tiles.
+So loads of the next tile start early, and with two accumulators the next tile begins while the
+last one is written. Two accumulators of 256 columns and the scales do not fit in the 512 columns
+of tensor memory: then the accumulators overlap, and the overlapping columns are written first.
 
-With `collective`, two CTAs of a cluster compute one tile of 256 rows: each holds half the rows of
-`a` and half the rows of `b`, and the leader issues for both.
-
-Edges cost nothing: TMA fills what lies outside with zeros and clips what is stored outside.
+With `collective`, two CTAs of a cluster compute one tile of 256 rows: each has half the rows of
+`a` and half the rows of `b`, and the leader issues for both. TMA reads zeros beyond the edges of a
+matrix and stores nothing there.
 
 Source: PTX ISA 9.0, sections "TensorCore 5th Generation Family Instructions" (block scaling,
 scale-factor layouts, which instruction orders which); Pallas Mosaic GPU's documentation.
@@ -43,10 +39,8 @@ from jaxtyping import Array, Float
 
 from duquantpp_jax.kernels.implementation import cores
 from duquantpp_jax.kernels.operand import Operand, depth_of
-from duquantpp_jax.kernels.pallas import LANE_SEMANTICS, loop, swizzled
+from duquantpp_jax.kernels.pallas import launch, loop, swizzled, wait_for_last
 from duquantpp_jax.kernels.scaled_matmul.tiling import ROWS, Tiling, choose_tiling
-
-__all__ = ["scaled_matmul"]
 
 
 def scaled_matmul(
@@ -57,11 +51,10 @@ def scaled_matmul(
     tiling: Tiling | None = None,
     interpret: Any = None,
 ) -> Float[Array, "m n"]:
-    """The product of two operands on Blackwell's tensor cores; `api` says what is checked.
+    """The product of two operands that `api` has checked.
 
     Args:
-      out_dtype: bfloat16 or float32.
-      tiling: How the work is cut; chosen from the shape if not given.
+      tiling: How the work is cut; by default chosen from the shape.
       interpret: Parameters of Mosaic's interpret mode; None compiles.
     """
     (m, k), n = a.shape, b.shape[0]
@@ -82,7 +75,7 @@ def scaled_matmul(
 def _matmul(
     a: Operand, b: Operand, out_dtype: Any, tiling: Tiling, interpret: Any
 ) -> Float[Array, "splits m n"]:
-    """The kernel: one output for each part of K, filled up to what TMA stores."""
+    """The kernel: one output for each part of K, padded to what TMA stores."""
     (m, k), n = a.elements.shape, b.elements.shape[0]
     t, block, dtype = tiling, a.block_size, a.elements.dtype
     depth, stages, store = depth_of(dtype), t.stages, t.store_columns
@@ -92,19 +85,15 @@ def _matmul(
     clusters = min(all_tiles, t.cores // t.ctas)
     scale_tiles = depth // (4 * block)  # 128x4 scale tiles along K of one step
     stride = t.stride(depth, block)
-    overlap = t.columns - stride
-    lag = _lag(overlap)
+    overlap, lag = t.columns - stride, _lag(t.columns - stride)
     chunks = t.columns // store
     axis = "cta" if t.collective else None
 
-    def split(dimension):
-        """Each CTA of the pair loads its half; the leader's barrier counts both."""
-        if not t.collective:
-            return {}
-        return {"collective_axes": "cta", "leader_tracked": dimension}
-
-    halves = split(plgpu.CopyPartition.PARTITIONED(0))
-    both = split(plgpu.CopyPartition.REPLICATED)
+    halves, both = {}, {}
+    if t.collective:  # each CTA of the pair loads its half; the leader's barrier counts both
+        part = plgpu.CopyPartition
+        halves = {"collective_axes": "cta", "leader_tracked": part.PARTITIONED(0)}
+        both = {"collective_axes": "cta", "leader_tracked": part.REPLICATED}
 
     def kernel(a_gmem, b_gmem, sa_gmem, sb_gmem, out_gmem, scratch):
         s = scratch
@@ -197,41 +186,28 @@ def _matmul(
                 @pl.when(warp == 0)
                 def _():
                     loop(0, steps, load)
-                    loop(  # nobody leaves while the tensor core may still arrive on a barrier
-                        lax.max(steps - stages, 0),
-                        steps,
-                        lambda step: plgpu.barrier_wait(
-                            s["empty"].at[lax.rem(step, jnp.int32(stages))]
-                        ),
-                    )
+                    wait_for_last(s["empty"], stages, steps, stages)
 
                 @pl.when(warp == 1)
                 def _():
-                    # Unrolled over the ring, as tensor-memory scale buffers have static names.
+                    # Unrolled over the ring: buffers of scales have static names.
                     def round_(r):
                         for slot in range(stages):
                             step = r * stages + slot
                             pl.when(step < steps)(functools.partial(multiply, step, slot))
 
                     loop(0, lax.div(steps + stages - 1, jnp.int32(stages)), round_)
-                    loop(
-                        lax.max(tiles - lag, 0),
-                        tiles,
-                        lambda tile: plgpu.barrier_wait(
-                            s["drained"].at[lax.rem(tile, jnp.int32(2))]
-                        ),
-                    )
+                    wait_for_last(s["drained"], lag, tiles, 2)
 
         @pl.when(role == 1)
         def _():
             loop(0, tiles, write)
             plgpu.wait_smem_to_gmem(0)
 
-    to_drained = plgpu.Barrier(num_barriers=2, orders_tensor_core=True)
+    pair = {"num_barriers": 2, "orders_tensor_core": True}
+    drained = plgpu.Barrier(**pair)
     if t.collective:
-        to_drained = plgpu.ClusterBarrier(
-            collective_axes=("cta",), num_barriers=2, orders_tensor_core=True
-        )
+        drained = plgpu.ClusterBarrier(collective_axes=("cta",), **pair)
     scratch = {
         "a": swizzled((stages, ROWS, depth), dtype),
         "b": swizzled((stages, t.columns // t.ctas, depth), b.elements.dtype),
@@ -243,27 +219,20 @@ def _matmul(
         "sb_tmem": [_scales(t.columns, depth // block, a.scales.dtype, t) for _ in range(stages)],
         "full": plgpu.Barrier(num_arrivals=4, num_barriers=stages),
         "empty": plgpu.Barrier(num_barriers=stages, orders_tensor_core=True),
-        "ready": plgpu.Barrier(num_barriers=2, orders_tensor_core=True),
-        "drained": to_drained,
+        "ready": plgpu.Barrier(**pair),
+        "drained": drained,
     }
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct((t.splits, m, pl.cdiv(n, store) * store), out_dtype),
-        grid=(clusters,),
-        grid_names=("sm",),
-        cluster=(t.ctas,),
-        cluster_names=("cta",),
-        num_threads=2,
-        thread_name="wg",
-        scratch_types={"scratch": scratch},
-        kernel_name="scaled_matmul",
-        compiler_params=LANE_SEMANTICS,
-        **({} if interpret is None else {"interpret": interpret}),
-    )(a.elements, b.elements, a.scales, b.scales)
+    threads = {"num_threads": 2, "thread_name": "wg"}
+    grid = {"grid": (clusters,), "grid_names": ("sm",)}
+    cluster = {"cluster": (t.ctas,), "cluster_names": ("cta",)}
+    out_type = jax.ShapeDtypeStruct((t.splits, m, pl.cdiv(n, store) * store), out_dtype)
+    named = {"out_type": out_type, "kernel_name": "scaled_matmul"}
+    run = launch(kernel, interpret, scratch, **named, **grid, **cluster, **threads)
+    return run(a.elements, b.elements, a.scales, b.scales)
 
 
 def _grouped(index, m_tiles: int, n_tiles: int, group: int):
-    """Walks `group` rows of tiles column by column, so that a wave shares rows and columns."""
+    """Row and column of a tile, walking `group` rows column by column for reuse in L2."""
     width = jnp.int32(group * n_tiles)
     top = lax.div(index, width) * group
     height = lax.min(jnp.int32(group), m_tiles - top)
@@ -272,7 +241,7 @@ def _grouped(index, m_tiles: int, n_tiles: int, group: int):
 
 
 def _steps(k: int, depth: int, splits: int) -> int:
-    """Steps of each part of K, the last one with zeros where K ends inside it."""
+    """Steps of each part of K; zeros fill up the last step."""
     steps = -(-k // depth)
     if steps % splits:
         raise ValueError(f"{steps} steps of K do not split into {splits} equal parts")
@@ -280,19 +249,15 @@ def _steps(k: int, depth: int, splits: int) -> int:
 
 
 def _lag(overlap: int) -> int:
-    """Tiles from the one whose accumulator is written out to the one that overwrites it."""
+    """Number of tiles from the tile of an accumulator to the tile that overwrites it."""
     return 1 if overlap else 2
 
 
 def _scale_buffers(scratch, slot: int):
-    """The slot's own buffers: the hardware orders copy -> mma, but not mma -> the next copy."""
+    """Buffers of one slot: the hardware orders copy -> mma, but not mma -> the next copy."""
     return scratch["sa_tmem"][slot], scratch["sb_tmem"][slot]
 
 
 def _scales(rows: int, columns: int, dtype: Any, tiling: Tiling):
-    return plgpu.TMEM(
-        (rows, columns),
-        dtype,
-        layout=plgpu.TMEMLayout.SCALES_LAYOUT,
-        collective=tiling.collective,
-    )
+    layout = plgpu.TMEMLayout.SCALES_LAYOUT
+    return plgpu.TMEM((rows, columns), dtype, layout=layout, collective=tiling.collective)

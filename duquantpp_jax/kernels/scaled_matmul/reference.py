@@ -1,4 +1,4 @@
-"""The law for every implementation: dequantize both sides, multiply in float32."""
+"""The reference for every implementation: dequantize both sides, multiply in float32."""
 
 from typing import Any
 
@@ -8,10 +8,8 @@ from jaxtyping import Array, Float
 
 from duquantpp_jax.kernels.operand import Operand
 
-__all__ = ["scaled_matmul"]
-
 
 def scaled_matmul(a: Operand, b: Operand, *, out_dtype: Any = jnp.bfloat16) -> Float[Array, "m n"]:
-    """a @ b.T of the values that the operands stand for."""
+    """a @ b.T of the dequantized operands."""
     highest = jax.lax.Precision.HIGHEST
     return jnp.matmul(a.dequantize(), b.dequantize().T, precision=highest).astype(out_dtype)

@@ -1,8 +1,8 @@
-"""How `mosaic.scaled_matmul` cuts its work to fit an SM of Blackwell.
+"""How `mosaic.scaled_matmul` cuts its work into tiles that fit an SM of Blackwell.
 
 A tile of R rows and C columns computes R C K products from (R + C) K elements, so large tiles move
-few bytes. What bounds them is the SM: an accumulator takes C columns of tensor memory, scales
-take more of its 512, and the ring of slots has to fit in shared memory.
+few bytes. The SM bounds their size: an accumulator takes C of the 512 columns of tensor memory,
+scales take others, and the ring of slots has to fit in shared memory.
 
 Source: PTX ISA 9.0, "Tensor Memory"; CUDA C++ Programming Guide, compute capability 10.0.
 """
@@ -11,25 +11,27 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 from duquantpp_jax.kernels.operand import DEPTH_BYTES, depth_of
+from duquantpp_jax.kernels.specifications import CORES
 
-ROWS = 128  # lanes of tensor memory: the rows of an output tile that one CTA holds
+ROWS = 128  # lanes of tensor memory: rows of an output tile in one CTA
 COLUMNS = 512  # 32-bit columns of tensor memory
 SHARED_BYTES = 227 * 1024  # shared memory a CTA may own (CUDA programming guide, 10.x)
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How the work is cut. Choices only: every value gives the same sums in another order.
+    """How the work is cut; every tiling gives the same sums in another order.
 
     Attributes:
-      columns: Output columns of a tile: 128 or 256.
+      columns: Output columns of a tile, 128 or 256.
       stages: Slots of the ring between load and multiply.
-      collective: Two CTAs share a tile of 256 rows (else one CTA has 128).
+      collective: Whether two CTAs share a tile of 256 rows; else one CTA has 128.
       store_columns: Output columns of one TMA store.
-      splits: Parts of K that are summed apart, for problems with fewer tiles than cores.
-      group: Rows of tiles walked together, for reuse in L2.
+      splits: Parts of K that are summed separately, for problems with fewer tiles than cores.
+      group: Rows of tiles that are walked together, for reuse in L2.
       cores: Streaming multiprocessors to fill.
     """
 
@@ -39,7 +41,7 @@ class Tiling:
     store_columns: int = 32
     splits: int = 1
     group: int = 8
-    cores: int = 148
+    cores: int = CORES
 
     @property
     def ctas(self) -> int:
@@ -52,16 +54,16 @@ class Tiling:
         return ROWS * self.ctas
 
     def scale_columns(self, depth: int, block: int) -> int:
-        """Columns of tensor memory for one slot's scales: 4 rows' bytes a lane, by eights."""
+        """Columns of tensor memory for the scales of a slot: 4 rows a lane, multiples of 8."""
         return sum(-(-tiles * depth // block // 8) * 8 for tiles in (1, self.columns // ROWS))
 
     def stride(self, depth: int, block: int) -> int:
-        """Columns from the first accumulator to the second; under `columns`, they overlap."""
+        """Columns from the first accumulator to the second; they overlap if below `columns`."""
         free = COLUMNS - self.stages * self.scale_columns(depth, block)
         return min(self.columns, free - self.columns)
 
     def shared_bytes(self, depth: int, block: int, out_dtype: Any) -> int:
-        """Shared memory of a CTA, each array rounded up to 1 KiB, and 1 KiB for barriers."""
+        """Shared memory of a CTA: each array rounded up to 1 KiB, and 1 KiB for barriers."""
         elements = ROWS + self.columns // self.ctas
         scale_bytes = 128 * depth // block * self.stages
         scales = sum(-(-tiles * scale_bytes // 1024) for tiles in (1, self.columns // ROWS)) * 1024
@@ -77,18 +79,18 @@ def choose_tiling(
     block: int,
     *,
     out_dtype: Any = jnp.bfloat16,
-    cores: int = 148,
+    cores: int = CORES,
     collective: bool | None = None,
 ) -> Tiling:
-    """Tiles that finish first, and as many slots as the memories hold.
+    """The tiling that takes the least time, with as many slots as memory has room for.
 
-    Two CTAs share a tile once there are rows for both. Of 128 and 256 columns those win whose
-    tiles take less time in sequence; where tiles are fewer than half the cores, K is split, in
-    equal parts of at least four steps.
+    Two CTAs share a tile if there are rows for both. Of 128 and 256 columns the faster is chosen.
+    If there are fewer tiles than half the cores, K is split into equal parts of at least four
+    steps.
 
     Args:
-      cores: Streaming multiprocessors of the device (B200: 148).
-      collective: Overrides the choice of one or two CTAs.
+      cores: Streaming multiprocessors of the device.
+      collective: Whether two CTAs share a tile; by default chosen.
     """
     depth = depth_of(dtype)
     if collective is None:
@@ -97,16 +99,15 @@ def choose_tiling(
     rows, clusters = ROWS * ctas, cores // ctas
 
     def time(columns: int) -> int:
-        # A step takes the tensor core 2 cycles a column, and shared memory 2 for each of the
-        # rows of 128 bytes that it holds: one to be filled and one to be read.
-        in_sequence = _cdiv(_cdiv(m, rows) * _cdiv(n, columns), clusters)
+        # A step costs the tensor core 2 cycles a column. It costs shared memory 2 cycles for each
+        # row of 128 bytes: one to write and one to read the row.
+        in_sequence = pl.cdiv(pl.cdiv(m, rows) * pl.cdiv(n, columns), clusters)
         return in_sequence * max(2 * columns, 2 * (ROWS + columns // ctas))
 
     columns = 256 if time(256) <= time(128) else 128
-    tiles, steps = _cdiv(m, rows) * _cdiv(n, columns), _cdiv(k, depth)
+    tiles, steps = pl.cdiv(m, rows) * pl.cdiv(n, columns), pl.cdiv(k, depth)
     most = max(1, min(clusters // tiles, steps // 4))
     splits = max(parts for parts in range(1, most + 1) if steps % parts == 0)
-
     if splits > 1:
         out_dtype = jnp.float32  # parts are summed before they are rounded
 
@@ -118,7 +119,3 @@ def choose_tiling(
         Tiling(columns, stages, collective, splits=splits, cores=cores) for stages in (6, 5, 4, 3)
     )
     return next(t for t in candidates if fits(t))
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

@@ -1,4 +1,4 @@
-"""`jax.lax.scaled_dot`: XLA's own block-scaled product, to choose and to compare with."""
+"""XLA's own block-scaled product, `jax.lax.scaled_dot`."""
 
 from typing import Any
 
@@ -8,18 +8,16 @@ from jaxtyping import Array, Float
 
 from duquantpp_jax.kernels.operand import Operand
 
-__all__ = ["scaled_matmul", "why_not"]
-
 
 def why_not() -> str | None:
-    """None where lax.scaled_dot takes four-bit elements, else the reason that it does not."""
+    """Why lax.scaled_dot does not take four-bit elements; None if it does."""
     if jax.__version_info__ < (0, 11):
         return f"lax.scaled_dot of four-bit elements needs jax 0.11, and this is {jax.__version__}"
     return None
 
 
 def scaled_matmul(a: Operand, b: Operand, *, out_dtype: Any = jnp.bfloat16) -> Float[Array, "m n"]:
-    """a @ b.T; scales leave their tiles first, as XLA reads them in rows."""
+    """a @ b.T; tiles of scales become rows first, which XLA reads."""
     a_mx, b_mx = a.to_mx(), b.to_mx()
     scales = [s for s in (a.tensor_scale, b.tensor_scale) if s is not None]
     out = jax.lax.scaled_dot(
