@@ -22,14 +22,8 @@ from duquantpp_jax.analysis import contents as holds
 from duquantpp_jax.analysis.outliers import Moments, Thresholds, observe, statistics
 from duquantpp_jax.checkpoints import Quantized, is_quantized, load_any, sha256, testbed
 from duquantpp_jax.core import MXArray
+from duquantpp_jax.evaluation import subject
 from duquantpp_jax.evaluation.rows import TARGETS
-from duquantpp_jax.evaluation.subject import (
-    environment,
-    load_rows,
-    model_name,
-    name_and_hash,
-    text_rows,
-)
 from duquantpp_jax.models import SITES, Decoder, Linear, linear_names
 from duquantpp_jax.ptq.site import QuantizedSite, pad_channels
 from duquantpp_jax.ptq.walk import State
@@ -109,9 +103,9 @@ def inspect(
     model, linear, state = load_any(directory)
     chosen = _chosen(model.config.num_hidden_layers, options.site)
     if options.text is None:
-        rows = load_rows(None, None, options.tokens, "calibration")
+        rows = subject.load_rows(None, None, options.tokens, "calibration")
     else:
-        rows = text_rows(directory, model.config, options.text, options.tokens)
+        rows = subject.text_rows(directory, model.config, options.text, options.tokens)
     moments: dict[str, dict[str, Moments]] = {}
     for first in range(0, len(rows.tokens), BATCH_ROWS):
         batch = rows.tokens[first : first + BATCH_ROWS, :-1]
@@ -135,13 +129,13 @@ def inspect(
     stored = None if quantized is None else holds.scales_and_codes(quantized)
     results = {
         "schema": 1,
-        "model": {"name": model_name(options.model), "sha256": sha256(directory)},
+        "model": {"name": subject.model_name(options.model), "sha256": sha256(directory)},
         "tokens": rows.tokens[:, :-1].size,
-        "text": None if options.text is None else name_and_hash(options.text),
+        "text": None if options.text is None else subject.name_and_hash(options.text),
         "thresholds": dataclasses.asdict(thresholds),
         "sites": sites,
         "quantized": None if quantized is None else holds.contents(quantized, stored),
-        "environment": environment(),
+        "environment": subject.environment(),
     }
     worst = max(sites, key=lambda entry: entry["input"]["max_over_median"] or 0.0)
     first = jnp.asarray(rows.tokens[:1, :SHOWN])

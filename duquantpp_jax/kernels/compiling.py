@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from duquantpp_jax.kernels import sass, target
 from duquantpp_jax.kernels.operand import depth_of
@@ -134,8 +135,10 @@ def _compile(
     """Machine code of the kernels of a program, seconds, and the number of its other kernels."""
     for file in directory.iterdir():
         file.unlink()
+    place = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
+    placed = jax.tree.map(lambda x: place(x.shape, x.dtype), arguments)
     start = time.perf_counter()
-    compiled = jax.jit(call).lower(*target.with_sharding(arguments, device)).compile()
+    compiled = jax.jit(call).lower(*placed).compile()
     seconds = time.perf_counter() - start
     kernels = sass.read(directory)
     if not kernels:

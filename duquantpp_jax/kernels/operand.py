@@ -60,33 +60,25 @@ class Operand:
                 f"tensor cores read float4 or float8 elements with one-byte scales, not "
                 f"{mx.element.name} with {mx.scales.dtype}"
             )
-        rows, k = mx.shape
+        (rows, k), block = mx.shape, mx.block_size
         extra = -k % depth_of(mx.elements.dtype)
         padding = [(0, padded_rows(rows) - rows, 0), (0, extra, 0)]
         zero = mx.element.store(jnp.zeros((), jnp.uint8))
-        scale_bytes = jnp.pad(mx.scale_bytes(), ((0, 0), (0, extra // mx.block_size)))
+        scale_bytes = jnp.pad(mx.scale_bytes(), ((0, 0), (0, extra // block)))
+        elements = jax.lax.pad(mx.elements, zero, padding)
+        scales = jax.lax.bitcast_convert_type(swizzle_scales(scale_bytes), mx.scales.dtype)
         return cls(
-            elements=jax.lax.pad(mx.elements, zero, padding),
-            scales=jax.lax.bitcast_convert_type(swizzle_scales(scale_bytes), mx.scales.dtype),
-            tensor_scale=mx.tensor_scale,
-            shape=(rows, k),
-            element=mx.element,
-            block_size=mx.block_size,
+            elements, scales, mx.tensor_scale, shape=(rows, k), element=mx.element, block_size=block
         )
 
     def to_mx(self) -> MXArray:
         """The quantized matrix without padding, scales in rows."""
-        rows, k = self.shape
+        (rows, k), block = self.shape, self.block_size
         tiles = jax.lax.bitcast_convert_type(self.scales, jnp.uint8)
-        columns = self.elements.shape[1] // self.block_size
-        scale_bytes = unswizzle_scales(tiles, rows, columns)[:, : k // self.block_size]
-        return MXArray(
-            elements=self.elements[:rows, :k],
-            scales=jax.lax.bitcast_convert_type(scale_bytes, self.scales.dtype),
-            tensor_scale=self.tensor_scale,
-            element=self.element,
-            block_size=self.block_size,
-        )
+        scale_bytes = unswizzle_scales(tiles, rows, self.elements.shape[1] // block)
+        scales = jax.lax.bitcast_convert_type(scale_bytes[:, : k // block], self.scales.dtype)
+        elements = self.elements[:rows, :k]
+        return MXArray(elements, scales, self.tensor_scale, element=self.element, block_size=block)
 
     def dequantize(self) -> Float[Array, "rows k"]:
         """The matrix in float32."""

@@ -87,9 +87,3 @@ def compile_only(target: str = "b200") -> Iterator[Any]:
     )
     with jax.default_device(topology.devices[0]):
         yield topology.devices[0]
-
-
-def with_sharding(tree: Any, device: Any) -> Any:
-    """Shapes and types of a tree of arrays, on a device that only compiles."""
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

@@ -43,7 +43,9 @@ REVERSED = BlockRotation(jnp.eye(32)[None, ::-1])
 
 
 @pytest.mark.parametrize("shared", [Identity(), REVERSED, Stranger(REVERSED)], ids=type)
-def test_one_matrix_serves_all_blocks_and_a_transform_from_outside_is_seen_to_have_some(layer, shared):
+def test_one_matrix_serves_all_blocks_and_a_transform_from_outside_is_seen_to_have_some(
+    layer, shared
+):
     x, w, _, _ = layer
     weights = Operand.from_mx(MXFP4().quantize(shared.weights(w)))
     out = jax.jit(lambda x: quantized_linear(x, weights, shared))(x)

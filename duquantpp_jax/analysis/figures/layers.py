@@ -1,7 +1,7 @@
 """Figures over the layers of a model: channel or block maxima, and the SQNR of linears."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -46,18 +46,13 @@ def amax_map(
     low, high = style.powers_of_two(np.concatenate([values.ravel() for values in maps.values()]))
     figure = style.blank(columns, 0.7 + 0.75 * len(maps))
     panels = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
-    cells: Any = None
+    cells, cmap = cast(Any, None), colormaps["viridis"].with_extremes(bad="#BBBBBB")
     for axes, (site, values) in zip(panels, maps.items(), strict=True):
         layers, width = values.shape
         starts = style.starts(width, MOST_CELLS)
-        cells = axes.pcolormesh(
-            np.append(starts, width) - 0.5,
-            np.arange(layers + 1) - 0.5,
-            np.maximum.reduceat(values, starts, axis=1),
-            norm=LogNorm(low, high),
-            cmap=colormaps["viridis"].with_extremes(bad="#BBBBBB"),
-            rasterized=True,
-        )
+        x, y = np.append(starts, width) - 0.5, np.arange(layers + 1) - 0.5
+        z, norm = np.maximum.reduceat(values, starts, axis=1), LogNorm(low, high)
+        cells = axes.pcolormesh(x, y, z, norm=norm, cmap=cmap, rasterized=True)
         axes.invert_yaxis()
         axes.set_xticks(range(0, width, 2 ** max(0, int(np.ceil(np.log2(width / 8))))))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 
 from duquantpp_jax.analysis.figures import style
-from duquantpp_jax.analysis.figures.style import COLORS, DASHES, LABEL_SIZE, MARKERS
+from duquantpp_jax.analysis.figures.style import COLORS, LABEL_SIZE, MARKERS
 
 
 def comparison(
@@ -64,17 +64,11 @@ def _kl(axes: Any, pivot: dict[str, Any]) -> None:
     offsets = np.linspace(-0.25, 0.25, len(columns)) if len(columns) > 1 else [0.0]
     for number, (column, offset) in enumerate(zip(columns, offsets, strict=True)):
         entries = [entry for entry in pivot["entries"] if entry["column"] == column]
-        axes.errorbar(
-            [entry["kl"]["value"] for entry in entries],
-            np.array([names.index(entry["row"]) for entry in entries]) + offset,
-            xerr=np.array([_interval_around(entry) for entry in entries]).reshape(-1, 2).T,
-            fmt=MARKERS[number % len(MARKERS)],
-            color=COLORS[number % len(COLORS)],
-            markersize=4,
-            capsize=2,
-            linewidth=1,
-            label=column,
-        )
+        y = np.array([names.index(entry["row"]) for entry in entries]) + offset
+        bars = np.array([_interval_around(entry) for entry in entries]).reshape(-1, 2).T
+        look = {"fmt": MARKERS[number % len(MARKERS)], "color": COLORS[number % len(COLORS)]}
+        look |= {"markersize": 4, "capsize": 2, "linewidth": 1}
+        axes.errorbar([e["kl"]["value"] for e in entries], y, xerr=bars, label=column, **look)
     title = f"{pivot['targets']:,} targets"
     if pivot["baseline"]:
         unit, count = pivot["clusters"]["unit"], pivot["clusters"]["count"]
@@ -100,16 +94,12 @@ def _interval_around(entry: dict[str, Any]) -> tuple[float, float]:
 
 def _channels(axes: Any, maxima: Mapping[str, Float[np.ndarray, " k"]], title: str) -> None:
     """Draws sorted maxima; "before" is broad and grey, to be seen under the others."""
-    for number, (name, values) in enumerate(maxima.items(), -1):
-        before = name == "before"
-        axes.plot(
-            np.arange(1, len(values) + 1),
-            np.sort(values)[::-1],
-            color="#999999" if before else COLORS[number % len(COLORS)],
-            linewidth=3 if before else 1.2,
-            linestyle="-" if before else DASHES[number % len(DASHES)],
-            label=name,
-        )
+    others = {name: values for name, values in maxima.items() if name != "before"}
+    looks = {name: look | {"linewidth": 1.2} for name, _, look in style.styled(others)}
+    looks["before"] = {"color": "#999999", "linewidth": 3}
+    for name, values in maxima.items():
+        x, y = np.arange(1, len(values) + 1), np.sort(values)[::-1]
+        axes.plot(x, y, label=name, **looks[name])
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     style.label(axes, "channels, largest first", "largest |x| of the channel", title)

@@ -7,7 +7,7 @@ lightness (viridis) or diverge from white (PuOr).
 
 import io
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import matplotlib
 import numpy as np
@@ -25,8 +25,6 @@ _LEGEND = {"fontsize": TICK_SIZE, "title_fontsize": TICK_SIZE, "frameon": False}
 
 Columns = Literal[1, 2]
 """How many of a paper's two columns a figure is wide."""
-
-V = TypeVar("V")
 
 
 def width(columns: int) -> float:
@@ -75,7 +73,7 @@ def colorbar(figure: Figure, drawn: Any, panels: Iterable[Any], text: str) -> An
     return bar
 
 
-def styled(named: Mapping[str, V]) -> Iterable[tuple[str, V, dict[str, Any]]]:
+def styled(named: Mapping[str, Any]) -> Iterable[tuple[str, Any, dict[str, Any]]]:
     """Each name and value with a colour and a line style of its own."""
     for number, (name, value) in enumerate(named.items()):
         look = {"color": COLORS[number % len(COLORS)], "linestyle": DASHES[number % len(DASHES)]}
