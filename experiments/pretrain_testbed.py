@@ -278,7 +278,7 @@ def main(run: Pretrain, data: Path, out: Path) -> dict[str, Any]:
         "tokens_seen": sum(map(len, seen)),
         **measured,
         "unseen_loss_float32": entropy_check(model, unseen_rows)["nll"],
-        "sampled": {name: entropy_check(model, one) for name, one in rows.items()},
+        "sampled": {name: entropy_check(model, tokens) for name, tokens in rows.items()},
         "max_over_median": outliers(model, calibration, 0),
         "max_over_median_without_position_0": outliers(model, calibration, 1),
         "bytes": {file.name: file.stat().st_size for file in sorted(directory.iterdir())},

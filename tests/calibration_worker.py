@@ -35,8 +35,8 @@ def main() -> None:
 def flat(stats) -> dict[str, np.ndarray]:
     """The arrays of every site by name."""
     return {
-        f"{site}.{name}": np.asarray(getattr(one, name))
-        for site, one in stats.items()
+        f"{site}.{name}": np.asarray(getattr(kept, name))
+        for site, kept in stats.items()
         for name in ("count", "absmax", "sample", "gram", "position_sum")
     }
 

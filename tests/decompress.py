@@ -21,8 +21,8 @@ def held(directory: Path) -> Weights:
     return {
         f"model.layers.{number}.{name}": np.asarray(weight.dequantize())
         for number in range(model.config.num_hidden_layers)
-        for site, one in model.layer(number)[1].items()
-        for name, weight in zip(SITE_WEIGHTS[site], one.weights, strict=True)
+        for site, quantized in model.layer(number)[1].items()
+        for name, weight in zip(SITE_WEIGHTS[site], quantized.weights, strict=True)
         if hasattr(weight, "dequantize")
     }
 

@@ -110,9 +110,9 @@ def test_the_long_tables_of_rotations_are_those_of_the_results(monkeypatch, caps
 
 def test_the_short_form_of_a_grid_leaves_out_what_was_not_run():
     entry = {"row": "r", "column": "even", "kl": {"value": 0.1}, "difference": None}
-    one = {"rows": ["r"], "columns": ["even"], "entries": [entry | {"fit_seconds": 2.0}]}
-    one |= {"model": {"name": "m"}, "text": {"name": "t.txt"}}
-    said = tables.beside([one, one | {"columns": ["floor", "fp32"], "entries": []}])
+    pivot = {"rows": ["r"], "columns": ["even"], "entries": [entry | {"fit_seconds": 2.0}]}
+    pivot |= {"model": {"name": "m"}, "text": {"name": "t.txt"}}
+    said = tables.beside([pivot, pivot | {"columns": ["floor", "fp32"], "entries": []}])
     assert said.splitlines()[0] == "| | m on t, even | m on t, floor | fit, s |"
     assert said.splitlines()[2] == "| r | 0.1000 |  | 2.0 |"
 
@@ -128,8 +128,10 @@ def test_gptq_lowers_kl_in_every_recipe_as_the_table_says():
     path = RESULTS / "grid_rounding_gutenberg27m_128rows.json"
     (pivot,) = json.loads(path.read_text(encoding="utf-8"))["tables"]
     assert tables.gains(pivot) in (RESULTS.parent / "README.md").read_text(encoding="utf-8")
-    differences = [one["difference"]["kl"] for one in pivot["entries"] if one["row"] == "gptq"]
-    gained = [one["ci95"][1] for one in differences]
+    differences = [
+        entry["difference"]["kl"] for entry in pivot["entries"] if entry["row"] == "gptq"
+    ]
+    gained = [difference["ci95"][1] for difference in differences]
     assert len(gained) == 10
     assert max(gained) < 0
 

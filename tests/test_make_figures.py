@@ -20,11 +20,11 @@ def few_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(make_figures, "ROOT", tmp_path)
     (tmp_path / "docs").mkdir()
     caches = (make_figures._stats, make_figures._fits)
-    for one in caches:
-        one.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
     yield tmp_path / "docs"
-    for one in caches:
-        one.cache_clear()
+    for cached in caches:
+        cached.cache_clear()
 
 
 @pytest.mark.slow

@@ -40,8 +40,9 @@ def notebook_of(source: Path) -> dict:
 
 
 def printed(source: Path) -> str:
-    outputs = [one for cell in notebook_of(source)["cells"] for one in cell.get("outputs", [])]
-    return "".join("".join(one.get("text", "")) for one in outputs)
+    cells = notebook_of(source)["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return "".join("".join(output.get("text", "")) for output in outputs)
 
 
 def test_there_are_seven():
@@ -60,9 +61,10 @@ def test_a_pair_has_the_same_cells(source):
 def test_every_cell_was_run_in_order_and_raised_nothing(source):
     code = [cell for cell in notebook_of(source)["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
-    outputs = [one for cell in code for one in cell["outputs"]]
-    assert {one["output_type"] for one in outputs} <= {"stream", "display_data", "execute_result"}
-    assert any("image/png" in one.get("data", {}) for one in outputs)
+    outputs = [output for cell in code for output in cell["outputs"]]
+    kinds = {output["output_type"] for output in outputs}
+    assert kinds <= {"stream", "display_data", "execute_result"}
+    assert any("image/png" in output.get("data", {}) for output in outputs)
     assert source.with_suffix(".ipynb").stat().st_size < 300_000
     text = source.with_suffix(".ipynb").read_text(encoding="utf-8")
     assert not re.search(r"/(home|tmp|work|Users)/", text)

@@ -126,7 +126,7 @@ def stack_blocks(learned: Sequence[tuple[dict[str, Fitted], Trained]]) -> LearnR
     fits = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(fitted for fitted, _ in learned))
     found = [trained for _, trained in learned]
     checks = np.mean([trained.history for trained in found], axis=0)
-    history = [(int(step), float(loss), float(held)) for step, loss, held in checks]
+    history = [(int(step), float(loss), float(held_out)) for step, loss, held_out in checks]
     return LearnResult(fits, float(np.mean([trained.start_loss for trained in found])), history)
 
 

@@ -183,7 +183,7 @@ class Moves:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "rotation": {"transform": PARAMETRIZATIONS["cayley"]},
-    **{name: {"transform": one} for name, one in PARAMETRIZATIONS.items()},
+    **{name: {"transform": parametrization} for name, parametrization in PARAMETRIZATIONS.items()},
     "weights": {"weights": "given"},
     "weights_moved": {"weights": "moved"},
     "scale_offset": {"scale_offset": True},

@@ -96,7 +96,7 @@ def load(path: Path, like: Any, settings: Mapping[str, str]) -> tuple[Any, float
         raise ValueError(f"{path} holds another state (at {wrong}): {again}")
     leaves = [jnp.asarray(tensors[name]) for name in wanted]
     state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    history = [(int(step), loss, held) for step, loss, held in tensors[HISTORY].tolist()]
+    history = [(int(step), loss, held_out) for step, loss, held_out in tensors[HISTORY].tolist()]
     return state, float(tensors[START_LOSS]), history
 
 

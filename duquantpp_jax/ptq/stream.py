@@ -184,7 +184,7 @@ def _rows(parameters: dict[str, Stored], name: str, *turned_by: Rotation) -> Non
         if key in parameters:
             parts = np.split(parameters[key].T, len(turned_by), axis=-1)
             moved = [
-                _columns(np.atleast_2d(part), one)
-                for part, one in zip(parts, turned_by, strict=True)
+                _columns(np.atleast_2d(part), turn)
+                for part, turn in zip(parts, turned_by, strict=True)
             ]
             parameters[key] = np.concatenate(moved, axis=-1).reshape(parameters[key].T.shape).T

@@ -174,7 +174,7 @@ def _class(name: str) -> type:
 
 
 def _subclasses(cls: type) -> list[type]:
-    return [one for sub in cls.__subclasses__() for one in (sub, *_subclasses(sub))]
+    return [found for sub in cls.__subclasses__() for found in (sub, *_subclasses(sub))]
 
 
 @functools.cache

@@ -114,7 +114,7 @@ def test_a_turned_model_is_exported_as_a_plain_one_whose_head_is_its_own(tiny_di
     assert not decoder.config.tie_word_embeddings
     assert tensors["lm_head.weight"].dtype == tensors["model.embed_tokens.weight"].dtype
     tokens = jnp.arange(48).reshape(2, 24)
-    found, wanted = (RUN(one, tokens) for one in (decoder, floats))
+    found, wanted = (RUN(m, tokens) for m in (decoder, floats))
     assert np.any(decoder.embedding[...] != floats.embedding[...])
     assert np.linalg.norm(found - wanted) < 0.15 * np.linalg.norm(wanted)
 
@@ -158,7 +158,7 @@ def test_smoothing_fused_before_rounding_is_exported_bit_for_bit_and_costs_no_ac
     tokens = jnp.arange(48, dtype=jnp.int32).reshape(2, 24)
     run = jax.jit(lambda m, s, linear: m(tokens, linear, s)[0], static_argnames="linear")
     logits = [run(m, s, linear) for m, linear, s in map(load_any, (tiny_directory, plain, model))]
-    errors = [float(np.linalg.norm(one - logits[0])) for one in logits[1:]]
+    errors = [float(np.linalg.norm(other - logits[0])) for other in logits[1:]]
     assert 0 < errors[1] < 1.5 * errors[0]
 
 

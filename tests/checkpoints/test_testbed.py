@@ -68,8 +68,8 @@ def test_the_loss_on_the_shipped_rows_is_the_recorded_one(model, record):
 
 
 def test_the_recorded_loss_on_both_sets_is_the_entropy_within_its_error(record):
-    for one in record["sampled"].values():
-        assert abs(one["nll"] - one["entropy"]) < 3 * one["standard_error"]
+    for check in record["sampled"].values():
+        assert abs(check["nll"] - check["entropy"]) < 3 * check["standard_error"]
 
 
 def test_outliers_are_the_recorded_ones(model, record):

@@ -33,7 +33,7 @@ def test_means_and_worst_are_those_of_each_kind_in_any_order(step):
 
 def test_online_costs_are_a_mean_of_multiply_adds_and_a_sum_of_bytes():
     costs = [{"online_multiply_adds": 30 + n, "online_bytes": 512 * n} for n in range(6)]
-    headings, rows = cells([one | cost for one, cost in zip(LINEARS, costs, strict=True)])
+    headings, rows = cells([linear | cost for linear, cost in zip(LINEARS, costs, strict=True)])
     assert headings[-2:] == ["online", "KiB"]
     assert [row[-2:] for row in rows] == [("31", "1.5"), ("33.5", "3.5"), ("35", "2.5")]
 

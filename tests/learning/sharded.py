@@ -41,8 +41,10 @@ def site() -> None:
     def moved(mesh):
         options = {"steps": 1, "batch_rows": 64, "check_every": 1, "mesh": mesh}
         rows = x[:64], x[64:]
-        one = train(objective, zero, *rows, jax.random.key(1), optimizer=optax.sgd(1.0), **options)
-        return np.asarray(one.learned.transform["d"], np.float64)
+        trained = train(
+            objective, zero, *rows, jax.random.key(1), optimizer=optax.sgd(1.0), **options
+        )
+        return np.asarray(trained.learned.transform["d"], np.float64)
 
     with pytest.raises(ValueError, match="a batch of 64 rows cannot be spread over 7 devices"):
         moved(rows_mesh(jax.devices()[:7]))
@@ -58,7 +60,7 @@ def model() -> None:
     """The loss of the whole model: rows are whole on a device, their mean is not."""
     decoder = tiny_decoder()
     starts = {site: start(2, decoder.weights(site)[0].shape[-1] // 32) for site in SITES}
-    learned = {site: MOVES.init(one, decoder.weights(site)) for site, one in starts.items()}
+    learned = {site: MOVES.init(start, decoder.weights(site)) for site, start in starts.items()}
     tokens = np.random.default_rng(0).integers(0, 257, (8, 24)).astype(np.int32)
     objective = Divergence(decoder, starts, MOVES, FORMATS)
     everywhere = jax.device_put((objective, learned), NamedSharding(rows_mesh(), P()))

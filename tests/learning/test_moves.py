@@ -30,9 +30,9 @@ def test_clipped_weights_lie_within_their_clip_and_are_what_is_fitted(weights):
     moves = Moves(Cayley(), weights, weight_clip="block")
     learned = clipped(moves, np.log([0.5, 2.0]))
     blocks = [np.asarray(START.weights(w)).reshape(-1, 2, 32) for w in WEIGHTS]
-    held = moves.moved_weights(START, START, learned, WEIGHTS)
+    moved = moves.moved_weights(START, START, learned, WEIGHTS)
     fitted = moves.fitted(START, learned, WEIGHTS)
-    for before, after, given in zip(blocks, held, fitted.weights, strict=True):
+    for before, after, given in zip(blocks, moved, fitted.weights, strict=True):
         limit = 0.5 * np.abs(before[:, 0]).max(-1, keepdims=True)
         wanted = np.stack([np.clip(before[:, 0], -limit, limit), before[:, 1]], axis=1)
         np.testing.assert_allclose(after, wanted.reshape(after.shape), rtol=1e-6)
@@ -71,10 +71,10 @@ def test_layers_are_fitted_together_as_each_alone():
             structure, [0.3 * jax.random.normal(k, a.shape) for k, a in drawn]
         )
 
-    one = (START, random(moves.init(START, WEIGHTS)), WEIGHTS)
-    other = (START, jax.tree.map(lambda a: 0.5 * a, one[1]), WEIGHTS)
-    together = moves.fitted(*jax.tree.map(lambda a, b: jnp.stack([a, b]), one, other))
-    for number, alone in enumerate((one, other)):
+    first = (START, random(moves.init(START, WEIGHTS)), WEIGHTS)
+    other = (START, jax.tree.map(lambda a: 0.5 * a, first[1]), WEIGHTS)
+    together = moves.fitted(*jax.tree.map(lambda a, b: jnp.stack([a, b]), first, other))
+    for number, alone in enumerate((first, other)):
         fitted = moves.fitted(*alone)
         assert fitted.clip.shape == fitted.scale_offset.shape == (2,)
         for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(fitted), strict=True):

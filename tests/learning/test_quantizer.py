@@ -19,9 +19,9 @@ def x():
 def test_forward_is_fake_quantize(x, rule):
     format = MXFP4(scale_rule=rule)
     offset = jnp.array([0.6, -1.4])
-    held = learnable_quantize(format, True, x, offset)
+    quantized = learnable_quantize(format, True, x, offset)
     np.testing.assert_array_equal(
-        held, format.fake_quantize(x, scale_offset=jnp.array([1, -1], jnp.int32))
+        quantized, format.fake_quantize(x, scale_offset=jnp.array([1, -1], jnp.int32))
     )
 
 
@@ -57,8 +57,8 @@ def test_a_clip_is_that_of_the_format_and_gets_the_slope_of_its_scales(x):
     format = MXFP4()
     g = jax.random.normal(jax.random.key(1), x.shape)
     log_clip = jnp.log(jnp.array([0.6, 0.9]))
-    held = learnable_quantize(format, False, x, None, log_clip)
-    np.testing.assert_array_equal(held, format.fake_quantize(x, clip=jnp.exp(log_clip)))
+    quantized = learnable_quantize(format, False, x, None, log_clip)
+    np.testing.assert_array_equal(quantized, format.fake_quantize(x, clip=jnp.exp(log_clip)))
 
     def slope(log_clip):
         value = lambda c: jnp.sum(g * learnable_quantize(format, False, x, None, c))  # noqa: E731
@@ -66,10 +66,10 @@ def test_a_clip_is_that_of_the_format_and_gets_the_slope_of_its_scales(x):
 
     def along(clip):
         q = format.encode(x, clip=clip)
-        x64, held = (np.asarray(a, np.float64) for a in (x, q.dequantize()))
+        x64, y = (np.asarray(a, np.float64) for a in (x, q.dequantize()))
         inside = np.abs(x64) <= np.asarray(q.limit())
-        return (np.where(inside, held - x64, held) * np.asarray(g)).reshape(6, 2, 32).sum((0, 2))
+        return (np.where(inside, y - x64, y) * np.asarray(g)).reshape(6, 2, 32).sum((0, 2))
 
     np.testing.assert_allclose(slope(log_clip), along(jnp.exp(log_clip)), rtol=1e-5)
-    one = jnp.log(jnp.array([0.6]))
-    np.testing.assert_allclose(slope(one), [along(jnp.exp(one)).sum()], rtol=1e-5)
+    single = jnp.log(jnp.array([0.6]))
+    np.testing.assert_allclose(slope(single), [along(jnp.exp(single)).sum()], rtol=1e-5)

@@ -74,7 +74,7 @@ def test_losses_are_those_of_the_docstring(data, kind):
     assert float(objective.loss(learned, x)) == pytest.approx(wanted, rel=1e-4)
 
 
-def check(data, monkeypatch, fit, one=EVEN, rel=1e-3):
+def check(data, monkeypatch, fit, method=EVEN, rel=1e-3):
     """Fits; what is kept is below the start, on tokens that were held out. Returns the fit."""
     weights, x = data
     stats, found = stats_of(x), []
@@ -84,13 +84,13 @@ def check(data, monkeypatch, fit, one=EVEN, rel=1e-3):
         return found[-1][1]
 
     monkeypatch.setattr(learning, "train", spy)
-    fitted = fit(weights, stats, one, KEY)
+    fitted = fit(weights, stats, method, KEY)
     held_out, trained = found[0]
     least = min(loss for _, _, loss in trained.history)
     assert least < trained.start_loss
     if fit.kind == "output":  # the quantized linear has the loss that was measured
-        quantized = quantize_linear(one, weights, stats, fitted)
-        ys, _ = QuantizedLinear(one.activation_format)("", held_out, weights, quantized)
+        quantized = quantize_linear(method, weights, stats, fitted)
+        ys, _ = QuantizedLinear(method.activation_format)("", held_out, weights, quantized)
         losses = [
             jnp.mean(jnp.sum((y - held_out @ w.T) ** 2, -1) / jnp.sum((held_out @ w.T) ** 2, -1))
             for y, w in zip(ys, weights, strict=True)
@@ -180,11 +180,11 @@ def test_formats_that_are_not_mx_and_other_optimizers_do_as_well(data, monkeypat
     def momentum(rate):
         return optax.sgd(rate, momentum=0.9)
 
-    one = dataclasses.replace(EVEN, weight_format=FP32Scale(), activation_format=FP32Scale())
+    method = dataclasses.replace(EVEN, weight_format=FP32Scale(), activation_format=FP32Scale())
     fit = FitLearned(Moves(P["cayley"]), FitHadamard(), optimizer=momentum, rate=0.3, **SHORT)
     # Numbers with float scales are rounded to bfloat16 while learning: two factors, each off by
     # 2^-9, beside an error of sqrt(.02) of the output, whose square moves by 2 * 2^-8 / .14.
-    check(data, monkeypatch, fit, one, rel=0.055)
+    check(data, monkeypatch, fit, method, rel=0.055)
 
 
 def test_a_start_beyond_the_bound_and_too_few_tokens_are_refused(data):

@@ -47,8 +47,8 @@ def fuse(model, transforms):
         fits = {site: Fitted(layer_of(t, number)) for site, t in transforms.items()}
         layers.append(fuse_layer(model.config, layer_of(inside, number), fits))
     for name in inside:
-        stacked[f"model.layers.*.{name}"] = jnp.stack([one.parameters[name] for one in layers])
-    rests = [{site: fitted.transform for site, fitted in one.fits.items()} for one in layers]
+        stacked[f"model.layers.*.{name}"] = jnp.stack([layer.parameters[name] for layer in layers])
+    rests = [{site: fitted.transform for site, fitted in layer.fits.items()} for layer in layers]
     return Decoder(model.config, stacked), jax.tree.map(lambda *a: jnp.stack(a), *rests)
 
 
@@ -193,9 +193,9 @@ def test_what_comes_after_a_rotation_stays_online():
 def test_linears_see_the_input_that_the_folded_part_would_have_moved():
     model, smooth = _model(), _smooth("mlp_out")
     seen = {}
-    for name, one in {"plain": model, "fused": fuse(model, {"mlp_out": smooth})[0]}.items():
+    for name, decoder in {"plain": model, "fused": fuse(model, {"mlp_out": smooth})[0]}.items():
         keep = lambda site, x, w, s: (dense(site, x, w, None)[0], x)  # noqa: E731
-        seen[name] = jax.jit(lambda m: m(TOKENS, keep)[1])(one)["mlp_out"]  # noqa: B023
+        seen[name] = jax.jit(lambda m: m(TOKENS, keep)[1])(decoder)["mlp_out"]  # noqa: B023
     moved = jax.vmap(lambda t, x: t.activations(x))(smooth, seen["plain"])
     np.testing.assert_array_equal(seen["fused"], moved)
 

@@ -43,10 +43,10 @@ def _site(width=64, tokens=(2, 24), outputs=(32, 16, 16)):
 def test_a_quantized_linear_errs_like_its_format_and_no_more(name):
     # Shapes and rule of tests/transforms/test_fits.py: the programs are compiled once.
     x, weights = _site(256, (4, 64), (48, 16))
-    one = recipe(name, "even")
+    method = recipe(name, "even")
     stats = stats_of(x)
-    site = quantize_linear(one, weights, stats, fit_linear(one, weights, stats, KEY))
-    ys, _ = QuantizedLinear(one.activation_format)("site", x, weights, site)
+    site = quantize_linear(method, weights, stats, fit_linear(method, weights, stats, KEY))
+    ys, _ = QuantizedLinear(method.activation_format)("site", x, weights, site)
     for y, w in zip(ys, weights, strict=True):
         wanted = x @ w.T
         sqnr = 10 * np.log10(float(jnp.sum(wanted**2) / jnp.sum((y - wanted) ** 2)))
@@ -56,12 +56,12 @@ def test_a_quantized_linear_errs_like_its_format_and_no_more(name):
 @pytest.mark.slow
 def test_both_sides_are_quantized():
     x, weights = _site()
-    one = recipe("rtn", "floor")
+    method = recipe("rtn", "floor")
     stats = stats_of(x)
-    site = quantize_linear(one, weights, stats, fit_linear(one, weights, stats, KEY))
-    linear = QuantizedLinear(one.activation_format)
+    site = quantize_linear(method, weights, stats, fit_linear(method, weights, stats, KEY))
+    linear = QuantizedLinear(method.activation_format)
     ys, _ = linear("site", x, weights, site)
-    q = one.activation_format.fake_quantize
+    q = method.activation_format.fake_quantize
     for y, w in zip(ys, weights, strict=True):
         np.testing.assert_allclose(y, q(x) @ q(w).T, atol=1e-4)
 
@@ -70,12 +70,12 @@ def test_both_sides_are_quantized():
 def test_padding_with_zeros_is_exact():
     x, weights = _site(44)
     wide = (pad_channels(x, 64), tuple(pad_channels(w, 64) for w in weights))
-    one = recipe("block_hadamard", "floor")
+    method = recipe("block_hadamard", "floor")
     stats = stats_of(wide[0])
-    fitted = fit_linear(one, weights, stats, KEY)
-    narrow_site = quantize_linear(one, weights, stats, fitted)
-    wide_site = quantize_linear(one, wide[1], stats, fitted)
-    linear = QuantizedLinear(one.activation_format)
+    fitted = fit_linear(method, weights, stats, KEY)
+    narrow_site = quantize_linear(method, weights, stats, fitted)
+    wide_site = quantize_linear(method, wide[1], stats, fitted)
+    linear = QuantizedLinear(method.activation_format)
     for y, z in zip(
         linear("site", x, weights, narrow_site)[0],
         linear("site", wide[0], wide[1], wide_site)[0],
@@ -91,14 +91,14 @@ def test_padding_with_zeros_is_exact():
 def test_a_model_is_quantized_site_by_site_and_layer_by_layer(name):
     model = tiny_decoder()
     tokens = np.asarray(jax.random.randint(KEY, (3, 32), 0, 257))
-    one = recipe(name, "floor")
-    stats = calibrate(model, tokens, site_widths(model, 32), needs=one.needs)
-    *_, state = quantize_decoder(Plan.of(model.config, one, seed=5), model, tokens, stats=stats)
+    method = recipe(name, "floor")
+    stats = calibrate(model, tokens, site_widths(model, 32), needs=method.needs)
+    *_, state = quantize_decoder(Plan.of(model.config, method, seed=5), model, tokens, stats=stats)
     number, layer = 2, 1
     site = SITES[number]
     weights, seen = layer_of((model.weights(site), stats[site]), layer)
     key = jax.random.split(jax.random.fold_in(KEY, number), 2)[layer]
-    alone = quantize_linear(one, weights, seen, fit_linear(one, weights, seen, key))
+    alone = quantize_linear(method, weights, seen, fit_linear(method, weights, seen, key))
     for a, b in zip(
         jax.tree.leaves(layer_of(state[site], layer)), jax.tree.leaves(alone), strict=True
     ):

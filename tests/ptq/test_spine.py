@@ -64,7 +64,7 @@ def cell_of(name, rounding, more):
 
 @pytest.mark.parametrize(
     ("name", "rounding", "more"),
-    [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in ALL if one not in QUICK)],
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in QUICK)],
 )
 def test_a_cell_measures_what_quantize_writes(
     name, rounding, more, bench, subject, given, tmp_path

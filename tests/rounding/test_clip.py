@@ -89,11 +89,11 @@ def test_gptq_with_a_search_is_no_worse_in_any_row_and_better_on_the_whole(name)
 
 @pytest.mark.parametrize("rounding", sorted(ROUNDINGS))
 def test_every_rounding_composes_with_a_transform(rounding):
-    one = recipe("smooth_hadamard", "floor", rounding)
+    method = recipe("smooth_hadamard", "floor", rounding)
     seen = stats()
-    fitted = fit_linear(one, (W,), seen, KEY)
+    fitted = fit_linear(method, (W,), seen, KEY)
     both = dataclasses.replace(seen, cross=seen.gram)  # the float path gives the same input
-    site = quantize_linear(one, (W,), both, fitted)
+    site = quantize_linear(method, (W,), both, fitted)
     wanted = fitted.transform.weights(W)
     error = jnp.linalg.norm(site.weights[0].dequantize() - wanted) / jnp.linalg.norm(wanted)
     assert 0.05 < float(error) < 0.2

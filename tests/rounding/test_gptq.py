@@ -154,8 +154,8 @@ def test_dead_channels_and_no_input_at_all_give_numbers():
 def test_gptq_maps_over_layers():
     w, gram, _ = _case()
     both = jax.vmap(lambda w, g: gptq(w, MXFP4(), g))(jnp.stack([w, 2 * w]), jnp.stack([gram] * 2))
-    one = gptq(w, MXFP4(), gram)
-    np.testing.assert_array_equal(both.codes()[0], one.codes())
+    alone = gptq(w, MXFP4(), gram)
+    np.testing.assert_array_equal(both.codes()[0], alone.codes())
 
 
 def test_it_refuses_stats_without_a_gram_matrix():
