@@ -15,7 +15,7 @@ VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 """Of E2M1, by the three lower bits of a code; the fourth is the sign."""
 
 
-def held(directory: Path) -> Weights:
+def dequantized(directory: Path) -> Weights:
     """W^ of every quantized linear, from the quantized model."""
     model = Quantized(directory)
     return {

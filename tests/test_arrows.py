@@ -119,6 +119,13 @@ def test_no_two_public_names_differ_only_by_an_ending():
     assert [names for names in stems.values() if len(names) > 1] == []
 
 
+def test_nothing_is_called_by_a_word_that_says_nothing():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(node, "name", getattr(node, "arg", getattr(node, "id", None)))
+            assert name not in {"one", "held", "it", "that"}, f"{path}: {name}"
+
+
 def test_files_are_short_enough_to_be_read():
     lengths = {name: len(path.read_text("utf-8").splitlines()) for path, name in _modules()}
     assert {name: length for name, length in lengths.items() if length > 350} == {}

@@ -18,7 +18,7 @@ from duquantpp_jax.transforms.block import BlockAffine, BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard
 from tests.commands.test_quantize import assert_one_line
 from tests.conftest import byte_tokenizer, tiny_decoder
-from tests.decompress import assert_equal, by_numpy, held, tensors_of
+from tests.decompress import assert_equal, by_numpy, dequantized, tensors_of
 from tests.transforms.test_law import Stranger
 
 RUN = jax.jit(lambda model, tokens: model(tokens)[0])
@@ -38,7 +38,7 @@ def exported(model, out, format="compressed-tensors"):
 def test_packed_weights_decode_to_those_of_the_model(tiny_directory, tmp_path):
     model = quantized(tiny_directory, tmp_path / "q", exclude=("*.0.mlp.down_proj",))
     tensors = exported(model, tmp_path / "e")
-    wanted = held(model)
+    wanted = dequantized(model)
     assert len(wanted) == 13
     assert_equal(by_numpy(tmp_path / "e"), wanted)
     assert tensors["model.layers.0.mlp.down_proj.weight"].dtype == ml_dtypes.bfloat16
@@ -144,7 +144,7 @@ def test_smoothing_fused_before_rounding_is_exported_bit_for_bit_and_costs_no_ac
 ):
     model = quantized(tiny_directory, tmp_path / "q", recipe="smooth_hadamard", fuse=True)
     tensors = exported(model, tmp_path / "e")
-    assert_equal(by_numpy(tmp_path / "e"), held(model))
+    assert_equal(by_numpy(tmp_path / "e"), dequantized(model))
     opened = Quantized(model)
     for number in range(2):
         others, sites = opened.layer(number)

@@ -19,8 +19,8 @@ from tests.conftest import byte_tokenizer, tiny_decoder
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
-def equal(one, other) -> bool:
-    return one.config == other.config and jax.tree.all(jax.tree.map(np.array_equal, one, other))
+def equal(model, other) -> bool:
+    return model.config == other.config and jax.tree.all(jax.tree.map(np.array_equal, model, other))
 
 
 # What is written is read back.

@@ -24,7 +24,7 @@ from duquantpp_jax.commands.quantize import QuantizeOptions, calibration_tokens,
 from duquantpp_jax.ptq.walk import quantize_decoder
 from tests import quantize_worker
 from tests.conftest import byte_tokenizer, tiny_decoder
-from tests.decompress import assert_equal, by_library, by_numpy, held
+from tests.decompress import assert_equal, by_library, by_numpy, dequantized
 
 TOKENS = np.asarray(jax.random.randint(jax.random.key(4), (2, 24), 0, 257))
 RUN = jax.jit(lambda model, tokens, state, linear: model(tokens, linear, state)[0],
@@ -290,9 +290,9 @@ def test_twenty_processes_killed_at_random_leave_what_one_writes_and_exports(
             export(ExportOptions(job.out, format, place))
         assert contents(exported[0]) == contents(exported[1])
         if format == "compressed-tensors":
-            assert_equal(by_numpy(exported[1]), held(whole.out))
+            assert_equal(by_numpy(exported[1]), dequantized(whole.out))
             if importlib.util.find_spec("compressed_tensors"):  # the extra `interop`
-                assert_equal(by_library(exported[1]), held(whole.out))
+                assert_equal(by_library(exported[1]), dequantized(whole.out))
 
 
 def test_another_job_is_not_mixed_into_a_directory_unless_it_is_overwritten(

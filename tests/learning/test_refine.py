@@ -89,7 +89,7 @@ def test_it_makes_good_what_rounding_has_done_and_keeps_clips_and_scale_offsets(
     state = quantize_decoder(dataclasses.replace(plan, fits=fits), model, calibration)[2]
     losses = []
     refined = refine(
-        plan, model, state, rows, 8, check_every=4, report=lambda *it: losses.append(it)
+        plan, model, state, rows, 8, check_every=4, report=lambda *said: losses.append(said)
     )
     reference = Reference(Predictor(model), rows[-2:])
 

@@ -58,15 +58,15 @@ def test_losses_are_those_of_the_docstring(data, kind):
     back = np.linalg.inv(t)
     x64 = np.asarray(x, np.float64)
 
-    def held(moved):
+    def rounded(moved):
         return np.asarray(format.fake_quantize(jnp.float32(moved)), np.float64)
 
     def share(off, whole):
         return np.mean(np.sum(off**2, axis=-1) / np.sum(whole**2, axis=-1))
 
-    x_back = held(x64 @ t) @ back
+    x_back = rounded(x64 @ t) @ back
     wanted = share(x64 - x_back, x64)
-    pairs = [(np.asarray(w, np.float64), held(np.asarray(w) @ back.T) @ t.T) for w in weights]
+    pairs = [(np.asarray(w, np.float64), rounded(np.asarray(w) @ back.T) @ t.T) for w in weights]
     if kind == "both":
         wanted += np.mean([share((w - w_back).ravel(), w.ravel()) for w, w_back in pairs])
     if kind == "output":
