@@ -49,7 +49,7 @@ def test_the_weights_are_those_of_the_least_squares_of_the_docstring(inputs):
 def test_stats_take_both_paths_or_one_and_say_what_is_missing(inputs):
     w, x, x_hat = inputs
     single = Stats.init(64, 4, 50, needs=Needs.GRAM).update(x_hat, jnp.int32(0))
-    with pytest.raises(ValueError, match=r"needs Needs\.CROSS"):
+    with pytest.raises(ValueError, match=r"asymmetric needs Needs\.CROSS"):
         Asymmetric()(w, MXFP4(), single)
     with pytest.raises(ValueError, match="inputs of the float path"):
         single.update(x_hat, jnp.int32(0), x)
