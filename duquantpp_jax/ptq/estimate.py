@@ -44,7 +44,7 @@ def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
         for site, width in widths.items():
             recipe = plan.recipes[site]
             names = plan.names(site, number)
-            rows = sum(shapes[name][0] for name in names)
+            outputs = sum(shapes[name][0] for name in names)
             for name in names:
                 linears.append(
                     {
@@ -57,9 +57,9 @@ def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
             linears[-1]["bytes"] += 4 * width + 8 * width * recipe.activation_format.block_size
             grams = (Needs.GRAM in recipe.needs) + _needs(plan, site)
             flops += grams * 2.0 * tokens * width**2
-            flops += (2.0 * width**3 + 6.0 * rows * width**2) * _needs(plan, site)
+            flops += (2.0 * width**3 + 6.0 * outputs * width**2) * _needs(plan, site)
             layer_stats += 4.0 * (min(tokens, SAMPLE_LIMIT) * width + grams * width**2)
-            largest = max(largest, rows * width)
+            largest = max(largest, outputs * width)
         stats_bytes = max(stats_bytes, layer_stats)
     hidden = 4.0 * tokens * config.hidden_size * (1 + plan.compares)
     scores = 4.0 * BATCH_ROWS * config.num_attention_heads * length**2
