@@ -2,8 +2,9 @@
 
 With --beside FILEs are summaries of one grid, and the table is its short form. --rows and --columns
 leave out all others; the README's table is
-  python -m experiments.tables experiments/results/grid_rotations_gutenberg27m_128rows.json \\
-    --columns floor even --rows rtn block_hadamard duquantpp wush learned_affine
+  python -m experiments.tables experiments/results/grid_headline_smollm2_128rows.json \\
+    --columns "rtn, floor" "rtn, even" "gptq, even" \\
+    --rows rtn block_hadamard smooth_hadamard duquantpp wush
 A FILE is a results.json of `duquantpp compare` or a summary of `duquantpp ablate`; both hold pivots
 (docs/results.md).
 """
@@ -49,8 +50,12 @@ def _short(pivot: Pivot, row: str, column: str) -> str:
 
 
 def chosen(pivot: Pivot, rows: Sequence[str], columns: Sequence[str]) -> Pivot:
-    """Some rows and columns of a pivot; its differences stay corrected over all of them."""
-    entries = [e for e in pivot["entries"] if e["row"] in rows and e["column"] in columns]
+    """Some rows and columns of a pivot, without times; differences stay corrected over all."""
+    entries = [
+        {name: value for name, value in entry.items() if name != "fit_seconds"}
+        for entry in pivot["entries"]
+        if entry["row"] in rows and entry["column"] in columns
+    ]
     return pivot | {"rows": list(rows), "columns": list(columns), "entries": entries}
 
 
@@ -100,8 +105,10 @@ def main() -> None:
         print(beside(pivots))
         return
     for pivot in pivots:
-        rows, columns = (arguments.rows or pivot["rows"], arguments.columns or pivot["columns"])
-        print(f"\n{long(chosen(pivot, rows, columns))}")
+        if arguments.rows or arguments.columns:
+            rows, columns = arguments.rows or pivot["rows"], arguments.columns or pivot["columns"]
+            pivot = chosen(pivot, rows, columns)
+        print(f"\n{long(pivot)}")
 
 
 if __name__ == "__main__":
