@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 import duquantpp_jax
 from duquantpp_jax import files, recipes
 from duquantpp_jax.cli import main as command
-from duquantpp_jax.formats import mx, storage
+from duquantpp_jax.formats import mx, tensors
 from duquantpp_jax.transforms import wush
 
 PACKAGE = Path(duquantpp_jax.__file__).parent
@@ -87,7 +87,7 @@ def walks() -> dict[str, list[Step]]:
     found = traced(
         "quantize --recipe wush --rows 1",
         encode=mx,
-        pack_codes=storage,
+        pack_codes=tensors,
         wush=wush,
         find_fit=recipes,
     )
@@ -111,13 +111,13 @@ def _joined(*parts: list[Step]) -> list[Step]:
 
 
 def page(found: dict[str, list[Step]]) -> str:
-    """The walks as Markdown."""
+    """The walks as Markdown: where each begins, and the files that it passes."""
     lines = []
-    for what, steps in found.items():
-        lines.append(f"**{what[0].upper()}{what[1:]}**\n")
-        lines += [f"{n}. `{file}`: `{name}`" for n, (file, name) in enumerate(steps, 1)]
+    for what, ((file, name), *passed) in found.items():
+        lines.append(f"{what[0].upper()}{what[1:]}: from `{name}` in `{file}` through\n")
+        lines += [f"{n}. `{file}`: `{name}`" for n, (file, name) in enumerate(passed, 1)]
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip()
 
 
 def picture(found: dict[str, list[Step]]) -> Figure:

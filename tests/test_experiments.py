@@ -12,6 +12,7 @@ from duquantpp_jax.checkpoints import load
 from duquantpp_jax.lab.cells import SCHEMA
 from duquantpp_jax.lab.table import markdown
 from experiments import (
+    architecture,
     health,
     position_zero,
     rotations,
@@ -162,3 +163,11 @@ def test_the_table_of_beat_hadamard_has_the_numbers_of_its_results():
         assert f" {away['kl']:.4f} " in row
         for mean, low, high in home["differences"].values():
             assert f" {mean:+.4f} ± {(high - low) / 2:.4f} " in row
+
+
+@pytest.mark.slow
+def test_a_newcomer_passes_at_most_seven_files_on_each_walk():
+    walks = architecture.walks()
+    assert max(len(steps) - 1 for steps in walks.values()) <= 7
+    page = (RESULTS.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert page.endswith(architecture.page(walks) + "\n")
