@@ -18,26 +18,80 @@ Last result: see experiments/README.md.
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load, testbed
-from duquantpp_jax.core import Needs, Stats
+from duquantpp_jax.core import Needs, Stats, Transform, diagonal_blocks
 from duquantpp_jax.evaluation.subject import environment
 from duquantpp_jax.models import dense
 from duquantpp_jax.ptq.site import QuantizedLinear, fit_linear, quantize_linear
 from duquantpp_jax.recipes import FITS, recipe
-from duquantpp_jax.transforms.health import health
 
 SITE, LAYER = "mlp_out", 1
 CHANNEL = 37
 CASES = ("as is", "channel", "token")
 SPIKE = 1150.0
 """The largest channel over the median of Llama-3.2-1B, before its second down_proj."""
+
+
+class Health(NamedTuple):
+    """The numerical errors of a transform; the largest over its blocks, NaN where T is not finite.
+
+        condition            s_max(T) / s_min(T), the most by which T^-1 may amplify rounding errors
+        orthogonality_error  max |T T^T - I|
+        law_error            max |T (T^-T)^T - I|, the error of the law of transforms
+
+    To bound the condition, use `FitWush(max_condition=...)`.
+    """
+
+    condition: float
+    orthogonality_error: float
+    law_error: float
+
+
+def matrices(
+    transform: Transform, width: int, size: int | None = None
+) -> tuple[Float[np.ndarray, "blocks r r"], Float[np.ndarray, "blocks r r"]]:
+    """T and T^-T as their diagonal blocks, computed in float64.
+
+    Args:
+      transform: Of a single layer.
+      width: Channels k.
+      size: Side of the diagonal blocks; None for a single block of side k.
+
+    Raises:
+      ValueError: T has entries outside the blocks.
+    """
+    size = width if size is None else size
+
+    def exact(leaf: Array) -> Array:
+        return leaf.astype(jnp.float64) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    with jax.enable_x64(True):
+        transform = jax.tree.map(exact, transform)
+        t, back, outside = map(np.asarray, diagonal_blocks(transform, width, size))
+    if np.isfinite(t).all() and not outside <= 1e-9 * max(1.0, np.abs(t).max()):
+        raise ValueError(f"the transform mixes channels beyond blocks of {size}: give no size")
+    return t, back
+
+
+def health(transform: Transform, width: int, size: int | None = None) -> Health:
+    """Condition number, orthogonality error and error of the law; arguments as of `matrices`."""
+    t, back = matrices(transform, width, size)
+    eye = np.eye(t.shape[-1])
+    if not (np.isfinite(t).all() and np.isfinite(back).all()):
+        return Health(np.nan, np.nan, np.nan)
+    return Health(
+        condition=float(np.linalg.cond(t).max()),
+        orthogonality_error=float(np.abs(t @ t.swapaxes(1, 2) - eye).max()),
+        law_error=float(np.abs(t @ back.swapaxes(1, 2) - eye).max()),
+    )
 
 
 def inputs(rows: int) -> tuple[jax.Array, jax.Array]:

@@ -37,6 +37,7 @@ from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import layer_of
 from duquantpp_jax.ptq.walk import fit_decoder
 from duquantpp_jax.recipes import recipe
+from experiments.figures import block_errors
 
 ROOT = Path(__file__).parent.parent
 RULE = "floor"
@@ -78,7 +79,7 @@ def blocks() -> Figure:
     errors = {
         name: np.concatenate(list(_errors(name))) for name in ("rtn", "block_hadamard", "duquantpp")
     }
-    return figures.block_errors(
+    return block_errors(
         errors,
         ("block_hadamard", "duquantpp"),
         label="squared error / energy of a block",

@@ -26,6 +26,7 @@ from duquantpp_jax.commands.inspect import table
 from duquantpp_jax.models import linear_names
 from duquantpp_jax.ptq.calibration import calibrate, site_widths
 from duquantpp_jax.ptq.site import layer_of
+from experiments.figures import error_ecdf
 
 # %matplotlib inline
 # %config InlineBackend.print_figure_kwargs = {"dpi": 100}
@@ -129,7 +130,7 @@ for name, one in errors.items():
     print(f"{name:22s} median {np.median(one):.2%}, 99th percentile {np.quantile(one, 0.99):.2%}")
 
 # %%
-figures.error_ecdf(errors, label="squared error / energy of a block", columns=2)
+error_ecdf(errors, label="squared error / energy of a block", columns=2)
 
 # %% [markdown]
 # Both down_projs err more than q, k and v, with a median of 1.7 to 1.8 % against 1.3 % and a 99th

@@ -38,6 +38,7 @@ from duquantpp_jax.transforms.block import BlockRotation
 from duquantpp_jax.transforms.duquant import base_rotation, greedy_search, mixed_rotations
 from duquantpp_jax.transforms.hadamard import FitHadamard, hadamard
 from duquantpp_jax.transforms.learned import Expm
+from experiments import figures as studies
 
 # %matplotlib inline
 # %config InlineBackend.print_figure_kwargs = {"dpi": 100}
@@ -156,7 +157,7 @@ for step in range(steps):
 print(f"kept: step {int(np.argmin(peaks)) + 1}, largest |x| {min(peaks):.2f}")
 
 # %%
-figures.loss_curves(
+studies.loss_curves(
     np.arange(1, steps + 1),
     {"DuQuant++": peaks, "Hadamard": np.full(steps, float(jnp.max(jnp.abs(x @ h))))},
     loss="largest |x| of the block",
@@ -242,13 +243,13 @@ for name, fit in methods.items():
 # %%
 drawn = {name: errors[name] for name in ("rtn", "block_hadamard", "greedy", "learned")}
 title = "input of q, k, v in layer 1: tokens not seen"
-figures.block_errors(drawn, ("block_hadamard", "greedy"), title=title)
+studies.block_errors(drawn, ("block_hadamard", "greedy"), title=title)
 
 # %%
 first = {"Hadamard": h, "greedy": transforms["greedy"].matrices[0]}
 first["greedy_mse"] = transforms["greedy_mse"].matrices[0]
 first["learned"] = transforms["learned"].matrices[0]
-figures.rotation(first, title="the rotation of the first block")
+studies.rotation(first, title="the rotation of the first block")
 
 # %% [markdown]
 # Read on tokens that no method has seen, the differences are small, and they are not in favour of

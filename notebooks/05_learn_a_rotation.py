@@ -22,7 +22,6 @@ import numpy as np
 import optax
 
 from duquantpp_jax import MXFP4
-from duquantpp_jax.analysis import figures
 from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.evaluation.intervals import estimate
 from duquantpp_jax.evaluation.predict import Predictor, Reference
@@ -36,6 +35,7 @@ from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.block import BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard
 from duquantpp_jax.transforms.learned import Affine, Cayley, block_affine
+from experiments import figures
 
 # %matplotlib inline
 # %config InlineBackend.print_figure_kwargs = {"dpi": 100}

@@ -20,12 +20,12 @@ import jax
 import jax.numpy as jnp
 
 from duquantpp_jax import MXFP4, ScaleRule
-from duquantpp_jax.analysis import figures
 from duquantpp_jax.kernels import Operand, quantized_linear, rotate_quantize, scaled_matmul, target
 from duquantpp_jax.kernels.proof import Options, prove
 from duquantpp_jax.kernels.specifications import BYTES_PER_SECOND, FLOPS_PER_SECOND
 from duquantpp_jax.transforms.block import BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard
+from experiments import figures
 
 # %matplotlib inline
 # %config InlineBackend.print_figure_kwargs = {"dpi": 100}

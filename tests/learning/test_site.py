@@ -17,9 +17,9 @@ from duquantpp_jax.ptq.site import QuantizedLinear, quantize_linear
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.hadamard import FitHadamard, hadamard
-from duquantpp_jax.transforms.health import health
 from duquantpp_jax.transforms.learned import PARAMETRIZATIONS
 from duquantpp_jax.transforms.wush import FitWush
+from experiments.health import health
 from tests.conftest import stats_of
 
 KEY = jax.random.key(7)

@@ -16,7 +16,7 @@ from duquantpp_jax.learning.named import LearnSettings
 from duquantpp_jax.learning.site import start_of
 from duquantpp_jax.recipes import FITS, find_fit, recipe
 from duquantpp_jax.transforms import storage
-from duquantpp_jax.transforms.health import health
+from experiments.health import health
 from tests.conftest import stats_of
 
 PAGE = (Path(__file__).parents[2] / "docs/adding_a_transform.md").read_text(encoding="utf-8")

@@ -129,13 +129,6 @@ def power_of_two(exponent: float, _: int | None = None) -> str:
     return f"$2^{{{exponent:g}}}$"
 
 
-def log2_axis(axes: Any, which: Literal["x", "y"], low: float, high: float, most: int = 7) -> None:
-    """Makes an axis log2 from low to high, with at most `most` ticks."""
-    getattr(axes, f"set_{which}scale")("log", base=2)
-    getattr(axes, f"set_{which}lim")(low, high)
-    log2_ticks(getattr(axes, f"{which}axis"), low, high, most)
-
-
 def log2_ticks(axis: Any, low: float, high: float, most: int = 7) -> None:
     """Sets at most `most` evenly spaced ticks, all at powers of two."""
     first, last = _ceil_log2(low), _floor_log2(high)

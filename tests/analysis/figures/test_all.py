@@ -8,6 +8,7 @@ from matplotlib.text import Text
 
 from duquantpp_jax.analysis import figures
 from duquantpp_jax.analysis.figures import style
+from experiments import figures as studies
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((40, 64))
@@ -40,17 +41,17 @@ EXAMPLES = {
     ),
     "amax_map": lambda c: figures.amax_map(SITES, title="a model", columns=c),
     "sqnr": lambda c: figures.sqnr(dict.fromkeys(ERRORS, SITES), title="a model", columns=c),
-    "error_ecdf": lambda c: figures.error_ecdf(ERRORS, title=SITE, columns=c),
+    "error_ecdf": lambda c: studies.error_ecdf(ERRORS, title=SITE, columns=c),
     "scale_occupancy": lambda c: figures.scale_occupancy(BYTES, title=SITE, columns=c),
     "code_occupancy": lambda c: figures.code_occupancy(CODES, title=SITE, columns=c),
     "divergences": lambda c: figures.divergences(PIVOT, columns=c),
-    "rotation": lambda c: figures.rotation(
+    "rotation": lambda c: studies.rotation(
         dict.fromkeys(ERRORS, X[:32, :32] / 17), title=SITE, columns=c
     ),
-    "loss_curves": lambda c: figures.loss_curves(
+    "loss_curves": lambda c: studies.loss_curves(
         STEPS, {"held out": X[0, :5] ** 2}, {"R": 1e-7 + X[1, :5] ** 2}, title=SITE, columns=c
     ),
-    "roofline": lambda c: figures.roofline(
+    "roofline": lambda c: studies.roofline(
         {"MXFP4": 9e15, "bfloat16": 2.25e15},
         8e12,
         {"rotate_quantize, 16384 x 8192": (24.0, 1.6e14)},
@@ -60,7 +61,7 @@ EXAMPLES = {
 }
 TWO_COLUMNS_ONLY = {
     "comparison": lambda _: figures.comparison(PIVOT, (SITE, {"before": X[0] ** 2})),
-    "block_errors": lambda _: figures.block_errors(ERRORS, tuple(ERRORS), title=SITE),
+    "block_errors": lambda _: studies.block_errors(ERRORS, tuple(ERRORS), title=SITE),
 }
 CASES = [(name, columns) for name in EXAMPLES for columns in (1, 2)]
 CASES += [(name, 2) for name in TWO_COLUMNS_ONLY]
@@ -98,8 +99,8 @@ def test_text_in_an_svg_is_text():
         figures.surface,
         figures.amax_map,
         lambda named: figures.sqnr({"m": named}),
-        figures.error_ecdf,
-        figures.rotation,
+        studies.error_ecdf,
+        studies.rotation,
     ],
 )
 @pytest.mark.parametrize(
@@ -108,9 +109,9 @@ def test_text_in_an_svg_is_text():
     ids=["nothing", "NaN"],
 )
 def test_what_cannot_be_drawn_is_refused(draw, named, said):
-    if draw is figures.error_ecdf:
+    if draw is studies.error_ecdf:
         named = {name: array[0] for name, array in named.items()}
-    if draw is figures.rotation:
+    if draw is studies.rotation:
         named = {name: np.vstack([array, array]) for name, array in named.items()}
     with pytest.raises(ValueError, match=said):
         draw(named)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 
 from duquantpp_jax.analysis.figures import style
 
@@ -37,18 +36,3 @@ def test_zeros_have_no_part_in_powers_of_two():
 def test_a_figure_of_three_columns_is_refused():
     with pytest.raises(ValueError, match="columns = 3: a figure is 1 or 2 columns wide"):
         style.blank(3, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(1.0, 2.0), (2**-10, 2**-3), (2**-40, 2.0**60), (3.0, 5.0)]
-)
-def test_ticks_are_powers_of_two_evenly_spaced_and_few(low, high):
-    axes = Figure().subplots()
-    style.log2_axis(axes, "x", low, high)
-    exponents = np.log2(axes.get_xticks())
-    assert 1 <= len(exponents) <= 7
-    assert np.all(exponents == np.round(exponents))
-    assert len(set(np.diff(exponents))) <= 1
-    assert low <= axes.get_xticks()[0] <= axes.get_xticks()[-1] <= high
-    assert axes.get_xlim() == (low, high)
-    assert len(axes.xaxis.get_minorticklocs()) == 0
