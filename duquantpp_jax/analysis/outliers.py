@@ -114,7 +114,6 @@ class Moments:
     Every field may have leading layer axes; those of the same name as in `Batch` mean the same.
 
     Attributes:
-      tokens: Number of tokens.
       energy: Sum of x^2 of each channel.
       fourths: Sum of x^4.
     """

@@ -73,10 +73,7 @@ def to_tensors(name: str, array: MXArray) -> tuple[dict[str, np.ndarray], dict[s
 
 
 def from_tensors(name: str, about: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> MXArray:
-    """The array of which `to_tensors` made these.
-
-    Args:
-      about: Its record.
+    """The array of which `to_tensors` made these tensors and this record.
 
     Raises:
       ValueError: A tensor is missing or does not fit the record.

@@ -42,8 +42,6 @@ def choose(
     """Name of the implementation to run.
 
     Args:
-      kernel: Name of the kernel, for messages.
-      named: The implementation that the caller asked for.
       obstacles: Best first, a function for each implementation that says why it cannot run here.
 
     Raises:

@@ -139,10 +139,6 @@ def lower(transform: Transform, width: int, size: int) -> Transform:
 
     Transforms that lower share one pytree structure: they stack over layers, and a grid of them
     compiles once. Others (permutations, larger rotations) come back as they are.
-
-    Args:
-      width: Channels k.
-      size: Side of the matrices.
     """
     if (blocks := transform.as_blocks(width, size)) is None:
         return transform

@@ -48,11 +48,7 @@ def hadamard_factors(size: int) -> tuple[Float[Array, "_ _"], ...]:
 
 
 def sign_factors(size: int) -> list[Float[np.ndarray, "_ _"]]:
-    """Matrices of signs whose Kronecker product is a Hadamard matrix of this size.
-
-    Raises:
-      ValueError: As `hadamard`.
-    """
+    """Matrices of signs whose Kronecker product is a Hadamard matrix; raises as `hadamard` does."""
     base = _base(size)
     if base is None:
         below = next((n for n in range(size - 1, 0, -1) if _base(n)), None)

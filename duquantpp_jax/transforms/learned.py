@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from duquantpp_jax.core import Transform
-from duquantpp_jax.transforms.block import BlockAffine, polished
+from duquantpp_jax.transforms.block import BlockAffine, polished, transposed
 from duquantpp_jax.transforms.inverse import inverse
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -86,7 +86,7 @@ class Expm(Parametrization):
 
     def transform(self, start: BlockAffine, parameters: Parameters) -> BlockAffine:
         a = parameters["a"]
-        return _rotated(start, jax.scipy.linalg.expm(a - _t(a)))
+        return _rotated(start, jax.scipy.linalg.expm(a - transposed(a)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Cayley(Parametrization):
     rotates = True
 
     def transform(self, start: BlockAffine, parameters: Parameters) -> BlockAffine:
-        k = parameters["a"] - _t(parameters["a"])
+        k = parameters["a"] - transposed(parameters["a"])
         eye = jnp.eye(k.shape[-1], dtype=k.dtype)
         return _rotated(start, 2 * inverse(eye - k) - eye)
 
@@ -186,7 +186,7 @@ def settled(transform: BlockAffine, parametrization: Parametrization | None) -> 
     off = np.abs(matrices @ np.swapaxes(matrices, -1, -2) - eye).max()
     if parametrization is not None and parametrization.rotates and off < _DRIFT:
         rotations = polished(matrices)
-        return BlockAffine(rotations, _t(rotations))
+        return BlockAffine(rotations, transposed(rotations))
     inverses = jnp.asarray(np.linalg.inv(matrices), jnp.float32)
     return BlockAffine(transform.matrices, inverses)
 
@@ -197,11 +197,7 @@ def _condition(transform: BlockAffine) -> Float[Array, "*layers blocks"]:
 
 
 def _rotated(start: BlockAffine, rotation: Float[Array, "*blocks r r"]) -> BlockAffine:
-    return BlockAffine(_mm(start.matrices, rotation), _mm(_t(rotation), start.inverses))
-
-
-def _t(matrices: Float[Array, "*blocks r r"]) -> Float[Array, "*blocks r r"]:
-    return jnp.swapaxes(matrices, -1, -2)
+    return BlockAffine(_mm(start.matrices, rotation), _mm(transposed(rotation), start.inverses))
 
 
 def _mm(a: Float[Array, "*blocks r r"], b: Float[Array, "*blocks r r"]) -> Array:

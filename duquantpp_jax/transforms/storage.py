@@ -38,10 +38,7 @@ _PACKAGE = __name__.partition(".")[0]
 def to_arrays(
     transform: Transform | Fitted,
 ) -> tuple[dict[str, Shaped[Array, "..."] | np.ndarray], str]:
-    """The arrays of a transform by path, and its structure as JSON.
-
-    Args:
-      transform: Any transform, single or stacked over layers; or a whole `Fitted`.
+    """The arrays by path, and the structure as JSON, of a transform, also stacked, or a `Fitted`.
 
     Raises:
       ValueError: A field holds neither arrays nor a static value that JSON can say.
@@ -78,7 +75,6 @@ def from_arrays(
 
     Args:
       arrays: By path; others than those of the structure are left alone.
-      structure: As `to_arrays` gave it.
 
     Raises:
       ValueError: The structure is no such text, names a class that is not known or has other

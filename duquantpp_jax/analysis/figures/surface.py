@@ -38,8 +38,6 @@ def surface(
       inputs: By name, e.g. {"before": x, "Hadamard": t.activations(x)}.
       log2: z is log2 |x|, from the least point (or 2^-16 of the largest) up, which also shows what
         lies below an outlier; else z is |x|, from zero.
-      title: Above all panels, e.g. the site's name.
-      points: Most points along tokens and channels.
 
     Raises:
       ValueError: No input, NaN or Inf, or fewer than 2 tokens or channels.
