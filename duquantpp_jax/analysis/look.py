@@ -41,7 +41,7 @@ class InspectOptions:
     Without --model it is the small model inside the package.
 
     Attributes:
-      model: Hugging Face directory (config.json, safetensors, tokenizer.json), or a quantized one.
+      model: Hugging Face directory, GGUF file or smollm2 (docs/models.md); or a quantized model.
       text: UTF-8 text that the model runs on, documents separated by <|endoftext|>; without
         --model, the embedded rows.
       tokens: Tokens of the text, cut down to whole rows of 511.

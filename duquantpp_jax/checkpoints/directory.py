@@ -32,6 +32,7 @@ from safetensors.numpy import load_file
 from duquantpp_jax.checkpoints.hugging_face import load
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
 from duquantpp_jax.checkpoints.shards import read_json
+from duquantpp_jax.checkpoints.source import Directory
 from duquantpp_jax.core import Fitted
 from duquantpp_jax.formats.tensors import from_tensors
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder, DecoderConfig, Linear, dense
@@ -94,7 +95,7 @@ class Quantized:
             raise ValueError(
                 f"{directory} is not finished: run the duquantpp quantize that began it again"
             )
-        self.fields = read_json(self.directory / CONFIG)
+        self.fields = Directory(self.directory).fields()
         self.fields.pop("quantization_config", None)
         self.config = DecoderConfig.from_dict(self.fields)
 

@@ -28,7 +28,8 @@ from duquantpp_jax import files
 from duquantpp_jax.checkpoints import Quantized
 from duquantpp_jax.checkpoints.directory import CONFIG
 from duquantpp_jax.checkpoints.shards import INDEX
-from duquantpp_jax.checkpoints.writer import copied, write_tensors
+from duquantpp_jax.checkpoints.source import Directory
+from duquantpp_jax.checkpoints.writer import write_tensors
 from duquantpp_jax.core import MXArray, Transform
 from duquantpp_jax.formats import E2M1
 from duquantpp_jax.formats.tensors import pack_codes
@@ -101,8 +102,8 @@ def write_export(
         write(count, model.outside())
         index = {"metadata": {}, "weight_map": dict(sorted(places.items()))}
         files.write_whole(partial / INDEX, files.to_json(index))
-        for path in copied(model.directory):
-            files.write_whole(partial / path.name, path.read_bytes())
+        for name, content in Directory(model.directory).companions().items():
+            files.write_whole(partial / name, content())
         fields = dict(model.fields)
         if packed:
             fields["quantization_config"] = quantization_config(model, rotated, floats)

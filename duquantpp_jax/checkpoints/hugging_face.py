@@ -8,10 +8,10 @@ one line that says what was wrong and what would be right.
 Source: the directory layout that transformers' `save_pretrained` writes.
 """
 
-import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,20 +22,12 @@ from safetensors.numpy import save as serialize
 from tokenizers import Tokenizer
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints.shards import (
-    SINGLE,
-    Tensor,
-    inventory,
-    one_line,
-    read_json,
-    read_stored,
-    shard_files,
-)
+from duquantpp_jax.checkpoints.shards import SINGLE, Stored, one_line, read_stored
+from duquantpp_jax.checkpoints.source import CONFIG, TOKENIZER, Source, source
 from duquantpp_jax.models.config import DecoderConfig
 from duquantpp_jax.models.decoder import Decoder
 from duquantpp_jax.models.parameters import parameter_shapes
 
-_CONFIG, _TOKENIZER = "config.json", "tokenizer.json"
 _DTYPES = ("BF16", "F16", "F32")
 # Rotary frequencies are derived from rope_theta; old checkpoints store them all the same.
 _HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
@@ -50,12 +42,12 @@ class Place(NamedTuple):
 
 
 def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
-    """The configuration in `directory`/config.json.
+    """The configuration in `directory`/config.json, or that a GGUF file states.
 
     Raises:
       ValueError: there is none, it is no JSON object, or it is not supported.
     """
-    fields = read_json(_config_file(directory))
+    fields = source(directory).fields()
     try:
         return DecoderConfig.from_dict(fields)
     except ValueError as error:
@@ -66,13 +58,15 @@ class Headers(NamedTuple):
     """What the headers of a checkpoint say, held against its config.json.
 
     Attributes:
+      source: Whose they are.
       found: Where each tensor lies.
       shapes: Of every parameter, as `parameter_shapes` has them, and of a tied head that is stored.
       places: The parameter that each tensor fills.
     """
 
+    source: Source
     config: DecoderConfig
-    found: dict[str, Tensor]
+    found: Mapping[str, Stored]
     shapes: dict[str, tuple[int, ...]]
     places: dict[str, Place]
 
@@ -83,30 +77,33 @@ def headers(directory: str | os.PathLike[str]) -> Headers:
     Raises:
       ValueError: as `load`, but for what only the weights themselves show.
     """
-    directory = Path(directory)
-    config = load_config(directory)
-    found = inventory(directory)
+    model = source(directory)
+    config, found = load_config(directory), {**model.tensors()}
     shapes = parameter_shapes(config)
+    if config.tie_word_embeddings and "lm_head.weight" in found:
+        found.setdefault("model.embed_tokens.weight", found["lm_head.weight"])
     if config.tie_word_embeddings and "lm_head.weight" in found:
         shapes["lm_head"] = shapes["model.embed_tokens"]  # some writers store the tied head too
     places = _places(config, shapes)
     for name, place in places.items():
         if name not in found:
+            near = next((n for n in found if n.endswith(name) or name.endswith(n)), None)
+            near = near or next((n for n in found if n.endswith(name.split(".", 1)[1])), None)
             raise ValueError(
-                f"{directory}: tensor {name} is missing: the model that config.json describes "
-                f"has one of shape {_dims(place.shape)}"
+                f"{directory}: tensor {name} is missing{f' (found {near})' if near else ''}: the "
+                f"model that config.json describes has one of shape {_dims(place.shape)}"
             )
     for name, tensor in found.items():
         _check_header(name, tensor, places, config)
-    return Headers(config, found, shapes, places)
+    return Headers(model, config, found, shapes, places)
 
 
 def load(directory: str | os.PathLike[str]) -> Decoder:
-    """The float decoder in a Hugging Face directory, its parameters in float32.
+    """The float decoder in a Hugging Face directory or a GGUF file, its parameters in float32.
 
     Args:
       directory: Holds config.json and model.safetensors, or shards with
-        model.safetensors.index.json.
+        model.safetensors.index.json; or whatever else `source` takes.
 
     Returns:
       The decoder; bfloat16 and float16 tensors are widened, which is exact.
@@ -114,7 +111,7 @@ def load(directory: str | os.PathLike[str]) -> Decoder:
     Raises:
       ValueError: one line naming the file or tensor, what was wrong and what would be right.
     """
-    config, found, shapes, places = headers(directory)
+    _, config, found, shapes, places = headers(directory)
     arrays = {key: np.empty(shape, np.float32) for key, shape in shapes.items()}
     for name, array in read_stored(found, places):  # widened as it is copied
         arrays[places[name].key][places[name].index] = array
@@ -131,7 +128,7 @@ def load(directory: str | os.PathLike[str]) -> Decoder:
 def load_tokenizer(
     directory: str | os.PathLike[str], config: DecoderConfig | None = None
 ) -> Tokenizer:
-    """The tokenizer in `directory`/tokenizer.json.
+    """The tokenizer in `directory`/tokenizer.json, or that a GGUF file describes.
 
     Args:
       config: Of the model; read from the directory if not given.
@@ -139,17 +136,21 @@ def load_tokenizer(
     Raises:
       ValueError: there is none, it cannot be read, or it has ids that the model has not.
     """
-    path = Path(directory) / _TOKENIZER
+    path = Path(directory) / TOKENIZER
     config = config or load_config(directory)
-    if not path.is_file():
+    companions = source(directory).companions()
+    if TOKENIZER not in companions:
         raise ValueError(f"{directory} has no tokenizer.json: add the model's own")
+    content = companions[TOKENIZER]()
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_buffer(content)
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(
             f"{path} is not a tokenizer ({one_line(error)}): "
             "it must be the JSON that the tokenizers library writes"
         ) from None
+    tokenizer.no_padding()  # what a file may ask for, and transformers leaves out of encoding
+    tokenizer.no_truncation()
     last = max(tokenizer.get_vocab().values(), default=-1)
     if last >= config.vocab_size:
         raise ValueError(
@@ -160,17 +161,12 @@ def load_tokenizer(
 
 
 def sha256(directory: str | os.PathLike[str]) -> str:
-    """Which model this is: SHA-256 over the names and bytes of config.json and its shards.
+    """Which model this is; of a GGUF file its SHA-256.
 
     Raises:
       ValueError: as `load`, where the files themselves are missing or misnamed.
     """
-    directory, config = Path(directory), _config_file(directory)
-    total = hashlib.sha256()
-    paths = {_CONFIG: config} | {shard.name: shard for shard in shard_files(directory)}
-    for name, path in sorted(paths.items()):
-        total.update(f"{name} {files.sha256(path)}\n".encode())
-    return total.hexdigest()
+    return source(directory).sha256()
 
 
 def save(model: Decoder, tokenizer_json: str, directory: str | os.PathLike[str]) -> None:
@@ -189,21 +185,9 @@ def save(model: Decoder, tokenizer_json: str, directory: str | os.PathLike[str])
             for name, place in _places(model.config, parameter_shapes(model.config)).items()
         }
         config = json.dumps(model.config.to_dict(), indent=1)
-        (partial / _CONFIG).write_text(config + "\n", encoding="utf-8")
-        (partial / _TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
+        (partial / CONFIG).write_text(config + "\n", encoding="utf-8")
+        (partial / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
         (partial / SINGLE).write_bytes(serialize(tensors, metadata={"format": "pt"}))
-
-
-def _config_file(directory: str | os.PathLike[str]) -> Path:
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory: give a Hugging Face model directory")
-    if not (directory / _CONFIG).is_file():
-        raise ValueError(
-            f"{directory} has no config.json: give a Hugging Face model directory, "
-            "which has config.json, *.safetensors and tokenizer.json"
-        )
-    return directory / _CONFIG
 
 
 def _places(config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> dict[str, Place]:
@@ -220,7 +204,7 @@ def _places(config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> dict[s
 
 
 def _check_header(
-    name: str, tensor: Tensor, places: dict[str, Place], config: DecoderConfig
+    name: str, tensor: Stored, places: dict[str, Place], config: DecoderConfig
 ) -> None:
     if _HARMLESS.fullmatch(name):
         return

@@ -23,6 +23,7 @@ class Checkpoint:
 
     Attributes:
       directory: Where it is.
+      source: As what it is read.
       config: What its config.json says; of the turned model.
     """
 
@@ -38,7 +39,13 @@ class Checkpoint:
         self.directory = Path(directory)
         self._headers: Headers = headers(directory)
         self._turn = turn or Turn()
+        self.source = self._headers.source
         self.config = self._turn.config(self._headers.config)
+
+    def size(self) -> int:
+        """Bytes of the files that hold the weights."""
+        files = {tensor.shard for tensor in self._headers.found.values()}
+        return sum(path.stat().st_size for path in files)
 
     def layer_tensors(self, number: int) -> dict[str, str]:
         """Tensor names of a layer, and the parameter inside the layer that each fills."""

@@ -17,15 +17,27 @@ import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 
+from duquantpp_jax.checkpoints.gguf import Blocks
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Tensor(NamedTuple):
-    """Where one tensor of the checkpoint lies and what its header says."""
+    """Where one tensor of a safetensors file lies and what the header says."""
 
     shard: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
+
+    def read(self) -> Float[np.ndarray, "..."]:
+        """Maps the file, parses its header, and reads this tensor alone."""
+        with _opened(self.shard) as file:
+            return file.get_tensor(self.name)
+
+
+Stored = Tensor | Blocks
+"""Both have a shard, a shape, a dtype, and `read`, which gives the array in that dtype."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -105,7 +117,7 @@ def inventory(directory: Path) -> dict[str, Tensor]:
                 )
             for name in sorted(names):
                 header = file.get_slice(name)
-                found[name] = Tensor(shard, tuple(header.get_shape()), header.get_dtype())
+                found[name] = Tensor(shard, name, tuple(header.get_shape()), header.get_dtype())
     return found
 
 
@@ -119,7 +131,7 @@ def _opened(shard: Path) -> Any:
 
 
 def read_stored(
-    found: Mapping[str, Tensor], names: Iterable[str]
+    found: Mapping[str, Stored], names: Iterable[str]
 ) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
     """The named tensors in the type that they are stored in, shard by shard.
 
@@ -127,9 +139,7 @@ def read_stored(
       ValueError: a tensor has NaN or Inf; names it.
     """
     for name in sorted(names, key=lambda name: (found[name].shard, name)):
-        shard = found[name].shard
-        with _opened(shard) as file:  # maps the file and parses its header; no data is read
-            array = file.get_tensor(name)
+        shard, array = found[name].shard, found[name].read()
         # The largest magnitude says it all: NaN wins every maximum. Bits, as integers are fast.
         unsigned = np.dtype(f"uint{8 * array.itemsize}")
         largest = (array.view(unsigned) & np.iinfo(unsigned).max >> 1).max(initial=0)

@@ -32,7 +32,7 @@ from duquantpp_jax.checkpoints.directory import (
 )
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint
-from duquantpp_jax.checkpoints.shards import INDEX, SINGLE, one_line, read_json
+from duquantpp_jax.checkpoints.shards import INDEX, one_line, read_json
 from duquantpp_jax.core import Fitted, MXArray
 from duquantpp_jax.formats.tensors import to_tensors
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, linear_names
@@ -104,6 +104,11 @@ def write_layers(
             hidden,
             lambda doing: progress(f"{what}: {doing}", next(done), count * steps),  # noqa: B023
         )
+        if not np.isfinite(hidden).all():
+            raise ValueError(
+                f"{what} gives NaN or Inf on the calibration rows: the float model overflows "
+                "in float32, and cannot be calibrated on them"
+            )
         names = {inside: name for name, inside in checkpoint.layer_tensors(number).items()}
         tensors, about = layer_tensors(number, names, layer)
         about |= {"report": report_layer(plan, number, layer)}
@@ -233,7 +238,7 @@ def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
         rows += about["report"]
         with safe_open(out / layer_file(number), framework="numpy") as file:
             place |= dict.fromkeys(file.keys(), layer_file(number))
-    fields = read_json(checkpoint.directory / CONFIG)
+    fields = checkpoint.source.fields()
     if untied := bool(fields.get("tie_word_embeddings")) > checkpoint.config.tie_word_embeddings:
         fields["tie_word_embeddings"] = False
     total = sum((out / file).stat().st_size for file in set(place.values()))
@@ -242,31 +247,13 @@ def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
         "schema": SCHEMA,
         "job": job.to_dict(),
         "bytes": total,
-        "float_bytes": sum(
-            path.stat().st_size for path in checkpoint.directory.glob("*.safetensors")
-        ),
+        "float_bytes": checkpoint.size(),
         **({"untied_head": True} if untied else {}),
         "linears": rows,
     }
     files.write_whole(out / REPORT, files.to_json(report))
-    for path in copied(checkpoint.directory):
-        files.write_whole(out / path.name, path.read_bytes())
+    for name, content in checkpoint.source.companions().items():
+        files.write_whole(out / name, content())
     files.write_whole(out / INDEX, files.to_json(index))
     fields["quantization_config"] = {"quant_method": METHOD, "schema": SCHEMA, "recipe": job.recipe}
     files.write_whole(out / CONFIG, files.to_json(fields))
-
-
-def copied(directory: Path) -> list[Path]:
-    """What a model directory holds besides weights and config.json: tokenizer, generation config,
-    templates, licence."""
-    kinds = (".json", ".jinja", ".txt", ".model", ".md")
-    names = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-    left = (CONFIG, INDEX, SINGLE, JOB, REPORT)
-    return sorted(
-        path
-        for path in directory.iterdir()
-        if path.is_file()
-        and (path.suffix in kinds or path.name.startswith(names))
-        and path.name not in left
-        and not path.name.startswith(".")
-    )

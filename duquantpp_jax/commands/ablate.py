@@ -39,7 +39,7 @@ class AblateOptions:
     """Measures the grid of a Python file; cells that are finished are not measured again.
 
     Attributes:
-      model: Hugging Face directory; without it, the embedded model.
+      model: Hugging Face directory, GGUF file or smollm2; without it, the embedded model.
       text: UTF-8 texts to evaluate on, each with its own table.
       calibration_text: UTF-8 texts to calibrate on; every cell that names none runs with each.
       data: Further data, for files that read some.

@@ -50,8 +50,8 @@ class CompareOptions:
     Without --model it is the small model inside the package, on text sampled from itself.
 
     Attributes:
-      model: Hugging Face directory of a Llama, Mistral, Qwen2 or Qwen3 (config.json, safetensors,
-        tokenizer.json).
+      model: Hugging Face directory, GGUF file or smollm2 (docs/models.md): a Llama, Mistral, Qwen2
+        or Qwen3.
       text: UTF-8 text to evaluate on; documents separated by <|endoftext|>.
       calibration_text: UTF-8 text to calibrate on; its first 64 rows of 511 tokens are used.
       tokens: Targets to evaluate on, cut down to whole rows of 511.

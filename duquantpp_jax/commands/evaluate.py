@@ -52,7 +52,7 @@ class EvaluateOptions:
     """Perplexity of a model on a text, and KL and agreement with a reference.
 
     Attributes:
-      model: Hugging Face directory (config.json, safetensors, tokenizer.json), or a quantized one.
+      model: Hugging Face directory, GGUF file or smollm2 (docs/models.md); or a quantized model.
       text: UTF-8 text to evaluate on.
       reference: Directory of the model to compare with, usually the float one; it may be the same
         directory, to see what --cache costs.

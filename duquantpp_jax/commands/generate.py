@@ -19,7 +19,7 @@ class GenerateOptions:
     """Continues a text, token by token, with a key-value cache.
 
     Attributes:
-      model: Hugging Face directory (config.json, safetensors, tokenizer.json), or a quantized one.
+      model: Hugging Face directory, GGUF file or smollm2 (docs/models.md); or a quantized model.
       prompt: Text to continue; the tokenizer may add special tokens.
       bos: Put the model's beginning-of-sequence token before the prompt.
       max_new_tokens: Tokens to generate, unless an end-of-sequence token comes first.
@@ -80,6 +80,10 @@ def continued(options: GenerateOptions) -> str:
         state=state,
         sampling=sampling,
     )
+    if new[0, count[0] - 1] < 0:
+        raise ValueError(
+            f"the model gave NaN for token {count[0]} after the prompt: no text is printed"
+        )
     return tokenizer.decode([*prompt, *np.asarray(new[0, : count[0]]).tolist()])
 
 

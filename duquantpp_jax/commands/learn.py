@@ -38,7 +38,7 @@ class LearnOptions:
     """Learns how linear inputs are moved; after a kill, the same command resumes.
 
     Attributes:
-      model: Hugging Face directory; without it, the embedded model.
+      model: Hugging Face directory, GGUF file or smollm2; without it, the embedded model.
       text: UTF-8 text to learn from, documents separated by <|endoftext|>; without --model and
         --text, the embedded calibration rows.
       rows: Rows of 511 targets to take from the text.

@@ -58,7 +58,7 @@ class QuantizeOptions:
     Without --model it is the small model inside the package.
 
     Attributes:
-      model: Hugging Face directory (config.json, safetensors, tokenizer.json).
+      model: Hugging Face directory, GGUF file or smollm2 (docs/models.md).
       recipe: How linear inputs are moved, by its name in duquantpp_jax.recipes; block_hadamard
         where neither this nor --fits is given.
       fits: Directory that duquantpp learn wrote for this model: what moves the inputs, in place of
@@ -69,7 +69,8 @@ class QuantizeOptions:
       calibration_text: UTF-8 text to calibrate on, documents separated by <|endoftext|>; without
         it random token ids (or, without --model, the embedded rows).
       seed: For random ids, and for recipes that draw.
-      rows: Rows of 511 tokens to calibrate on (512 of random ids).
+      rows: Rows of 511 tokens to calibrate on (of random ids 512, or what the model has positions
+        for).
       include: Linears to quantize, by name, as in '*.mlp.*'.
       exclude: Linears among them to leave in float.
       formats: Of weights and activations: mxfp4, mxfp6, mxfp8, nvfp4, .. of duquantpp_jax.recipes,
@@ -237,7 +238,8 @@ def calibration_tokens(
             raise ValueError("--refine learns from text, not random ids: give --calibration-text")
         config = load_config(options.model)
         random = np.random.default_rng(options.seed)
-        tokens = random.integers(0, config.vocab_size, (options.rows, TARGETS + 1), np.int32)
+        length = min(TARGETS + 1, config.max_position_embeddings)
+        tokens = random.integers(0, config.vocab_size, (options.rows, length), np.int32)
         if config.bos_token_id is not None:
             tokens[:, 0] = config.bos_token_id
         return tokens, "random ids"

@@ -98,15 +98,14 @@ def rows_of_text(
     encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
     documents = [np.asarray(encoding.ids, np.int32) for encoding in encoded]
     before = np.asarray([bos] if protocol.bos else [], np.int32)
-    tokens, numbers = [], []
-    for turn in range(max(len(ids) // window for ids in documents)):
-        for number, ids in enumerate(documents):
-            row = ids[turn * window : (turn + 1) * window]
-            if len(row) == window:
-                tokens.append(np.concatenate([before, row]))
-                numbers.append(number)
-    shape = (len(tokens), len(before) + window)
-    return Rows(np.array(tokens, np.int32).reshape(shape), np.array(numbers, np.int32))
+    order = sorted(
+        (turn, number) for number, ids in enumerate(documents) for turn in range(len(ids) // window)
+    )
+    tokens = np.empty((len(order), len(before) + window), np.int32)
+    tokens[:, : len(before)] = before
+    for row, (turn, number) in zip(tokens, order, strict=True):
+        row[len(before) :] = documents[number][turn * window : (turn + 1) * window]
+    return Rows(tokens, np.array([number for _, number in order], np.int32))
 
 
 def rows_for_targets(rows: Rows, targets: int, source: str) -> Rows:

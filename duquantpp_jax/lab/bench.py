@@ -27,7 +27,7 @@ from duquantpp_jax.evaluation.subject import check_texts, load_rows
 from duquantpp_jax.lab.cells import Cell
 from duquantpp_jax.learning.refine import refine
 from duquantpp_jax.models import Decoder
-from duquantpp_jax.ptq.calibration import calibrate
+from duquantpp_jax.ptq.calibration import calibrate, keep
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.report import costs_by_site
 from duquantpp_jax.ptq.stream import Turn
@@ -168,9 +168,11 @@ class Bench:
         rows = self._latest("calibration", of_calibration, lambda: _calibration(cell))
         widths, recipe = plan.widths(0), plan.recipes["mlp_in"]
         inputs = (of_model, cell.turn, of_calibration, tuple(widths.items()))
-        stats = self._latest("stats", inputs, dict)
-        if recipe.needs not in stats:
-            stats[recipe.needs] = calibrate(model, rows, widths, needs=recipe.needs)
+        needs, made_for = recipe.needs & ~Needs.FORMATS, self._latest("stats", inputs, dict)
+        wider = next((more for more in made_for if needs in more), needs)
+        if wider not in made_for:
+            made_for[needs] = calibrate(model, rows, widths, needs=needs)
+        stats = {site: keep(kept, needs) for site, kept in made_for[wider].items()}
         # A fit that does not need the formats is the same under all of them.
         formats = (recipe.weight_format, recipe.activation_format)
         seen = formats if Needs.FORMATS in recipe.needs else recipe.activation_format.block_size
@@ -179,21 +181,26 @@ class Bench:
             if cell.fits:
                 return load_fits(cell.fits, sha256(cell.model or testbed.directory()))[0], 0.0
             began = time.perf_counter()
-            fits = jax.block_until_ready(fit_decoder(plan, model, stats[recipe.needs]))
+            fits = jax.block_until_ready(fit_decoder(plan, model, stats))
             return fits, time.perf_counter() - began
 
         key = (inputs, recipe.fit, cell.fits, cell.seed, seen)
         fits, seconds = self._latest("fit", key, make)
-        return fits, seconds, rows, stats[recipe.needs]
+        return fits, seconds, rows, stats
 
 
 def order(cells: list[Cell]) -> list[Cell]:
-    """Sorts cells so that neighbours share: first the model, then rows, calibration and fit."""
+    """Sorts cells so that neighbours share: first the model, then rows, calibration and fit.
+
+    Fits that need most of the Stats come first, so that one calibration serves all.
+    """
 
     def key(cell: Cell) -> tuple[str, ...]:
         recipe = cell.method()
         fit = (cell.turn, recipe and recipe.fit, cell.fits)
-        return (*map(repr, (*_keys(cell), cell.pad, fit)), f"{cell.seed:09d}")
+        needs = recipe.needs & ~Needs.FORMATS if recipe else Needs.NOTHING
+        shared = (*_keys(cell), cell.pad, 99 - needs.value, fit)
+        return (*map(repr, shared), f"{cell.seed:09d}")
 
     return sorted(cells, key=key)  # stable: cells of one fit stay in the order given
 

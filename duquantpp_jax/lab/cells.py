@@ -232,7 +232,7 @@ def canonical(value: Any) -> Any:
 
 
 def _model_hash(model: Path | None) -> str:
-    return _directory_hash((model or testbed.directory()).resolve())
+    return _directory_hash(model or testbed.directory())
 
 
 def _text_hash(text: Path | None) -> str:

@@ -219,6 +219,9 @@ def _without_rope_parameters(fields: Mapping[str, Any]) -> Mapping[str, Any]:
         if nested.get("rope_type", "default") != "default":
             fields["rope_scaling"] = nested
     scaling = fields.get("rope_scaling")
-    if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "default":
-        fields["rope_scaling"] = None
+    if isinstance(scaling, dict):
+        if scaling.get("rope_theta") is not None:  # as transformers: before the one outside
+            fields["rope_theta"] = scaling["rope_theta"]
+        if scaling.get("rope_type", scaling.get("type")) == "default":
+            fields["rope_scaling"] = None
     return fields

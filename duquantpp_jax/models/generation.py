@@ -46,13 +46,14 @@ class Sampling:
 def draw(
     logits: Float32[Array, "rows vocab"], sampling: Sampling, key: Key[Array, ""]
 ) -> Int32[Array, " rows"]:
-    """The next token of each row; see the equations at the top of this file."""
+    """The next token of each row, by the equations at the top of this file; -1 where one is NaN."""
+    broken = jnp.isnan(logits).any(axis=-1)
     if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return jnp.where(broken, -1, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
     logits = logits / jnp.float32(sampling.temperature)
     if sampling.top_k or sampling.top_p < 1:
         logits = jnp.where(_chosen(logits, sampling), logits, -jnp.inf)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
+    return jnp.where(broken, -1, jax.random.categorical(key, logits)).astype(jnp.int32)
 
 
 def _chosen(logits: Float32[Array, "rows vocab"], sampling: Sampling) -> Bool[Array, "rows vocab"]:
@@ -88,7 +89,7 @@ def generate(
 
     Returns:
       The new tokens, and their number in each row, the end-of-sequence token among them; zeros
-      follow.
+      follow. Where the model gave NaN, -1 is a row's last.
     """
     rows, length = prompt.shape
     ends = model.config.eos_token_id
@@ -99,7 +100,7 @@ def generate(
     logits, cache = model.extend(prompt, cache, linear, state)
     token = draw(logits[:, -1], sampling, keys[0])
     out = jnp.zeros((rows, new), jnp.int32).at[:, 0].set(token)
-    ended = jnp.isin(token, ends)
+    ended = jnp.isin(token, ends) | (token < 0)
 
     def running(carry: Any) -> Bool[Array, ""]:
         done, _, _, ended, _ = carry
@@ -112,7 +113,8 @@ def generate(
         token = jnp.where(ended, 0, draw(logits[:, -1], sampling, keys[done]))
         out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], done, axis=1)
         counts = counts + (~ended).astype(jnp.int32)
-        return done + 1, out, counts, ended | jnp.isin(token, ends), cache
+        ended = ended | jnp.isin(token, ends) | (token < 0)
+        return done + 1, out, counts, ended, cache
 
     carry = (jnp.int32(1), out, jnp.ones(rows, jnp.int32), ended, cache)
     _, out, counts, _, _ = jax.lax.while_loop(running, step, carry)

@@ -1,5 +1,6 @@
 """Hugging Face directories: what is written is read back, and what is wrong is said in a line."""
 
+import json
 import re
 import shutil
 
@@ -214,7 +215,42 @@ def test_a_config_of_a_huge_model_is_refused_before_memory_is_taken(directory):
     assert "asks for" in refusal(lambda: load(directory))
 
 
+# What transformers honours.
+
+
+@pytest.mark.parametrize("ends", [7, [7, 9]])
+def test_ends_of_sequence_are_those_of_generation_config(ends, directory):
+    rewrite(directory, eos_token_id=3)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    assert load(directory).config.eos_token_id == (tuple(ends) if ends != 7 else 7)
+    (directory / "generation_config.json").write_text("{}")
+    assert load(directory).config.eos_token_id == 3
+
+
+def test_a_tied_head_alone_is_the_embedding(directory, tiny_directory):
+    head = load_file(directory / "model.safetensors")["model.embed_tokens.weight"]
+    retensor(directory, model__embed_tokens__weight=..., lm_head__weight=head)
+    assert equal(load(directory), load(tiny_directory))
+
+
+@pytest.mark.parametrize("prefix", ["", "base_model.model.model.", "model.language_model."])
+def test_another_prefix_is_named(prefix, directory):
+    tensors = load_file(directory / "model.safetensors")
+    renamed = {prefix + name.removeprefix("model."): array for name, array in tensors.items()}
+    retensor(directory, **dict.fromkeys(tensors, ...), **renamed)
+    assert f"(found {prefix}embed_tokens.weight)" in refusal(lambda: load(directory))
+
+
 # The tokenizer.
+
+
+def test_padding_and_truncation_of_a_tokenizer_file_are_not_for_text(directory):
+    tokenizer = byte_tokenizer()
+    tokenizer.enable_truncation(5)
+    tokenizer.enable_padding(pad_id=0)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    long, short = load_tokenizer(directory).encode_batch(["a" * 9, "b"])
+    assert (len(long.ids), len(short.ids)) == (9, 1)
 
 
 def test_a_missing_or_broken_tokenizer_is_refused(directory):

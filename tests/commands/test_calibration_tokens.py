@@ -43,6 +43,12 @@ def test_random_ids_are_any_of_the_vocabulary_and_follow_the_seed(tiny_directory
     assert (other[:, 1:] != tokens[:, 1:]).mean() > 0.9
 
 
+def test_random_rows_are_no_longer_than_the_model_has_positions(tmp_path):
+    model = tiny_decoder(max_position_embeddings=64)
+    save(model, byte_tokenizer().to_str(), tmp_path / "m")
+    assert calibration_tokens(QuantizeOptions(tmp_path / "m", rows=2))[0].shape == (2, 64)
+
+
 def test_a_model_without_a_first_token_has_random_ids_there_too(tmp_path):
     save(tiny_decoder(bos_token_id=None), byte_tokenizer().to_str(), tmp_path)
     tokens, _ = calibration_tokens(QuantizeOptions(tmp_path, rows=64))

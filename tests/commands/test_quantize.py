@@ -21,6 +21,7 @@ from duquantpp_jax.checkpoints import Quantized, load, load_any, load_quantized,
 from duquantpp_jax.checkpoints.directory import layer_file
 from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.quantize import QuantizeOptions, calibration_tokens, job_of, quantize
+from duquantpp_jax.models import Decoder
 from duquantpp_jax.ptq.walk import quantize_decoder
 from tests import quantize_worker
 from tests.conftest import byte_tokenizer, tiny_decoder
@@ -366,6 +367,18 @@ def test_a_quantized_model_is_refused_where_a_float_one_is_wanted(quantized, tmp
          "--out", str(tmp_path / "c")],
     ):  # fmt: skip
         assert_one_line(cli.main(command), capsys, "already quantized")
+
+
+def test_activations_that_overflow_name_the_layer_and_give_no_text(tmp_path, capsys):
+    model = tiny_decoder(num_hidden_layers=1, max_position_embeddings=32)
+    grown = {n: 1e30 * a if "mlp" in n else a for n, a in model.parameters().items()}
+    save(Decoder(model.config, grown), byte_tokenizer().to_str(), tmp_path / "m")
+    command = ["--model", str(tmp_path / "m")]
+    more = ["--recipe", "identity", "--rows", "1", "--out", str(tmp_path / "q")]
+    assert cli.main(["quantize", *command, *more]) == 2
+    assert "layer 1 of 1 gives NaN or Inf" in capsys.readouterr().err
+    assert cli.main(["generate", *command, "--prompt", "a", "--max-new-tokens", "2"]) == 2
+    assert "gave NaN for token 1" in capsys.readouterr().err
 
 
 def test_a_newer_schema_is_refused(quantized, tmp_path):

@@ -1,9 +1,18 @@
 """The protocol: documents, rows of 511 targets, round robin."""
 
+import time
+
 import numpy as np
 import pytest
 
-from duquantpp_jax.evaluation.rows import TARGETS, Rows, read_text, rows_for_targets, rows_of_text
+from duquantpp_jax.evaluation.rows import (
+    TARGETS,
+    Protocol,
+    Rows,
+    read_text,
+    rows_for_targets,
+    rows_of_text,
+)
 from tests.conftest import byte_tokenizer
 
 BOS = 256
@@ -21,6 +30,14 @@ def test_rows_are_cut_from_each_document_and_taken_round_robin():
     assert (rows.tokens[:, 0] == BOS).all()
     first = byte_tokenizer().encode("a").ids[0]
     assert (rows.tokens[0, 1:] == first).all()
+
+
+def test_a_long_document_among_many_short_ones_takes_no_longer_for_them():
+    text = "<|endoftext|>".join(["ab"] * 4000 + ["a" * (8 * 4000)])
+    start = time.process_time()
+    rows = rows_of_text(text, byte_tokenizer(), BOS, Protocol(stream=False, window=8, bos=True))
+    assert len(rows.documents) == 4000
+    assert time.process_time() - start < 1.5  # 5 s where every document is asked for every row
 
 
 def test_targets_of_a_document_are_its_ids_in_order_and_nothing_is_stripped():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from duquantpp_jax.commands.compare import CompareOptions, compare
+from duquantpp_jax.core import Needs
 from duquantpp_jax.evaluation import predict
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.lab import Cell, bench, records, run, running
@@ -209,6 +210,21 @@ def test_neighbours_share_the_fit(tiny):
         ["duquantpp"] * 2 + ["rtn"] * 2,
         ["rtn"] * 2 + ["duquantpp"] * 2,
     )
+
+
+def test_one_calibration_serves_the_fits_that_need_less(tiny, monkeypatch):
+    calibrate, needs = bench.calibrate, []
+
+    def counted(*given, **more):
+        needs.append(more["needs"])
+        return calibrate(*given, **more)
+
+    monkeypatch.setattr(bench, "calibrate", counted)
+    shared, grid = Bench(), running.order([tiny("rtn"), tiny("wush")])
+    last = [shared.run(cell) for cell in grid][-1]
+    assert [cell.recipe for cell in grid] == ["wush", "rtn"]
+    assert needs == [Needs.GRAM]
+    np.testing.assert_array_equal(last.kl, Bench().run(tiny("rtn")).kl)
 
 
 def test_a_store_alone_is_measured_with_all_linears_in_float(tiny):

@@ -120,6 +120,8 @@ def test_the_defaults_of_the_format_are_used_for_fields_that_older_files_lack():
     fields = TINY.to_dict()
     for name in ("rope_theta", "num_key_value_heads", "head_dim", "attention_bias", "bos_token_id"):
         del fields[name]
+    inside = {"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 7.0}}
+    assert DecoderConfig.from_dict(fields | inside).rope_theta == 7.0
     config = DecoderConfig.from_dict(fields | {"rope_scaling": {"type": "default"}})
     assert (config.rope_theta, config.num_key_value_heads, config.head_dim) == (10000.0, 4, 16)
 

@@ -144,6 +144,14 @@ def test_a_row_ends_with_the_first_end_token_and_others_go_on(model, tokens):
     np.testing.assert_array_equal(new[1], free[1])
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_whose_logits_are_nan_draws_no_token(temperature):
+    logits = jnp.zeros((2, 5)).at[1, 3].set(jnp.nan)
+    drawn = draw(logits, Sampling(temperature), jax.random.key(0))
+    assert drawn[0] >= 0
+    assert drawn[1] == -1
+
+
 def test_a_key_decides_what_is_sampled(model, tokens):
     def run(seed):
         return generate(
