@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Array
 
 from duquantpp_jax.checkpoints import testbed
+from duquantpp_jax.core import Format
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.ptq.calibration import calibrate, site_widths
@@ -50,9 +51,9 @@ CASES = (
 class PositionZeroInFloat(QuantizedLinear):
     """The quantized linear, its input at position 0 moved but not rounded."""
 
-    def quantize_input(self, x: Array, state: QuantizedSite) -> Array:
+    def quantized(self, x: Array, state: QuantizedSite, format: Format) -> Array:
         moved = state.transform.activations(x)
-        return super().quantize_input(x, state).at[:, 0].set(moved[:, 0])
+        return super().quantized(x, state, format).at[:, 0].set(moved[:, 0])
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder, DecoderConfig, Li
 from duquantpp_jax.models.layers import without_linears
 from duquantpp_jax.models.parameters import LAYER
 from duquantpp_jax.ptq.plan import Plan
-from duquantpp_jax.ptq.site import MixedLinear, QuantizedSite
+from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
 from duquantpp_jax.ptq.walk import State, stack_layers
 from duquantpp_jax.transforms.storage import from_arrays
 
@@ -182,7 +182,7 @@ def read_layer(path: Path) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSi
     return {name: a for name, a in rest.items() if name not in LINEARS}, sites
 
 
-def load_quantized(directory: str | os.PathLike[str]) -> tuple[Decoder, MixedLinear, State]:
+def load_quantized(directory: str | os.PathLike[str]) -> tuple[Decoder, QuantizedLinear, State]:
     """A quantized model: `model(tokens, linear, state)` gives the logits it had when quantized.
 
     Raises:

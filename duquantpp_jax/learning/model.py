@@ -18,14 +18,7 @@ from jaxtyping import Array, Float, Integer, Key
 
 from duquantpp_jax.core import Fitted, Format, Weights
 from duquantpp_jax.evaluation.predict import Predictor, kl_divergence
-from duquantpp_jax.learning.moves import (
-    PARTS,
-    Learned,
-    LearningLinear,
-    Moves,
-    SiteState,
-    product,
-)
+from duquantpp_jax.learning.moves import PARTS, Learned, LearningLinear, Moves, SiteState, product
 from duquantpp_jax.learning.training import Objective, train
 from duquantpp_jax.models import Decoder, dense
 from duquantpp_jax.transforms.block import BlockAffine

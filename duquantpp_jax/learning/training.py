@@ -20,8 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Integer, Key
 
 from duquantpp_jax.learning import state as states
@@ -44,14 +42,7 @@ class Objective(abc.ABC):
 
 @struct.dataclass
 class Progress:
-    """The state of training.
-
-    Attributes:
-      step: Steps taken.
-      learned: The parameters.
-      optimizer: Its state.
-      best, best_loss: The parameters with the least held-out loss so far, and that loss.
-    """
+    """The state of training; `best` are the parameters with the least held-out loss so far."""
 
     step: Int[Array, ""]
     learned: Any
@@ -87,7 +78,6 @@ def train(
     check_every: int = 100,
     report: Callable[[int, float, float], None] = lambda *_: None,
     checkpoint: Path | None = None,
-    mesh: Mesh | None = None,
 ) -> Trained:
     """Minimises the objective.
 
@@ -101,26 +91,17 @@ def train(
       report: Called at every check.
       checkpoint: A file, written at every check; a run that finds it goes on from there. It holds
         digests of all other arguments, which must be the same.
-      mesh: Devices over which each batch is spread; all else is on each. The result is that of one
-        device but for the order of float additions.
 
     Raises:
-      ValueError: Too few rows, or none held out; devices that do not divide the batch; a
-        checkpoint of other settings.
+      ValueError: Too few rows, or none held out; a checkpoint of other settings.
     """
-    if mesh is not None and batch_rows % mesh.size:
-        raise ValueError(
-            f"a batch of {batch_rows} rows cannot be spread over {mesh.size} devices: "
-            f"give a multiple of {mesh.size}"
-        )
-    place = functools.partial(_everywhere, mesh=mesh)
-    objective, learned, rows = place(objective), place(learned), place(rows)
+    objective, learned, rows = jax.tree.map(jnp.asarray, (objective, learned, rows))
     state = Progress(
         step=jnp.int32(0),
         learned=learned,
         optimizer=optimizer.init(learned),
         best=learned,
-        best_loss=jnp.float32(held_out_loss(objective, learned, held_out, batch_rows, mesh)),
+        best_loss=jnp.float32(held_out_loss(objective, learned, held_out, batch_rows)),
     )
     start_loss, history = float(state.best_loss), []
     settings = {}
@@ -136,11 +117,11 @@ def train(
         if checkpoint.exists():
             state, start_loss, history = states.load(checkpoint, state, settings)
     order = batches(key, _count(rows), batch_rows, steps)
-    state = jax.tree.map(jnp.copy, place(state))  # for it is given away
+    state = jax.tree.map(jnp.copy, state)  # for it is given away
     while (first := int(state.step)) < steps:
         part = jnp.asarray(order[first : first + check_every])
-        state, losses = _advance(objective, state, rows, part, optimizer=optimizer, mesh=mesh)
-        loss = held_out_loss(objective, state.learned, held_out, batch_rows, mesh)
+        state, losses = _advance(objective, state, rows, part, optimizer=optimizer)
+        loss = held_out_loss(objective, state.learned, held_out, batch_rows)
         if loss < float(state.best_loss):
             best = jax.tree.map(jnp.copy, state.learned)
             state = dataclasses.replace(state, best=best, best_loss=jnp.float32(loss))
@@ -162,9 +143,7 @@ def warmed_cosine(rate: float, steps: int) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps + 1)
 
 
-def held_out_loss(
-    objective: Objective, learned: Any, rows: Rows, batch_rows: int, mesh: Mesh | None = None
-) -> float:
+def held_out_loss(objective: Objective, learned: Any, rows: Rows, batch_rows: int) -> float:
     """Mean of the objective over all rows.
 
     Raises:
@@ -176,9 +155,6 @@ def held_out_loss(
     total = 0.0
     for first in range(0, count, batch_rows):
         batch = jax.tree.map(lambda a: jnp.asarray(a[first : first + batch_rows]), rows)  # noqa: B023
-        if mesh is not None:
-            whole = _count(batch) % mesh.size
-            batch = jax.device_put(batch, NamedSharding(mesh, P()) if whole else _rows_of(mesh))
         total += _count(batch) * float(_loss(objective, learned, batch))
     return total / count
 
@@ -198,7 +174,7 @@ def batches(
     return order.reshape(-1, batch_rows)[:steps]
 
 
-@functools.partial(jax.jit, static_argnames=("optimizer", "mesh"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="optimizer", donate_argnames="state")
 def _advance(
     objective: Objective,
     state: Progress,
@@ -206,15 +182,12 @@ def _advance(
     order: Integer[Array, "steps batch"],
     *,
     optimizer: optax.GradientTransformation,
-    mesh: Mesh | None,
 ) -> tuple[Progress, Float[Array, " steps"]]:
     """One chunk of steps."""
     update = optax.with_extra_args_support(optimizer).update
 
     def step(state: Progress, number: Integer[Array, " batch"]) -> tuple[Progress, Array]:
         batch = jax.tree.map(lambda a: a[number], rows)
-        if mesh is not None:
-            batch = jax.lax.with_sharding_constraint(batch, _rows_of(mesh))
         loss = functools.partial(objective.loss, batch=batch)
         value, gradient = jax.value_and_grad(loss)(state.learned)
         extra = {"value": value, "grad": gradient, "value_fn": loss}
@@ -242,14 +215,3 @@ def _choices(objective: Objective) -> dict[str, Any]:
 
 def _count(rows: Rows) -> int:
     return len(jax.tree.leaves(rows)[0])
-
-
-def _rows_of(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P(mesh.axis_names[0]))
-
-
-def _everywhere(tree: Any, *, mesh: Mesh | None) -> Any:
-    """The tree on every device of the mesh."""
-    if mesh is None:
-        return jax.tree.map(jnp.asarray, tree)
-    return jax.device_put(tree, NamedSharding(mesh, P()))

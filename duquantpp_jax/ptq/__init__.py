@@ -4,7 +4,6 @@ from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.fuse import fuse_layer, online_cost
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import (
-    MixedLinear,
     QuantizedLinear,
     QuantizedSite,
     fit_linear,
@@ -14,7 +13,6 @@ from duquantpp_jax.ptq.stores import store
 from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder, quantize_layer
 
 __all__ = [
-    "MixedLinear",
     "Plan",
     "QuantizedLinear",
     "QuantizedSite",

@@ -11,7 +11,7 @@ the rows of a batch; the sums are then added in another order.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Float32, Int, Integer
 from duquantpp_jax.core import Fitted, Format, Needs, Stats
 from duquantpp_jax.models import SITES, Decoder, DecoderConfig, dense, linear_names
 from duquantpp_jax.models.layers import layer, window
-from duquantpp_jax.ptq.site import MixedLinear, QuantizedSite, pad_channels, quantize_input
+from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, pad_channels, quantize_input
 
 SAMPLE_LIMIT = 2048
 """Most tokens of a site that are kept as they are."""
@@ -126,7 +126,7 @@ def calibrate_layer(
     after: Hidden | None = None,
     exact: Hidden | None = None,
     rounded: Mapping[str, QuantizedSite] | None = None,
-    linear: MixedLinear | None = None,
+    linear: QuantizedLinear | None = None,
     progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Stats]:
     """Stats of the inputs of one layer; with `fits` and `formats` of the second pass.
@@ -202,7 +202,7 @@ def _run_layer(
     rounded: Mapping[str, QuantizedSite],
     *,
     config: DecoderConfig,
-    linear: MixedLinear | None,
+    linear: QuantizedLinear | None,
     mesh: Mesh | None,
 ) -> tuple[Float32[Array, "rows length k"], dict[str, Array]]:
     """The output of a layer, float but for the rounded sites, and the inputs of all its sites."""
@@ -241,18 +241,13 @@ def _fold(
     return replicated(stats.update(x, jnp.asarray(first), exact), mesh)
 
 
-def rows_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """Devices in a line, over which the rows of a batch are spread; all that there are by default.
+def all_devices() -> Mesh | None:
+    """The mesh of all devices, over which rows are spread; None where there is a single device.
 
     Under jax.distributed they are those of all processes, each of which is called with the same
     arguments and gets the same result.
     """
-    return Mesh(np.array(jax.devices() if devices is None else devices), ("rows",))
-
-
-def all_devices() -> Mesh | None:
-    """The mesh of all devices; None where there is a single device."""
-    return rows_mesh() if jax.device_count() > 1 else None
+    return Mesh(np.array(jax.devices()), ("rows",)) if jax.device_count() > 1 else None
 
 
 def batches(rows: int, mesh: Mesh | None) -> Iterator[slice]:

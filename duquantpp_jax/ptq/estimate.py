@@ -17,6 +17,7 @@ from duquantpp_jax.core import Format, Needs
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.calibration import BATCH_ROWS, SAMPLE_LIMIT
 from duquantpp_jax.ptq.plan import Plan, linear_shapes
+from duquantpp_jax.ptq.report import storage_bytes
 from duquantpp_jax.ptq.site import HIGHEST
 from duquantpp_jax.ptq.walk import PASSES
 
@@ -80,11 +81,8 @@ def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
 
 def packed_bytes(format: Format, n: int, k: int) -> int:
     """Bytes of weights [n, k] as they are stored."""
-    _, *scales = jax.eval_shape(
-        lambda: jax.tree.leaves(format.encode(jnp.zeros((n, k), jnp.float32)))
-    )
-    bits = format.element.bits  # type: ignore[attr-defined]
-    return -(-n * k * bits // 8) + sum(math.prod(s.shape) * s.dtype.itemsize for s in scales)
+    x = jnp.zeros((n, k), jnp.float32)
+    return storage_bytes(jax.eval_shape(format.encode, x))
 
 
 def flops_per_second() -> float:

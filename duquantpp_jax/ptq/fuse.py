@@ -33,10 +33,7 @@ from duquantpp_jax.core import Chain, Channels, Cost, Fitted, Transform
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
 from duquantpp_jax.transforms.basic import Identity, Smooth
 
-NORMS: Mapping[str, str] = {
-    "attention_in": "input_layernorm",
-    "mlp_in": "post_attention_layernorm",
-}
+NORMS: Mapping[str, str] = {"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
 """The norm that makes the input of a site."""
 _VALUE, _UP, _GATE = "self_attn.v_proj", "mlp.up_proj", "mlp.gate_proj"
 

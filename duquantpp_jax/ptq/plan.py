@@ -10,16 +10,10 @@ from typing import Any
 import jax
 
 from duquantpp_jax.core import Fitted, Format, Needs, Recipe
-from duquantpp_jax.models import (
-    SITE_WEIGHTS,
-    SITES,
-    DecoderConfig,
-    linear_names,
-    parameter_shapes,
-)
+from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig, linear_names, parameter_shapes
 from duquantpp_jax.models.parameters import LAYER
 from duquantpp_jax.ptq.calibration import padded_width
-from duquantpp_jax.ptq.site import MixedLinear
+from duquantpp_jax.ptq.site import QuantizedLinear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +54,9 @@ class Plan:
         return tuple((site, self.recipes[site].activation_format) for site in SITES)
 
     @property
-    def linear(self) -> MixedLinear:
+    def linear(self) -> QuantizedLinear:
         """What a model calls with the state of this plan."""
-        return MixedLinear(self.formats)
+        return QuantizedLinear(self.formats)
 
     def chosen(self, site: str, number: int) -> tuple[bool, ...]:
         """Which linears of a layer's site are quantized."""

@@ -13,24 +13,12 @@ from duquantpp_jax.core import Format, MXArray
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.fuse import online_cost
 from duquantpp_jax.ptq.plan import Plan
-from duquantpp_jax.ptq.site import (
-    HIGHEST,
-    QuantizedSite,
-    layer_of,
-    pad_channels,
-    quantize_input,
-)
+from duquantpp_jax.ptq.site import HIGHEST, QuantizedSite, layer_of, pad_channels, quantize_input
 from duquantpp_jax.ptq.walk import QuantizedLayer, State
 
 
 def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[str, Any]]:
-    """A row for each quantized linear of a layer, as report.json has it (docs/quantize.md).
-
-    Args:
-      plan: What was done.
-      number: Of the layer.
-      layer: As `quantize_layer` gives it.
-    """
+    """A row for each quantized linear of a layer, as report.json has it (docs/quantize.md)."""
     report = []
     for site, sample in layer.samples.items():
         inside = plan.names(site, number)
@@ -59,9 +47,6 @@ def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[st
 def costs_by_site(state: State) -> dict[str, dict[str, float]]:
     """What moving the inputs of each site costs while the model runs.
 
-    Args:
-      state: Of all layers, as `quantize_decoder` gives it.
-
     Returns:
       For each site `multiply_adds` for each value of its input, mean over layers, and `bytes` of
       all layers' arrays.
@@ -82,7 +67,7 @@ def costs_by_site(state: State) -> dict[str, dict[str, float]]:
 
 
 def storage_bytes(q: MXArray) -> int:
-    """Bytes of an array as it is stored: packed codes, scales, tensor scale."""
+    """Bytes of an array as it is stored: packed codes, scales, tensor scale; of shapes alone."""
     scale = q.scales.size * q.scales.dtype.itemsize
     return -(-q.elements.size * q.element.bits // 8) + scale + 4 * (q.tensor_scale is not None)
 
@@ -100,8 +85,6 @@ def sensitivity(
     Args:
       sample: Tokens, as wide as the quantized weights.
       weights: In float; maybe narrower.
-      site: Quantized.
-      format: Of the activations.
 
     Returns:
       For each linear the energies sum y^2, sum (y - y^)^2 and sum (x^ (W' - W^)^T)^2: of the

@@ -71,17 +71,12 @@ def fit_linear(recipe: Recipe, weights: Weights, stats: Stats, key: Key[Array, "
 
 
 def quantize_linear(
-    recipe: Recipe,
-    weights: Weights,
-    stats: Stats,
-    fitted: Fitted,
-    moved: Stats | None = None,
+    recipe: Recipe, weights: Weights, stats: Stats, fitted: Fitted, moved: Stats | None = None
 ) -> QuantizedSite:
     """Moves and rounds the linears of one site.
 
     Args:
-      recipe: For its rounding and formats.
-      weights: Of the linears that share the input, each [out, in].
+      weights: Of the linears that share the input.
       stats: Of the input, before it is moved.
       fitted: What `fit_linear` gave, or any other.
       moved: Of the input as the linear will see it, moved and quantized (a second calibration),
@@ -124,16 +119,18 @@ class QuantizedLinear:
     """The `linear` of a quantized model: y = Q(transform.activations(x)) @ W^.T.
 
     Attributes:
-      activation_format: Q; static, while everything else is in the state.
+      activation_formats: Q, of all sites, or of each as (site, format).
     """
 
-    activation_format: Format
+    activation_formats: Format | tuple[tuple[str, Format], ...]
 
     def __call__(
         self, site: str, x: Array, weights: tuple[Array, ...], state: QuantizedSite
     ) -> tuple[tuple[Array, ...], None]:
-        widths = [w.shape[-1] for w in state.weights if isinstance(w, MXArray)]
-        rounded = self.quantize_input(pad_channels(x, widths[0]), state) if widths else x
+        formats, rounded = self.activation_formats, x
+        if widths := [w.shape[-1] for w in state.weights if isinstance(w, MXArray)]:
+            format = formats if isinstance(formats, Format) else dict(formats)[site]
+            rounded = self.quantized(pad_channels(x, widths[0]), state, format)
         return tuple(
             _matmul(rounded, w.dequantize())
             if isinstance(w, MXArray)
@@ -141,25 +138,9 @@ class QuantizedLinear:
             for w in state.weights
         ), None
 
-    def quantize_input(self, x: Array, state: QuantizedSite) -> Array:
+    def quantized(self, x: Array, state: QuantizedSite, format: Format) -> Array:
         """Q(transform.activations(x)) in float32, x as wide as the weights."""
-        return quantize_input(x, state, self.activation_format)
-
-
-@dataclasses.dataclass(frozen=True)
-class MixedLinear:
-    """The `linear` of a model whose sites have different formats.
-
-    Attributes:
-      activation_formats: Of each site, as (site, format).
-    """
-
-    activation_formats: tuple[tuple[str, Format], ...]
-
-    def __call__(
-        self, site: str, x: Array, weights: tuple[Array, ...], state: QuantizedSite
-    ) -> tuple[tuple[Array, ...], None]:
-        return QuantizedLinear(dict(self.activation_formats)[site])(site, x, weights, state)
+        return quantize_input(x, state, format)
 
 
 def quantize_input(

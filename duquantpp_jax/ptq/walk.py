@@ -18,38 +18,29 @@ output of the quantized layers before it; within a layer all sites are calibrate
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Float32, Int, Integer
+from jaxtyping import Array, Float, Float32, Integer
 
 from duquantpp_jax.core import Fitted, Needs, Stats
-from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder, DecoderConfig
-from duquantpp_jax.models.layers import layer, window
+from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder
 from duquantpp_jax.models.parameters import LAYER
 from duquantpp_jax.ptq.calibration import (
     Hidden,
     Parameters,
-    all_devices,
-    batches,
     calibrate_layer,
     embed,
     keep,
     layers_of,
-    on_devices,
-    replicated,
-    spread,
 )
 from duquantpp_jax.ptq.fuse import fuse_layer, grouped
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import (
-    MixedLinear,
+    QuantizedLinear,
     QuantizedSite,
     fit_linear,
     layer_of,
@@ -94,8 +85,6 @@ def quantize_layer(
     """Quantizes a layer and takes the hidden states through it.
 
     Args:
-      plan: What is done.
-      number: Of the layer.
       parameters: Of the layer, in any float type.
       hidden: Input hidden states, as `streams` has them; overwritten with the layer's output. None
         if `stats` suffice.
@@ -105,8 +94,10 @@ def quantize_layer(
     parameters = {name: jnp.asarray(array) for name, array in parameters.items()}
     widths, needs = plan.widths(number), plan.rounding_needs(number)
 
-    def pass_over(hidden: Hidden, *what: Any, **options: Any) -> dict[str, Stats]:
-        options["progress"] = lambda: progress("calibrating")
+    def pass_over(
+        hidden: Hidden, *what: Any, says: str = "calibrating", **options: Any
+    ) -> dict[str, Stats]:
+        options["progress"] = lambda: progress(says)
         return calibrate_layer(plan.config, number, parameters, hidden, *what, **options)
 
     exact, both = hidden, Needs.CROSS in needs
@@ -149,7 +140,10 @@ def quantize_layer(
     if both and exact is not None:
         pass_over(exact, {}, Needs.NOTHING, after=exact)
     if (both or plan.sequential) and hidden is not None:
-        _run_quantized(plan, number, parameters, sites, hidden, progress)
+        pass_over(
+            hidden, {}, Needs.NOTHING, after=hidden, rounded=sites, linear=plan.linear,
+            says="running the quantized layer",
+        )  # fmt: skip
     return QuantizedLayer(sites, parameters, samples)
 
 
@@ -169,8 +163,6 @@ def fit_layer(
     """What moves each site of a layer: fitted by its recipe, or given by the plan.
 
     Args:
-      plan: What is done.
-      number: Of the layer.
       parameters: Of the layer, in any float type.
       stats: Of the float inputs of its sites; may hold more than the fits need.
       progress: Called after each fit.
@@ -194,13 +186,10 @@ def fit_decoder(plan: Plan, model: Decoder, stats: Mapping[str, Stats]) -> dict[
 
     Args:
       plan: What is done. Every layer must have the same sites to quantize.
-      model: The float model.
       stats: As `calibrate` gives them, stacked over layers.
     """
-    layers = [
-        fit_layer(plan, number, parameters, layer_of(stats, number))
-        for number, parameters in enumerate(layers_of(model))
-    ]
+    numbered = enumerate(layers_of(model))
+    layers = [fit_layer(plan, n, parameters, layer_of(stats, n)) for n, parameters in numbered]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
@@ -211,12 +200,10 @@ def quantize_decoder(
     *,
     stats: Mapping[str, Stats] | None = None,
     progress: Progress = lambda _: None,
-) -> tuple[Decoder, MixedLinear, State]:
+) -> tuple[Decoder, QuantizedLinear, State]:
     """Quantizes a model in memory, layer after layer.
 
     Args:
-      plan: What is done.
-      model: The float model.
       tokens: Of the calibration; every position is an input.
       stats: As `calibrate` gives them for these tokens, stacked over layers; without them layers
         are calibrated. What they hold beyond the plan's needs changes nothing.
@@ -293,36 +280,3 @@ def _chosen_weights(
     return tuple(
         jnp.asarray(parameters[name]).astype(jnp.float32) for name, wanted in chosen if wanted
     )
-
-
-def _run_quantized(
-    plan: Plan,
-    number: int,
-    parameters: Mapping[str, Array],
-    sites: dict[str, QuantizedSite],
-    hidden: Hidden,
-    progress: Progress,
-) -> None:
-    """Overwrites the hidden states with the output of the quantized layer."""
-    mesh = all_devices()
-    if mesh is not None:
-        parameters, sites = spread((parameters, sites), mesh, P())
-    for batch in batches(len(hidden), mesh):
-        x, seen = on_devices(hidden[batch], mesh), window(plan.config, number)
-        options = {"config": plan.config, "linear": plan.linear, "mesh": mesh}
-        hidden[batch] = np.asarray(_forward(x, parameters, seen, sites, **options))
-        progress("running the quantized layer")
-
-
-@functools.partial(jax.jit, static_argnames=("config", "linear", "mesh"))
-def _forward(
-    x: Float32[Array, "rows length k"],
-    parameters: Mapping[str, Float[Array, "..."]],
-    window: Int[Array, ""] | None,
-    sites: dict[str, QuantizedSite],
-    *,
-    config: DecoderConfig,
-    linear: MixedLinear,
-    mesh: Mesh | None,
-) -> Float32[Array, "rows length k"]:
-    return replicated(layer(config, x, parameters, window, linear, sites)[0], mesh)
