@@ -135,10 +135,10 @@ def recipe(
 ) -> Recipe:
     """A whole method, by the names of this file or by the objects that they stand for.
 
+    Names are those of `find_fit`, `find_format` and `find_rounding`.
+
     Args:
-      name: As in `find_fit`.
-      format: As in `find_format`; of both sides.
-      rounding: As in `find_rounding`.
+      format: Of both sides.
       weight_format, activation_format: Each, where given, in place of `format`.
 
     Raises:
@@ -203,17 +203,13 @@ def find_format(name: str, *, imports: bool = True) -> Format:
     format = FORMATS[known("format", base, FORMATS)]
     if not isinstance(format, MX) or rule not in RULES:
         has = ", ".join(key for key, value in FORMATS.items() if isinstance(value, MX))
-        raise ValueError(
-            f"{base} has no scale rule {rule!r}: {has} have the rules {', '.join(RULES)}"
-        )
+        has = f"{has} have the rules {', '.join(RULES)}"
+        raise ValueError(f"{base} has no scale rule {rule!r}: {has}")
     return dataclasses.replace(format, scale_rule=ScaleRule(rule))
 
 
 def format_name(format: str | Format) -> str:
     """The name of a format in full: `mxfp4:floor` for `mxfp4`, for `floor` and for MXFP4().
-
-    Args:
-      format: A name, as in `find_format`, or a format.
 
     Returns:
       A name that `find_format` knows; for an object that no name stands for, its repr.
@@ -247,25 +243,15 @@ def under_rule(name: str, rule: str) -> str:
 
 
 def _outside(kind: str, name: str, noun: str, about: str, of: type) -> Any:
-    """What `module:NAME` names; imports the module.
-
-    Args:
-      kind: What the name is given for.
-      noun, about: What is looked for, in words.
-      of: The type or protocol that it must be an instance of.
-
-    Raises:
-      ValueError: The module cannot be imported, or holds no such object of that name.
-    """
+    """What `module:NAME` names, an instance of the type or protocol `of`; imports the module."""
     module, _, attribute = name.partition(":")
     imported = _imported(module, f"{kind} {name!r}")
     found = getattr(imported, attribute, None)
     right = isinstance(found, of) and not isinstance(found, type)
     if of is not Format and callable(found) and not (right and isinstance(found.needs, Needs)):
         raise ValueError(
-            f"{kind} {name!r} does not say what it needs: "
-            "give it an attribute needs = Needs.NOTHING, "
-            "or what it reads of Stats, of duquantpp_jax.core.Needs"
+            f"{kind} {name!r} does not say what it needs: give it an attribute needs = "
+            "Needs.NOTHING, or what it reads of Stats, of duquantpp_jax.core.Needs"
         )
     if not right:
         raise ValueError(f"{kind} {name!r}: module {module} has no {noun} {attribute} ({about})")

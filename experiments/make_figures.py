@@ -32,7 +32,7 @@ from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.core import Fitted, Needs, Stats
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.models import linear_names
-from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import layer_of
 from duquantpp_jax.ptq.walk import fit_decoder
@@ -95,7 +95,7 @@ FIGURES = {"compare": (comparison, 200), "surface": (surface, 160), "blocks": (b
 def _stats(rows: int | None = None, length: int = TARGETS) -> dict[str, Stats]:
     model = testbed.load()
     tokens = testbed.calibration_rows()[:rows, :length]
-    return calibrate(model, tokens, site_widths(model, BLOCK_SIZE), needs=Needs.POSITIONS)
+    return calibrate(model, tokens, needs=Needs.POSITIONS)
 
 
 @functools.cache

@@ -31,7 +31,7 @@ from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.core import Format
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS
-from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
 from duquantpp_jax.ptq.walk import quantize_decoder
@@ -62,7 +62,7 @@ def main() -> None:
     rows = parser.parse_args().tokens // TARGETS
     model = testbed.load()
     calibration = testbed.calibration_rows()[:, :-1]
-    stats = calibrate(model, calibration, site_widths(model, 32))
+    stats = calibrate(model, calibration)
     tokens = testbed.evaluation_rows()[:rows]
     float_model = Reference(Predictor(model), tokens, keep_bytes=2**30)
     for name, seed in CASES:

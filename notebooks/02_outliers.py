@@ -24,7 +24,7 @@ from duquantpp_jax.analysis.look import InspectOptions, inspect
 from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.commands.inspect import table
 from duquantpp_jax.models import linear_names
-from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.site import layer_of
 from experiments.figures import error_ecdf
 
@@ -85,7 +85,7 @@ figures.surface({name: tokens["input"]}, log2=True)
 
 # %%
 model = testbed.load()
-stats = calibrate(model, testbed.calibration_rows()[:4, :-1], site_widths(model, 32))
+stats = calibrate(model, testbed.calibration_rows()[:4, :-1])
 down = layer_of(stats["mlp_out"], 0)
 top = int(jnp.argmax(down.absmax))
 block = down.sample[0, top // 32 * 32 : top // 32 * 32 + 32]

@@ -30,7 +30,7 @@ from duquantpp_jax.analysis import figures
 from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.learning.site import FitLearned
-from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.site import layer_of
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.basic import Identity
@@ -53,9 +53,8 @@ from experiments import figures as studies
 
 # %%
 model = testbed.load()
-widths = site_widths(model, 32)
-fit_stats = calibrate(model, testbed.calibration_rows()[:16, :-1], widths)
-judge_stats = calibrate(model, testbed.evaluation_rows()[:8, :-1], widths)
+fit_stats = calibrate(model, testbed.calibration_rows()[:16, :-1])
+judge_stats = calibrate(model, testbed.evaluation_rows()[:8, :-1])
 
 down = layer_of(fit_stats["mlp_out"], 0)
 top = int(jnp.argmax(down.absmax))

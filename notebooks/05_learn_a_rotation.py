@@ -27,7 +27,7 @@ from duquantpp_jax.evaluation.intervals import estimate
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.learning.model import at_rates, learn_model
 from duquantpp_jax.learning.moves import Moves
-from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import layer_of
 from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder
@@ -94,8 +94,7 @@ for loss in (in_place, brought_back):
 
 # %%
 model = testbed.load()
-widths = site_widths(model, 32)
-stats = calibrate(model, testbed.calibration_rows()[:16, :-1], widths)
+stats = calibrate(model, testbed.calibration_rows()[:16, :-1])
 sample = layer_of(stats["mlp_out"], 0).sample
 train, held_out = sample[256:], sample[:256]
 
@@ -197,6 +196,7 @@ print(f"{'q, k, v of layer 1':18s} held out {found[0]:.5f} -> {found[-1]:.5f}")
 
 # %%
 plan = Plan.of(model.config, recipe("block_hadamard", "floor"))
+widths = plan.widths(0)
 fits = {"block Hadamard": fit_decoder(plan, model, stats)}
 starts = {
     site: jax.vmap(lambda fit, width=widths[site]: block_affine(fit.transform, width, 32))(fitted)

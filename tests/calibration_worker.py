@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from duquantpp_jax.core import Needs
-from duquantpp_jax.ptq.calibration import calibrate, site_widths
+from duquantpp_jax.ptq.calibration import calibrate
 from tests.conftest import tiny_decoder
 
 
@@ -26,7 +26,6 @@ def main() -> None:
     stats = calibrate(
         model,
         tokens,
-        site_widths(model, 32),
         needs=Needs.GRAM | Needs.POSITIONS,
     )
     np.savez(file, devices=jax.device_count(), **flat(stats))

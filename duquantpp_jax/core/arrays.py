@@ -120,10 +120,9 @@ class Element:
         if self.bits == 8 or codes.ndim == 0 or codes.shape[-1] % 2:
             narrow = codes if self.bits == 8 else codes.astype(jnp.uint4)
             return jax.lax.bitcast_convert_type(narrow, self.dtype)
-        packed = codes[..., 0::2] | codes[..., 1::2] << 4
         # A bitcast of bytes in memory is free. Without the barrier XLA fuses it with the packing,
         # which is slow.
-        packed = jax.lax.optimization_barrier(packed)
+        packed = jax.lax.optimization_barrier(codes[..., 0::2] | codes[..., 1::2] << 4)
         return jax.lax.bitcast_convert_type(packed, self.dtype).reshape(codes.shape)
 
     def codes(self, elements: Shaped[Array, "*shape"]) -> UInt8[Array, "*shape"]:
@@ -314,13 +313,11 @@ class Format(abc.ABC):
           x, options: As in `quantize`.
           saturated_gradient: Whether df/dx = 1 also where x saturates; else it is 0 there.
         """
-        q = self.encode(x, **options)
-        x = jnp.asarray(x)
-        rounded = jax.lax.stop_gradient(q.dequantize())
+        x, q = jnp.asarray(x), self.encode(x, **options)
         passes = jnp.ones((), bool)
         if not saturated_gradient:
             passes = jnp.abs(x.astype(jnp.float32)) <= q.limit()
-        return _straight_through(x, rounded, jax.lax.stop_gradient(passes))
+        return _straight_through(x, *jax.lax.stop_gradient((q.dequantize(), passes)))
 
 
 @jax.custom_jvp

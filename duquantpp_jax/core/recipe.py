@@ -22,13 +22,11 @@ All that belongs to a site may be stacked so: a leading axis of layers on every 
 
 @struct.dataclass
 class Fitted:
-    """What a fit gives: the transform, and whatever else it moved.
+    """What a fit gives: the transform of the input and the weights, and whatever else it moved.
 
     Attributes:
-      transform: Moves the input and the weights of the site.
       weights: In place of the given ones, before the transform moves them.
-      clip: As in `Format.quantize`, for the activations.
-      scale_offset: As in `Format.quantize`, for the activations.
+      clip, scale_offset: As in `Format.quantize`, for the activations.
     """
 
     transform: Transform
@@ -42,15 +40,13 @@ class Fitted:
         Transforms chain. Weights of the later fit replace those of the earlier: they are moved
         back by the earlier transform, for `weights` are those before any transform.
 
-        Args:
-          other: The later fit, of the same layer; neither is stacked.
+        Both are of one layer, not stacked.
 
         Raises:
           ValueError: This fit holds a clip or a scale offset, which belong to blocks of channels,
             and the later transform mixes channels.
         """
-        options = {"clip": self.clip, "scale_offset": self.scale_offset}
-        for name, value in options.items():
+        for name, value in {"clip": self.clip, "scale_offset": self.scale_offset}.items():
             if value is not None and not other.transform.keeps_channels:
                 raise ValueError(
                     f"the {name} of an earlier fit belongs to its blocks of channels, which "
@@ -81,14 +77,7 @@ class Fit(Protocol):
     def __call__(
         self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""], /
     ) -> Fitted:
-        """The fit of one site of one layer.
-
-        Args:
-          weights: Of the linears that share the input.
-          stats: Of the input.
-          recipe: The whole method, for its formats.
-          key: For fits that draw random numbers.
-        """
+        """The fit of one site of one layer, from the Stats of its input."""
         ...
 
 
@@ -102,11 +91,9 @@ class Rounding(Protocol):
         ...
 
     def __call__(self, w: Float[Array, "n k"], format: Format, stats: Stats, /) -> MXArray:
-        """The quantized weight.
+        """The moved weight, rounded.
 
         Args:
-          w: The moved weight.
-          format: Of the weight.
           stats: Of the moved input; of the moved and quantized input for a rounding with needs.
         """
         ...

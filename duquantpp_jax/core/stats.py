@@ -65,12 +65,10 @@ class Stats:
         sample_limit: int = 2048,
         needs: Needs = Needs.NOTHING,
     ) -> Stats:
-        """Empty Stats, for a calibration set of rows x length tokens.
+        """Empty Stats of k = width channels, for a calibration set of rows x length tokens.
 
         Args:
-          width: Channels k of the site.
           sample_limit: Most tokens kept as they are.
-          needs: What to keep besides the sample and the maxima.
 
         Raises:
           ValueError: `needs` is no Needs.
@@ -78,15 +76,17 @@ class Stats:
         if not isinstance(needs, Needs):
             raise ValueError(f"needs={needs!r}: give Needs, as in Needs.GRAM | Needs.POSITIONS")
         stride = -(-rows * length // sample_limit)
+
+        def zeros(need: Needs, rows: int) -> Array | None:
+            return jnp.zeros((rows, width), jnp.float32) if need in needs else None
+
         return cls(
             count=jnp.zeros((), jnp.int32),
             absmax=jnp.zeros(width, jnp.float32),
             sample=jnp.zeros((-(-rows * length // stride), width), jnp.float32),
-            gram=jnp.zeros((width, width), jnp.float32) if Needs.GRAM in needs else None,
-            position_sum=(
-                jnp.zeros((length, width), jnp.float32) if Needs.POSITIONS in needs else None
-            ),
-            cross=jnp.zeros((width, width), jnp.float32) if Needs.CROSS in needs else None,
+            gram=zeros(Needs.GRAM, width),
+            position_sum=zeros(Needs.POSITIONS, length),
+            cross=zeros(Needs.CROSS, width),
             stride=stride,
         )
 
@@ -99,7 +99,6 @@ class Stats:
         """Folds in whole rows of tokens.
 
         Args:
-          x: Inputs of the site.
           first: Index of x's first token in the whole calibration set.
           exact: Of the float path for the same tokens, for CROSS.
 
@@ -107,9 +106,7 @@ class Stats:
           ValueError: `exact` is not given just where it is needed.
         """
         if (exact is None) != (self.cross is None):
-            raise ValueError(
-                "inputs of the float path are for Stats with Needs.CROSS, and only them"
-            )
+            raise ValueError("inputs of the float path are for Stats with Needs.CROSS, only them")
         tokens = x.reshape(-1, x.shape[-1])
         index = first + jnp.arange(tokens.shape[0])
         slot = jnp.where(index % self.stride == 0, index // self.stride, self.sample.shape[0])
@@ -132,21 +129,13 @@ class Stats:
         )
 
     def require(self, need: Needs, who: str) -> Array:
-        """What was kept for this need.
-
-        Args:
-          need: GRAM, POSITIONS or CROSS.
-          who: Needs it, by name.
+        """What was kept for this need: GRAM, POSITIONS or CROSS.
 
         Raises:
-          ValueError: It was not kept; says who needs what.
+          ValueError: It was not kept; says `who` needs what.
         """
-        of: dict[Needs, Array | None] = {
-            Needs.GRAM: self.gram,
-            Needs.POSITIONS: self.position_sum,
-            Needs.CROSS: self.cross,
-        }
-        kept = of.get(need)
+        names = {Needs.GRAM: "gram", Needs.POSITIONS: "position_sum", Needs.CROSS: "cross"}
+        kept = getattr(self, names[need]) if need in names else None
         if kept is None:
             raise ValueError(
                 f"{who} needs Needs.{need.name}, which these Stats do not hold: calibrate with "
@@ -161,8 +150,7 @@ class Stats:
 
     @jax.jit
     def through(self, transform: Transform) -> Stats:
-        """Stats of the moved input: sample, Gram matrices and positions exactly, maxima as
-        `Transform.maxima` has them."""
+        """Stats of the moved input: all exact but the maxima, for which see `Transform.maxima`."""
         move = transform.activations
         sample = move(self.sample)
         return dataclasses.replace(

@@ -170,9 +170,6 @@ class Transform(abc.ABC):
 
         A transform that gives it can be folded into what makes the input (ptq/fuse.py). It looks
         at values, so it is not for traced arrays.
-
-        Args:
-          width: Channels of the input.
         """
         del width
         return None
@@ -184,10 +181,6 @@ class Transform(abc.ABC):
         Unless a transform says better, it is seen from what happens to unit vectors, which takes
         arrays with values; give a transform whose arrays are traced (under `jax.jit`, in a
         derivative) a method of its own. One that is better left as it is returns None.
-
-        Args:
-          width: Channels of the input.
-          size: Of a block.
 
         Raises:
           ValueError: The arrays are traced.
@@ -222,13 +215,10 @@ def diagonal_blocks(
 ) -> tuple[Float[Array, "blocks s s"], Float[Array, "blocks s s"], Float[Array, ""]]:
     """The diagonal blocks of T and of T^-T, and the largest magnitude of T outside of them.
 
-    Args:
-      transform: Of one layer; its type of float, float32 or float64, is that of the result.
-      width: Channels k.
-      size: Side of the blocks; divides the width.
+    The transform is of one layer, and its type of float, float32 or float64, that of the result.
     """
-    leaves = [leaf.dtype for leaf in jax.tree.leaves(transform)]
-    dtype = jnp.float64 if jnp.float64 in leaves else jnp.float32
+    types = [leaf.dtype for leaf in jax.tree.leaves(transform)]
+    dtype = jnp.float64 if jnp.float64 in types else jnp.float32
 
     def of_block(first: Int[Array, ""]) -> tuple[Array, Array, Array]:
         rows = (jnp.arange(width) == first + jnp.arange(size)[:, None]).astype(dtype)

@@ -33,16 +33,7 @@ Parameters = Mapping[str, Float[Array | np.ndarray, "..."]]
 
 @struct.dataclass
 class BlockError(Objective):
-    """The loss at the top of this file, of a batch of (h^, y).
-
-    Attributes:
-      parameters: Of the block.
-      window: As of `models.layers.window`.
-      start: Transform of each site.
-      config: Of the model.
-      moves: What learns.
-      formats: Of activations and of weights.
-    """
+    """The loss at the top of this file, of a batch of (h^, y); formats as of `Divergence`."""
 
     parameters: dict[str, Array]
     window: Int[Array, ""] | None
@@ -93,7 +84,7 @@ def learn_blocks(
     Args:
       blocks: Of each block its parameters, in any float type, and the transform that each site
         starts from; asked for one at a time.
-      formats: Of activations and of weights.
+      formats: As of `Divergence`.
       rows, held_out: Embedded tokens, to learn from and to choose by.
       key: For the order of the batches.
       checkpoint: A directory, with a file for each block as of `training.train`.

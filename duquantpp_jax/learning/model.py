@@ -36,9 +36,7 @@ class Divergence(Objective):
     embedded model: there the loss was .18 nats in bfloat16 and .23 in float32.
 
     Attributes:
-      model: The float model.
       start: Transform of each site, stacked over layers.
-      moves: What learns.
       formats: Of activations and of weights.
       rounded: Weights of each site that were rounded before; see `SiteState`.
       dtype: Of both models' other numbers.
@@ -70,12 +68,7 @@ class Divergence(Objective):
 
 
 class LearnResult(NamedTuple):
-    """What was learned.
-
-    Attributes:
-      fits: By site, stacked over layers.
-      start_loss, history: As of `training.Trained`, in nats per target.
-    """
+    """Fits by site, stacked over layers; losses as of `training.Trained`, in nats per target."""
 
     fits: dict[str, Fitted]
     start_loss: float
@@ -97,12 +90,9 @@ def learn_model(
     """Learns what `moves` names, from `start`.
 
     Args:
-      start: Transform of each site, stacked over layers.
-      formats: Of activations and of weights.
-      rows: Token ids to learn from.
-      held_out: Token ids to choose by; never test text.
+      start, formats, dtype: As of `Divergence`.
+      rows, held_out: Token ids to learn from, and to choose by; never test text.
       key: For the order of the batches.
-      dtype: As of `Divergence`.
       options: Of `training.train`; `at_rates` gives an optimiser with a rate for each part.
     """
     objective = Divergence(model, dict(start), moves, formats, dtype=dtype)
@@ -118,7 +108,6 @@ def at_rates(
     """An optimiser with a rate for each part of `Learned`; parts without a rate stay.
 
     Args:
-      rates: By part.
       direction: Gives the updates that the rates multiply; Adam by default.
 
     Raises:

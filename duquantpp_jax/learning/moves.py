@@ -85,7 +85,6 @@ class Moves:
         """
         if self.max_condition is not None:
             check_condition(start, self.max_condition)
-        still = self.weights == "fixed"
         blocks = start.matrices.shape[:-2]
 
         def zeros(per: str | None) -> Array | None:
@@ -94,7 +93,7 @@ class Moves:
 
         return Learned(
             self.transform.init(start) if self.transform else None,
-            None if still else tuple(jnp.zeros_like(w) for w in weights),
+            None if self.weights == "fixed" else tuple(jnp.zeros_like(w) for w in weights),
             zeros("block" if self.scale_offset else None),
             zeros(self.clip),
             zeros(self.weight_clip),
@@ -218,7 +217,6 @@ class SiteState(NamedTuple):
 
     Attributes:
       start: The transform that learning starts from.
-      learned: What moves.
       rounded: Weights that were moved by `start` and rounded, and are held: T moves the input
         alone. None: the weights as `Moves` says.
     """

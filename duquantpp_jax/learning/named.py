@@ -57,11 +57,8 @@ Report = Callable[[str, int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """Makes an optimiser from a schedule of learning rates; parts learn at their FACTORS of it.
-
-    Attributes:
-      name: Of OPTIMIZERS.
-    """
+    """Makes an optimiser, by a name of OPTIMIZERS, from a schedule of learning rates; parts learn
+    at their FACTORS of it."""
 
     name: str
 
@@ -124,7 +121,6 @@ def learn(
     """Learns fits for a model.
 
     Args:
-      how: What is learned and how.
       checkpoint: The float model, read a layer at a time unless learning goes through all of it.
       recipe: For its formats.
       rows: Token ids to learn from; the last of each row is a target and not an input.
@@ -147,9 +143,8 @@ def learn(
     calibration = rows[:CALIBRATION_ROWS, :-1]
     layers, count = checkpoint.config.num_hidden_layers, how.steps
     if how.through == "site":
-        return LearnResult(
-            _learn_sites(how, checkpoint, recipe, calibration, place, report), 0.0, []
-        )
+        fits = _learn_sites(how, checkpoint, recipe, calibration, place, report)
+        return LearnResult(fits, 0.0, [])
     plan = _plan(checkpoint.config, dataclasses.replace(recipe, fit=find_fit(how.start)), how.seed)
     size = max(format.block_size for format in formats)
     starts = _starts(plan, checkpoint, calibration, size)
@@ -161,10 +156,9 @@ def learn(
         "check_every": how.check_every,
     }
     if how.through == "model":
-        model = load(checkpoint.directory)
         start = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(start for _, start in starts))
         return learn_model(
-            model, start, moves, formats, rows, held_out, key,
+            load(checkpoint.directory), start, moves, formats, rows, held_out, key,
             checkpoint=place / "model.safetensors",
             report=lambda step, _, loss: report(f"held-out KL {loss:.5f}", step, count),
             **settings,

@@ -49,11 +49,8 @@ def refine(
 
     Args:
       plan: How the state was made.
-      model: The float model.
-      state: As `quantize_decoder` gives it.
       tokens: Text to learn from. The last eighth of the rows, at least one, chooses the best step,
         the start included; batches are of 16 rows, or of all where there are fewer.
-      steps: Updates.
       options: `report`, `checkpoint` and others of `training.train`.
 
     Returns:
@@ -69,13 +66,10 @@ def refine(
     rows = tokens[:-held_out]
     if len(rows) == 0:
         raise ValueError("refining learns from all rows but one: give two rows or more")
-    layers = range(plan.config.num_hidden_layers)
     start = {}
     for site, width in plan.widths(0).items():
-        each = [
-            block_affine(layer_of(sites[site].transform, number), width, format.block_size)
-            for number in layers
-        ]
+        layers = (layer_of(sites[site].transform, n) for n in range(plan.config.num_hidden_layers))
+        each = [block_affine(transform, width, format.block_size) for transform in layers]
         start[site] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
     moves = Moves(
         Affine(),
@@ -100,10 +94,8 @@ def refine(
     )
     fits = moves.fits(start, found.learned, dict.fromkeys(sites, ()))
     return {
-        name: QuantizedSite(
-            fits[name].transform, site.weights, fits[name].clip, fits[name].scale_offset
-        )
-        for name, site in sites.items()
+        name: QuantizedSite(fit.transform, sites[name].weights, fit.clip, fit.scale_offset)
+        for name, fit in fits.items()
     }
 
 

@@ -35,15 +35,7 @@ Kind = Literal["activations", "both", "output"]
 
 @struct.dataclass
 class SiteError(Objective):
-    """The losses at the top of this file, of a batch of tokens.
-
-    Attributes:
-      weights: Of the linears that share the input.
-      start: The transform that learning starts from.
-      moves: What learns.
-      formats: Of activations and of weights.
-      kind: Which loss.
-    """
+    """The losses at the top of this file, of a batch of tokens; formats as of `Divergence`."""
 
     weights: Weights
     start: BlockAffine

@@ -82,12 +82,9 @@ def train(
     """Minimises the objective.
 
     Args:
-      learned: The parameters at the start.
-      rows: To learn from.
-      held_out: To choose by; never test text.
+      rows, held_out: To learn from, and to choose by; never test text.
       key: For the order of the batches.
       optimizer: Of optax, with its schedule. Compiled code is kept while it is the same object.
-      check_every: Steps between checks.
       report: Called at every check.
       checkpoint: A file, written at every check; a run that finds it goes on from there. It holds
         digests of all other arguments, which must be the same.
@@ -136,9 +133,6 @@ def warmed_cosine(rate: float, steps: int) -> optax.Schedule:
     """Learning rates: warmed up over a twentieth of the steps, then down a cosine to zero.
 
     With fewer than twenty steps there is no warm-up: the first of them has the full rate.
-
-    Args:
-      rate: The peak.
     """
     return optax.warmup_cosine_decay_schedule(0.0, rate, steps // 20, steps + 1)
 

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int, Integer
 
 from duquantpp_jax.core import Fitted, Format, Needs, Stats
-from duquantpp_jax.models import SITES, Decoder, DecoderConfig, dense, linear_names
+from duquantpp_jax.models import SITES, Decoder, DecoderConfig, dense
 from duquantpp_jax.models.layers import layer, window
 from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, pad_channels, quantize_input
 
@@ -37,15 +37,6 @@ Parameters = Mapping[str, Float[Array | np.ndarray, "..."]]
 
 Hidden = Float32[np.ndarray, "rows length k"]
 """Hidden states of all calibration rows between two layers, in the memory of the host."""
-
-
-def site_widths(model: Decoder, block_size: int, *, pad: bool = False) -> dict[str, int]:
-    """`padded_width` of the input of every site of a float model."""
-    widths = {site: model.weights(site)[0].shape[-1] for site in SITES}
-    return {
-        site: padded_width(linear_names(site, 0)[0], width, block_size, pad=pad)
-        for site, width in widths.items()
-    }
 
 
 def padded_width(name: str, width: int, block_size: int, *, pad: bool) -> int:
@@ -66,28 +57,23 @@ def padded_width(name: str, width: int, block_size: int, *, pad: bool) -> int:
 def calibrate(
     model: Decoder,
     rows: Integer[np.ndarray, "rows length"],
-    widths: Mapping[str, int],
+    widths: Mapping[str, int] | None = None,
     *,
     needs: Needs = Needs.NOTHING,
-    sample_limit: int = SAMPLE_LIMIT,
-    progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Stats]:
     """Stats of the float model's inputs at every site, stacked over layers: the walk's, to the bit.
 
     Args:
-      model: The float model.
       rows: Token ids; every position is an input.
-      widths: Of every site, as `site_widths` gives them.
+      widths: Of every site, as `Plan.widths` gives them; those of the model by default.
       needs: What to keep besides a sample and the maxima; see `Stats.init`.
-      sample_limit: Tokens of each site kept as they are, at most: every stride-th.
-      progress: Called after each layer.
     """
     hidden = embed(model, rows)
-    run = functools.partial(calibrate_layer, sample_limit=sample_limit, after=hidden)
-    layers = []
-    for number, parameters in enumerate(layers_of(model)):
-        layers.append(run(model.config, number, parameters, hidden, widths, needs))
-        progress()
+    widths = widths or {site: model.weights(site)[0].shape[-1] for site in SITES}
+    layers = [
+        calibrate_layer(model.config, n, parameters, hidden, widths, needs, after=hidden)
+        for n, parameters in enumerate(layers_of(model))
+    ]
 
     def stacked(parts: Iterator[Stats]) -> Stats:
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
@@ -120,7 +106,6 @@ def calibrate_layer(
     widths: Mapping[str, int],
     needs: Needs,
     *,
-    sample_limit: int = SAMPLE_LIMIT,
     fits: Mapping[str, Fitted] | None = None,
     formats: Mapping[str, Format] | None = None,
     after: Hidden | None = None,
@@ -132,14 +117,11 @@ def calibrate_layer(
     """Stats of the inputs of one layer; with `fits` and `formats` of the second pass.
 
     Args:
-      config: Of the model.
-      number: Of the layer.
       parameters: Of the layer, in any float type.
       hidden: Input hidden states.
       widths: Of the sites that are calibrated.
-      needs, sample_limit: As for `calibrate`.
-      fits: What moves the input of each site.
-      formats: Of the moved input of each site.
+      needs: As for `calibrate`.
+      fits, formats: What moves the input of each site, and what it is rounded to.
       after: Overwritten with the layer's output; may be `hidden` itself.
       exact: Input hidden states of the float path, where a rounding needs its inputs as well:
         `hidden` are then those of the quantized one.
@@ -149,7 +131,7 @@ def calibrate_layer(
     rows, length, _ = hidden.shape
     mesh = all_devices()
     stats = {
-        site: Stats.init(width, rows, length, sample_limit=sample_limit, needs=needs)
+        site: Stats.init(width, rows, length, sample_limit=SAMPLE_LIMIT, needs=needs)
         for site, width in widths.items()
     }
     if mesh is not None:
@@ -158,11 +140,8 @@ def calibrate_layer(
         )
 
     def run(given: Hidden, sites: Mapping[str, QuantizedSite]) -> tuple[Array, dict[str, Array]]:
-        place = (parameters, window(config, number), sites)
-        return _run_layer(
-            on_devices(given, mesh), *place, config=config, linear=linear if sites else None,
-            mesh=mesh,
-        )  # fmt: skip
+        place = (on_devices(given, mesh), parameters, window(config, number), sites)
+        return _run_layer(*place, config=config, linear=linear if sites else None, mesh=mesh)
 
     for batch in batches(rows, mesh):
         y, inputs = run(hidden[batch], rounded or {})

@@ -1,5 +1,7 @@
 """Where fit, transform, rounding and format meet."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,6 @@ from duquantpp_jax.ptq.calibration import (
     calibrate_layer,
     embed,
     layers_of,
-    site_widths,
 )
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import (
@@ -92,7 +93,7 @@ def test_a_model_is_quantized_site_by_site_and_layer_by_layer(name):
     model = tiny_decoder()
     tokens = np.asarray(jax.random.randint(KEY, (3, 32), 0, 257))
     method = recipe(name, "floor")
-    stats = calibrate(model, tokens, site_widths(model, 32), needs=method.needs)
+    stats = calibrate(model, tokens, needs=method.needs)
     *_, state = quantize_decoder(Plan.of(model.config, method, seed=5), model, tokens, stats=stats)
     number, layer = 2, 1
     site = SITES[number]
@@ -108,7 +109,7 @@ def test_a_model_is_quantized_site_by_site_and_layer_by_layer(name):
 def test_calibration_sees_what_the_linears_see():
     model = tiny_decoder()
     tokens = np.asarray(jax.random.randint(KEY, (5, 20), 0, 257))
-    stats = calibrate(model, tokens, site_widths(model, 32), needs=Needs.GRAM)
+    stats = calibrate(model, tokens, needs=Needs.GRAM)
     _, inputs = jax.jit(lambda m, t: m(t, lambda s, x, w, _: (dense(s, x, w, _)[0], x)))(
         model, tokens
     )
@@ -123,10 +124,10 @@ def test_calibration_sees_what_the_linears_see():
 
 
 def test_a_width_that_blocks_do_not_divide_is_refused_by_name_unless_padded():
-    model = tiny_decoder(intermediate_size=88)
+    plan = Plan.of(tiny_decoder(intermediate_size=88).config, recipe("rtn"))
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.down_proj has input width 88.*--pad"):
-        site_widths(model, 32)
-    assert site_widths(model, 32, pad=True)["mlp_out"] == 96
+        plan.widths(0)
+    assert dataclasses.replace(plan, pad=True).widths(0)["mlp_out"] == 96
 
 
 @pytest.mark.slow
