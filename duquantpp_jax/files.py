@@ -55,7 +55,8 @@ def new_directory(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file with `whole`."""
+    """Writes a file with `whole`, and makes its directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as temporary:
         temporary.write_bytes(content)
 

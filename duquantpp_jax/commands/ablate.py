@@ -90,11 +90,7 @@ class AblateFile(AblateOptions):
 
 
 def run(options: AblateFile) -> int:
-    """Runs the grid of a file; returns the exit code: 1 if a cell failed.
-
-    Raises:
-      ValueError: Bad input; one line that says what was wrong and what would be right.
-    """
+    """Runs the grid of a file; returns the exit code: 1 if a cell failed."""
     return _run(_module(options.file), options)
 
 
@@ -132,11 +128,9 @@ def _run(module: ModuleType, options: AblateOptions) -> int:
             for measure in COMPARED if pivot["entries"] else ():
                 console.print(table.terminal(pivot, measure))
     if options.summary:
-        options.summary.parent.mkdir(parents=True, exist_ok=True)
         summary = {"schema": SCHEMA, "grid": name, "tables": found}
         files.write_whole(options.summary, files.to_json(summary))
     if options.report:
-        options.report.parent.mkdir(parents=True, exist_ok=True)
         page = report.page(name, module.__doc__ or "", found, outcome)
         files.write_whole(options.report, page.encode())
     for warning in dict.fromkeys(cell.warning for cell in cells):
@@ -144,17 +138,13 @@ def _run(module: ModuleType, options: AblateOptions) -> int:
             print(warning, file=sys.stderr)
     for cell, error in outcome.errors.items():
         print(f"failed: {cell.labels()}: {error}", file=sys.stderr)
-    done, failed = len(outcome.records), len(outcome.errors)
-    print(f"{done} of {len(cells)} cells finished, {failed} failed; records in {out}")
+    done = f"{len(outcome.records)} of {len(cells)} cells finished, {len(outcome.errors)} failed"
+    print(f"{done}; records in {out}")
     return 1 if outcome.errors else 0
 
 
 def cells_of(module: ModuleType, options: AblateOptions) -> list[Cell]:
-    """The cells that the module defines.
-
-    Raises:
-      ValueError: It defines none.
-    """
+    """The cells that the module defines; raises ValueError if it defines none."""
     given = getattr(module, "CELLS", None)
     cells = given(options) if callable(given) else given
     if isinstance(cells, Iterable):
@@ -188,26 +178,17 @@ def grid(cells: Iterable[Cell], options: AblateOptions) -> list[Cell]:
 
 def _formats(cell: Cell, options: AblateOptions) -> list[dict[str, str | Format | None]]:
     """The cell's fields for formats, for each choice that the options give."""
-    own = {
-        "format": cell.format,
-        "weight_format": cell.weight_format,
-        "activation_format": cell.activation_format,
-    }
-    if own != {"format": DEFAULT_FORMAT, "weight_format": None, "activation_format": None}:
-        return [own]
+    names = ("format", "weight_format", "activation_format")
+    own = [getattr(cell, name) for name in names]
+    if own != [DEFAULT_FORMAT, None, None]:
+        return [dict(zip(names, own, strict=True))]
     both = (*options.formats, *options.scale_rules) or (DEFAULT_FORMAT,)
     sides = (both, options.weight_formats or (None,), options.activation_formats or (None,))
-    return [dict(zip(own, chosen, strict=True)) for chosen in itertools.product(*sides)]
+    return [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*sides)]
 
 
 def _only(names: tuple[str, ...], cells: list[Cell], layout: Layout) -> list[Cell]:
-    """The cells in the named rows (and the baseline) and in the named columns.
-
-    Without a named row all rows remain, and likewise columns.
-
-    Raises:
-      ValueError: A name is neither a row nor a column.
-    """
+    """The cells in the named rows (and the baseline) and columns; all rows if none is named."""
     places = [layout.place(cell) for cell in cells]
     for axis in (0, 1):
         there = {place[axis] for place in places}
@@ -227,14 +208,7 @@ def layout_of(module: ModuleType) -> Layout:
 
 
 def _module(file: Path) -> ModuleType:
-    """Imports a file as a module that worker processes can import too.
-
-    A file in a package is imported under its full name. Any other file is imported under its own
-    name, with its directory on the path.
-
-    Raises:
-      ValueError: There is no such file, its import fails, or another module has its name.
-    """
+    """Imports a file, under its full name if it is in a package, so that workers can do so too."""
     path = file.resolve()
     if not path.is_file() or path.suffix != ".py":
         raise ValueError(f"{file} is no Python file: give one that defines CELLS")

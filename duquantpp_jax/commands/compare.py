@@ -9,15 +9,12 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from duquantpp_jax import files
 from duquantpp_jax.analysis.outliers import moved_maxima
@@ -35,6 +32,7 @@ from duquantpp_jax.ptq.stream import Name as Rotation
 from duquantpp_jax.recipes import ALIASES, import_modules
 
 BASELINE = "block_hadamard"
+RECIPES = ("rtn", BASELINE, "random_hadamard", "smooth_hadamard", "duquantpp", "duquantpp_released")
 BATCH_ROWS = 16
 """Rows evaluated at once; they decide the result of log256, whose scale spans a batch."""
 CALIBRATION_ROWS = 64
@@ -79,14 +77,7 @@ class CompareOptions:
     text: Path | None = None
     calibration_text: Path | None = None
     tokens: int = 16 * TARGETS
-    recipes: tuple[str, ...] = (
-        "rtn",
-        "block_hadamard",
-        "random_hadamard",
-        "smooth_hadamard",
-        "duquantpp",
-        "duquantpp_released",
-    )
+    recipes: tuple[str, ...] = RECIPES
     fits: tuple[Path, ...] = ()
     scale_rules: tuple[str, ...] | None = None
     formats: tuple[str, ...] | None = None
@@ -119,11 +110,7 @@ class Comparison(NamedTuple):
 
 
 def cells(options: CompareOptions) -> list[Cell]:
-    """The grid, row by row; a recipe that draws no random numbers has only the first seed.
-
-    Raises:
-      ValueError: An unknown name, or an empty list of names.
-    """
+    """The grid, row by row; a recipe that draws no random numbers has only the first seed."""
     lists = ("scale_rules", "formats", "weight_formats", "activation_formats", "seeds")
     for name in lists if options.fits else ("recipes", *lists):
         if getattr(options, name) == ():
@@ -145,11 +132,7 @@ def cells(options: CompareOptions) -> list[Cell]:
 
 
 def compare(options: CompareOptions, progress: Step = lambda *_: None) -> Comparison:
-    """Runs the comparison.
-
-    Raises:
-      ValueError: Bad input; one line that says what was wrong and what would be right.
-    """
+    """Runs the comparison."""
     start = time.perf_counter()
     import_modules(options.imports)
     check_texts(options.model, options.text, options.calibration_text)
@@ -182,8 +165,7 @@ def compare(options: CompareOptions, progress: Step = lambda *_: None) -> Compar
 
 def _methods(options: CompareOptions) -> dict[str, Path | None]:
     """The rows in order: names of recipes, and names of fits with their directories."""
-    found = dict.fromkeys((ALIASES.get(name, name) for name in options.recipes), None)
-    methods: dict[str, Path | None] = dict(found)
+    methods: dict[str, Path | None] = {ALIASES.get(name, name): None for name in options.recipes}
     for directory in options.fits:
         name = directory.resolve().name
         if name in methods:
@@ -192,17 +174,15 @@ def _methods(options: CompareOptions) -> dict[str, Path | None]:
     return methods
 
 
-def _formats(options: CompareOptions) -> Iterator[tuple[str, str | None, str | None]]:
+def _formats(options: CompareOptions) -> list[tuple[str, str | None, str | None]]:
     """For each column the format of both sides, and, if they differ, of weights and activations."""
     both = dict.fromkeys([*(options.scale_rules or ()), *(options.formats or ())]) or FORMATS
     if "float" in both:
         raise ValueError("format float quantizes nothing: name the formats to compare in")
     if not options.weight_formats and not options.activation_formats:
-        yield from ((name, None, None) for name in both)
-        return
+        return [(name, None, None) for name in both]
     sides = options.weight_formats or both, options.activation_formats or both
-    for weight, activation in itertools.product(*sides):
-        yield DEFAULT_FORMAT, weight, activation
+    return [(DEFAULT_FORMAT, *pair) for pair in itertools.product(*sides)]
 
 
 def _seeds(options: CompareOptions) -> tuple[int, ...]:
@@ -226,10 +206,8 @@ def _chosen(options: CompareOptions) -> dict[str, Any]:
         "seeds": list(_seeds(options)),
         "calibration_text": name_and_hash(options.calibration_text),
     }
-    # Model and text are named beside the options.
-    for name in ("model", "text", "imports", "out", "seed"):
-        del fields[name]
-    return fields
+    left = ("model", "text", "imports", "out", "seed")  # model and text stand beside the options
+    return {name: value for name, value in fields.items() if name not in left}
 
 
 def run(options: CompareOptions) -> int:
@@ -243,7 +221,6 @@ def run(options: CompareOptions) -> int:
         if warning:
             print(warning, file=sys.stderr)
     figure = figures.comparison(comparison.results, comparison.channels)
-    options.out.mkdir(parents=True, exist_ok=True)
     files.write_whole(options.out / "compare.png", figures.picture(figure, "png"))
     files.write_whole(options.out / "timings.json", files.to_json(comparison.timings))
     files.write_whole(options.out / "results.json", files.to_json(comparison.results))
@@ -267,8 +244,9 @@ def _print_table(comparison: Comparison) -> None:
     seconds = {(e["row"], e["column"]): e["fit_seconds"] for e in comparison.timings["entries"]}
     entries = {(entry["row"], entry["column"]): entry for entry in results["entries"]}
     beside = f"- {results['baseline']}" if results["baseline"] else ""
-    distances = _table("KL", beside, "excess NLL", beside)
-    others = _table("PPL", "SQNR dB", "fit s", "online", "KiB")
+    names = ("recipe", "format")
+    distances = table.empty(*names, right=("KL", beside, "excess NLL", beside))
+    others = table.empty(*names, right=("PPL", "SQNR dB", "fit s", "online", "KiB"))
     for row, column in itertools.product(results["rows"], results["columns"]):
         entry, end = entries[row, column], column == results["columns"][-1]
         cells = [text for *_, text in table.line(entry, beside)]
@@ -279,12 +257,3 @@ def _print_table(comparison: Comparison) -> None:
     console.print(distances)
     print("Online: multiply-adds for each value of the four sites' inputs; KiB of all layers.")
     console.print(others)
-
-
-def _table(*headings: str) -> Table:
-    shown = Table(box=box.SIMPLE_HEAD)
-    for heading in ("recipe", "format"):
-        shown.add_column(heading, no_wrap=True)
-    for heading in headings:
-        shown.add_column(heading, justify="right", no_wrap=True)
-    return shown

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +28,7 @@ from duquantpp_jax.evaluation.rows import (
     rows_of_text,
 )
 from duquantpp_jax.evaluation.subject import environment
+from duquantpp_jax.lab.table import empty
 from duquantpp_jax.models import DecoderConfig
 from duquantpp_jax.ptq import stores as cache
 from duquantpp_jax.recipes import import_modules, known
@@ -85,11 +85,7 @@ class EvaluateOptions:
 
 
 def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict[str, Any]:
-    """Runs the evaluation; returns the results, as `--out` writes them.
-
-    Raises:
-      ValueError: Bad input; one line that says what was wrong and what would be right.
-    """
+    """Runs the evaluation; returns the results, as `--out` writes them."""
     import_modules(options.imports)
     if options.rotate_keys and options.cache is None:
         raise ValueError("--rotate-keys is about cached keys: give --cache too")
@@ -104,9 +100,8 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
     rows = rows_for_targets(rows, targets, str(options.text))
     reference = None
     if options.reference is not None:
-        reference = predictor
-        if options.reference.resolve() != options.model.resolve():
-            reference = Predictor(*load_any(options.reference))
+        same = options.reference.resolve() == options.model.resolve()
+        reference = predictor if same else Predictor(*load_any(options.reference))
         if (size := reference.model.config.vocab_size) != config.vocab_size:
             raise ValueError(
                 f"{options.reference} has {size} tokens and {options.model} has "
@@ -170,11 +165,7 @@ def _identity(directory: Path) -> dict[str, str]:
 def _measures(
     nll_sums: np.ndarray, sums: RowSums | None, rows: Rows, cluster: np.ndarray
 ) -> dict[str, Any]:
-    """Means over targets, each with its 95 % interval.
-
-    Raises:
-      ValueError: A mean is not finite.
-    """
+    """Means over targets, each with its 95 % interval."""
 
     def mean(row_sums: np.ndarray) -> dict[str, Any]:
         value, ci95, *_ = estimate({0: row_sums / rows.targets}, cluster)
@@ -209,9 +200,7 @@ def summary(results: dict[str, Any]) -> tuple[str, Table]:
         f"{'after a' if chosen['bos'] else 'without'} BOS.\n"
         f"95 % intervals clustered by {clusters['unit']} ({clusters['count']})."
     )
-    table = Table("", box=box.SIMPLE_HEAD)
-    table.add_column("mean", justify="right")
-    table.add_column("95 % interval", justify="right")
+    table = empty("", right=("mean", "95 % interval"), wrap=True)
     for name, what in MEASURES.items():
         if name in results:
             bounds = results[name]["ci95"]
@@ -227,7 +216,6 @@ def run(options: EvaluateOptions) -> int:
     with progress_bar() as progress:
         results = evaluate(options, progress)
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         files.write_whole(options.out, files.to_json(results))
     Console(width=100).print(*summary(results))
     return 0

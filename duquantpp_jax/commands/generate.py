@@ -46,11 +46,7 @@ class GenerateOptions:
 
 
 def continued(options: GenerateOptions) -> str:
-    """The prompt and its continuation, as text.
-
-    Raises:
-      ValueError: Bad input; one line that says what was wrong and what would be right.
-    """
+    """The prompt and its continuation, as text."""
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     import_modules(options.imports)
     model, linear, state = load_any(options.model)

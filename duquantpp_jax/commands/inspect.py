@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -12,6 +11,7 @@ from duquantpp_jax import files
 from duquantpp_jax.analysis.look import Inspection, InspectOptions, inspect
 from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.commands.sizes import formats_of
+from duquantpp_jax.lab.table import empty
 
 SEEN = {"input": "as it is", "moved": "moved by the transform"}
 
@@ -19,8 +19,6 @@ SEEN = {"input": "as it is", "moved": "moved by the transform"}
 def table(results: Mapping[str, Any]) -> Table:
     """A row for each input; below it, for a quantized model, a row for the moved input."""
     thresholds = results["thresholds"]
-    shown = Table(box=box.SIMPLE_HEAD)
-    shown.add_column("input of", no_wrap=True)
     columns = {  # heading: its number in the results, and how it is printed
         "max / median": ("max_over_median", ".1f"),
         f"channels > {thresholds['ratio']:g}x": ("outlier_channels", "d"),
@@ -30,8 +28,7 @@ def table(results: Mapping[str, Any]) -> Table:
         "position": ("position", "d"),
         "x median": ("position_over_median", ".1f"),
     }
-    for heading in columns:
-        shown.add_column(heading, justify="right")
+    shown = empty("input of", right=columns, wrap=True)
     for site in results["sites"]:
         for seen in SEEN:
             if (found := site.get(seen)) is not None:
@@ -93,7 +90,6 @@ def run(options: InspectOptions) -> int:
     files.check_writable(options.out)
     with progress_bar() as progress:
         found = inspect(options, progress)
-    options.out.mkdir(parents=True, exist_ok=True)
     made = {f"{name}.png": fig for name, fig in figures_of(found, options.block_size).items()}
     for name, figure in made.items():
         files.write_whole(options.out / name, figures.picture(figure, "png"))

@@ -93,11 +93,7 @@ class LearnOptions:
         return LearnSettings(**{name: getattr(self, name) for name in names})
 
     def format_names(self) -> dict[str, str]:
-        """The full name of each side's format.
-
-        Raises:
-          ValueError: An unknown name.
-        """
+        """The full name of each side's format."""
         sides = {"weight": self.weight_formats, "activation": self.activation_formats}
         return {
             side: format_name(under_rule(name or self.formats, self.scale_rule))
@@ -109,7 +105,6 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
     """Learns fits, or resumes learning, and writes them; returns the contents of fits.json.
 
     Raises:
-      ValueError: Bad input; one line that says what was wrong and what would be right.
       OSError: A file cannot be written; progress is kept.
     """
     if options.model is not None and options.text is None:
@@ -187,11 +182,7 @@ def held_out_kl(
 
 
 def _begin(options: LearnOptions, asked: dict[str, Any]) -> bool:
-    """Prepares --out for this run; returns whether it already holds the finished fits.
-
-    Raises:
-      ValueError: It holds other files, or fits of another command; says what differs.
-    """
+    """Prepares --out for this run; returns whether it already holds the finished fits."""
     out, place = options.out, options.out / PROGRESS
     if options.overwrite:
         shutil.rmtree(place, ignore_errors=True)

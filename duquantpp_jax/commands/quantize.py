@@ -12,13 +12,7 @@ from rich.console import Console
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load_config, sha256, testbed
-from duquantpp_jax.checkpoints.directory import (
-    JOB,
-    REPORT,
-    is_quantized,
-    layer_file,
-    read_layer,
-)
+from duquantpp_jax.checkpoints.directory import JOB, REPORT, is_quantized, layer_file, read_layer
 from duquantpp_jax.checkpoints.directory import read_about as read_about_layer
 from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about
 from duquantpp_jax.checkpoints.job import Job
@@ -49,6 +43,9 @@ from duquantpp_jax.recipes import ALIASES, format_name, import_modules, known, u
 from duquantpp_jax.transforms import storage
 
 ROWS = 64
+SAME = ("rounding", "include", "exclude", "pad", "seed", "sequential", "fuse", "refine")
+SAME += ("rotate_stream", "rotate_values")
+"""Options that a job has under the same names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +119,6 @@ def quantize(options: QuantizeOptions, progress: Progress = lambda *_: None) -> 
     """Runs the job, or resumes it; returns the report.
 
     Raises:
-      ValueError: Bad input; one line that says what was wrong and what would be right.
       OSError: A file cannot be written; the finished layers are kept.
     """
     job, checkpoint, plan, tokens = _planned(options)
@@ -136,18 +132,12 @@ def quantize(options: QuantizeOptions, progress: Progress = lambda *_: None) -> 
 
 
 def dry_run(options: QuantizeOptions) -> dict[str, Any]:
-    """The cost of the job, as `estimate` gives it; writes nothing.
-
-    Raises:
-      ValueError: As `quantize`.
-    """
+    """The cost of the job, as `estimate` gives it; writes nothing."""
     _, _, plan, tokens = _planned(options)
     return estimate(plan, *tokens.shape)
 
 
-def _planned(
-    options: QuantizeOptions,
-) -> tuple[Job, Checkpoint, Plan, Integer[np.ndarray, "rows length"]]:
+def _planned(options: QuantizeOptions) -> tuple[Job, Checkpoint, Plan, np.ndarray]:
     """The job, the float model, the checked plan, and the calibration inputs."""
     import_modules(options.imports)
     check_out(options)
@@ -171,10 +161,9 @@ def refine_layers(
     steps: int,
     progress: Progress,
 ) -> None:
-    """Refines the transforms of finished layers, or resumes it.
+    """Refines the transforms of finished layers, or resumes it, to the same bits.
 
-    The state of learning is kept at every check, and its result until all layers have it. So a run
-    that was killed resumes to the same bits.
+    The state of learning is kept at every check, and its result until all layers have it.
     """
     begun, learned = out / "refine.safetensors", out / "refined.safetensors"
     paths = [out / layer_file(number) for number in range(plan.config.num_hidden_layers)]
@@ -221,14 +210,8 @@ def check_out(options: QuantizeOptions) -> None:
         raise ValueError(f"{out} holds other files: give an empty or new directory")
 
 
-def calibration_tokens(
-    options: QuantizeOptions,
-) -> tuple[Integer[np.ndarray, "rows length"], str]:
-    """The rows to calibrate on, every position an input, and their source.
-
-    Raises:
-      ValueError: The text cannot be read or is too short, or --rows is below 1.
-    """
+def calibration_tokens(options: QuantizeOptions) -> tuple[Integer[np.ndarray, "rows length"], str]:
+    """The rows to calibrate on, every position an input, and their source."""
     if options.refine < 0:
         raise ValueError(f"--refine {options.refine}: give a number of steps, or 0 for none")
     if options.rows < 1:
@@ -252,11 +235,7 @@ def calibration_tokens(
 def job_of(
     options: QuantizeOptions, tokens: Integer[np.ndarray, "rows length"], source: str
 ) -> Job:
-    """The job of the options.
-
-    Raises:
-      ValueError: A name is unknown, or two options contradict one another.
-    """
+    """The job of the options; raises ValueError if two of them contradict one another."""
     directory = options.model or testbed.directory()
     tokens = np.asarray(tokens, np.int32)
     if options.recipe is not None and options.fits is not None:
@@ -268,17 +247,8 @@ def job_of(
     return Job(
         model={"name": model_name(options.model), "sha256": sha256(directory)},
         recipe=ALIASES.get(name, name) if about is None else "fits",
-        rounding=options.rounding,
         weight_formats=_by_site(options, options.weight_formats),
         activation_formats=_by_site(options, options.activation_formats),
-        include=options.include,
-        exclude=options.exclude,
-        pad=options.pad,
-        seed=options.seed,
-        sequential=options.sequential,
-        fuse=options.fuse,
-        rotate_stream=options.rotate_stream,
-        rotate_values=options.rotate_values,
         calibration={
             "source": source,
             "rows": len(tokens),
@@ -287,23 +257,17 @@ def job_of(
         },
         environment=environment(),
         fits=None if about is None else about["sha256"],
-        refine=options.refine,
+        **{name: getattr(options, name) for name in SAME},
     )
 
 
 def _by_site(options: QuantizeOptions, side: tuple[str, ...]) -> dict[str, str]:
-    """The full name of each site's format; later options go over earlier ones.
-
-    Args:
-      side: `NAME` or `SITE=NAME` of weights or activations alone, over those of --formats.
-    """
+    """The full name of each site's format; `side`, of one side alone, goes over --formats."""
     formats = dict.fromkeys(SITES, "mxfp4")
     for given in (*options.formats, *side):
         site, equals, name = given.rpartition("=")
         formats |= dict.fromkeys([known("site", site, SITES)] if equals else SITES, name)
-    return {
-        site: format_name(under_rule(name, options.scale_rule)) for site, name in formats.items()
-    }
+    return {s: format_name(under_rule(name, options.scale_rule)) for s, name in formats.items()}
 
 
 def run(options: QuantizeOptions) -> int:

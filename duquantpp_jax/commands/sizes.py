@@ -10,8 +10,9 @@ layers) and KiB of all layers. report.json has every linear.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.table import Table
+
+from duquantpp_jax.lab.table import empty
 
 MIB = 2**20
 
@@ -24,12 +25,10 @@ def table(linears: Sequence[Mapping[str, Any]]) -> Table:
     measured, online = (
         all(name in linear for linear in linears) for name in ("sqnr_db", "online_bytes")
     )
-    shown = Table(box=box.SIMPLE_HEAD)
-    headings = ["linear", "of them", "MiB"]
+    headings = ["of them", "MiB"]
     headings += ["SQNR dB", "worst", "weight error", "worst", "in"] if measured else []
     headings += ["online", "KiB"] if online else []
-    for heading in headings:
-        shown.add_column(heading, justify="left" if heading == "linear" else "right")
+    shown = empty("linear", right=headings, wrap=True)
     for kind, rows in kinds.items():
         cells = [kind, f"{len(rows)}", f"{sum(row['bytes'] for row in rows) / MIB:.2f}"]
         if measured:

@@ -71,12 +71,10 @@ def clusters(documents: Integer[np.ndarray, " rows"]) -> tuple[str, Integer[np.n
 def estimate(
     values: BySeed, cluster: Integer[np.ndarray, " rows"], base: BySeed | None = None
 ) -> Estimate:
-    """The mean of values, or of their paired difference to the values of a comparator.
+    """The mean of values, or of their paired difference to those of a comparator, `base`.
 
     Args:
-      values: A single seed has no variance of seeds.
       cluster: The cluster of each row.
-      base: The comparator, on the same rows.
 
     Raises:
       ValueError: No seed, or another number of rows than in `cluster`.
@@ -89,11 +87,8 @@ def estimate(
             sides.append(-_stacked(base, cluster))
     rows = np.sum([side.mean(axis=0) for side in sides], axis=0)
     mean, count = float(rows.mean()), len(np.unique(cluster))
-    seeds = [
-        (np.var(side.mean(axis=1), ddof=1) / len(side), len(side) - 1)  # V_seed
-        for side in sides
-        if len(side) > 1
-    ]
+    several = [side for side in sides if len(side) > 1]
+    seeds = [(np.var(s.mean(axis=1), ddof=1) / len(s), len(s) - 1) for s in several]  # V_seed
     sources = "text and seeds" if seeds else "text"
     if count < 2:
         return Estimate(mean, None, None, sources)

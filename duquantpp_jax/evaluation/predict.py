@@ -40,13 +40,7 @@ ROWS = PartitionSpec("rows")
 
 @struct.dataclass
 class Predictor:
-    """A model that predicts with `model(tokens, linear, state, store=store)`.
-
-    Attributes:
-      linear: Computes the linears.
-      state: Argument of `linear` at each site.
-      store: How keys and values are stored; None stores them unchanged.
-    """
+    """A model that predicts with `model(tokens, linear, state, store=store)`."""
 
     model: Decoder
     linear: Linear = struct.field(pytree_node=False, default=dense)
@@ -69,12 +63,9 @@ def kl_divergence(
 
 
 class RowSums(NamedTuple):
-    """Sums over the targets of each row, of a model compared with a reference.
+    """Sums over the targets of each row, of a model compared with a reference; in nats.
 
     Attributes:
-      nll: -log q_target, in nats.
-      reference_nll: -log p_target, in nats.
-      kl: KL(reference || model), in nats.
       agreement: Number of targets at which both put the same token first.
     """
 

@@ -33,13 +33,7 @@ TARGETS = 511
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """How a text becomes rows.
-
-    Attributes:
-      stream: Whether the text is a stream; else it is documents.
-      window: Ids of text in a row.
-      bos: Whether a row begins with the beginning-of-sequence token.
-    """
+    """How a text becomes rows: as a stream or as documents, ids of text in a row, and a BOS."""
 
     stream: bool
     window: int
@@ -70,11 +64,7 @@ class Rows(NamedTuple):
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a UTF-8 file.
-
-    Raises:
-      ValueError: The file cannot be read or is not UTF-8.
-    """
+    """The text of a UTF-8 file; raises ValueError if it cannot be read or is not UTF-8."""
     try:
         return Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -89,11 +79,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 def rows_of_text(
     text: str, tokenizer: Tokenizer, bos: int | None, protocol: Protocol = PROTOCOLS["documents"]
 ) -> Rows:
-    """All whole rows of a text.
-
-    Args:
-      bos: The beginning-of-sequence token, if the protocol has one.
-    """
+    """All whole rows of a text; `bos` is the beginning-of-sequence token."""
     window, texts = protocol.window, [text] if protocol.stream else text.split(SEPARATOR)
     encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
     documents = [np.asarray(encoding.ids, np.int32) for encoding in encoded]

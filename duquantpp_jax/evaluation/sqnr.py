@@ -17,12 +17,7 @@ from duquantpp_jax.models import dense
 def linear_sqnr(
     predictor: Predictor, tokens: Integer[np.ndarray, "rows length"]
 ) -> dict[str, Float[np.ma.MaskedArray, "layers linears"]]:
-    """SQNR in dB of every linear, by site.
-
-    Args:
-      predictor: The float model, with the quantized linear and its state.
-      tokens: All but the last of a row are inputs.
-    """
+    """SQNR in dB of every linear, by site; all tokens of a row but the last are inputs."""
     energies = _energies(predictor, jnp.asarray(tokens)).items()
     return {site: decibels(*map(np.asarray, energy)) for site, energy in energies}
 

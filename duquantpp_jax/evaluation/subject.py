@@ -38,7 +38,6 @@ def load_rows(
 
     Args:
       targets: Cut down to whole rows.
-      use: Which embedded rows.
 
     Raises:
       ValueError: The text cannot be read or is too short.
@@ -55,7 +54,6 @@ def text_rows(directory: Path, config: DecoderConfig, text: Path, targets: int) 
     """The first rows of a text by the protocol of `compare`.
 
     Args:
-      directory: A float or a quantized model, with its tokenizer.
       targets: Cut down to whole rows.
 
     Raises:

@@ -9,7 +9,7 @@ alone share compiled code, too.
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,23 +35,6 @@ from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder
 
 CACHE_BYTES = 2 << 30
 """Default bound on the log-probabilities that each device keeps."""
-
-
-def quantize(
-    plan: Plan,
-    model: Decoder,
-    rows: Integer[np.ndarray, "rows length"],
-    stats: Mapping[str, Stats],
-    fits: Mapping[str, Fitted],
-) -> Predictor:
-    """Moves and rounds every site, as `duquantpp quantize` does.
-
-    Args:
-      rows: Inputs of the calibration.
-      stats: Of these inputs, stacked over layers.
-    """
-    plan = dataclasses.replace(plan, fits=fits)
-    return Predictor(*quantize_decoder(plan, model, rows, stats=stats))
 
 
 class Found(NamedTuple):
@@ -114,7 +97,8 @@ class Bench:
         predictor, fit_seconds, sqnr, online = Predictor(start), 0.0, None, None
         if plan:
             fits, fit_seconds, calibration, stats = self._fit(cell, plan, start)
-            predictor = quantize(plan, start, calibration, stats, fits)
+            given = dataclasses.replace(plan, fits=fits)
+            predictor = Predictor(*quantize_decoder(given, start, calibration, stats=stats))
             if cell.refine:
                 state = refine(plan, start, predictor.state, calibration, cell.refine)
                 predictor = dataclasses.replace(predictor, state=state)
@@ -124,24 +108,16 @@ class Bench:
         sums = reference.row_sums(predictor)
         if not np.isfinite([np.sum(sums.kl), np.sum(sums.nll), sqnr or 0.0]).all():
             raise ValueError(f"{cell.labels()} gave NaN or Inf: no result is reported")
-        return Found(
-            kl=sums.kl.astype(np.float32),
-            nll=sums.nll.astype(np.float32),
-            float_nll=sums.reference_nll.astype(np.float32),
-            agreement=sums.agreement.astype(np.float32),
-            documents=rows.documents,
-            sqnr=sqnr,
-            online=online,
-            seconds={"fit": fit_seconds, "total": time.perf_counter() - began},
-        )
+        measured = (sums.kl, sums.nll, sums.reference_nll, sums.agreement)
+        kl, nll, float_nll, agreement = (found.astype(np.float32) for found in measured)
+        seconds = {"fit": fit_seconds, "total": time.perf_counter() - began}
+        return Found(kl, nll, float_nll, agreement, rows.documents, sqnr, online, seconds)
 
     def fitted(self, cell: Cell) -> tuple[dict[str, Fitted], dict[str, Stats]]:
         """The fits of the cell at every site, and the Stats that they were made from.
 
-        They are kept, so that a call after `run` of the same cell costs nothing.
-
-        Raises:
-          ValueError: The cell's linears stay in float.
+        A call after `run` of the same cell costs nothing. A cell without quantized linears raises
+        ValueError.
         """
         start, plan = self._start(cell)
         if plan is None:
@@ -218,11 +194,7 @@ def _model(cell: Cell) -> Decoder:
 
 
 def _calibration(cell: Cell) -> Integer[np.ndarray, "rows length"]:
-    """Inputs to calibrate on: whole rows, or the start of one.
-
-    Raises:
-      ValueError: The number is neither.
-    """
+    """Inputs to calibrate on: whole rows, or the start of one."""
     wanted = cell.calibration_tokens
     if wanted < 1 or (wanted > TARGETS and wanted % TARGETS):
         raise ValueError(

@@ -89,11 +89,7 @@ class Cell:
     refine: int = 0
 
     def method(self) -> Recipe | None:
-        """The recipe that this cell measures; None if linears stay in float.
-
-        Raises:
-          ValueError: A name is unknown; says the nearest known one.
-        """
+        """The recipe that this cell measures; None if linears stay in float."""
         if self.format == FLOAT and self.weight_format is self.activation_format is None:
             return None
         return recipe(
@@ -113,24 +109,17 @@ class Cell:
         weight, activation = (
             format_name(side) if isinstance(side, Format) else side or self.format for side in sides
         )
-        if weight == activation:
-            return weight
-        return f"{weight} weights, {activation} activations"
+        return weight if weight == activation else f"{weight} weights, {activation} activations"
 
     @property
     def draws(self) -> bool:
         """Whether random numbers are drawn, so that the result depends on the seed."""
         method = self.method()
-        own = method is not None and (method.draws or self.refine > 0)
-        return own or self.turn.draws
+        return self.turn.draws or (method is not None and (method.draws or self.refine > 0))
 
     @property
     def turn(self) -> stream.Turn:
-        """The rotations of the model; their seed is 0 if none is random.
-
-        Raises:
-          ValueError: The cell has both rotations and a change of the model.
-        """
+        """The rotations of the model; their seed is 0 if none is random."""
         turn = stream.Turn(self.rotate_stream, self.rotate_values)
         if turn != stream.Turn() and self.change is not None:
             raise ValueError("rotations turn a model as it is stored: give no change with them")

@@ -34,8 +34,7 @@ def claim(directory: Path, name: str) -> Iterator[bool]:
     Args:
       directory: Holds the claims; its file system must have hard links.
     """
-    path = _acquire(directory, name)
-    if path is None:
+    if (path := _acquire(directory, name)) is None:
         yield False
         return
     done = threading.Event()

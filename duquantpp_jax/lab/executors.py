@@ -83,14 +83,7 @@ class Processes:
 
 
 def gpus(devices: int | None = None) -> Processes:
-    """One worker for each NVIDIA GPU that this process may see.
-
-    Args:
-      devices: How many at most.
-
-    Raises:
-      ValueError: There is none.
-    """
+    """One worker for each NVIDIA GPU that this process may see, for `devices` at most."""
     visible = os.environ.get(VISIBLE)
     if visible is None:
         names = [str(i) for i, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
@@ -98,8 +91,7 @@ def gpus(devices: int | None = None) -> Processes:
         names = [name for name in visible.split(",") if name]
     if not names:
         raise ValueError("no NVIDIA GPU is visible: choose --executor processes")
-    names = names[:devices]
-    return Processes(len(names), tuple(names))
+    return Processes(len(names[:devices]), tuple(names[:devices]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +120,8 @@ class Slurm:
         try:
             import submitit
         except ImportError:
-            raise ValueError(
-                "--executor slurm needs submitit: pip install 'duquantpp_jax[slurm]'"
-            ) from None
+            needs = "--executor slurm needs submitit: pip install 'duquantpp_jax[slurm]'"
+            raise ValueError(needs) from None
         executor = submitit.AutoExecutor(folder=out / ".slurm", cluster=self.cluster)
         executor.update_parameters(**{"timeout_min": 24 * 60} | dict(self.parameters))
         arguments = cells, out.resolve(), cache_bytes
@@ -168,6 +159,5 @@ def _share_of_cores(number: int, workers: int) -> list[int]:
 
 
 def _check_all_recorded(cells: list[Cell], out: Path, why: str) -> None:
-    left = sum(not records.is_recorded(out, cell) for cell in cells)
-    if left:
+    if left := sum(not records.is_recorded(out, cell) for cell in cells):
         raise ValueError(f"{why}: {left} cells are left, run again to go on")

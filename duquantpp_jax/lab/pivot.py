@@ -4,7 +4,8 @@ Every cell evaluates the same rows of text, so differences are taken row by row,
 baseline in the same column. Cells that differ in the seed alone are one entry, with their mean,
 least and largest value. The 95 % interval of a difference is over text, clustered by document, and
 over seeds (evaluation/intervals.py). A star marks a difference that is significant at 5 % after
-Holm's correction over all differences of the table.
+Holm's correction over all differences of the table; one seed of a method that draws random numbers
+gets none, as its interval is over text alone.
 
 A pivot is plain JSON, small enough to commit (docs/results.md explains its fields). lab/table.py
 prints it.
@@ -62,7 +63,7 @@ def pivots(outcome: Outcome, layout: Layout) -> list[Pivot]:
     Raises:
       ValueError: Two cells have the same place and seed, or no row has the baseline's name.
     """
-    subjects: dict[tuple[Any, ...], list[Cell]] = {}
+    subjects: dict[Any, list[Cell]] = {}
     for cell in [*outcome.records, *outcome.errors]:
         subjects.setdefault((cell.model, cell.text, cell.tokens), []).append(cell)
     return [_pivot(cells, outcome, layout) for cells in subjects.values()]
@@ -79,11 +80,10 @@ def _pivot(cells: list[Cell], outcome: Outcome, layout: Layout) -> Pivot:
                 "give ROWS or COLUMNS that tell them apart"
             )
         there[cell.seed] = cell
-    rows, columns = (list(dict.fromkeys(place[i] for place in places)) for i in (0, 1))
-    if layout.baseline is not None and layout.baseline not in rows:
+    rows, columns = (list(dict.fromkeys(names)) for names in zip(*places, strict=True))
+    if (baseline := layout.baseline) is not None and baseline not in rows:
         raise ValueError(
-            f"the baseline {layout.baseline} is no row of the table: choose one of "
-            f"{', '.join(rows)}"
+            f"the baseline {baseline} is no row of the table: choose one of {', '.join(rows)}"
         )
     measured = {
         place: records
@@ -111,8 +111,8 @@ def _pivot(cells: list[Cell], outcome: Outcome, layout: Layout) -> Pivot:
         "corrected_over": "table",
         "entries": entries,
         "failed": [
-            {"row": place[0], "column": place[1], "seed": seed, "error": outcome.errors[cell]}
-            for place, there in places.items()
+            {"row": row, "column": column, "seed": seed, "error": outcome.errors[cell]}
+            for (row, column), there in places.items()
             for seed, cell in there.items()
             if cell in outcome.errors
         ],
@@ -185,20 +185,15 @@ def _estimate(measure: str, records: list[Record], base: list[Record] | None = N
 def _by_seed(measure: str, records: list[Record]) -> dict[int, Float[np.ndarray, " rows"]]:
     """The measure of each seed on each row of text, in nats per token."""
 
-    def sums(rows: dict[str, Any]) -> Float[np.ndarray, " rows"]:
-        return (
-            np.asarray(rows["kl"])
-            if measure == "kl"
-            else np.subtract(rows["nll"], rows["float_nll"])
-        )
-
-    return {record["cell"]["seed"]: sums(record["rows"]) / TARGETS for record in records}
+    found = {}
+    for record in records:
+        rows = record["rows"]
+        sums = rows["kl"] if measure == "kl" else np.subtract(rows["nll"], rows["float_nll"])
+        found[record["cell"]["seed"]] = np.asarray(sums) / TARGETS
+    return found
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:
     """The values without repetitions, in order. They need not be hashable."""
-    found: list[Any] = []
-    for value in values:
-        if value not in found:
-            found.append(value)
-    return found
+    found = list(values)
+    return [value for i, value in enumerate(found) if value not in found[:i]]

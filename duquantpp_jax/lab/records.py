@@ -34,11 +34,7 @@ def is_recorded(out: Path, cell: Cell) -> bool:
 
 
 def read(out: Path, cell: Cell, *, failed: bool = False) -> Record | None:
-    """The record of a finished cell, or of a failed one; None if there is none.
-
-    Raises:
-      ValueError: The file is not one that `write` wrote.
-    """
+    """The record of a finished cell, or of a failed one; None if there is none."""
     path = path_of(out, cell, failed=failed)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -53,10 +49,9 @@ def record_of(cell: Cell, found: Found) -> Record:
 
     Sums over rows are written with the fewest digits that read back as the same float32.
     """
-    sums = (found.kl, found.nll, found.float_nll, found.agreement)
-    kl, nll, float_nll, agreement = (
-        float(np.mean(np.asarray(rows, np.float64) / TARGETS)) for rows in sums
-    )
+    sums = {name: getattr(found, name) for name in ("kl", "nll", "float_nll", "agreement")}
+    means = (float(np.mean(rows.astype(np.float64) / TARGETS)) for rows in sums.values())
+    kl, nll, float_nll, agreement = means
     return _about(cell) | {
         "metrics": {
             "kl": kl,
@@ -71,10 +66,7 @@ def record_of(cell: Cell, found: Found) -> Record:
         **({} if found.online is None else {"online": found.online}),
         "rows": {
             "document": found.documents.tolist(),
-            "kl": _digits(found.kl),
-            "nll": _digits(found.nll),
-            "float_nll": _digits(found.float_nll),
-            "agreement": _digits(found.agreement),
+            **{name: [float(str(value)) for value in rows] for name, rows in sums.items()},
         },
         "environment": environment(),
         "seconds": {name: round(value, 3) for name, value in found.seconds.items()},
@@ -100,17 +92,9 @@ def _about(cell: Cell) -> Record:
     texts = {"text": cell.text, "calibration_text": cell.calibration_text}
     return {
         "schema": SCHEMA,
-        "cell": {
-            "recipe": cell.recipe,
-            "format": cell.format_label,
-            "seed": cell.seed,
-            "draws": cell.draws,
-        },
+        "cell": {"recipe": cell.recipe, "format": cell.format_label}
+        | {"seed": cell.seed, "draws": cell.draws},
         "configuration": cell.configuration(),
         "subject": {"model": model_name(cell.model)}
         | {name: path.name if path else "tokens.npz" for name, path in texts.items()},
     }
-
-
-def _digits(sums: np.ndarray) -> list[float]:
-    return [float(str(value)) for value in sums]

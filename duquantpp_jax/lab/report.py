@@ -40,9 +40,7 @@ def page(name: str, about: str, pivots: list[Pivot], outcome: Outcome) -> str:
     """The HTML of the page.
 
     Args:
-      name: Name of the grid.
       about: The question of the grid, from the docstring of its file.
-      pivots: The tables.
       outcome: Gives the configuration of every finished cell.
     """
     configurations = [
@@ -98,13 +96,11 @@ def _cells(pivot: Pivot, entry: Entry) -> list[tuple[str, float | None, str]]:
 
 def _row(pivot: Pivot, entry: Entry) -> str:
     mark = " class=baseline" if entry["row"] == pivot["baseline"] else ""
-    cells = [
-        f"<td>{_text(text)}</td>"
-        if number is None
-        else f'<td data-value="{number}">{_text(text)}</td>'
-        for _, number, text in _cells(pivot, entry)
-    ]
-    return f"<tr{mark}>{''.join(cells)}</tr>"
+    cells = ""
+    for _, number, text in _cells(pivot, entry):
+        value = "" if number is None else f' data-value="{number}"'
+        cells += f"<td{value}>{_text(text)}</td>"
+    return f"<tr{mark}>{cells}</tr>"
 
 
 def _figure(pivot: Pivot) -> str:

@@ -54,8 +54,7 @@ def run(
       cells: The grid; cells of one configuration count once.
       out: Directory of records; grids and simultaneous runs may share it.
       executor: Where the work is done; None is this process.
-      cache_bytes: Bound on the float model's log-probabilities that each process keeps on its
-        device.
+      cache_bytes: Bound on the log-probabilities that each process keeps.
 
     Raises:
       ValueError: A cell's configuration is wrong (nothing has run then), or processes died.
@@ -66,16 +65,15 @@ def run(
         records.path_of(out, cell, failed=True).unlink(missing_ok=True)
 
     def tick() -> None:
-        names = {path.name for path in out.iterdir()}
+        paths = set(out.iterdir())
         done, failed = (
-            sum(records.path_of(out, cell, failed=failed).name in names for cell in grid)
+            sum(records.path_of(out, cell, failed=failed) in paths for cell in grid)
             for failed in (False, True)
         )
         progress(done, failed, len(grid))
 
     tick()
-    left = [cell for cell in grid if not records.path_of(out, cell).exists()]
-    if left:
+    if left := [cell for cell in grid if not records.path_of(out, cell).exists()]:
         (executor or work)(order(left), out, cache_bytes, tick)
     claims.forget(out / CLAIMS, {cell.digest for cell in grid if records.is_recorded(out, cell)})
     return outcome(grid, out)
@@ -105,7 +103,6 @@ def work(
     """Measures cells until all have a record; waits for those that other processes hold.
 
     Args:
-      cells: In an order in which neighbours share work.
       tick: Called after each cell.
       first: Index of the cell to begin with.
       wanted: Called before each cell; the work stops when it returns False.
@@ -124,8 +121,7 @@ def work(
                 if ours and not records.is_recorded(out, cell):
                     _measure(bench, cell, out)
                     tick()
-        left = [cell for cell in left if not records.is_recorded(out, cell)]
-        if left:
+        if left := [cell for cell in left if not records.is_recorded(out, cell)]:
             time.sleep(WAIT_SECONDS)
 
 

@@ -1,11 +1,21 @@
 """Pivots as text: tables for a terminal and in Markdown, their legend, and who is ahead."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rich import box
 from rich.table import Table
 
 from duquantpp_jax.lab.pivot import COMPARED, Entry, Pivot, distinct
+
+
+def empty(*left: str, right: Iterable[str], wrap: bool = False) -> Table:
+    """A table for a terminal without rows; its columns are aligned to the left or to the right."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in left:
+        table.add_column(heading, no_wrap=True)
+    for heading in right:
+        table.add_column(heading, justify="right", no_wrap=not wrap)
+    return table
 
 
 def title(pivot: Pivot) -> str:
@@ -20,8 +30,9 @@ def title(pivot: Pivot) -> str:
 
 def legend(pivot: Pivot) -> str:
     """How to read a table, in one line; says where its cells ran in different environments."""
-    said = "KL(float || quantized) and excess NLL in nats per token, "
-    said += "mean over seeds (least-largest)"
+    said = (
+        "KL(float || quantized) and excess NLL in nats per token, mean over seeds (least-largest)"
+    )
     if pivot["entries"] and pivot["baseline"] is not None:
         unit, count = pivot["clusters"]["unit"], pivot["clusters"]["count"]
         sources = {e["difference"]["interval"] for e in pivot["entries"] if e["difference"]}
@@ -36,8 +47,8 @@ def legend(pivot: Pivot) -> str:
         names = distinct(name for environment in environments for name in environment)
         values = {name: distinct(str(e.get(name, "?")) for e in environments) for name in names}
         differ = [f"{name} {' | '.join(found)}" for name, found in values.items() if len(found) > 1]
-        said += f"; cells were measured on {len(environments)} kinds of machines: "
-        said += ", ".join(differ)
+        kinds = f"{len(environments)} kinds of machines"
+        said += f"; cells were measured on {kinds}: {', '.join(differ)}"
     return said
 
 
@@ -46,11 +57,19 @@ def value(entry: Entry, measure: str = "kl") -> str:
     mean, spread = entry[measure]["value"], entry[measure].get("range")
     if len(entry["seeds"]) > 1 and spread:
         return f"{mean:.4f} ({spread[0]:.4f}-{spread[1]:.4f})"
-    return f"{mean:.4f}" + (" (1 seed)" if entry["draws"] and len(entry["seeds"]) == 1 else "")
+    return f"{mean:.4f}{' (1 seed)' if _drawn_once(entry) else ''}"
+
+
+def _drawn_once(entry: Entry) -> bool:
+    """Whether random numbers were drawn with one seed, so that an interval is over text alone."""
+    return entry["draws"] and len(entry["seeds"]) == 1
 
 
 def difference(entry: Entry, measure: str = "kl") -> str:
-    """The paired difference of an entry with half its interval and its star; empty without one."""
+    """The paired difference of an entry with half its interval; empty without one.
+
+    A star says that it is significant; one seed of a recipe that draws random numbers gets none.
+    """
     found = (entry["difference"] or {}).get(measure)
     if found is None:
         return ""
@@ -58,15 +77,11 @@ def difference(entry: Entry, measure: str = "kl") -> str:
     if found["ci95"] is not None:
         low, high = found["ci95"]
         said += f" ± {(high - low) / 2:.4f}"
-    return said + ("*" if found["significant"] else "")
+    return said + ("*" if found["significant"] and not _drawn_once(entry) else "")
 
 
 def line(entry: Entry, beside: str) -> list[tuple[str, float | None, str]]:
-    """Heading, number and text of each measure of an entry.
-
-    Args:
-      beside: Heading of differences.
-    """
+    """Heading, number and text of each measure of an entry; differences stand under `beside`."""
     cells: list[tuple[str, float | None, str]] = []
     for measure, heading in COMPARED.items():
         found = (entry["difference"] or {}).get(measure, {})
@@ -79,10 +94,7 @@ def line(entry: Entry, beside: str) -> list[tuple[str, float | None, str]]:
 
 
 def fit_seconds(pivot: Pivot, row: str) -> str:
-    """Seconds of the row's fastest fit; empty where no entry has them.
-
-    They include compiling if all cells of the row share one fit.
-    """
+    """Seconds of the row's fastest fit, or empty; with compiling if all cells share one fit."""
     seconds = [e["fit_seconds"] for e in pivot["entries"] if e["row"] == row and "fit_seconds" in e]
     return f"{min(seconds):.1f}" if seconds else ""
 
@@ -108,10 +120,7 @@ def _rows(pivot: Pivot, measure: str) -> Iterator[tuple[str, list[tuple[str, str
 
 def terminal(pivot: Pivot, measure: str = "kl") -> Table:
     """A table of one measure for a terminal, with differences below values."""
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column(COMPARED[measure], no_wrap=True)
-    for column in pivot["columns"]:
-        table.add_column(column, justify="right", no_wrap=True)
+    table = empty(COMPARED[measure], right=pivot["columns"])
     for row, pairs in _rows(pivot, measure):
         table.add_row(row, *("\n".join(pair).strip() for pair in pairs))
     return table
@@ -120,13 +129,10 @@ def terminal(pivot: Pivot, measure: str = "kl") -> Table:
 def markdown(pivot: Pivot, measure: str = "kl") -> str:
     """A Markdown table of one measure, with differences beside values, and `fit_seconds` last where
     the pivot has them."""
-    heads = [head for c in pivot["columns"] for head in (c, f"- {pivot['baseline']}")]
     timed = any("fit_seconds" in entry for entry in pivot["entries"])
+    heads = [head for c in pivot["columns"] for head in (c, f"- {pivot['baseline']}")]
     heads += ["fit, s"] * timed
-    lines = [
-        f"| {COMPARED[measure]} | " + " | ".join(heads) + " |",
-        "| --- |" + " ---: |" * len(heads),
-    ]
+    lines = [f"| {' | '.join((COMPARED[measure], *heads))} |", "| --- |" + " ---: |" * len(heads)]
     for row, pairs in _rows(pivot, measure):
         cells = [text for pair in pairs for text in pair] + [fit_seconds(pivot, row)] * timed
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
@@ -180,6 +186,6 @@ def _doubt(entry: Entry) -> str:
     """Why the difference of an entry is no evidence; empty if it is."""
     if not entry["difference"]["kl"]["significant"]:
         return ", not significant among all differences shown"
-    if entry["draws"] and len(entry["seeds"]) == 1:
+    if _drawn_once(entry):
         return " over text alone: one seed of a recipe that draws random numbers, give several"
     return ""

@@ -154,11 +154,14 @@ def test_markdown_shows_the_spread_the_difference_its_star_and_the_fastest_fit(o
     assert "fit, s" not in table.markdown(pivot)
 
 
-def test_a_recipe_that_draws_and_has_one_seed_says_so(outcome):
+def test_a_recipe_that_draws_and_has_one_seed_says_so_and_gets_no_star(outcome):
+    assert table.difference(_entries(pivots(outcome, LAYOUT)[0])["ahead", "floor"]).endswith("*")
     del outcome.records[Cell("ahead", "floor", seed=1)]
     entries = _entries(pivots(outcome, LAYOUT)[0])
     assert table.value(entries["ahead", "floor"]).endswith(" (1 seed)")
     assert "seed" not in table.value(entries["level", "floor"])
+    assert entries["ahead", "floor"]["difference"]["kl"]["significant"]
+    assert not table.difference(entries["ahead", "floor"]).endswith("*")
 
 
 def test_cells_that_were_measured_on_different_machines_are_not_tabled_without_a_word(outcome):

@@ -14,12 +14,11 @@ from duquantpp_jax.core import MXArray, Needs
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.lab.bench import Bench
-from duquantpp_jax.lab.bench import quantize as quantize_in_memory
 from duquantpp_jax.lab.cells import Cell
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.plan import Plan
-from duquantpp_jax.ptq.walk import fit_decoder
+from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder
 
 ROWS = 2
 TURNED = {"rotate_stream": "random_hadamard", "rotate_values": "random_orthogonal", "fuse": True}
@@ -80,7 +79,8 @@ def test_a_cell_measures_what_quantize_writes(
     fits, seen = bench.fitted(cell)
     start = Checkpoint(testbed.directory(), cell.turn).decoder() if more else model
     plan = Plan.of(start.config, cell.method(), seed=3, fuse=cell.fuse)
-    predictor = quantize_in_memory(plan, start, rows, seen if more else stats, fits)
+    plan = dataclasses.replace(plan, fits=fits)
+    predictor = Predictor(*quantize_decoder(plan, start, rows, stats=seen if more else stats))
     for site in SITES:
         for a, b in zip(written[site].weights, predictor.state[site].weights, strict=True):
             assert isinstance(a, MXArray)
