@@ -161,13 +161,8 @@ def times_power_of_two(
 ) -> Float32[Array, "*shape"]:
     """x * 2^exponent in integer arithmetic, as CPUs and GPUs flush subnormals in float arithmetic.
 
-    Args:
-      x: Normal numbers, zeros, Inf or NaN.
-      exponent: Of magnitude below 2^30.
-
-    Returns:
-      The exact product, or Inf where it is too large. A subnormal product loses the bits below
-      2^-149; the product of an MX element and its scale has none there.
+    x is no subnormal, and |exponent| < 2^30. The product is exact, or Inf where it is too large. A
+    subnormal one loses the bits below 2^-149; that of an MX element and its scale has none there.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     field = (bits >> 23) & 0xFF

@@ -38,9 +38,8 @@ class Fitted:
         """This fit followed by another, made for the weights and the input as this one moved them.
 
         Transforms chain. Weights of the later fit replace those of the earlier: they are moved
-        back by the earlier transform, for `weights` are those before any transform.
-
-        Both are of one layer, not stacked.
+        back by the earlier transform, for `weights` are those before any transform. Both fits are
+        of one layer, not stacked.
 
         Raises:
           ValueError: This fit holds a clip or a scale offset, which belong to blocks of channels,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -110,12 +111,12 @@ class Stats:
         tokens = x.reshape(-1, x.shape[-1])
         index = first + jnp.arange(tokens.shape[0])
         slot = jnp.where(index % self.stride == 0, index // self.stride, self.sample.shape[0])
+        product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
         gram, position_sum, cross = self.gram, self.position_sum, self.cross
         if gram is not None:
-            gram = gram + jnp.matmul(tokens.T, tokens, precision=jax.lax.Precision.HIGHEST)
+            gram = gram + product(tokens.T, tokens)
         if cross is not None and exact is not None:
-            beside = exact.reshape(tokens.shape)
-            cross = cross + jnp.matmul(beside.T, tokens, precision=jax.lax.Precision.HIGHEST)
+            cross = cross + product(exact.reshape(tokens.shape).T, tokens)
         if position_sum is not None:
             position_sum = position_sum + jnp.sum(x, axis=0)
         return dataclasses.replace(

@@ -86,7 +86,6 @@ def learn_blocks(
         starts from; asked for one at a time.
       formats: As of `Divergence`.
       rows, held_out: Embedded tokens, to learn from and to choose by.
-      key: For the order of the batches.
       checkpoint: A directory, with a file for each block as of `training.train`.
       options: Others of `training.train`; steps are those of each block.
     """
@@ -112,8 +111,7 @@ def learn_blocks(
 
 
 def stack_blocks(learned: Sequence[tuple[dict[str, Fitted], Trained]]) -> LearnResult:
-    """What `learn_blocks` gave: fits stacked over layers, losses as means over blocks, check by
-    check."""
+    """What `learn_blocks` gave: fits stacked over layers, losses as means over blocks."""
     fits = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(fitted for fitted, _ in learned))
     found = [trained for _, trained in learned]
     checks = np.mean([trained.history for trained in found], axis=0)

@@ -92,7 +92,6 @@ def learn_model(
     Args:
       start, formats, dtype: As of `Divergence`.
       rows, held_out: Token ids to learn from, and to choose by; never test text.
-      key: For the order of the batches.
       options: Of `training.train`; `at_rates` gives an optimiser with a rate for each part.
     """
     objective = Divergence(model, dict(start), moves, formats, dtype=dtype)

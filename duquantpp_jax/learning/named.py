@@ -122,11 +122,9 @@ def learn(
 
     Args:
       checkpoint: The float model, read a layer at a time unless learning goes through all of it.
-      recipe: For its formats.
       rows: Token ids to learn from; the last of each row is a target and not an input.
       held_out: Token ids to choose by. A site holds out a part of its sample instead.
       place: A directory for progress: a run that was killed goes on from there to the same bits.
-      report: Called at every check.
 
     Returns:
       Fits, and losses: in nats where learned through the model, as means over blocks where block by
@@ -138,16 +136,14 @@ def learn(
     """
     how.check()
     place.mkdir(parents=True, exist_ok=True)
-    moves = moves_named(how.moves)
-    formats = (recipe.activation_format, recipe.weight_format)
+    moves, formats = moves_named(how.moves), (recipe.activation_format, recipe.weight_format)
     calibration = rows[:CALIBRATION_ROWS, :-1]
     layers, count = checkpoint.config.num_hidden_layers, how.steps
     if how.through == "site":
         fits = _learn_sites(how, checkpoint, recipe, calibration, place, report)
         return LearnResult(fits, 0.0, [])
     plan = _plan(checkpoint.config, dataclasses.replace(recipe, fit=find_fit(how.start)), how.seed)
-    size = max(format.block_size for format in formats)
-    starts = _starts(plan, checkpoint, calibration, size)
+    starts = _starts(plan, checkpoint, calibration, max(format.block_size for format in formats))
     key = jax.random.fold_in(jax.random.key(how.seed), 1)
     settings: dict[str, Any] = {
         "steps": count,
@@ -196,8 +192,7 @@ def _fits(
         parameters = checkpoint.layer(number)
         what = plan.widths(number), plan.fit_needs(number)
         stats = calibrate_layer(plan.config, number, parameters, hidden, *what, after=hidden)
-        fits = finished(number)
-        yield parameters, fits or fit_layer(plan, number, parameters, stats)
+        yield parameters, finished(number) or fit_layer(plan, number, parameters, stats)
 
 
 def _starts(

@@ -74,8 +74,7 @@ def _backward(format: Format, through_amax: bool, kept, g: Array):
 
 def _summed(along: Array, like: Array) -> Array:
     """Summed over all that share a number of `like`."""
-    axes = tuple(range(along.ndim - like.ndim))
-    summed = jnp.sum(along, axis=axes, dtype=like.dtype)
+    summed = jnp.sum(along, axis=tuple(range(along.ndim - like.ndim)), dtype=like.dtype)
     alone = tuple(axis for axis, size in enumerate(like.shape) if size == 1)
     return jnp.sum(summed, axis=alone, keepdims=True)
 

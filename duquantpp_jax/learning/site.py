@@ -69,8 +69,7 @@ class SiteError(Objective):
 
 @dataclasses.dataclass(frozen=True)
 class FitLearned:
-    """A fit that minimises a loss at one site, on the token sample; its last tokens choose the best
-    step.
+    """A fit that lowers a loss at one site, on the token sample; its last tokens choose the step.
 
     Attributes:
       start: The fit that learning starts from; it must lower to matrices of one block.
@@ -79,7 +78,6 @@ class FitLearned:
       rate: Its peak; warmed up over a tenth of the steps (not at all where those are fewer than
         ten), then down a cosine to zero.
       batch_tokens: Tokens of a batch, or all that there are if those are fewer.
-      check_every: Steps between measurements of the held-out loss.
       held_out: Share of the sample that is held out.
     """
 

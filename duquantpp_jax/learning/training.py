@@ -85,7 +85,6 @@ def train(
       rows, held_out: To learn from, and to choose by; never test text.
       key: For the order of the batches.
       optimizer: Of optax, with its schedule. Compiled code is kept while it is the same object.
-      report: Called at every check.
       checkpoint: A file, written at every check; a run that finds it goes on from there. It holds
         digests of all other arguments, which must be the same.
 

@@ -118,9 +118,7 @@ def calibrate_layer(
 
     Args:
       parameters: Of the layer, in any float type.
-      hidden: Input hidden states.
       widths: Of the sites that are calibrated.
-      needs: As for `calibrate`.
       fits, formats: What moves the input of each site, and what it is rounded to.
       after: Overwritten with the layer's output; may be `hidden` itself.
       exact: Input hidden states of the float path, where a rounding needs its inputs as well:

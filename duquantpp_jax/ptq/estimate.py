@@ -26,12 +26,8 @@ RUNTIME = 2**29
 
 
 def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
-    """Bytes of every linear, and roughly the memory and the seconds that the job takes.
-
-    Args:
-      plan: What would be done.
-      rows, length: Of the calibration set.
-    """
+    """Bytes of every linear, and roughly the memory and the seconds that the job takes, for a
+    calibration set of rows x length tokens."""
     shapes, config = linear_shapes(plan.config), plan.config
     linears, flops, stats_bytes, largest = [], 0.0, 0.0, 0
     tokens = rows * length
@@ -43,17 +39,16 @@ def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
         widths = plan.widths(number)
         layer_stats = 0.0
         for site, width in widths.items():
-            recipe = plan.recipes[site]
-            names = plan.names(site, number)
+            recipe, names = plan.recipes[site], plan.names(site, number)
             outputs = sum(shapes[name][0] for name in names)
-            for name in names:
-                linears.append(
-                    {
-                        "linear": f"model.layers.{number}.{name}",
-                        "bytes": packed_bytes(recipe.weight_format, shapes[name][0], width),
-                        "parameters": math.prod(shapes[name]),
-                    }
-                )
+            linears += [
+                {
+                    "linear": f"model.layers.{number}.{name}",
+                    "bytes": packed_bytes(recipe.weight_format, shapes[name][0], width),
+                    "parameters": math.prod(shapes[name]),
+                }
+                for name in names
+            ]
             # The transform of the site.
             linears[-1]["bytes"] += 4 * width + 8 * width * recipe.activation_format.block_size
             grams = (Needs.GRAM in recipe.needs) + _needs(plan, site)
@@ -81,8 +76,7 @@ def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
 
 def packed_bytes(format: Format, n: int, k: int) -> int:
     """Bytes of weights [n, k] as they are stored."""
-    x = jnp.zeros((n, k), jnp.float32)
-    return storage_bytes(jax.eval_shape(format.encode, x))
+    return storage_bytes(jax.eval_shape(format.encode, jnp.zeros((n, k), jnp.float32)))
 
 
 def flops_per_second() -> float:

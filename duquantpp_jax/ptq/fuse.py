@@ -42,10 +42,9 @@ Parameters = dict[str, Any]
 
 
 class Fused(NamedTuple):
-    """A layer with transforms folded in.
+    """A layer with transforms folded in; the parameters that were moved are in float32.
 
     Attributes:
-      parameters: Of the layer; those that were moved are in float32.
       fits: What is left to do online at each given site.
       folded: For each given site what its input has been moved by; Identity where by nothing.
     """
@@ -67,8 +66,6 @@ def fuse_layer(
     float function is that of the given layer, with the new fits as with the given ones.
 
     Args:
-      config: Of the model.
-      parameters: Of the layer, by name inside it.
       fits: For each site what was fitted, of this layer; sites left out stay as they are.
       linears: Of each site those that the weights of its fit belong to, by name inside the layer.
 
@@ -124,11 +121,7 @@ class Folding(NamedTuple):
 def split(config: DecoderConfig, site: str, transform: Transform, width: int) -> Folding:
     """The first links of a site's transform, as far as they fold, and the rest.
 
-    Args:
-      config: Of the model.
-      site: Whose input is moved.
-      transform: Of one layer.
-      width: Of the input before it is widened with zeros.
+    The transform is of one layer, and the width that of the input before zeros widen it.
     """
     chain = _moving_links(transform, width)
     moves: list[tuple[Channels, dict[str, Channels]]] = []
@@ -150,8 +143,7 @@ def producers(config: DecoderConfig, site: str, channels: Channels) -> dict[str,
         return None if rows is None else {_VALUE: rows}
     if channels.in_place:
         return {_UP: channels}
-    gate = Channels(channels.order, np.ones_like(channels.divisor))
-    return {_UP: channels, _GATE: gate}
+    return {_UP: channels, _GATE: Channels(channels.order, np.ones_like(channels.divisor))}
 
 
 def grouped(fitted: Fitted, config: DecoderConfig) -> Fitted:
@@ -160,10 +152,6 @@ def grouped(fitted: Fitted, config: DecoderConfig) -> Fitted:
     Each channel's scale becomes the geometric mean over those heads, so that it folds into v.
     Scales that are not all positive (random signs), and a transform whose first link is no
     smoothing, stay as they are.
-
-    Args:
-      fitted: Of attention_out, of one layer.
-      config: Of the model.
     """
     first, *others = fitted.transform.flat_links()
     kv_heads, side = config.num_key_value_heads, config.head_dim
@@ -180,12 +168,7 @@ def grouped(fitted: Fitted, config: DecoderConfig) -> Fitted:
 
 
 def online_cost(transform: Transform, width: int) -> Cost:
-    """What moving a site's input costs while the model runs.
-
-    Args:
-      transform: Of one layer, after folding.
-      width: Of the input as it is moved.
-    """
+    """What moving a site's input costs while the model runs; of one layer, after folding."""
     return _chained([link for link, _ in _moving_links(transform, width)]).cost(width)
 
 

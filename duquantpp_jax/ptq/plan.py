@@ -21,7 +21,6 @@ class Plan:
     """What is done to which linears of a model.
 
     Attributes:
-      config: Of the model.
       recipes: The method of each site.
       include: Patterns of the linears that are quantized, such as `*.mlp.*` or `model.layers.3.*`.
       exclude: Of those, the ones that are left in float.

@@ -42,11 +42,8 @@ the largest of a block saturates at 448 whenever it lies in (448, 512) times its
 
 
 def store(name: str, head_dim: int, *, rotate_keys: bool = False) -> Store:
-    """The store of a name in `FORMATS`.
-
-    Args:
-      head_dim: Channels of a head.
-      rotate_keys: Rotate queries and keys by a Hadamard matrix of side head_dim.
+    """The store of a name in `FORMATS`; `rotate_keys` rotates queries and keys by a Hadamard matrix
+    of side head_dim.
 
     Raises:
       ValueError: An unknown name, or a head that the format's blocks or the matrix do not fit.
@@ -67,12 +64,7 @@ def store(name: str, head_dim: int, *, rotate_keys: bool = False) -> Store:
 
 @dataclasses.dataclass(frozen=True)
 class HeadStore(Store):
-    """Each head of each position in one format by itself.
-
-    Attributes:
-      format: An MX format, or a float type.
-      rotate_keys: As in `store`.
-    """
+    """Each head of each position in one format by itself."""
 
     format: MX | np.dtype
     rotate_keys: bool = False

@@ -124,13 +124,7 @@ class Turn:
     def layer(
         self, config: DecoderConfig, number: int, parameters: Mapping[str, Stored]
     ) -> dict[str, Stored]:
-        """The parameters of a layer of the turned model.
-
-        Args:
-          config: Of the model.
-          number: Of the layer.
-          parameters: Of the layer, by name inside it.
-        """
+        """The parameters of a layer of the turned model, by name inside it."""
         turned = dict(parameters)
         if self.stream is self.values is None:
             return turned
@@ -156,8 +150,7 @@ class Turn:
                 for first in range(config.num_attention_heads)
             ]
             turned[_OUT] = np.concatenate(columns, axis=1)
-        types = {name: array.dtype for name, array in parameters.items()}
-        return {name: array.astype(types[name], copy=False) for name, array in turned.items()}
+        return {n: array.astype(parameters[n].dtype, copy=False) for n, array in turned.items()}
 
     def outside(self, config: DecoderConfig, w: Stored, gain: Stored | None = None) -> Stored:
         """The embedding, or the head with the gain of the last norm, of the turned model.
@@ -183,8 +176,6 @@ def _rows(parameters: dict[str, Stored], name: str, *turned_by: Rotation) -> Non
     for key in (name, f"{name}.bias"):
         if key in parameters:
             parts = np.split(parameters[key].T, len(turned_by), axis=-1)
-            moved = [
-                _columns(np.atleast_2d(part), turn)
-                for part, turn in zip(parts, turned_by, strict=True)
-            ]
+            pairs = zip(parts, turned_by, strict=True)
+            moved = [_columns(np.atleast_2d(part), turn) for part, turn in pairs]
             parameters[key] = np.concatenate(moved, axis=-1).reshape(parameters[key].T.shape).T

@@ -63,7 +63,6 @@ class QuantizedLayer(NamedTuple):
     """What the walk makes of one layer.
 
     Attributes:
-      sites: The quantized linears.
       parameters: Of the float layer, with what was folded into them.
       samples: Tokens of the input of each site that has a quantized linear.
     """
@@ -129,21 +128,18 @@ def quantize_layer(
         parameters, fits, folded = fuse_layer(plan.config, parameters, fits, linears)
         samples = {site: folded[site].activations(x) for site, x in samples.items()}
     sites: dict[str, QuantizedSite] = {}
+    quantized: dict[str, Any] = {"rounded": sites, "linear": plan.linear}
     for site in SITES:
         if both and site in widths and hidden is not None:
-            moved |= pass_over(
-                hidden, {site: widths[site]}, needs, fits=fits, formats=formats, exact=exact,
-                rounded=sites, linear=plan.linear,
-            )  # fmt: skip
+            what = {site: widths[site]}, needs
+            moved |= pass_over(hidden, *what, fits=fits, formats=formats, exact=exact, **quantized)
         sites[site] = _round_site(plan, site, number, parameters, fits.get(site), moved.get(site))
         progress("rounding")
     if both and exact is not None:
         pass_over(exact, {}, Needs.NOTHING, after=exact)
     if (both or plan.sequential) and hidden is not None:
-        pass_over(
-            hidden, {}, Needs.NOTHING, after=hidden, rounded=sites, linear=plan.linear,
-            says="running the quantized layer",
-        )  # fmt: skip
+        says = "running the quantized layer"
+        pass_over(hidden, {}, Needs.NOTHING, after=hidden, says=says, **quantized)
     return QuantizedLayer(sites, parameters, samples)
 
 
@@ -163,7 +159,6 @@ def fit_layer(
     """What moves each site of a layer: fitted by its recipe, or given by the plan.
 
     Args:
-      parameters: Of the layer, in any float type.
       stats: Of the float inputs of its sites; may hold more than the fits need.
       progress: Called after each fit.
     """

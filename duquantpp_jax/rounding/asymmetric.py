@@ -48,13 +48,6 @@ class Asymmetric:
 def regressed(
     w: Float[Array, "n k"], gram: Float[Array, "k k"], cross: Float[Array, "k k"], damping: float
 ) -> Float[Array, "n k"]:
-    """W*.
-
-    Args:
-      gram: X^^T X^.
-      cross: X^T X^.
-      damping: As in `Asymmetric`.
-    """
-    h = damped(gram, damping)
+    """W*, from X^^T X^ and X^T X^."""
     wanted = jnp.matmul(w, cross - gram, precision=HIGHEST)
-    return w + jax.scipy.linalg.solve(h, wanted.T, assume_a="pos").T
+    return w + jax.scipy.linalg.solve(damped(gram, damping), wanted.T, assume_a="pos").T

@@ -48,14 +48,8 @@ class Search:
     def encode(
         self, w: Float[Array, "n k"], format: Format, importance: Importance, **given: Any
     ) -> MXArray:
-        """The weight with the least error of all candidates, its elements as codes.
-
-        Args:
-          w: The moved weight.
-          format: Of the weight.
-          importance: h.
-          given: Other options of `Format.quantize`.
-        """
+        """The moved weight with the least error of all candidates, its elements as codes; `given`
+        are other options of `Format.quantize`."""
         kind = jnp.int32 if self.option == "scale_offset" else jnp.float32
         best = format.encode(w, **given)
         least = self._error(w, best, importance)

@@ -24,12 +24,7 @@ from duquantpp_jax.rounding.gptq import GPTQ, HIGHEST, damped, mean_gram
 
 @dataclasses.dataclass(frozen=True)
 class GPTQDescent:
-    """GPTQ, then `passes` over all columns. Needs the Gram matrix that GPTQ needs.
-
-    Attributes:
-      damping: As in GPTQ.
-      passes: Over all columns.
-    """
+    """GPTQ, then `passes` over all columns; needs and damping are those of GPTQ."""
 
     damping: float = 0.01
     passes: int = 4
@@ -41,22 +36,14 @@ class GPTQDescent:
         Raises:
           ValueError: The Stats hold no Gram matrix.
         """
-        rounded = GPTQ(self.damping)(w, format, stats)
         h = damped(mean_gram(stats, "descent"), self.damping)
-        return descend(w, rounded, h, self.passes)
+        return descend(w, GPTQ(self.damping)(w, format, stats), h, self.passes)
 
 
 def descend(
     w: Float[Array, "n k"], rounded: MXArray, h: Float[Array, "k k"], passes: int
 ) -> MXArray:
-    """`rounded` with other elements in the same scales, for a lower (w - q) H (w - q)^T.
-
-    Args:
-      w: The moved weight.
-      rounded: The start; with MX scales.
-      h: Positive definite.
-      passes: Over all columns.
-    """
+    """`rounded` with other elements in the same MX scales, for a lower (w - q) H (w - q)^T."""
     scale = rounded.limit() / jnp.float32(rounded.element.max)
     codes = rounded.codes()
     q = rounded.dequantize()

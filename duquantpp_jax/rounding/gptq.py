@@ -57,15 +57,12 @@ def gptq(
     """W rounded to the format, columns in order, each block's scale chosen when it is reached.
 
     Args:
-      w: The moved weight.
       format: Of the weight. A scale that depends on the whole tensor (log256) depends on the block
         of columns here.
       gram: X^T X / tokens of the moved and quantized input.
-      damping: In units of the mean of gram's diagonal.
-      search: As in `GPTQ`.
+      damping, search: As in `GPTQ`.
     """
-    rows, width = w.shape
-    size = format.block_size
+    (rows, width), size = w.shape, format.block_size
     h = damped(gram, damping)
     u = inverse_factor(h)
     importance = jnp.diagonal(gram)
@@ -111,11 +108,8 @@ def gptq(
 def mean_gram(stats: Stats, who: str) -> Float[Array, "k k"]:
     """X^T X / tokens.
 
-    Args:
-      who: Needs it, by name.
-
     Raises:
-      ValueError: The Stats hold no Gram matrix.
+      ValueError: The Stats hold no Gram matrix; says `who` needs it.
     """
     return stats.require(Needs.GRAM, who) / jnp.maximum(stats.count, 1).astype(jnp.float32)
 
