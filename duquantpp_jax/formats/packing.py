@@ -9,8 +9,11 @@ Source: nibbles as in the MXFP4 checkpoints of gpt-oss and compressed-tensors; t
 cuBLAS documentation, "1D block scaling factors layout", and PTX ISA, tcgen05.mma scale factors.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt8
+
+from duquantpp_jax.core import MXArray
 
 TILE_ROWS, TILE_COLUMNS = 128, 4
 
@@ -30,6 +33,24 @@ def unpack_nibbles(packed: UInt8[Array, "*batch bytes"]) -> UInt8[Array, "*batch
     """The codes that `pack_nibbles` packed."""
     codes = jnp.stack([packed & 15, packed >> 4], axis=-1)
     return codes.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+
+
+def pack_blocks(q: MXArray) -> UInt8[Array, "*blocks bytes"]:
+    """The elements of an array of four-bit elements, two a byte, block by block.
+
+    `pack_blocks(format.encode(x))` in a jit goes from numbers to bytes in a single pass.
+
+    Raises:
+      ValueError: The elements do not have four bits, or the block size is odd.
+    """
+    if q.element.bits != 4:
+        raise ValueError(f"elements of {q.element.bits} bits are not packed in nibbles")
+    if q.block_size % 2:
+        raise ValueError(f"a block of {q.block_size} leaves half a byte: use pack_nibbles")
+    # XLA's CPU code is slow where a single loop packs and also puts the blocks in a row. The
+    # barrier makes two loops. jax 0.10 drops it: there, flatten the result outside of the jit.
+    packed = pack_nibbles(q.codes().reshape(*q.scales.shape, q.block_size))
+    return jax.lax.optimization_barrier(packed)
 
 
 def swizzle_scales(

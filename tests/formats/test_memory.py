@@ -6,7 +6,7 @@ import pytest
 
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.formats import MXFP4
-from experiments.quantize_pack.reference import pack_blocks
+from duquantpp_jax.formats.packing import pack_blocks
 
 
 def share(program, x) -> float:

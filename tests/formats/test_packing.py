@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from duquantpp_jax.formats import MXFP4, MXFP6
 from duquantpp_jax.formats.packing import (
+    pack_blocks,
     pack_nibbles,
     swizzle_scales,
     unpack_nibbles,
     unswizzle_scales,
 )
-from experiments.quantize_pack.reference import pack_blocks
 
 
 def codes_of(shape, seed=0, below=16):

@@ -10,27 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
-from duquantpp_jax.core import MXArray, ScaleRule
+from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.formats import E2M1, MXFP4
-from duquantpp_jax.formats.packing import pack_nibbles
-
-
-def pack_blocks(q: MXArray) -> UInt8[Array, "*blocks bytes"]:
-    """The elements of an array of four-bit elements, two a byte, block by block.
-
-    `pack_blocks(format.encode(x))` in a jit goes from numbers to bytes in a single pass.
-
-    Raises:
-      ValueError: The elements do not have four bits, or the block size is odd.
-    """
-    if q.element.bits != 4:
-        raise ValueError(f"elements of {q.element.bits} bits are not packed in nibbles")
-    if q.block_size % 2:
-        raise ValueError(f"a block of {q.block_size} leaves half a byte: use pack_nibbles")
-    # XLA's CPU code is slow where a single loop packs and also puts the blocks in a row. The
-    # barrier makes two loops. jax 0.10 drops it: there, flatten the result outside of the jit.
-    packed = pack_nibbles(q.codes().reshape(*q.scales.shape, q.block_size))
-    return jax.lax.optimization_barrier(packed)
+from duquantpp_jax.formats.packing import pack_blocks
 
 
 def quantize_pack(

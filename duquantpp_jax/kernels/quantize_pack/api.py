@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.kernels.implementation import choose, current_device
-from experiments.quantize_pack import reference, triton
+from duquantpp_jax.kernels.quantize_pack import reference, triton
 
 Implementation = Literal["triton", "reference"]
 

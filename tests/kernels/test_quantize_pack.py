@@ -8,7 +8,7 @@ import pytest
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.formats import E2M1, MXFP4
 from duquantpp_jax.formats.packing import pack_nibbles, unpack_nibbles
-from experiments.quantize_pack import (
+from duquantpp_jax.kernels.quantize_pack import (
     quantize_pack,
     reference,
     triton,
