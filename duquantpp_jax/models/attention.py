@@ -42,7 +42,7 @@ def causal_attention(
 
     Args:
       positions: Of the queries; keys and values are at positions 0, 1, ...
-      window: Number of keys that a query sees, the last of them its own; None for all.
+      window: Number of keys that a query sees, its own last; None for all.
     """
     scores = jnp.einsum(
         "rqhgd,rkhd->rhgqk", q, k, precision=HIGHEST, preferred_element_type=jnp.float32

@@ -66,13 +66,11 @@ class DecoderConfig:
     def from_dict(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
         """The configuration of a parsed config.json.
 
-        Args:
-          fields: config.json as a mapping. Fields that do not change the float function
-            (dropout, initializer_range, torch_dtype, ...) are ignored.
+        Fields that do not change the float function (dropout, torch_dtype, ...) are ignored.
 
         Raises:
-          ValueError: A field is missing, of the wrong type, out of range or not supported. The
-            message is a line with its name and what would be right.
+          ValueError: A field is missing, of the wrong type, out of range or not supported; names it
+            and what would be right.
         """
         architecture = _architecture(fields)
         family = FAMILIES[architecture]
@@ -159,9 +157,8 @@ def _windows(
     """`sliding_window` and `layer_types` of the `DecoderConfig`."""
     if family.windows == "none":
         return None, None
-    window = None
-    if fields.get("sliding_window") is not None:
-        window = read.integer(fields, "sliding_window")
+    given = fields.get("sliding_window") is not None
+    window = read.integer(fields, "sliding_window") if given else None
     if family.windows == "all":
         return window, None
     if not read.boolean(fields, "use_sliding_window", False):
@@ -183,8 +180,7 @@ def _windows(
 
 def _architecture(fields: Mapping[str, Any]) -> str:
     """The name in `architectures`, which must be supported."""
-    names = fields.get("architectures")
-    supported = " or ".join(FAMILIES)
+    names, supported = fields.get("architectures"), " or ".join(FAMILIES)
     if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
         raise ValueError(
             f"config.json: architectures = {read.short(names)} does not name one architecture: "
@@ -208,8 +204,7 @@ def _architecture(fields: Mapping[str, Any]) -> str:
 def _without_rope_parameters(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """The fields in the layout of transformers 4: rope_parameters of transformers 5 is unpacked."""
     fields = dict(fields)
-    nested = fields.pop("rope_parameters", None)
-    if nested is not None:
+    if (nested := fields.pop("rope_parameters", None)) is not None:
         if not isinstance(nested, dict):
             raise ValueError(
                 f"config.json: rope_parameters = {read.short(nested)} is not an object: "

@@ -70,7 +70,6 @@ class Decoder(nnx.Module):
     """The decoder as a pytree: pass it to `jax.jit` and `jax.grad`, or `nnx.split` it.
 
     Attributes:
-      config: Its sizes and constants; static.
       dtype: Of the matrix products; static. The residual stream, norms, rotary positions, softmax
         and logits are always float32.
       embedding: [vocab, hidden]; also the head where the embeddings are tied.
@@ -96,12 +95,9 @@ class Decoder(nnx.Module):
         got = {name: jnp.shape(array) for name, array in parameters.items()}
         if got != shapes:
             wrong = next(name for name in shapes | got if got.get(name) != shapes.get(name))
-            raise ValueError(
-                f"parameter {wrong} has shape {got.get(wrong)}: "
-                f"this configuration wants {shapes.get(wrong)}"
-            )
-        self.config = config
-        self.dtype = jnp.dtype(dtype)
+            has, wants = got.get(wrong), shapes.get(wrong)
+            raise ValueError(f"parameter {wrong} has shape {has}: this configuration wants {wants}")
+        self.config, self.dtype = config, jnp.dtype(dtype)
         self.embedding = nnx.Param(parameters[EMBEDDING])
         layers = {n.removeprefix(LAYER): a for n, a in parameters.items() if n.startswith(LAYER)}
         self.layers = nnx.Dict({name: nnx.Param(array) for name, array in layers.items()})
@@ -195,8 +191,8 @@ class Decoder(nnx.Module):
         scanned = (layers, layer_windows(config), entries)
         given, first = [], 0
         for run in runs:
-            count = config.num_hidden_layers
-            count = jax.tree.leaves(run)[0].shape[0] if len(runs) > 1 else count
+            whole = len(runs) == 1
+            count = config.num_hidden_layers if whole else jax.tree.leaves(run)[0].shape[0]
             part = jax.tree.map(lambda a: a[first : first + count], scanned)  # noqa: B023
             states = dict.fromkeys(SITES) | dict(run)
             x, out = jax.lax.scan(body, x, (part[0], states, *part[1:]), length=count)

@@ -24,7 +24,6 @@ class Family:
     """How an architecture differs from the others.
 
     Attributes:
-      model_type: In config.json.
       only: Fields of config.json that must have this value, which is also their default.
       defaults: Other fields that config.json may lack.
       biases: Linears that always have a bias.

@@ -22,13 +22,7 @@ from duquantpp_jax.models import Decoder, Linear, Store, empty_cache
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
-
-    Attributes:
-      temperature: 0 takes the likeliest token.
-      top_k: Number of likeliest tokens to draw from; 0 for all.
-      top_p: Draw from the fewest likeliest tokens that together have this probability.
-    """
+    """How the next token is drawn, as at the top of this file; a `top_k` of 0 takes all tokens."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -83,7 +77,6 @@ def generate(
 
     Args:
       prompt: Rows of the same length, at least a token.
-      store: Format of the cache.
       new: Tokens to generate, at least 1.
       linear, state: As for `Decoder.__call__`.
 

@@ -28,17 +28,14 @@ def layer(
 
     Args:
       x: The hidden states before the layer, from position 0 on.
-      parameters: Of this layer, by name inside it.
-      window: From `window`.
+      parameters: By their names inside the layer.
       linear, state: As in `Decoder.__call__`, for a single layer.
     """
-    parameters = {  # matrices become float32 where they are used, to save memory
-        name: array if array.ndim > 1 else array.astype(jnp.float32)
-        for name, array in parameters.items()
-    }
+    # Matrices become float32 where they are used, to save memory.
+    own = {n: a if a.ndim > 1 else a.astype(jnp.float32) for n, a in parameters.items()}
     positions = jnp.arange(x.shape[1], dtype=jnp.int32)
     layer = outline(config)._layer
-    x, (outs, _) = layer(x, parameters, linear, state, window, None, positions, None)
+    x, (outs, _) = layer(x, own, linear, state, window, None, positions, None)
     return x, outs
 
 
@@ -58,11 +55,7 @@ def outline(config: DecoderConfig) -> Decoder:
 def without_linears(
     config: DecoderConfig, parameters: Mapping[str, Float[Array, "..."]]
 ) -> Decoder:
-    """A decoder for a `linear` with weights of its own: those of the decoder are empty arrays.
-
-    Args:
-      parameters: All but the weights of linears, named as in `parameter_shapes`.
-    """
+    """A decoder for a `linear` with weights of its own: those of the decoder are empty arrays."""
     model = nnx.clone(outline(config))
     given = {name: nnx.Param(array) for name, array in parameters.items()}
     model.embedding, model.norm = given[EMBEDDING], given["model.norm"]

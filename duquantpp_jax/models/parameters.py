@@ -77,6 +77,5 @@ def random_parameters(config: DecoderConfig, key: PRNGKeyArray) -> dict[str, Flo
             continue
         residual = name.endswith(("o_proj", "down_proj"))
         std = 0.02 / np.sqrt(2 * config.num_hidden_layers) if residual else 0.02
-        normal = jax.random.normal(own_key, shapes[name], jnp.float32)
-        parameters[name] = jnp.float32(std) * normal
+        parameters[name] = jnp.float32(std) * jax.random.normal(own_key, shapes[name], jnp.float32)
     return parameters

@@ -30,11 +30,7 @@ Frequencies = Float64[np.ndarray, " pairs"]
 
 @dataclasses.dataclass(frozen=True)
 class Scaling(abc.ABC):
-    """How rotary frequencies are rescaled.
-
-    Attributes:
-      factor: s.
-    """
+    """How rotary frequencies are rescaled, by `factor` s."""
 
     factor: float
 
