@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,3 +107,13 @@ def check_writable(directory: Path) -> None:
     except OSError as error:
         said = f"cannot write to {directory} ({error.strerror}): give another --out"
         raise ValueError(said) from None
+
+
+def sources(*modules: str) -> dict[str, str]:
+    """SHA-256 of the files of those imported modules that are not of this package, by name."""
+    found = {}
+    for name in modules:
+        file = getattr(sys.modules.get(name), "__file__", None)
+        if file and name.partition(".")[0] != __name__.partition(".")[0]:
+            found[name] = sha256(Path(file))
+    return found

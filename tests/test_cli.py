@@ -234,7 +234,7 @@ def test_a_bad_model_is_one_line(name, tiny_directory, tiny_text, tmp_path, caps
         (("--tokens", "many"), "--tokens"),
         (("--nonsense",), "Unrecognized options: --nonsense"),
         (("--recipes",), "--recipes is empty"),
-        (("--seeds", "0"), "--seeds 0 are no seeds"),
+        (("--seeds", "0"), "--seeds 0: give numbers from 0 on"),
         (("--formats", "float"), "float quantizes nothing"),
     ],
 )

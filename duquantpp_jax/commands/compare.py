@@ -115,6 +115,8 @@ def cells(options: CompareOptions) -> list[Cell]:
     for name in lists if options.fits else ("recipes", *lists):
         if getattr(options, name) == ():
             raise ValueError(f"--{name.replace('_', '-')} is empty: name at least one")
+    if options.refine < 0:
+        raise ValueError(f"--refine {options.refine}: give a number of steps, or 0 for none")
     same = ("rounding", "model", "text", "calibration_text", "tokens", "pad", "fuse")
     same += ("rotate_stream", "rotate_values")
     shared = {name: getattr(options, name) for name in same}
@@ -168,17 +170,27 @@ def _methods(options: CompareOptions) -> dict[str, Path | None]:
     methods: dict[str, Path | None] = {ALIASES.get(name, name): None for name in options.recipes}
     for directory in options.fits:
         name = directory.resolve().name
-        if name in methods:
-            raise ValueError(f"--fits {directory} is the second row {name}: rename the directory")
+        if name in methods or name in FITS:
+            raise ValueError(
+                f"--fits {directory} would be a row like the recipe or the fits {name}: rename the "
+                "directory"
+            )
         methods[name] = directory
     return methods
 
 
 def _formats(options: CompareOptions) -> list[tuple[str, str | None, str | None]]:
     """For each column the format of both sides, and, if they differ, of weights and activations."""
-    both = dict.fromkeys([*(options.scale_rules or ()), *(options.formats or ())]) or FORMATS
-    if "float" in both:
+    names = (*(options.scale_rules or ()), *(options.formats or ()))
+    if "float" in names:
         raise ValueError("format float quantizes nothing: name the formats to compare in")
+    if names and options.weight_formats and options.activation_formats:
+        raise ValueError(
+            "--weight-formats and --activation-formats name the formats of both sides: leave "
+            "--formats and --scale-rules out"
+        )
+    both = {format_name(name): name for name in reversed(names or FORMATS)}  # each format once
+    both = [*both.values()][::-1]
     if not options.weight_formats and not options.activation_formats:
         return [(name, None, None) for name in both]
     sides = options.weight_formats or both, options.activation_formats or both
@@ -191,9 +203,9 @@ def _seeds(options: CompareOptions) -> tuple[int, ...]:
     if options.seeds and len(seeds) == 1:
         seeds = tuple(range(seeds[0]))
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        given = f"--seeds {' '.join(map(str, options.seeds))}" if options.seeds else "--seed"
         raise ValueError(
-            f"--seeds {' '.join(map(str, options.seeds or seeds))} are no seeds: give how many (3) "
-            "or which (0 1 2), each once"
+            f"{given}: give numbers from 0 on, each once (0 1 2), or how many (--seeds 3)"
         )
     return seeds
 

@@ -214,8 +214,10 @@ def calibration_tokens(options: QuantizeOptions) -> tuple[Integer[np.ndarray, "r
     """The rows to calibrate on, every position an input, and their source."""
     if options.refine < 0:
         raise ValueError(f"--refine {options.refine}: give a number of steps, or 0 for none")
-    if options.rows < 1:
-        raise ValueError(f"--rows {options.rows}: calibrate on at least one row")
+    if options.rows < (least := 2 if options.refine else 1):
+        raise ValueError(f"--rows {options.rows}: give {least} or more (--refine holds one out)")
+    if options.seed < 0:
+        raise ValueError(f"--seed {options.seed}: give a number from 0 on")
     if options.calibration_text is None and options.model is not None:
         if options.refine:
             raise ValueError("--refine learns from text, not random ids: give --calibration-text")
@@ -244,18 +246,22 @@ def job_of(
         raise ValueError("--fits were learned for the model as it is: leave --rotate-.. out")
     about = None if options.fits is None else read_about(options.fits)
     name = options.recipe or "block_hadamard"
+    formats = [_by_site(options, side) for side in (options.weight_formats,
+                                                    options.activation_formats)]  # fmt: skip
+    parts = (name, options.rounding, *formats[0].values(), *formats[1].values())
+    outside = files.sources(*{part.partition(":")[0] for part in parts if ":" in part})
     return Job(
         model={"name": model_name(options.model), "sha256": sha256(directory)},
         recipe=ALIASES.get(name, name) if about is None else "fits",
-        weight_formats=_by_site(options, options.weight_formats),
-        activation_formats=_by_site(options, options.activation_formats),
+        weight_formats=formats[0],
+        activation_formats=formats[1],
         calibration={
             "source": source,
             "rows": len(tokens),
             "length": tokens.shape[1],
             "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
         },
-        environment=environment(),
+        environment=environment() | ({"sources": outside} if outside else {}),
         fits=None if about is None else about["sha256"],
         **{name: getattr(options, name) for name in SAME},
     )
@@ -276,6 +282,8 @@ def run(options: QuantizeOptions) -> int:
     if options.dry_run:
         found = dry_run(options)
         console.print(table(found["linears"]), dry_line(found))
+        if options.refine:
+            print("Refining is not counted: it holds the whole model and its gradients in memory.")
         return 0
     with progress_bar() as progress:
         done = quantize(options, progress)

@@ -1,8 +1,8 @@
 """A cell: all choices of one measurement, frozen, and named by the hash of its configuration.
 
 The hash covers contents: of the model and the texts the bytes, of the fit, the rounding and the
-formats the class and the fields. It leaves out labels and places. So files may move, and a recipe
-by its name and the same fit as an object are one cell.
+formats the class, the fields and, from outside the package, the source file. It leaves out labels
+and places. So files may move, and a recipe by its name and the same fit as an object are one cell.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.checkpoints.fits import other_formats, read_about
 from duquantpp_jax.core import Element, Fit, Format, Recipe, Rounding
 from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.formats.tensors import ELEMENTS
 from duquantpp_jax.models import Decoder, Store
 from duquantpp_jax.ptq import stream
 from duquantpp_jax.recipes import format_name, recipe
@@ -197,7 +198,7 @@ def canonical(value: Any) -> Any:
     match value:
         case None | bool() | int() | float() | str():
             return value
-        case Element():
+        case Element() if ELEMENTS.get(value.name) == value:
             return value.name
         case enum.Enum():
             return value.value
@@ -211,13 +212,18 @@ def canonical(value: Any) -> Any:
             return value.name
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"is": type(value).__qualname__} | fields
-    name = getattr(value, "__qualname__", "<")
-    if callable(value) and "<" not in name:
-        return {"is": name}
+        return _named(type(value)) | fields
+    if callable(value) and "<" not in getattr(value, "__qualname__", "<"):
+        return _named(value)
     raise ValueError(
         f"{value!r:.60} has no name for a configuration: give a frozen dataclass of plain values"
     )
+
+
+def _named(kind: Any) -> dict[str, str]:
+    """The name of a class or function, and the hash of its file if that is not in the package."""
+    sources = files.sources(kind.__module__)
+    return {"is": kind.__qualname__} | ({"source": sources[kind.__module__]} if sources else {})
 
 
 def _model_hash(model: Path | None) -> str:

@@ -162,7 +162,7 @@ def block_affine(transform: Transform, width: int, size: int) -> BlockAffine:
     if (blocks := transform.as_blocks(width, size)) is None:
         raise ValueError(
             f"{type(transform).__name__} is not made of matrices of side {size}: "
-            "learning starts from transforms that are"
+            "learning and refining start from transforms that are (block_hadamard, wush)"
         )
     divisor, matrices, inverses = blocks.whole(width, size)
     divisor = divisor.reshape(-1, size)

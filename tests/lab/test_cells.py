@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -173,3 +174,16 @@ def test_a_missing_text_is_refused_by_name(tmp_path):
 def test_formats_as_options_reach_the_cells_that_leave_them_open(options, labels):
     cells = [Cell("rtn"), Cell("rtn", "even"), Cell("rtn", "float")]
     assert [cell.format_label for cell in grid(cells, AblateOptions(**options))] == labels
+
+
+def test_parts_of_two_modules_with_the_same_names_are_two_cells(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    source = (Path(__file__).parents[1] / "outside_parts.py").read_text(encoding="utf-8")
+    for name, text in {"parts_a": source, "parts_b": source + "\n", "parts_c": source}.items():
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    for field, part in {"recipe": "MIRROR", "rounding": "SHRUNK", "format": "GRID"}.items():
+        a, b, c = (
+            Cell(**{"recipe": "rtn", field: f"parts_{name}:{part}"}).digest for name in "abc"
+        )
+        assert a != b
+        assert a == c
