@@ -109,7 +109,7 @@ def check_writable(directory: Path) -> None:
         raise ValueError(said) from None
 
 
-def sources(*modules: str) -> dict[str, str]:
+def module_hashes(*modules: str) -> dict[str, str]:
     """SHA-256 of the files of those imported modules that are not of this package, by name."""
     found = {}
     for name in modules:

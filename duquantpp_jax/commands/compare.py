@@ -29,7 +29,7 @@ from duquantpp_jax.lab.pivot import Layout, pivots
 from duquantpp_jax.lab.records import Record, record_of
 from duquantpp_jax.lab.running import Outcome
 from duquantpp_jax.ptq.stream import Name as Rotation
-from duquantpp_jax.recipes import ALIASES, import_modules
+from duquantpp_jax.recipes import ALIASES, FITS, format_name, import_modules
 
 BASELINE = "block_hadamard"
 RECIPES = ("rtn", BASELINE, "random_hadamard", "smooth_hadamard", "duquantpp", "duquantpp_released")

@@ -214,8 +214,9 @@ def calibration_tokens(options: QuantizeOptions) -> tuple[Integer[np.ndarray, "r
     """The rows to calibrate on, every position an input, and their source."""
     if options.refine < 0:
         raise ValueError(f"--refine {options.refine}: give a number of steps, or 0 for none")
-    if options.rows < (least := 2 if options.refine else 1):
-        raise ValueError(f"--rows {options.rows}: give {least} or more (--refine holds one out)")
+    if options.rows < 1 or (options.rows < 2 and options.refine):
+        least = "two rows: --refine holds one out" if options.refine else "one row"
+        raise ValueError(f"--rows {options.rows}: calibrate on at least {least}")
     if options.seed < 0:
         raise ValueError(f"--seed {options.seed}: give a number from 0 on")
     if options.calibration_text is None and options.model is not None:
@@ -249,7 +250,7 @@ def job_of(
     formats = [_by_site(options, side) for side in (options.weight_formats,
                                                     options.activation_formats)]  # fmt: skip
     parts = (name, options.rounding, *formats[0].values(), *formats[1].values())
-    outside = files.sources(*{part.partition(":")[0] for part in parts if ":" in part})
+    outside = files.module_hashes(*{part.partition(":")[0] for part in parts if ":" in part})
     return Job(
         model={"name": model_name(options.model), "sha256": sha256(directory)},
         recipe=ALIASES.get(name, name) if about is None else "fits",

@@ -1,5 +1,24 @@
 """What a model predicts on rows of text, its distance from another, and how sure that is."""
 
-from duquantpp_jax.evaluation.predict import Predictor, Reference
+from duquantpp_jax.evaluation.intervals import Estimate, clusters, estimate, holm
+from duquantpp_jax.evaluation.predict import Predictor, Reference, RowSums, kl_divergence
+from duquantpp_jax.evaluation.rows import PROTOCOLS, Protocol, Rows, read_text, rows_of_text
+from duquantpp_jax.evaluation.sqnr import linear_sqnr, mean_sqnr
 
-__all__ = ["Predictor", "Reference"]
+__all__ = [
+    "PROTOCOLS",
+    "Estimate",
+    "Predictor",
+    "Protocol",
+    "Reference",
+    "RowSums",
+    "Rows",
+    "clusters",
+    "estimate",
+    "holm",
+    "kl_divergence",
+    "linear_sqnr",
+    "mean_sqnr",
+    "read_text",
+    "rows_of_text",
+]

@@ -210,7 +210,9 @@ def canonical(value: Any) -> Any:
             return _text_hash(value)
         case np.dtype():
             return value.name
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        case type():
+            return {"is": value.__qualname__}
+    if dataclasses.is_dataclass(value):
         fields = {f.name: canonical(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return _named(type(value)) | fields
     if callable(value) and "<" not in getattr(value, "__qualname__", "<"):
@@ -222,7 +224,7 @@ def canonical(value: Any) -> Any:
 
 def _named(kind: Any) -> dict[str, str]:
     """The name of a class or function, and the hash of its file if that is not in the package."""
-    sources = files.sources(kind.__module__)
+    sources = files.module_hashes(kind.__module__)
     return {"is": kind.__qualname__} | ({"source": sources[kind.__module__]} if sources else {})
 
 

@@ -76,7 +76,8 @@ def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
 
 def packed_bytes(format: Format, n: int, k: int) -> int:
     """Bytes of weights [n, k] as they are stored."""
-    return storage_bytes(jax.eval_shape(format.encode, jnp.zeros((n, k), jnp.float32)))
+    zeros = jax.ShapeDtypeStruct((n, k), jnp.float32)  # of shapes alone: nothing is allocated
+    return int(jax.eval_shape(lambda w: jnp.zeros(storage_bytes(format.encode(w))), zeros).size)
 
 
 def flops_per_second() -> float:
