@@ -7,14 +7,20 @@ Method: each recipe with neither, either and both by Hadamard matrices, and both
   three seeds. All are compared with the float model as it is; the baseline is the recipe alone.
 Command: python -m experiments.stream --table [--model DIR --text FILE --calibration-text FILE]
 Cost: 42 cells; with --tokens 16352 and the embedded model 4 minutes of processor time.
-Last result, 2026-11-29, the embedded model, 16,352 targets (results/grid_stream_testbed.json): less
-  than nothing. KL of R1 less that of the recipe alone, floor / even, is +.0236 / +.0312 for plain
-  rounding and +.0180 / +.0174 for WUSH, random or not. Why was not measured; position_zero.py shows
-  what a Hadamard matrix makes of this model's one massive activation, and R1 takes it to all
-  channels. R2 is level (within .0042) but for block_hadamard under even (-.0305). Sylvester's
-  matrices undo one another: R1 or R2 before block_hadamard leaves each block of 32 as it was,
-  H_256 (I x H_32) = H_8 x I, and both together cost +.1903 (floor; +.0446 with random signs). Not
-  measured: a model with outliers in many tokens.
+Last result, 2026-11-29 (results/grid_stream_*.json): R1 does harm, more where a model has more
+  outliers; R2 gains little. KL less that of the recipe alone, floor / even:
+                          the embedded model, 16,352     SmolLM2-135M, 65,408 targets
+    R1, rtn               +.0236 / +.0312                +.377 / +.574
+    R1, block_hadamard    +.0619 / +.0340                +.710 / +.708
+    R1, wush              +.0180 / +.0174                +.503 / +.588
+    R2, rtn               +.0036 / +.0042                -.054 / -.022
+    R2, wush              -.0008 / -.0025                -.018 / -.004 (not significant)
+  Random signs make R1 no better. A likely cause, not isolated: with the norms' gains folded into
+  weights first, the input that is rotated is the normalized stream without the gains that damp its
+  largest channels, and R1 takes these to all channels, so that every block is scaled by them.
+  Sylvester's matrices undo one another: R1 or R2 before block_hadamard leaves each block of 32 as
+  it was, H_256 (I x H_32) = H_8 x I. SmolLM2 is the file of experiments/headline.py, on the same
+  text; one H200, five minutes. Other block sizes and integer formats were not measured.
 """
 
 import sys

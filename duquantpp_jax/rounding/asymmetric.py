@@ -6,8 +6,8 @@ float one, X W^T, for the ridge regression
 
     W* = argmin |X^ W*^T - X W^T|^2 + l |W* - W|^2 = W (X^T X^ + l I) (X^^T X^ + l I)^-1,
 
-which is then rounded for X^ by another rounding. No gradient is taken. Nothing is made good of how
-far the residual stream has drifted, which no linear sees in its input.
+which another rounding then rounds for X^. No gradient is taken. The drift of the residual stream
+itself is not corrected: no linear sees it in its input.
 
 Source: asymmetric calibration as in GPTAQ, Li et al., arXiv 2504.02692; here solved in closed form.
 """
