@@ -187,7 +187,7 @@ def test_fits_that_are_given_write_what_the_recipe_writes_that_made_them(
     assert (of_recipe["column"], of_recipe["difference"]) == ("floor", None)
     assert of_recipe["kl"] == of_fits["kl"]
     assert main([*map(str, words + words[-1:])]) == 2
-    assert "second row fits" in capsys.readouterr().err
+    assert "rename the directory" in capsys.readouterr().err
 
     arguments = ["quantize", "--model", str(tiny_directory), "--fits", str(tmp_path / "fits")]
     arguments += ["--calibration-text", str(tiny_text), "--rows", "2", "--out"]

@@ -17,7 +17,7 @@ def test_sqnr_is_that_of_each_linear_on_the_float_models_inputs(quantized, token
     _, inputs = jax.jit(lambda m, t: m(t, lambda s, x, w, _: (dense(s, x, w, _)[0], x)))(
         model, tokens[:, :-1]
     )
-    format = dict(quantized.plan.linear.activation_formats)["mlp_in"]
+    format = dict(quantized.linear.activation_formats)["mlp_in"]
     for site in SITES:
         assert found[site].shape == (2, len(model.weights(site)))
         for number, w in enumerate(model.weights(site)):

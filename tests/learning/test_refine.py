@@ -112,7 +112,7 @@ def test_it_makes_good_what_rounding_has_done_and_keeps_clips_and_scale_offsets(
         ({"recipe": "full_hadamard"}, "not made of matrices of side 32"),
         ({"activation_formats": ("bf16",)}, "not bf16"),
         ({"activation_formats": ("mlp_in=mxfp6",)}, "one format for the activations"),
-        ({"rows": 1}, "two rows or more"),
+        ({"rows": 1}, "at least two rows"),
         ({"refine": -1}, "--refine -1"),
         ({"calibration_text": None}, "give --calibration-text"),
     ],
