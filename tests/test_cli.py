@@ -319,6 +319,7 @@ def test_an_interrupt_that_a_library_swallows_is_raised_at_the_next_step(
         progress("on", 1, 2)
 
     monkeypatch.setattr("duquantpp_jax.commands.compare.compare", swallowed)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs may ignore it
     assert cli.main(["compare", "--out", str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err == "duquantpp: interrupted\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
