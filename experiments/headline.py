@@ -21,7 +21,10 @@ import sys
 
 from duquantpp_jax.commands.ablate import main
 from duquantpp_jax.lab import Cell
+from experiments.gptq import BASELINE, COLUMNS
 from experiments.seeding import seeded
+
+__all__ = ["BASELINE", "CELLS", "COLUMNS"]
 
 RECIPES = (
     *("rtn", "block_hadamard", "random_hadamard", "smooth_hadamard"),
@@ -34,13 +37,6 @@ CELLS = [
     for rule in ("floor", "even", "rceil")
     for cell in seeded(Cell(recipe, rule, rounding=rounding))
 ]
-BASELINE = "block_hadamard"
-
-
-def COLUMNS(cell: Cell) -> str:
-    """How weights are rounded, and the scale rule."""
-    return f"{cell.rounding}, {cell.format}"
-
 
 if __name__ == "__main__":
     main(sys.modules[__name__])

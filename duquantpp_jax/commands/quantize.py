@@ -247,15 +247,15 @@ def job_of(
         raise ValueError("--fits were learned for the model as it is: leave --rotate-.. out")
     about = None if options.fits is None else read_about(options.fits)
     name = options.recipe or "block_hadamard"
-    formats = [_by_site(options, side) for side in (options.weight_formats,
-                                                    options.activation_formats)]  # fmt: skip
-    parts = (name, options.rounding, *formats[0].values(), *formats[1].values())
+    weights = _by_site(options, options.weight_formats)
+    activations = _by_site(options, options.activation_formats)
+    parts = (name, options.rounding, *weights.values(), *activations.values())
     outside = files.module_hashes(*{part.partition(":")[0] for part in parts if ":" in part})
     return Job(
         model={"name": model_name(options.model), "sha256": sha256(directory)},
         recipe=ALIASES.get(name, name) if about is None else "fits",
-        weight_formats=formats[0],
-        activation_formats=formats[1],
+        weight_formats=weights,
+        activation_formats=activations,
         calibration={
             "source": source,
             "rows": len(tokens),

@@ -3,9 +3,9 @@
     W^ = round(T0.weights(W)) stays;    T <- T - rate * gradient of mean KL(float || quantized);
     y = Q(T.activations(x)) @ W^.T
 
-T starts as the T0 that moved the weights, of which it stops being the inverse: it makes good what
-rounding them has done. It is a matrix for each block of channels, as the affine transforms of
-`learn`; clips and scale offsets of the activations, where the sites hold them, learn with it. The
+T starts as T0, the transform that moved the weights. The two then part: T corrects what rounding
+has done to the weights. It has a matrix for each block of channels, as the affine transforms of
+`learn`; where sites have clips and scale offsets of the activations, these are learned too. The
 whole model is in memory, and the loss is taken through all of it (learning/model.py).
 
 Source: experiments/beat_hadamard.py; 400 steps at 3e-4 were the best of its search.

@@ -7,21 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duquantpp_jax.formats import MXFP4, MXFP6, MXFP8, NVFP4, Log256
-from duquantpp_jax.formats.elements import E3M2, E5M2
+from duquantpp_jax import recipes
+from duquantpp_jax.formats import MXFP4
 from duquantpp_jax.formats.packing import pack_nibbles
 from duquantpp_jax.formats.tensors import from_tensors, pack_codes, to_tensors, unpack_codes
 
-FORMATS = {
-    "mxfp4": MXFP4(),
-    "mxfp6": MXFP6(),
-    "mxfp6_e3m2": MXFP6(E3M2),
-    "mxfp8": MXFP8(),
-    "mxfp8_e5m2": MXFP8(E5M2),
-    "nvfp4": NVFP4(),
-    "log256": Log256(),
-    "odd": MXFP4(block_size=3),
-}
+FORMATS = {name: f for name, f in recipes.FORMATS.items() if f.holds_weights}
+FORMATS |= {"odd": MXFP4(block_size=3)}
 
 
 def arrays():
