@@ -98,9 +98,12 @@ class Bench:
         if plan:
             fits, fit_seconds, calibration, stats = self._fit(cell, plan, start)
             given = dataclasses.replace(plan, fits=fits)
+            if (cell.include, cell.exclude) != (("*",), ()):  # fitted on these linears alone
+                chosen = {"include": cell.include, "exclude": cell.exclude}
+                given = dataclasses.replace(plan, fits=None, **chosen)
             predictor = Predictor(*quantize_decoder(given, start, calibration, stats=stats))
             if cell.refine:
-                state = refine(plan, start, predictor.state, calibration, cell.refine)
+                state = refine(given, start, predictor.state, calibration, cell.refine)
                 predictor = dataclasses.replace(predictor, state=state)
             sqnr = mean_sqnr(predictor, rows.tokens[: reference.batch_rows])
             online = costs_by_site(predictor.state)

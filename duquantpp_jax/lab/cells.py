@@ -60,7 +60,7 @@ class Cell:
       batch_rows: Rows evaluated at once; under log256, whose scale spans a batch, part of the
         result.
       pad: Widen linear inputs that blocks do not divide, with zeros (exact).
-      fuse: As in `ptq.plan.Plan`.
+      fuse, include, exclude: As in `ptq.plan.Plan`.
       rotate_stream, rotate_values: By what the model is turned before it is quantized, as of
         `ptq.stream.Turn`; it is compared with the float model as it is.
       refine: Steps that the transforms learn after rounding, as `learning.refine` has it.
@@ -85,6 +85,8 @@ class Cell:
     batch_rows: int = 16
     pad: bool = False
     fuse: bool = False
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
     rotate_stream: str | None = None
     rotate_values: str | None = None
     refine: int = 0
@@ -176,7 +178,8 @@ class Cell:
         turn = self.turn
         later = {"fuse": self.fuse, "rotate_stream": turn.stream, "rotate_values": turn.values}
         later |= {"refine": self.refine, "fits": self.fits and self._about_fits()["sha256"]}
-        return found | {name: value for name, value in later.items() if value}
+        later |= {"include": self.include != ("*",) and self.include, "exclude": self.exclude}
+        return found | {name: canonical(value) for name, value in later.items() if value}
 
     @functools.cached_property
     def digest(self) -> str:

@@ -1,0 +1,73 @@
+"""Where does the KL of MXFP4 come from: weights or activations, which site, which layers?
+
+Hypothesis: activations more than weights, and most of all the inputs of down_proj, which hold the
+  massive activations; a transform takes from the activations' part alone.
+Method: one side alone in MXFP4 (the other in bf16, or for weights, which no 16-bit format stores,
+  in MXFP8 e4m3 under the same rule), the linears of one site alone, all but those, and one quarter
+  of the layers alone. The baseline is the same recipe on all linears.
+Command: duquantpp ablate experiments/where.py --table
+  or python -m experiments.where --table, with --model DIR --text FILE --calibration-text FILE for
+  another model than the embedded one.
+Cost: 120 cells.
+Last result: none yet.
+"""
+
+import sys
+from collections.abc import Iterator
+
+from duquantpp_jax.checkpoints import load_config, testbed
+from duquantpp_jax.commands.ablate import AblateOptions, main
+from duquantpp_jax.lab import Cell
+
+BASELINE = "all"
+SITES = {
+    "q, k, v": ("*.q_proj", "*.k_proj", "*.v_proj"),
+    "o": ("*.o_proj",),
+    "gate, up": ("*.gate_proj", "*.up_proj"),
+    "down": ("*.down_proj",),
+}
+"""Which linears share an input, by their names."""
+RECIPES = ("rtn", "block_hadamard", "smooth_hadamard", "wush")
+QUARTERS = 4
+
+
+def CELLS(options: AblateOptions) -> Iterator[Cell]:
+    """Every part of the model that `options` name, by every recipe."""
+    layers = load_config(options.model or testbed.directory()).num_hidden_layers
+    for recipe in RECIPES:
+        for rule in ("floor", "even"):
+            sides = {"weight_format": f"mxfp8:{rule}", "activation_format": "bf16"}
+            yield Cell(recipe, rule)
+            for side, format in sides.items():
+                yield Cell(recipe, rule, **{side: format})
+            for patterns in SITES.values():
+                yield Cell(recipe, rule, include=patterns)
+                yield Cell(recipe, rule, exclude=patterns)
+            for quarter in range(QUARTERS):
+                numbers = range(quarter * layers // QUARTERS, (quarter + 1) * layers // QUARTERS)
+                yield Cell(recipe, rule, include=tuple(f"model.layers.{n}.*" for n in numbers))
+
+
+def ROWS(cell: Cell) -> str:
+    """Which part is quantized."""
+    sides = {"bf16": "weights alone", None: "activations alone"}
+    if cell.weight_format or cell.activation_format:
+        return sides[cell.activation_format]
+    for site, patterns in SITES.items():
+        if cell.include == patterns:
+            return f"{site} alone"
+        if cell.exclude == patterns:
+            return f"all but {site}"
+    if cell.include == ("*",):
+        return BASELINE
+    first, last = (pattern.split(".")[2] for pattern in (cell.include[0], cell.include[-1]))
+    return f"layers {first} to {last}"
+
+
+def COLUMNS(cell: Cell) -> str:
+    """The recipe and the scale rule."""
+    return f"{cell.recipe}, {cell.format}"
+
+
+if __name__ == "__main__":
+    main(sys.modules[__name__])
