@@ -97,3 +97,12 @@ def test_a_cell_measures_what_quantize_writes(
     tokens = testbed.evaluation_rows()[:2]
     found = Reference(Predictor(model), tokens).row_sums(Predictor(decoder, linear, written))
     np.testing.assert_allclose(found.kl, bench.run(cell).kl, rtol=0, atol=1e-6 * TARGETS)
+
+
+def test_a_cell_of_some_linears_measures_what_quantize_writes(bench, subject, tmp_path):
+    out, some = tmp_path / "quantized", {"include": ("*.q_proj", "model.layers.1.mlp.*")}
+    quantize(QuantizeOptions(recipe="wush", rows=ROWS, seed=3, out=out, **some))
+    tokens = testbed.evaluation_rows()[:2]
+    found = Reference(Predictor(subject[0]), tokens).row_sums(Predictor(*load_any(out)))
+    measured = bench.run(cell_of("wush", "rtn", some)).kl
+    np.testing.assert_allclose(found.kl, measured, rtol=0, atol=1e-6 * TARGETS)
