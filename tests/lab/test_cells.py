@@ -63,6 +63,8 @@ CHANGES = {
     "batch_rows": 8,
     "pad": True,
     "refine": 5,
+    "include": ("*.mlp.*",),
+    "exclude": ("*.down_proj",),
     "fuse": True,
     "rotate_stream": "hadamard",
     "rotate_values": "random_orthogonal",
