@@ -17,11 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary path to write to; at the end it is renamed to `path`.
-
-    Raises:
-      OSError: The directory cannot be written, or the disk is full.
-    """
+    """A temporary path to write to; at the end it is renamed to `path`."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -67,7 +63,6 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
     Raises:
       ValueError: The file is not a safetensors file.
-      OSError: The file cannot be read.
     """
     try:
         with safe_open(path, framework="numpy") as file:

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from duquantpp_jax.kernels.quantize_pack import quantize_pack, unpack_dequantize
+from duquantpp_jax.kernels.quantize_pack.api import quantize_pack, unpack_dequantize
 
 WIDTH = 4096
 

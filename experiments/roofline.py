@@ -105,7 +105,7 @@ def issue(record: Record, role: str) -> int:
 
 def predict_matmul(case: scaled_matmul.Case, record: Record) -> Prediction:
     """The model for scaled_matmul."""
-    t, depth = case.used_tiling, depth_of(case.dtype)
+    t, depth = case.used_tiling, depth_of(case.element.dtype)
     steps = -(-case.k // depth) // t.splits
     tiles = -(-case.m // t.rows) * -(-case.n // t.columns) * t.splits
     in_sequence = -(-tiles // record.ctas * t.ctas)
@@ -133,7 +133,7 @@ def predict_matmul(case: scaled_matmul.Case, record: Record) -> Prediction:
         step, bound = max((cycles, name) for name, cycles in parts.items())
         cycles = LATENCY + in_sequence * (steps * step + exposed) + write
         again = -(-case.m // (t.rows * t.group)) if case.bytes > L2_BYTES else 1
-        weights = case.n * (case.k * case.bytes_per_element + case.k // case.block)
+        weights = case.n * (case.k * case.element.bits // 8 + case.k // case.block)
         dram = (case.bytes + (again - 1) * weights) / DRAM
         return max((cycles / CLOCK, bound), (dram + LATENCY / CLOCK, "DRAM"))
 

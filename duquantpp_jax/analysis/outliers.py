@@ -62,7 +62,7 @@ class Batch(NamedTuple):
 
     Attributes:
       absmax: Largest magnitude of each channel.
-      squares: Sum of (x / unit)^2 over tokens.
+      energy: Sum of (x / unit)^2 over tokens, of each channel.
       fourths: Sum of (x / unit)^4 over tokens and channels.
       unit: Largest magnitude of all; 1 if it is zero.
       position_max: Largest magnitude at each position of the rows.
@@ -71,7 +71,7 @@ class Batch(NamedTuple):
     """
 
     absmax: Float32[Array, "*layers k"]
-    squares: Float32[Array, "*layers k"]
+    energy: Float32[Array, "*layers k"]
     fourths: Float32[Array, "*layers"]
     unit: Float32[Array, "*layers"]
     position_max: Float32[Array, "*layers length"]
@@ -98,7 +98,7 @@ def observe(x: Float[Array, "rows length k"], thresholds: Thresholds) -> Batch:
     alive = first > 0
     return Batch(
         absmax=absmax,
-        squares=jnp.sum(squares, axis=(0, 1)),
+        energy=jnp.sum(squares, axis=(0, 1)),
         fourths=jnp.sum(jnp.square(squares)),
         unit=unit,
         position_max=jnp.max(magnitudes, axis=(0, 2)),
@@ -109,13 +109,9 @@ def observe(x: Float[Array, "rows length k"], thresholds: Thresholds) -> Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Sums and maxima over all tokens so far, in float64; a fold.
+    """Sums and maxima over all tokens so far, in float64 and with a unit of 1; a fold.
 
-    Every field may have leading layer axes; those of the same name as in `Batch` mean the same.
-
-    Attributes:
-      energy: Sum of x^2 of each channel.
-      fourths: Sum of x^4.
+    The fields are those of `Batch`, and the number of tokens.
     """
 
     tokens: int
@@ -123,22 +119,17 @@ class Moments:
     energy: Float[np.ndarray, "*layers k"]
     fourths: Float[np.ndarray, "*layers"] | np.floating
     position_max: Float[np.ndarray, "*layers length"]
-    blocks: Int[np.ndarray, "*layers"] | np.integer
-    set_by_one: Int[np.ndarray, "*layers"] | np.integer
+    blocks: Float[np.ndarray, "*layers"] | np.floating
+    set_by_one: Float[np.ndarray, "*layers"] | np.floating
 
     @classmethod
     def of(cls, batch: Batch, tokens: int) -> "Moments":
         """The moments of one batch."""
-        unit = np.asarray(batch.unit, np.float64)
-        return cls(
-            tokens=tokens,
-            absmax=np.asarray(batch.absmax, np.float64),
-            energy=np.asarray(batch.squares, np.float64) * np.square(unit)[..., None],
-            fourths=np.asarray(batch.fourths, np.float64) * unit**4,
-            position_max=np.asarray(batch.position_max, np.float64),
-            blocks=np.asarray(batch.blocks, np.int64),
-            set_by_one=np.asarray(batch.set_by_one, np.int64),
-        )
+        fields = {name: np.asarray(x, np.float64) for name, x in batch._asdict().items()}
+        unit = fields.pop("unit")
+        fields["energy"] = fields["energy"] * np.square(unit)[..., None]
+        fields["fourths"] = fields["fourths"] * unit**4
+        return cls(tokens, **fields)
 
     def merge(self, other: "Moments") -> "Moments":
         """The moments of both sets of tokens, which have rows of the same length."""

@@ -12,12 +12,9 @@ A new method is a new value of one of them. The other rooms make such values.
 from duquantpp_jax.core.arrays import (
     Element,
     ElementRounding,
-    ElementRoundingField,
     Format,
     MXArray,
     ScaleRule,
-    ScaleRuleField,
-    choice,
     times_power_of_two,
 )
 from duquantpp_jax.core.recipe import Fit, Fitted, Recipe, Rounding, Weights, stack
@@ -31,7 +28,6 @@ __all__ = [
     "Cost",
     "Element",
     "ElementRounding",
-    "ElementRoundingField",
     "Fit",
     "Fitted",
     "Format",
@@ -40,11 +36,9 @@ __all__ = [
     "Recipe",
     "Rounding",
     "ScaleRule",
-    "ScaleRuleField",
     "Stats",
     "Transform",
     "Weights",
-    "choice",
     "diagonal_blocks",
     "stack",
     "times_power_of_two",

@@ -1,6 +1,4 @@
-"""Format, which says how numbers are rounded, and MXArray, the quantized array.
-
-    x ~ element * scale    one scale for each block of the last axis
+"""Format, which says how numbers are rounded, and MXArray, in which x ~ element * scale by blocks.
 
 This file reads an MXArray; duquantpp_jax/formats chooses the scales and rounds the elements.
 """
@@ -10,16 +8,25 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Float32, Int, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped, UInt8
 
 
-class ScaleRule(enum.Enum):
+class Named(enum.Enum):
+    """A choice by its name, as in ScaleRule("even"); for another name, ValueError lists them."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        names = ", ".join(member.value for member in cls)
+        raise ValueError(f"{value!r} is no {cls.__name__}: choose one of {names}")
+
+
+class ScaleRule(Named):
     """How the largest magnitude of a block becomes its power-of-two scale (formats/scales.py)."""
 
     FLOOR = "floor"
@@ -30,7 +37,7 @@ class ScaleRule(enum.Enum):
     MSE = "mse"
 
 
-class ElementRounding(enum.Enum):
+class ElementRounding(Named):
     """How x / scale becomes an element; all saturate and keep the sign (formats/elements.py)."""
 
     NEAREST_EVEN = "nearest_even"
@@ -38,29 +45,10 @@ class ElementRounding(enum.Enum):
     AWAY = "away"
     TOWARD_ZERO = "toward_zero"
 
-
-# A field of a format is given as a member of the enumeration or by its name, and read as a member.
-if TYPE_CHECKING:
-    ScaleRuleField = ScaleRule
-    ElementRoundingField = ElementRounding
-else:
-    ScaleRuleField = ScaleRule | str
-    ElementRoundingField = ElementRounding | str
-
-Choice = TypeVar("Choice", ScaleRule, ElementRounding)
-
-
-def choice(kind: type[Choice], value: Choice | str) -> Choice:
-    """The member of an enumeration; `value` is the member or its name.
-
-    Raises:
-      ValueError: There is no such member; lists those there are.
-    """
-    try:
-        return kind(value)
-    except ValueError:
-        names = ", ".join(member.value for member in kind)
-        raise ValueError(f"{value!r} is no {kind.__name__}: choose one of {names}") from None
+    @property
+    def without_key(self) -> ElementRounding:
+        """The rounding by which errors are measured: NEAREST_EVEN for STOCHASTIC."""
+        return ElementRounding.NEAREST_EVEN if self is ElementRounding.STOCHASTIC else self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,27 +219,32 @@ class MXArray:
         Exact for E8M0 scales, with subnormals, and Inf from 2^128 on. With other scales the product
         is rounded once; below 2^-126 its lowest bits are cut off.
         """
-        blocks = self.elements.reshape(*self.scales.shape, self.block_size)
-        if self.elements.dtype != jnp.uint8:
-            return self._times_scale(blocks.astype(jnp.float32))
-        if self.scales.dtype != jnp.float8_e8m0fnu:
-            return self._times_scale(self.element.decode(blocks))
-        byte = self.scale_bytes().astype(jnp.int32)[..., None]
-        x = self.element.decode(blocks, byte - 127)  # a single product
-        return jnp.where(byte == 255, jnp.float32(jnp.nan), x).reshape(self.shape)
+        return self._times_scale(self.elements.reshape(*self.scales.shape, self.block_size))
+
+    def where(self, chosen: Bool[Array, "*#blocks"], other: MXArray) -> MXArray:
+        """Blocks of this array where they are chosen, those of the other array elsewhere."""
+        chosen = jnp.broadcast_to(chosen, self.scales.shape)
+        wide = jnp.repeat(chosen, self.block_size, axis=-1)
+        elements = jnp.where(wide, self.elements, other.elements)
+        scales = jnp.where(chosen, self.scales, other.scales)
+        return dataclasses.replace(other, elements=elements, scales=scales)
 
     def limit(self) -> Float32[Array, "*shape"]:
         """For each value the largest magnitude of its block's grid; larger ones saturate."""
         most = jnp.full((*self.scales.shape, self.block_size), self.element.max, jnp.float32)
         return self._times_scale(most)
 
-    def _times_scale(
-        self, x: Float32[Array, "*blocks {self.block_size}"]
-    ) -> Float32[Array, "*shape"]:
+    def _times_scale(self, blocks: Shaped[Array, "*blocks size"]) -> Float32[Array, "*shape"]:
+        """Elements, their codes or float32 numbers, times scale (* tensor_scale)."""
+        coded = blocks.dtype == jnp.uint8
         if self.scales.dtype == jnp.float8_e8m0fnu:
             byte = self.scale_bytes().astype(jnp.int32)[..., None]
-            x = times_power_of_two(x, byte - 127)
+            if coded:
+                x = self.element.decode(blocks, byte - 127)  # a single product
+            else:
+                x = times_power_of_two(blocks.astype(jnp.float32), byte - 127)
             return jnp.where(byte == 255, jnp.float32(jnp.nan), x).reshape(self.shape)
+        x = self.element.decode(blocks) if coded else blocks.astype(jnp.float32)
         scale = self.scales.astype(jnp.float32)[..., None]
         if self.tensor_scale is not None:  # E4M3 scales have 4 bits: element * scale is exact
             x = x * scale
@@ -305,7 +298,6 @@ class Format(abc.ABC):
         The gradient is straight-through: df/dx = 1, as if nothing were rounded, and 0 for options.
 
         Args:
-          x, options: As in `quantize`.
           saturated_gradient: Whether df/dx = 1 also where x saturates; else it is 0 there.
         """
         x, q = jnp.asarray(x), self.encode(x, **options)
@@ -321,7 +313,7 @@ def _straight_through(x: Array, rounded: Array, passes: Array) -> Array:
 
 
 @_straight_through.defjvp
-def _straight_through_jvp(primals: Any, tangents: Any) -> tuple[Array, Array]:
+def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
     _, rounded, passes = primals
     moved = tangents[0].astype(jnp.float32)
     return rounded, jnp.where(passes, moved, jnp.zeros_like(moved))

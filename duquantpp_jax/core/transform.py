@@ -147,9 +147,7 @@ class Transform(abc.ABC):
     def inverse(self) -> Transform:
         """The transform of T^-1, so that t.then(t.inverse()) moves nothing."""
 
-    def maxima(
-        self, absmax: Float[Array, " k"], moved: Float[Array, "tokens k"]
-    ) -> Float[Array, " k"]:
+    def maxima(self, absmax: Float[Array, " k"], moved: Float[Array, "n k"]) -> Float[Array, " k"]:
         """Channel maxima after the transform, from those before it and a moved token sample.
 
         Maxima do not follow from maxima where channels mix, so this takes the sample's; the

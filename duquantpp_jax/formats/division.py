@@ -12,15 +12,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, UInt32
 
+Integers = tuple[Int32[Array, "*shape"], Int32[Array, "*shape"]]
+Scaled = tuple[Float32[Array, "*shape"], Int32[Array, "*shape"]]
+"""Numbers q * 2^e, as q and e."""
+
 
 def magnitude_bits(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     """Bits of |x|; as integers they are ordered like magnitudes, and NaN is above Inf."""
     return jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
 
 
-def split(
-    magnitude: UInt32[Array, "*shape"],
-) -> tuple[Int32[Array, "*shape"], Int32[Array, "*shape"]]:
+def split(magnitude: UInt32[Array, "*shape"]) -> Integers:
     """Exponent and 24-bit significand of finite magnitudes, significand * 2^(exponent - 23).
 
     Subnormals are normalized. Zero has significand 0 and an exponent below all others.
@@ -34,17 +36,11 @@ def split(
     return exponent, jnp.where(magnitude == 0, 0, significand)
 
 
-def quotient(
-    a: Float32[Array, "*shape"], b: Float32[Array, "*#shape"]
-) -> tuple[Float32[Array, "*shape"], Int32[Array, "*shape"]]:
-    """q and e with q * 2^e = a / b to 14 bits and a sticky bit, enough to round to any element.
+def quotient(a: Float32[Array, "*shape"], b: Float32[Array, "*#shape"]) -> Scaled:
+    """q * 2^e = a / b, for finite a and finite positive b; q has the sign of a.
 
-    Args:
-      a: Finite.
-      b: Positive and finite.
-
-    Returns:
-      q with the sign of a, zero or of magnitude within (2^14, 2^16), and e.
+    It is zero or of magnitude within (2^14, 2^16): 14 bits and a sticky bit, enough to round to any
+    element.
     """
     exponent_a, significand_a = split(magnitude_bits(a))
     exponent_b, significand_b = split(magnitude_bits(b))
@@ -57,9 +53,7 @@ def quotient(
     return jax.lax.bitcast_convert_type(bits, jnp.float32), exponent_a - exponent_b - 15
 
 
-def _step(
-    a: Int32[Array, "*shape"], b: Int32[Array, "*#shape"], reciprocal: Float32[Array, "*#shape"]
-) -> tuple[Int32[Array, "*shape"], Int32[Array, "*shape"]]:
+def _step(a: Int32[Array, "*shape"], b: Array, reciprocal: Array) -> Integers:
     """Quotient and remainder of 2^7 a by b: a step of long division by seven bits."""
     guess = (a.astype(jnp.float32) * 128 * reciprocal).astype(jnp.int32)
     rest = (a << 7) - guess * b  # the guess may be off by 1: the remainder corrects it
@@ -67,16 +61,12 @@ def _step(
     return guess, (a << 7) - guess * b
 
 
-def divide_by(
-    x: UInt32[Array, "*shape"], divisor: int
-) -> tuple[Float32[Array, "*shape"], Int32[Array, "*shape"]]:
-    """q and e with q * 2^e = magnitude / divisor; q is the nearest float32, 0 or in [1, 2^31].
+def divide_by(magnitude: UInt32[Array, "*shape"], divisor: int) -> Scaled:
+    """q * 2^e = magnitude / divisor, for finite magnitudes and divisors below 32.
 
-    Args:
-      x: Bits of finite magnitudes.
-      divisor: An integer below 32.
+    q is the nearest float32, 0 or in [1, 2^31].
     """
-    exponent, significand = split(x)
+    exponent, significand = split(magnitude)
     shifted = significand.astype(jnp.uint32) << 7
     whole = shifted // divisor
     sticky = (whole * divisor != shifted).astype(jnp.uint32)

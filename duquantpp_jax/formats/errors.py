@@ -8,7 +8,7 @@ float32, cut off at 2^-2b and added as an integer.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32, UInt32
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from duquantpp_jax.core import times_power_of_two
 from duquantpp_jax.formats.division import magnitude_bits, split
@@ -17,28 +17,19 @@ Wide = tuple[Int32[Array, "*blocks"], Int32[Array, "*blocks"]]
 """A number as a high and a low part, each of b bits."""
 
 
-def above(amax: UInt32[Array, "*blocks"]) -> Int32[Array, "*blocks"]:
-    """Exponent of the power of two next above amax."""
-    return split(amax)[0] + 1
-
-
 def in_units(
-    x: Float32[Array, "*shape"], unit_exponent: Int32[Array, "*#shape"]
-) -> Float32[Array, "*shape"]:
-    """|x| / 2^unit_exponent, for finite x, subnormal or not."""
+    x: Float32[Array, "*blocks size"], amax: UInt32[Array, "*blocks"]
+) -> tuple[Float32[Array, "*blocks size"], Int32[Array, "*blocks 1"]]:
+    """|x| / 2^u with 2^u the power of two next above amax, and u; for finite x, also subnormal."""
     exponent, significand = split(magnitude_bits(x))
-    return times_power_of_two(significand.astype(jnp.float32), exponent - 23 - unit_exponent)
+    unit = split(amax)[0][..., None] + 1
+    return times_power_of_two(significand.astype(jnp.float32), exponent - 23 - unit), unit
 
 
 def squared_error(
     x: Float32[Array, "*blocks size"], rounded: Float32[Array, "*blocks size"]
 ) -> Wide:
-    """Sum over each block of (|x| - |rounded|)^2.
-
-    Args:
-      x: Of magnitude below 1.
-      rounded: x rounded: off by less than 1, and of the same sign.
-    """
+    """Sum over each block of (|x| - |rounded|)^2, for |x| < 1 and a difference below 1."""
     bits = 30 - (x.shape[-1] - 1).bit_length()  # b: sums over the block fit into 31 bits
     square = jnp.square(jnp.abs(x) - jnp.abs(rounded)) * 2.0**bits
     high = square.astype(jnp.int32)
@@ -47,6 +38,6 @@ def squared_error(
     return high + (low >> bits), low & ((1 << bits) - 1)
 
 
-def less(a: Wide, b: Wide) -> Array:
+def less(a: Wide, b: Wide) -> Bool[Array, "*blocks"]:
     """a < b."""
     return (a[0] < b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))

@@ -12,25 +12,22 @@ Source: OCP MX v1.0, section 6.3; Rouhani et al., arXiv 2310.10537, Algorithm 1.
 import abc
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Key, Shaped, UInt8
 
-from duquantpp_jax.core import (
-    Element,
-    ElementRounding,
-    ElementRoundingField,
-    Format,
-    MXArray,
-    ScaleRule,
-    ScaleRuleField,
-    choice,
-)
+from duquantpp_jax.core import Element, ElementRounding, Format, MXArray, ScaleRule
 from duquantpp_jax.formats import scales as sc
 from duquantpp_jax.formats.elements import E2M1, E2M3, E3M2, E4M3, E5M2, encode
+
+if TYPE_CHECKING:  # a field is given as a member or by its name, and read as a member
+    RuleField = ScaleRule
+    RoundingField = ElementRounding
+else:
+    RuleField, RoundingField = ScaleRule | str, ElementRounding | str
 
 FLOAT_TYPES = ("float32", "bfloat16", "float16")
 OPTIONS = {
@@ -40,11 +37,14 @@ OPTIONS = {
 }
 """The options of `Format.quantize` and what each is for."""
 
+Blocks = Float32[Array, "*blocks size"]
+Clip = Float[Array, "*clips"] | None
+Rng = Key[Array, ""] | None
 Rounded = tuple[UInt8[Array, "*blocks size"], Shaped[Array, "*blocks"], Array | None]
 """Codes and scales of blocks, and the tensor scale for formats that have it."""
 
 
-def to_blocks(x: Array | np.ndarray, block_size: int) -> Float32[Array, "*blocks size"]:
+def to_blocks(x: Array | np.ndarray, block_size: int) -> Blocks:
     """x in float32 (exact), its last axis split into blocks.
 
     Raises:
@@ -75,32 +75,35 @@ def to_float32(x: Array) -> Float32[Array, "*shape"]:
     return x.astype(jnp.float32)  # every float16 is a normal float32
 
 
+@dataclasses.dataclass(frozen=True)
 class BlockFormat(Format):
     """A format of minifloat elements: a subclass chooses the scales and rounds the elements.
 
     Attributes:
-      element: The element type.
-      rounding: How x / scale becomes an element; a field, also given by its name.
+      block_size: Elements that share a scale.
+      rounding: How x / scale becomes an element; also by its name, as in "stochastic".
       uses: The options of `Format.quantize`, besides the key, that it takes.
     """
 
     element: Element
-    rounding: ElementRoundingField
+    _: dataclasses.KW_ONLY
+    block_size: int = 32
+    rounding: RoundingField = ElementRounding.NEAREST_EVEN
     uses: ClassVar[tuple[str, ...]] = ("clip",)
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
             raise ValueError(f"a block of {self.block_size} elements: give at least 1")
-        object.__setattr__(self, "rounding", choice(ElementRounding, self.rounding))
+        object.__setattr__(self, "rounding", ElementRounding(self.rounding))
 
     def encode(
         self,
         x: Array | np.ndarray,
         *,
-        key: Key[Array, ""] | None = None,
+        key: Rng = None,
         tensor_scale: Float[Array, ""] | None = None,
         scale_offset: Int[Array, "*offsets"] | None = None,
-        clip: Float[Array, "*clips"] | None = None,
+        clip: Clip = None,
     ) -> MXArray:
         """See `Format.quantize`."""
         options = {"tensor_scale": tensor_scale, "scale_offset": scale_offset, "clip": clip}
@@ -108,62 +111,47 @@ class BlockFormat(Format):
         for name in given.keys() - set(self.uses):
             kind = type(self).__name__
             raise ValueError(f"{kind} has no use for {name}: {name} is for {OPTIONS[name]}")
-        if key is not None and self.rounding is not ElementRounding.STOCHASTIC:
-            how = self.rounding.value
-            raise ValueError(f"key is for stochastic rounding; this format rounds {how}")
+        if key is not None and (how := self.rounding) is not ElementRounding.STOCHASTIC:
+            raise ValueError(f"key is for stochastic rounding; this format rounds {how.value}")
         return self._encode(to_blocks(x, self.block_size), key, given)
 
     @functools.partial(jax.jit, static_argnames="self")
-    def _encode(
-        self, blocks: Float32[Array, "*blocks size"], key: Array | None, given: dict[str, Any]
-    ) -> MXArray:
+    def _encode(self, blocks: Blocks, key: Rng, given: dict[str, Any]) -> MXArray:
         codes, scales, tensor_scale = self.round_blocks(blocks, key, **given)
-        codes = codes.reshape(*codes.shape[:-2], codes.shape[-2] * codes.shape[-1])
+        codes = jax.lax.collapse(codes, codes.ndim - 2)
         static = {"element": self.element, "block_size": self.block_size}
         return MXArray(codes, scales, tensor_scale, **static)
 
     @abc.abstractmethod
-    def round_blocks(
-        self, blocks: Float32[Array, "*blocks size"], key: Key[Array, ""] | None, **options: Any
-    ) -> Rounded:
-        """Rounds blocks; a block whose amax * clip is not finite gets the scale NaN.
+    def round_blocks(self, blocks: Blocks, key: Rng, **options: Any) -> Rounded:
+        """Rounds blocks, with those options of `uses` that are given.
 
-        Args:
-          key: Given where rounding is stochastic.
-          options: Those of `uses` that are given.
+        A block whose amax * clip is not finite gets the scale NaN.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class MX(BlockFormat):
-    """A microscaling format.
+    """A microscaling format; its blocks have 32 elements in the standard.
 
     Attributes:
-      block_size: Elements that share a scale; 32 in the standard.
       scale_rule: How the scale follows from the block; also by its name, as in "even".
     """
 
-    element: Element
     _: dataclasses.KW_ONLY
-    block_size: int = 32
-    scale_rule: ScaleRuleField = ScaleRule.FLOOR
-    rounding: ElementRoundingField = ElementRounding.NEAREST_EVEN
+    scale_rule: RuleField = ScaleRule.FLOOR
     element_types: ClassVar[tuple[Element, ...]] = ()  # to choose from; empty for any
     uses = ("scale_offset", "clip")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "scale_rule", choice(ScaleRule, self.scale_rule))
+        object.__setattr__(self, "scale_rule", ScaleRule(self.scale_rule))
         if self.element_types and self.element not in self.element_types:
             names = " or ".join(element.name for element in self.element_types)
             raise ValueError(f"{type(self).__name__} has {names} elements, not {self.element}")
 
     def round_blocks(
-        self,
-        blocks: Float32[Array, "*blocks size"],
-        key: Key[Array, ""] | None,
-        scale_offset: Int[Array, "*offsets"] | None = None,
-        clip: Float[Array, "*clips"] | None = None,
+        self, blocks: Blocks, key: Rng, scale_offset: Array | None = None, clip: Clip = None
     ) -> Rounded:
         amax, bad = sc.clipped_amax(blocks, clip)
         exponent = sc.scale_exponent(amax, self.scale_rule, self.element)

@@ -1,57 +1,37 @@
 """Formats for comparison that are NOT MXFP4: E2M1 elements under float32 scales.
 
-    FP32Scale   scale = amax / 6
-    Log256      scale on a grid of 256 steps, even in log2, over the whole tensor
-    FPQuant     scale = 2^(floor(log2 amax) - 2) * 4/3
-    Quest       scale = 2^floor(log2(2.92247856 / 6 * std + 1e-8))
-
-Elements are x / scale, the exact quotient rounded once. Scales are at least 2^-126, the smallest
-normal float32. A block with NaN or Inf has the scale NaN. `.scale_bytes()` raises.
+Each class names its equation and its source. Elements are x / scale, the exact quotient rounded
+once. Scales are at least 2^-126, the smallest normal float32. A block with NaN or Inf has the scale
+NaN. `.scale_bytes()` raises.
 """
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Key, UInt32
+from jaxtyping import Array, Float32, UInt32
 
-from duquantpp_jax.core import Element, ElementRounding, ElementRoundingField, times_power_of_two
+from duquantpp_jax.core import Element, times_power_of_two
 from duquantpp_jax.formats import scales as sc
 from duquantpp_jax.formats.division import divide_by, magnitude_bits, quotient, split
 from duquantpp_jax.formats.elements import E2M1, encode
-from duquantpp_jax.formats.mx import BlockFormat, Rounded
+from duquantpp_jax.formats.mx import BlockFormat, Blocks, Clip, Rng, Rounded
 
 
 @dataclasses.dataclass(frozen=True)
 class FloatScaled(BlockFormat):
     """E2M1 elements under float32 scales; a subclass computes the scale of each block."""
 
-    _: dataclasses.KW_ONLY
-    block_size: int = 32
-    rounding: ElementRoundingField = ElementRounding.NEAREST_EVEN
     element: Element = dataclasses.field(default=E2M1, init=False)
 
-    def scales(
-        self, blocks: Float32[Array, "*blocks size"], amax: UInt32[Array, "*blocks"]
-    ) -> Float32[Array, "*blocks"]:
-        """Scale of each block; any number for a zero block.
-
-        Args:
-          blocks: Finite numbers.
-          amax: Bits of the largest magnitude of each block, times its clip.
-        """
+    def scales(self, blocks: Blocks, amax: UInt32[Array, "*blocks"]) -> Float32[Array, "*blocks"]:
+        """Scale of each finite block, any number for a zero block; amax is times its clip."""
         raise NotImplementedError
 
-    def round_blocks(
-        self,
-        blocks: Float32[Array, "*blocks size"],
-        key: Key[Array, ""] | None,
-        clip: Float[Array, "*clips"] | None = None,
-    ) -> Rounded:
+    def round_blocks(self, blocks: Blocks, key: Rng, clip: Clip = None) -> Rounded:
         amax, bad = sc.clipped_amax(blocks, clip)
         finite = jnp.where(bad[..., None], jnp.float32(0), blocks)
         amax = jnp.where(bad, jnp.uint32(0), amax)
-        scales = jnp.where(amax > 0, at_least_normal(self.scales(finite, amax)), jnp.float32(1))
+        scales = jnp.where(amax > 0, sc.at_least_normal(self.scales(finite, amax)), jnp.float32(1))
         q, exponent = quotient(finite, scales[..., None])
         codes = encode(q, -exponent, self.element, self.rounding, key)
         return codes, jnp.where(bad, jnp.float32(jnp.nan), scales), None
@@ -82,7 +62,7 @@ class Log256(FloatScaled):
     def scales(self, blocks: Array, amax: Array) -> Float32[Array, "*blocks"]:
         positive = amax > 0
         r = times_power_of_two(*divide_by(amax, 6))
-        log = jnp.log2(jnp.where(positive, at_least_normal(r), 1.0))
+        log = jnp.log2(jnp.where(positive, sc.at_least_normal(r), 1.0))
         low = jnp.min(log, where=positive, initial=jnp.inf)
         high = jnp.max(log, where=positive, initial=-jnp.inf)
         span = jnp.where(high > low, high - low, 1.0)
@@ -123,9 +103,3 @@ class Quest(FloatScaled):
         std = times_power_of_two(jnp.sqrt(jnp.maximum(square - mean * mean, 0)), exponent)
         floor, _ = split(magnitude_bits(2.92247856 / 6 * std + 1e-8))
         return times_power_of_two(jnp.ones(amax.shape, jnp.float32), floor)
-
-
-def at_least_normal(scales: Float32[Array, "*blocks"]) -> Float32[Array, "*blocks"]:
-    """max(scale, 2^-126): smaller scales would be flushed to zero."""
-    bits = jnp.maximum(magnitude_bits(scales), 0x00800000)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)

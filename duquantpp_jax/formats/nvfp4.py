@@ -20,16 +20,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32, Key, UInt8, UInt32
+from jaxtyping import Array, Float32, UInt8, UInt32
 
-from duquantpp_jax.core import Element, ElementRounding, ElementRoundingField, times_power_of_two
+from duquantpp_jax.core import Element, ElementRounding, times_power_of_two
 from duquantpp_jax.formats import scales as sc
 from duquantpp_jax.formats.division import divide_by, magnitude_bits, quotient, split
 from duquantpp_jax.formats.elements import E2M1, E4M3, encode
-from duquantpp_jax.formats.errors import Wide, above, in_units, less, squared_error
-from duquantpp_jax.formats.mx import BlockFormat, Rounded
+from duquantpp_jax.formats.errors import Wide, in_units, less, squared_error
+from duquantpp_jax.formats.mx import BlockFormat, Blocks, Clip, Rng, Rounded
 
-SMALLEST_NORMAL = 0x00800000  # bits of 2^-126
 E4M3_NAN = 0x7F
 
 
@@ -39,22 +38,16 @@ class NVFP4(BlockFormat):
 
     Attributes:
       four_over_six: Choose for each block whether its amax becomes 6 or 4.
-      block_size: Elements that share an E4M3 scale; 16 in the format.
     """
 
     _: dataclasses.KW_ONLY
     four_over_six: bool = False
     block_size: int = 16
-    rounding: ElementRoundingField = ElementRounding.NEAREST_EVEN
     element: Element = dataclasses.field(default=E2M1, init=False)
     uses = ("tensor_scale", "clip")
 
     def round_blocks(
-        self,
-        blocks: Float32[Array, "*blocks size"],
-        key: Key[Array, ""] | None,
-        tensor_scale: Float[Array, ""] | None = None,
-        clip: Float[Array, "*clips"] | None = None,
+        self, blocks: Blocks, key: Rng, tensor_scale: Array | None = None, clip: Clip = None
     ) -> Rounded:
         whole = sc.block_amax(blocks)
         if tensor_scale is None:
@@ -63,29 +56,25 @@ class NVFP4(BlockFormat):
         amax, bad = sc.clipped_amax(blocks, clip)
         tensor_exponent, significand = split(magnitude_bits(tensor_scale))
         tensor = significand.astype(jnp.float32)  # t = tensor * 2^(tensor_exponent - 23)
-        unit = above(whole)[..., None]
-        nearest = self.rounding
-        if nearest is ElementRounding.STOCHASTIC:
-            nearest = ElementRounding.NEAREST_EVEN
 
-        def scale(
-            share: Float32[Array, "*blocks"], exponent: Int32[Array, "*blocks"]
-        ) -> UInt8[Array, "*blocks"]:
+        def scale(share: Array, exponent: Array) -> UInt8[Array, "*blocks"]:
             q, q_exponent = quotient(share, tensor)
             byte = encode(q, tensor_exponent - 23 - exponent - q_exponent, E4M3)
             return jnp.where(amax > 0, jnp.maximum(byte, 1), jnp.uint8(0))
 
-        def elements(
-            byte: UInt8[Array, "*blocks"], rounding: ElementRounding
-        ) -> UInt8[Array, "*blocks size"]:
+        def elements(byte: Array, rounding: ElementRounding) -> UInt8[Array, "*blocks size"]:
             total = E4M3.decode(jnp.maximum(byte, 1)) * tensor
             q, q_exponent = quotient(blocks, total[..., None])
             return encode(q, tensor_exponent - 23 - q_exponent, E2M1, rounding, key)
 
         def error(byte: UInt8[Array, "*blocks"]) -> Wide:
-            x = E2M1.decode(elements(byte, nearest)) * E4M3.decode(byte)[..., None] * tensor
-            x = times_power_of_two(x, tensor_exponent - 23 - unit)
-            return squared_error(in_units(blocks, unit), x)
+            x, unit = in_units(blocks, whole)
+            rounded = (
+                E2M1.decode(elements(byte, self.rounding.without_key))
+                * E4M3.decode(byte)[..., None]
+                * tensor
+            )
+            return squared_error(x, times_power_of_two(rounded, tensor_exponent - 23 - unit))
 
         byte = scale(*divide_by(amax, 6))
         if self.four_over_six:
@@ -97,16 +86,12 @@ class NVFP4(BlockFormat):
 
 
 def tensor_scale_of(amax: UInt32[Array, ""], four_over_six: bool) -> Float32[Array, ""]:
-    """amax / (6 * 448), or amax / (6 * 256) for four over six, at least 2^-126; 1 if amax is 0.
+    """t at the top of this file, from the bits of a finite max |x|.
 
     The largest block scale becomes 448, the largest of E4M3, or 256, for E4M3 also has 1.5 * 256.
-
-    Args:
-      amax: Bits of the largest magnitude of the tensor, finite.
     """
     # 6 * 448 = 21 * 2^7 and 6 * 256 = 3 * 2^9
     odd, power = (3, 9) if four_over_six else (21, 7)
     q, exponent = divide_by(amax, odd)
-    bits = magnitude_bits(times_power_of_two(q, exponent - power))
-    scale = jax.lax.bitcast_convert_type(jnp.maximum(bits, SMALLEST_NORMAL), jnp.float32)
+    scale = sc.at_least_normal(times_power_of_two(q, exponent - power))
     return jnp.where(amax > 0, scale, jnp.float32(1))

@@ -1,7 +1,4 @@
-"""16-bit activations beside quantized weights (W4A16).
-
-fake_quantize(x) = x rounded to bfloat16
-"""
+"""16-bit activations beside quantized weights (W4A16)."""
 
 import dataclasses
 from typing import Any, ClassVar

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float32, Int32, UInt32
 from duquantpp_jax.core import Element, ElementRounding, ScaleRule, times_power_of_two
 from duquantpp_jax.formats.division import magnitude_bits, split
 from duquantpp_jax.formats.elements import encode
-from duquantpp_jax.formats.errors import Wide, above, in_units, less, squared_error
+from duquantpp_jax.formats.errors import Wide, in_units, less, squared_error
 
 INFINITY_BITS = 0x7F800000
 
@@ -95,6 +95,12 @@ def _float_rceil(
     return floor + (product_significand > (1 << 23) + lost).astype(jnp.int32)
 
 
+def at_least_normal(scales: Float32[Array, "*blocks"]) -> Float32[Array, "*blocks"]:
+    """max(scale, 2^-126): smaller scales would be flushed to zero."""
+    bits = jnp.maximum(magnitude_bits(scales), 0x00800000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
 def clamp(exponent: Int32[Array, "*blocks"]) -> Int32[Array, "*blocks"]:
     """E within [-127, 127], the exponents of E8M0."""
     return jnp.clip(exponent, -127, 127)
@@ -115,13 +121,10 @@ def least_error_exponent(
       floor: FLOOR's exponent, of amax or of a clipped amax.
       rounding: Of the elements; errors of stochastic rounding are measured with nearest-even.
     """
-    if rounding is ElementRounding.STOCHASTIC:
-        rounding = ElementRounding.NEAREST_EVEN
-    unit = above(block_amax(blocks))[..., None]
-    x = in_units(blocks, unit)
+    x, unit = in_units(blocks, block_amax(blocks))
 
     def error(exponent: Int32[Array, "*blocks"]) -> Wide:
-        codes = encode(blocks, exponent[..., None], element, rounding)
+        codes = encode(blocks, exponent[..., None], element, rounding.without_key)
         return squared_error(x, element.decode(codes, exponent[..., None] - unit))
 
     best = clamp(clamp(floor) + 1)

@@ -19,17 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from duquantpp_jax.kernels import sass, target
+from duquantpp_jax.kernels import quantized_linear, rotate_quantize, sass, scaled_matmul, target
 from duquantpp_jax.kernels.operand import depth_of
-from duquantpp_jax.kernels.quantized_linear import quantized_linear
 from duquantpp_jax.kernels.rotate_quantize import cases as rotations
-from duquantpp_jax.kernels.rotate_quantize.api import rotate_quantize
 from duquantpp_jax.kernels.scaled_matmul import cases as matmuls
 from duquantpp_jax.kernels.scaled_matmul import mosaic
-from duquantpp_jax.kernels.scaled_matmul.api import scaled_matmul
 from duquantpp_jax.kernels.specifications import roofline
-from duquantpp_jax.transforms.basic import Smooth
-from duquantpp_jax.transforms.block import BlockRotation
+from duquantpp_jax.transforms import BlockRotation, Smooth
 
 MMA = {"mxfp4": "UTCOMMA", "nvfp4": "UTCOMMA.4X", "mxfp8": "UTCQMMA", "bfloat16": "UTCHMMA"}
 ROTATION_MMAS = 16  # a tile: 4 blocks, high and low part of R, 2 instructions for 32 of K
@@ -46,11 +42,11 @@ class Record(sass.Kernel):
       instruction: The expected tensor-core instruction.
       found: Its number in the innermost loop.
       implied: The number that the shape of the tile implies.
-      seconds: Time to lower and compile.
-      other_kernels: Other kernels of the program: sums over parts of K, parts of R, padding.
       roofline_seconds: Least time on the target, by NVIDIA's numbers.
       bound: The bound of this time.
       failures: Errors in the machine code.
+      seconds: Time to lower and compile.
+      other_kernels: Other kernels of the program: sums over parts of K, parts of R, padding.
     """
 
     kernel: str
@@ -59,33 +55,33 @@ class Record(sass.Kernel):
     instruction: str
     found: int
     implied: int
-    seconds: float
-    other_kernels: int
     flops: int
     bytes: int
     roofline_seconds: float
     bound: str
-    failures: tuple[str, ...]
+    failures: list[str]
+    seconds: float = 0.0
+    other_kernels: int = 0
 
 
 def main(name: str, only: str) -> None:
     """Prints a record a line for every case whose kernel, shape or label contains `only`."""
     directory = pathlib.Path(os.environ["MOSAIC_GPU_DUMP_TO"])
     with target.compile_only(name) as device:
-        for kernel, case in _cases():
+        for kernel, program, case in _programs():
             if only.lower() not in f"{kernel} {case.name} {case.label}".lower():
                 continue
-            call, arguments, cases = _PROGRAMS[kernel](case)
-            codes, seconds, others = _compile(call, arguments, device, directory)
+            call, arguments, cases = program(case)
+            codes, spent = _compile(call, arguments, device, directory)
             for part, code in zip(cases, codes, strict=True):
-                row = record(kernel, part, *_expected(part), code, seconds, others)
-                print(json.dumps(dataclasses.asdict(row)), flush=True)
+                row = record(kernel, part, *_expected(part), code)
+                print(json.dumps(dataclasses.asdict(row) | spent), flush=True)
 
 
-def _cases() -> Iterator[tuple[str, Any]]:
-    yield from (("scaled_matmul", case) for case in matmuls.PROOF)
-    yield from (("rotate_quantize", case) for case in rotations.PROOF)
-    yield "quantized_linear", matmuls.Case(384, 4096, 4096, label="vmap of jit")
+def _programs() -> Iterator[tuple[str, Any, Any]]:
+    yield from (("scaled_matmul", _matmul, case) for case in matmuls.PROOF)
+    yield from (("rotate_quantize", _rotate, case) for case in rotations.PROOF)
+    yield "quantized_linear", _linear, matmuls.Case(384, 4096, 4096, label="vmap of jit")
 
 
 def _matmul(case: matmuls.Case) -> tuple[Any, Any, list]:
@@ -115,35 +111,34 @@ def _linear(case: matmuls.Case) -> tuple[Any, Any, list]:
     return call, (x, weights, matrices, smooth), [rotation, case]
 
 
-_PROGRAMS = {"scaled_matmul": _matmul, "rotate_quantize": _rotate, "quantized_linear": _linear}
-
-
 def _expected(case: matmuls.Case | rotations.Case) -> tuple[str, int]:
     """What a case multiplies, and the tensor-core instructions in its loop."""
     if isinstance(case, rotations.Case):
         return "bfloat16", ROTATION_MMAS
     t = case.used_tiling
     tiles = -(-case.m // t.rows) * -(-case.n // t.columns) * t.splits
-    steps = -(-tiles // (t.cores // t.ctas)) * -(-case.k // depth_of(case.dtype)) // t.splits
+    depth = depth_of(case.element.dtype)
+    steps = -(-tiles // (t.cores // t.ctas)) * -(-case.k // depth) // t.splits
     # The loop has a step for each slot. An instruction takes 32 of the 128 bytes of a step.
     return case.format, 4 * min(t.stages, steps)
 
 
 def _compile(
     call: Any, arguments: Any, device: Any, directory: pathlib.Path
-) -> tuple[list[sass.Kernel], float, int]:
-    """Machine code of the kernels of a program, seconds, and the number of its other kernels."""
+) -> tuple[list[sass.Kernel], dict[str, Any]]:
+    """Machine code of the kernels of a program, and what a record says of the whole program."""
     for file in directory.iterdir():
         file.unlink()
     place = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
     placed = jax.tree.map(lambda x: place(x.shape, x.dtype), arguments)
     start = time.perf_counter()
     compiled = jax.jit(call).lower(*placed).compile()
-    seconds = time.perf_counter() - start
+    seconds = round(time.perf_counter() - start, 3)
     kernels = sass.read(directory)
     if not kernels:
         raise RuntimeError("no new kernel: this process has compiled the very same one before")
-    return kernels, seconds, device_instructions(compiled.as_text() or "") - len(kernels)
+    others = device_instructions(compiled.as_text() or "") - len(kernels)
+    return kernels, {"seconds": seconds, "other_kernels": others}
 
 
 def device_instructions(hlo: str) -> int:
@@ -154,15 +149,7 @@ def device_instructions(hlo: str) -> int:
     return sum(opcode not in free for opcode in opcodes)
 
 
-def record(
-    name: str,
-    case: Any,
-    kind: str,
-    implied: int,
-    code: sass.Kernel,
-    seconds: float = 0.0,
-    other_kernels: int = 0,
-) -> Record:
+def record(name: str, case: Any, kind: str, implied: int, code: sass.Kernel) -> Record:
     """The row of a compiled case, with the errors in its machine code.
 
     Args:
@@ -170,16 +157,13 @@ def record(
       implied: Tensor-core instructions that the innermost loop must have.
     """
     instruction, in_loop = MMA[kind], code.tensor_core_in_loop()
-    found = in_loop.get(instruction, 0)
-    failures = []
-    if set(in_loop) != {instruction}:
-        failures.append(f"{instruction} expected, {', '.join(in_loop) or 'none'} found")
-    if found != implied:
-        failures.append(f"{implied} {instruction} implied by the tile, {found} in the loop")
-    if code.spill_bytes:
-        failures.append(f"{code.spill_bytes} bytes of registers spill")
-    if code.target != "sm_100a":
-        failures.append(f"compiled for {code.target}")
+    found, kinds = in_loop.get(instruction, 0), ", ".join(in_loop) or "none"
+    wrong = {
+        f"{instruction} expected, {kinds} found": set(in_loop) != {instruction},
+        f"{implied} {instruction} implied by the tile, {found} in the loop": found != implied,
+        f"{code.spill_bytes} bytes of registers spill": code.spill_bytes > 0,
+        f"compiled for {code.target}": code.target != "sm_100a",
+    }
     least, bound = roofline(case.flops, case.bytes, kind)
     return Record(
         **vars(code),
@@ -189,13 +173,11 @@ def record(
         instruction=instruction,
         found=found,
         implied=implied,
-        seconds=round(seconds, 3),
-        other_kernels=other_kernels,
         flops=case.flops,
         bytes=case.bytes,
         roofline_seconds=least,
         bound=bound,
-        failures=tuple(failures),
+        failures=[text for text, so in wrong.items() if so],
     )
 
 

@@ -34,8 +34,6 @@ class Operand:
       scales: float8_e8m0fnu (or float8_e4m3fn, for NVFP4) in 128x4 tiles.
       tensor_scale: The second level of scales, for formats with two levels.
       shape: Rows and columns before padding.
-      element: The element type.
-      block_size: Elements that share one scale.
     """
 
     # "or Any": eval_shape, vmap and others put objects here that are not arrays.

@@ -11,14 +11,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from duquantpp_jax.kernels.operand import bits_of
 
 
-def launch(body: Callable[..., None], interpret: Any, scratch: Any, **options: Any) -> Any:
-    """A Mosaic kernel; `interpret` has parameters of interpret mode, None compiles."""
+def launch(body: Callable[..., None], interpret: Any, ctas: int, scratch: Any, **more: Any) -> Any:
+    """A Mosaic kernel on `ctas` CTAs or clusters; `interpret` is None, or how to interpret it."""
     # Register layouts are explicit where they matter, not inferred (jax 0.12's default).
     lanes = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
-    if interpret is not None:
-        options["interpret"] = interpret
-    named = {"scratch": scratch}
-    return plgpu.kernel(body, scratch_types=named, compiler_params=lanes, **options)
+    more |= {"grid": (ctas,), "grid_names": ("sm",), "thread_name": "wg"}
+    more |= {"scratch_types": {"scratch": scratch}, "compiler_params": lanes}
+    return plgpu.kernel(body, **more if interpret is None else more | {"interpret": interpret})
 
 
 def swizzled(shape: tuple[int, ...], dtype: Any, columns: int | None = None) -> Any:

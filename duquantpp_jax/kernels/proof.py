@@ -93,8 +93,7 @@ def prove(options: Options) -> Iterator[Record]:
             command, env=environment, stdout=pipe, stderr=pipe, text=True
         ) as worker:
             for line in cast(IO[str], worker.stdout):
-                fields = json.loads(line)
-                yield Record(**fields | {"failures": tuple(fields["failures"])})
+                yield Record(**json.loads(line))
             errors = cast(IO[str], worker.stderr).read()
         if worker.returncode:
             raise RuntimeError(f"compiling for {options.target} failed:\n{errors[-4000:]}")

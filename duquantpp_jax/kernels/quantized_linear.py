@@ -22,8 +22,6 @@ from duquantpp_jax.kernels.rotate_quantize.api import rotate_quantize
 from duquantpp_jax.kernels.scaled_matmul.api import scaled_matmul
 from duquantpp_jax.transforms.block import multiply_blocks
 
-__all__ = ["quantized_linear"]
-
 BLOCK = 32
 Implementation = Literal["mosaic_sm100", "reference"]
 

@@ -36,11 +36,7 @@ class Asymmetric:
     needs = Needs.GRAM | Needs.CROSS
 
     def __call__(self, w: Float[Array, "n k"], format: Format, stats: Stats) -> MXArray:
-        """See the top of this file.
-
-        Raises:
-          ValueError: The Stats lack a matrix.
-        """
+        """See the top of this file; ValueError if the Stats lack a matrix."""
         gram, cross = (stats.require(n, "asymmetric") for n in (Needs.GRAM, Needs.CROSS))
         return self.rounding(regressed(w, gram, cross, self.damping), format, stats)
 

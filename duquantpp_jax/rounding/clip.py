@@ -33,7 +33,7 @@ class Search:
     Attributes:
       option: What of `Format.quantize` is searched.
       candidates: Its values; the first changes nothing.
-      per: What shares one.
+      per: What shares a value.
     """
 
     option: Literal["clip", "scale_offset"] = "clip"
@@ -57,19 +57,10 @@ class Search:
             other = format.encode(w, **given, **{self.option: jnp.asarray(candidate, kind)})
             error = self._error(w, other, importance)
             better = error < least
-            least = jnp.where(better, error, least)
-            chosen = jnp.broadcast_to(better, best.scales.shape)
-            wide = jnp.repeat(chosen, best.block_size, axis=-1)
-            best = dataclasses.replace(
-                best,
-                elements=jnp.where(wide, other.elements, best.elements),
-                scales=jnp.where(chosen, other.scales, best.scales),
-            )
+            least, best = jnp.where(better, error, least), other.where(better, best)
         return best
 
-    def _error(
-        self, w: Float[Array, "n k"], q: MXArray, importance: Importance
-    ) -> Float[Array, "n _"]:
+    def _error(self, w: Array, q: MXArray, importance: Importance) -> Float[Array, "n _"]:
         """Of each block, or of each row."""
         weighted = importance * jnp.square(w - q.dequantize())
         error = jnp.sum(weighted.reshape(*q.scales.shape, q.block_size), axis=-1)

@@ -31,11 +31,7 @@ class GPTQDescent:
     needs = Needs.GRAM
 
     def __call__(self, w: Float[Array, "n k"], format: Format, stats: Stats) -> MXArray:
-        """See `descend`.
-
-        Raises:
-          ValueError: The Stats hold no Gram matrix.
-        """
+        """See `descend`; ValueError if the Stats hold no Gram matrix."""
         h = damped(mean_gram(stats, "descent"), self.damping)
         return descend(w, GPTQ(self.damping)(w, format, stats), h, self.passes)
 

@@ -12,6 +12,7 @@ Source: GPTQ, Frantar et al., arXiv 2210.17323; on MX blocks as MR-GPTQ, arXiv 2
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +40,7 @@ class GPTQ:
     needs = Needs.GRAM
 
     def __call__(self, w: Float[Array, "n k"], format: Format, stats: Stats) -> MXArray:
-        """See `gptq`.
-
-        Raises:
-          ValueError: The Stats hold no Gram matrix.
-        """
+        """See `gptq`; ValueError if the Stats hold no Gram matrix."""
         return gptq(w, format, mean_gram(stats, "GPTQ"), self.damping, self.search)
 
 
@@ -66,18 +63,20 @@ def gptq(
     h = damped(gram, damping)
     u = inverse_factor(h)
     importance = jnp.diagonal(gram)
-    nearest = search.encode(w, format, importance) if search else format.encode(w)
+
+    def to_nearest(w: Array, importance: Array, **given: Array) -> MXArray:
+        return (
+            search.encode(w, format, importance, **given) if search else format.encode(w, **given)
+        )
+
+    nearest = to_nearest(w, importance)
     given = {} if nearest.tensor_scale is None else {"tensor_scale": nearest.tensor_scale}
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size)
 
     def block(w: Float[Array, "n k"], first: Array) -> tuple[Array, MXArray]:
-        part = jax.lax.dynamic_slice_in_dim(w, first, size, axis=1)
-        u_rows = jax.lax.dynamic_slice_in_dim(u, first, size, axis=0)
-        u_part = jax.lax.dynamic_slice_in_dim(u_rows, first, size, axis=1)
-        if search is None:
-            grid = format.encode(part, **given)
-        else:
-            own = jax.lax.dynamic_slice_in_dim(importance, first, size)
-            grid = search.encode(part, format, own, **given)
+        part, u_rows = cut(w, first, axis=1), cut(u, first, axis=0)
+        u_part = cut(u_rows, first, axis=1)
+        grid = to_nearest(part, cut(importance, first), **given)
         scale = grid.limit()[:, 0] / jnp.float32(grid.element.max)
 
         def column(part: Float[Array, "n size"], j: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -98,11 +97,7 @@ def gptq(
         scales=blocks.scales[..., 0].T,
     )
     worse = weighted_error(w, rounded, h) > weighted_error(w, nearest, h)
-    return dataclasses.replace(
-        nearest,
-        elements=jnp.where(worse[:, None], nearest.elements, rounded.elements),
-        scales=jnp.where(worse[:, None], nearest.scales, rounded.scales),
-    ).stored()
+    return nearest.where(worse[:, None], rounded).stored()
 
 
 def mean_gram(stats: Stats, who: str) -> Float[Array, "k k"]:

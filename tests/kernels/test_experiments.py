@@ -26,7 +26,7 @@ def record(kernel: str, case, **counts) -> proof.Record:
     empty = {"int": 0, "float": 0.0, "str": ""}
     fields = {f.name: empty.get(getattr(f.type, "__name__", str(f.type)), {}) for f in FIELDS}
     fields |= {"kernel": kernel, "case": case.name, "label": case.label, "found": 16, "ctas": 148}
-    return proof.Record(**fields | {"loops": loops, "failures": ()} | counts)
+    return proof.Record(**fields | {"loops": loops, "failures": []} | counts)
 
 
 def test_the_square_matmul_is_predicted_above_nine_tenths_of_the_tensor_cores():

@@ -43,7 +43,7 @@ def key():
 )
 def test_scaled_matmul_lowers_to_the_block_scaled_operation(kind, operation, collective):
     case = Case(512, 512, 2048, kind)
-    tiling = choose_tiling(512, 512, 2048, case.dtype, case.block, collective=collective)
+    tiling = choose_tiling(512, 512, 2048, case.element.dtype, case.block, collective=collective)
     operands = jax.eval_shape(case.operands, key())
     lowered = text(lambda a, b: scaled_matmul.scaled_matmul(a, b, tiling=tiling), *operands)
     assert re.search(operation, lowered)

@@ -65,7 +65,7 @@ def record(compiled: sass.Kernel, implied: int = 2) -> proof.Record:
 
 
 def test_a_kernel_is_proved_or_says_why_not(tmp_path):
-    assert record(compiled(tmp_path)).failures == ()
+    assert record(compiled(tmp_path)).failures == []
     assert "4 UTCOMMA implied" in record(compiled(tmp_path), implied=4).failures[0]
     assert "16 bytes of registers spill" in record(compiled(tmp_path, spilled=8)).failures[0]
     other = compiled(tmp_path, code=SASS.replace("UTCOMMA", "UTCQMMA"))
@@ -106,7 +106,7 @@ def test_the_kernels_of_each_format_hold_on_blackwell():
     records = [*proof.prove(proof.Options(only="8192x8192x8192"))]
     assert {r.instruction for r in records} == {"UTCOMMA", "UTCOMMA.4X", "UTCQMMA"}
     for each in records:
-        assert each.failures == ()
+        assert each.failures == []
         assert each.found == each.implied
         assert each.spill_bytes == 0
         assert each.tensor_columns == 512
@@ -115,7 +115,7 @@ def test_the_kernels_of_each_format_hold_on_blackwell():
 @needs_wheels
 def test_rotate_quantize_holds_and_passes_over_memory_once():
     for each in proof.prove(proof.Options(only="16384x8192 R")):
-        assert each.failures == ()
+        assert each.failures == []
         assert each.other_kernels == 1  # the two parts of R, 2 MB
         assert each.instructions["F2FP.SATFINITE.E2M1.F32.PACK_AB_MERGE_C"] == 64  # 128 a row
 
@@ -123,14 +123,14 @@ def test_rotate_quantize_holds_and_passes_over_memory_once():
 @needs_wheels
 def test_the_rule_that_tries_three_scales_fits_into_registers():
     (each,) = proof.prove(proof.Options(only="16384x8192 shared R MSE"))
-    assert each.failures == ()
+    assert each.failures == []
 
 
 @needs_wheels
 def test_a_mapped_quantized_linear_is_these_two_kernels():
     first, second = proof.prove(proof.Options(only="quantized_linear"))
     assert (first.instruction, second.instruction) == ("UTCHMMA", "UTCOMMA")
-    assert (first.failures, second.failures) == ((), ())
+    assert first.failures == second.failures == []
 
 
 @needs_wheels

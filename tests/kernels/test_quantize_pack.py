@@ -8,12 +8,8 @@ import pytest
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.formats import E2M1, MXFP4
 from duquantpp_jax.formats.packing import pack_nibbles, unpack_nibbles
-from duquantpp_jax.kernels.quantize_pack import (
-    quantize_pack,
-    reference,
-    triton,
-    unpack_dequantize,
-)
+from duquantpp_jax.kernels.quantize_pack import reference, triton
+from duquantpp_jax.kernels.quantize_pack.api import quantize_pack, unpack_dequantize
 
 RULES = pytest.mark.parametrize("rule", list(triton.RAISED_ABOVE), ids=lambda r: r.value)
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")

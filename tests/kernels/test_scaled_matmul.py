@@ -188,7 +188,7 @@ def test_the_choice_is_logged(caplog):
 @pytest.mark.parametrize("case", PROOF, ids=lambda case: f"{case.name} {case.label}")
 def test_a_chosen_tiling_fits_a_multiprocessor(case):
     t = case.used_tiling
-    depth = 256 if case.dtype == jnp.float4_e2m1fn else 128
+    depth = 256 if case.element.dtype == jnp.float4_e2m1fn else 128
     assert t.shared_bytes(depth, case.block, jnp.bfloat16) <= 227 * 1024
     scales = t.stages * t.scale_columns(depth, case.block)
     assert t.stride(depth, case.block) + t.columns + scales <= 512

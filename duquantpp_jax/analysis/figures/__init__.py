@@ -1,11 +1,5 @@
 """Figures from arrays and results: functions that take numbers and return a matplotlib Figure.
 
-    surface                         |X| over tokens and channels, before and after
-    amax_map, sqnr                  over the layers of a model
-    scale_occupancy, code_occupancy what is stored
-    comparison, divergences         results of `compare` and of grids
-    picture                         a figure as the bytes of a png, svg or pdf
-
 `columns` is 1 or 2: how many of a paper's two columns the figure is wide.
 """
 

@@ -17,7 +17,7 @@ def quantize_pack(
     *,
     scale_rule: ScaleRule = ScaleRule.FLOOR,
     implementation: Implementation | None = None,
-) -> tuple[UInt8[Array, "*batch bytes"], UInt8[Array, "*batch blocks"]]:
+) -> reference.Packed:
     """Packed codes and scale bytes of x in MXFP4, blocks of 32 along the last axis.
 
     Every implementation gives the same bits.

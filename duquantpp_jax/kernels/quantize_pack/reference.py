@@ -14,10 +14,11 @@ from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.formats import E2M1, MXFP4
 from duquantpp_jax.formats.packing import pack_blocks
 
+Packed = tuple[UInt8[Array, "*batch bytes"], UInt8[Array, "*batch blocks"]]
+"""Codes, two a byte, and scale bytes."""
 
-def quantize_pack(
-    x: Float[Array, "*batch k"], rule: ScaleRule
-) -> tuple[UInt8[Array, "*batch bytes"], UInt8[Array, "*batch blocks"]]:
+
+def quantize_pack(x: Float[Array, "*batch k"], rule: ScaleRule) -> Packed:
     """Packed codes and scale bytes."""
     packed, scale_bytes = _in_blocks(x, rule)
     return _in_a_row(packed, axes=2), scale_bytes
@@ -31,17 +32,13 @@ def unpack_dequantize(
 
 
 @functools.partial(jax.jit, static_argnames="rule")
-def _in_blocks(
-    x: Float[Array, "*batch k"], rule: ScaleRule
-) -> tuple[UInt8[Array, "*blocks bytes"], UInt8[Array, "*blocks"]]:
+def _in_blocks(x: Array, rule: ScaleRule) -> tuple[UInt8[Array, "*blocks bytes"], Array]:
     q = MXFP4(scale_rule=rule).encode(x)
     return pack_blocks(q), q.scale_bytes()
 
 
 @jax.jit
-def _numbers(
-    packed: UInt8[Array, "*batch bytes"], scale_bytes: UInt8[Array, "*batch blocks"]
-) -> Float32[Array, "*batch blocks half two"]:
+def _numbers(packed: Array, scale_bytes: Array) -> Float32[Array, "*batch blocks half two"]:
     pairs = packed.reshape(*scale_bytes.shape, -1, 1) >> jnp.array([0, 4], jnp.uint8) & 15
     byte = scale_bytes.astype(jnp.int32)[..., None, None]
     return jnp.where(byte == 255, jnp.float32(jnp.nan), E2M1.decode(pairs, byte - 127))

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, BFloat16, UInt8
+from jaxtyping import Array, BFloat16
 
 from duquantpp_jax.core import ScaleRule
+from duquantpp_jax.kernels.quantize_pack.reference import Packed
 
 ROWS = 512  # blocks of 32 in a program
 RAISED_ABOVE = {  # largest mantissa of amax at which the rule still has FLOOR's E
@@ -31,7 +32,7 @@ RAISED_ABOVE = {  # largest mantissa of amax at which the rule still has FLOOR's
 
 def quantize_pack(
     x: BFloat16[Array, "*batch k"], rule: ScaleRule, *, interpret: bool = False
-) -> tuple[UInt8[Array, "*batch bytes"], UInt8[Array, "*batch blocks"]]:
+) -> Packed:
     """Packed codes and scale bytes."""
     from jax.experimental.pallas import triton as plt
 

@@ -73,11 +73,7 @@ def rotate_quantize(
     scale_rule: ScaleRule = ScaleRule.FLOOR,
     interpret: Any = None,
 ) -> Operand:
-    """Elements and scales of one matrix that `api` has checked.
-
-    Args:
-      interpret: Parameters of Mosaic's interpret mode; None compiles.
-    """
+    """Elements and scales of one matrix that `api` has checked."""
     (m, k), matrices = x.shape, rotation.astype(jnp.float32)
     if smooth is not None:
         matrices = matrices / smooth.astype(jnp.float32).reshape(-1, 32, 1)
@@ -100,11 +96,7 @@ def rotate_quantize(
         def load(tile):
             slot = lax.rem(tile, jnp.int32(STAGES))
             mi, ki = where(tile)
-
-            @pl.when(tile >= STAGES)
-            def _():
-                plgpu.barrier_wait(s["empty"].at[slot])
-
+            pl.when(tile >= STAGES)(lambda: plgpu.barrier_wait(s["empty"].at[slot]))
             rows, columns = pl.ds(mi * ROWS, ROWS), pl.ds(ki * WIDTH, WIDTH)
             full = s["full"].at[slot]
             plgpu.copy_gmem_to_smem(x_gmem.at[rows, columns], s["x"].at[slot], full)
@@ -114,11 +106,7 @@ def rotate_quantize(
 
         def multiply(tile):
             slot, buffer = lax.rem(tile, jnp.int32(STAGES)), lax.rem(tile, jnp.int32(BUFFERS))
-
-            @pl.when(tile >= BUFFERS)
-            def _():
-                plgpu.barrier_wait(s["drained"].at[buffer])
-
+            pl.when(tile >= BUFFERS)(lambda: plgpu.barrier_wait(s["drained"].at[buffer]))
             plgpu.barrier_wait(s["full"].at[slot])
             for b in range(BLOCKS):
                 block = pl.ds(b * BLOCK, BLOCK)
@@ -191,14 +179,12 @@ def rotate_quantize(
         "drained": plgpu.Barrier(num_barriers=BUFFERS, orders_tensor_core=True),
         "r_full": plgpu.Barrier(),
     }
-    threads = {"num_threads": 3, "thread_name": "wg"}
-    grid = {"grid": (ctas,), "grid_names": ("sm",)}
     out_type = (
         jax.ShapeDtypeStruct((len(x), width), jnp.float4_e2m1fn),
         jax.ShapeDtypeStruct((m_tiles, k_tiles, 32, 4), jnp.int32),
     )
-    named = {"out_type": out_type, "kernel_name": "rotate_quantize"}
-    run = launch(kernel, interpret, scratch, **named, **grid, **threads)
+    named = {"kernel_name": "rotate_quantize", "num_threads": 3}
+    run = launch(kernel, interpret, ctas, scratch, out_type=out_type, **named)
     elements, words = run(x, split_bfloat16(matrices))
     scale_bytes = lax.bitcast_convert_type(words, jnp.uint8).reshape(m_tiles, k_tiles, 32, 16)
     scales = lax.bitcast_convert_type(scale_bytes, jnp.float8_e8m0fnu)

@@ -1,13 +1,13 @@
 """Cases of scaled_matmul, shared by tests, proof, cost model and benchmark."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from duquantpp_jax.core import MXArray
+from duquantpp_jax.core import Element, MXArray
 from duquantpp_jax.formats import E2M1, E4M3
 from duquantpp_jax.kernels.operand import Operand
 from duquantpp_jax.kernels.scaled_matmul.tiling import Tiling, choose_tiling
@@ -54,21 +54,15 @@ class Case:
         return 16 if self.format == "nvfp4" else 32
 
     @property
-    def dtype(self) -> Any:
-        """Storage type of the elements."""
-        return E4M3.dtype if self.format == "mxfp8" else E2M1.dtype
+    def element(self) -> Element:
+        """Type of the elements."""
+        return E4M3 if self.format == "mxfp8" else E2M1
 
     @property
     def used_tiling(self) -> Tiling:
         """The given tiling, or the choice of the kernel on a B200."""
-        return self.tiling or choose_tiling(
-            self.m, self.n, self.k, self.dtype, self.block, out_dtype=jnp.dtype(self.out)
-        )
-
-    @property
-    def bytes_per_element(self) -> float:
-        """Bytes of an element in memory."""
-        return 1.0 if self.format == "mxfp8" else 0.5
+        shape, dtype = (self.m, self.n, self.k), jnp.dtype(self.out)
+        return self.tiling or choose_tiling(*shape, self.element.dtype, self.block, out_dtype=dtype)
 
     @property
     def flops(self) -> int:
@@ -78,7 +72,7 @@ class Case:
     @property
     def bytes(self) -> int:
         """Least bytes to move: operands with scales in, the product out."""
-        row = int(self.k * self.bytes_per_element) + self.k // self.block
+        row = self.k * self.element.bits // 8 + self.k // self.block
         return (self.m + self.n) * row + self.m * self.n * jnp.dtype(self.out).itemsize
 
     def operands(self, key: Key[Array, ""]) -> tuple[Operand, Operand]:
@@ -87,7 +81,7 @@ class Case:
         return self._operand(a, self.m), self._operand(b, self.n)
 
     def _operand(self, key: Key[Array, ""], rows: int) -> Operand:
-        element = E4M3 if self.format == "mxfp8" else E2M1
+        element = self.element
         for_codes, for_scales, for_tensor = jax.random.split(key, 3)
         low, sign = 1 << (element.bits - 1), jnp.uint8(1 << (element.bits - 1))
         codes = jax.random.randint(for_codes, (rows, self.k), 0, 2 * low).astype(jnp.uint8)
@@ -106,15 +100,7 @@ class Case:
         return Operand.from_mx(mx)
 
 
-def _small(
-    m: int,
-    n: int,
-    k: int,
-    format: Format = "mxfp4",
-    label: str = "",
-    out: str = "float32",
-    **cut: int,
-) -> Case:
+def _small(m, n, k, format: Format = "mxfp4", label: str = "", out: str = "float32", **cut: int):
     """A case for an interpreter: few cores, so that each of them computes several tiles."""
     tiling = Tiling(**{"columns": 128, "stages": 4, "cores": 3} | cut, collective=False)
     return Case(m, n, k, format, out, tiling, label)

@@ -51,12 +51,7 @@ def scaled_matmul(
     tiling: Tiling | None = None,
     interpret: Any = None,
 ) -> Float[Array, "m n"]:
-    """The product of two operands that `api` has checked.
-
-    Args:
-      tiling: How the work is cut; by default chosen from the shape.
-      interpret: Parameters of Mosaic's interpret mode; None compiles.
-    """
+    """The product of two operands that `api` has checked; the tiling is by default chosen."""
     (m, k), n = a.shape, b.shape[0]
     tensor_scales = [s for s in (a.tensor_scale, b.tensor_scale) if s is not None]
     wide = jnp.float32 if tensor_scales else out_dtype
@@ -112,11 +107,7 @@ def _matmul(
             tile, ki = lax.div(step, jnp.int32(k_steps)), lax.rem(step, jnp.int32(k_steps))
             part, mi, ni = where(tile)
             ki = part * k_steps + ki
-
-            @pl.when(step >= stages)
-            def _():
-                plgpu.barrier_wait(s["empty"].at[slot])
-
+            pl.when(step >= stages)(lambda: plgpu.barrier_wait(s["empty"].at[slot]))
             ks = pl.ds(ki * depth, depth)
             kt = pl.ds(ki * scale_tiles, scale_tiles)
             rows, columns = pl.ds(mi * t.rows, t.rows), pl.ds(ni * t.columns, t.columns)
@@ -222,12 +213,10 @@ def _matmul(
         "ready": plgpu.Barrier(**pair),
         "drained": drained,
     }
-    threads = {"num_threads": 2, "thread_name": "wg"}
-    grid = {"grid": (clusters,), "grid_names": ("sm",)}
     cluster = {"cluster": (t.ctas,), "cluster_names": ("cta",)}
     out_type = jax.ShapeDtypeStruct((t.splits, m, pl.cdiv(n, store) * store), out_dtype)
-    named = {"out_type": out_type, "kernel_name": "scaled_matmul"}
-    run = launch(kernel, interpret, scratch, **named, **grid, **cluster, **threads)
+    named = {"kernel_name": "scaled_matmul", "num_threads": 2}
+    run = launch(kernel, interpret, clusters, scratch, out_type=out_type, **named, **cluster)
     return run(a.elements, b.elements, a.scales, b.scales)
 
 

@@ -87,10 +87,6 @@ def choose_tiling(
     Two CTAs share a tile if there are rows for both. Of 128 and 256 columns the faster is chosen.
     If there are fewer tiles than half the cores, K is split into equal parts of at least four
     steps.
-
-    Args:
-      cores: Streaming multiprocessors of the device.
-      collective: Whether two CTAs share a tile; by default chosen.
     """
     depth = depth_of(dtype)
     if collective is None:
