@@ -13,7 +13,7 @@ Method: the inputs of one linear of the embedded model, before its second down_p
   error, in dB. A result that is not finite is an error.
 Command: python -m experiments.health [--rule floor] [--rows 8] [--recipes ...] --out FILE
 Cost: three minutes on two busy cores.
-Last result: see experiments/README.md.
+Last result: see results/gutenberg27m.md.
 """
 
 import argparse

@@ -22,6 +22,10 @@ Last result, 2026-11-25 (commit bf5fc7c), 65,408 targets, H100s (results/grid_pe
   random one does. Balancing mass does harm on text of another kind: what it balanced was the
   calibration text's. In the column of Hadamard under even the embedded model has its accident of
   position 0 (position_zero.py), which any permutation undoes (-.021 to -.028).
+  On SmolLM2-135M (2026-11-29, 8 development books, H200s), floor / even, * significant: zigzag
+  -.061* / -.075* without a rotation, +.029 / -.026 before hadamard, -.022* / -.036* before
+  smooth_hadamard, +.009 / +.033 before greedy; mass -.031 / -.115*, -.025* / -.043*, -.025* /
+  -.025*, -.050 / +.032. So a permutation is worth 5 % of the KL of smoothed Hadamard there.
 """
 
 import sys

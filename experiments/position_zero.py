@@ -18,7 +18,7 @@ Last result (2026-11-25, jax 0.12.0.1, CPU, 8,176 targets, KL in nats per token;
   Confirmed: without position 0, `even` is better than `floor` for every recipe, and the random
   signs no longer matter much. Rows of `even` on the embedded model say as much about this one
   token as about rotations. On gutenberg-27m, which has a massive activation too, three seeds of
-  random_hadamard lie within .003 (experiments/README.md).
+  random_hadamard lie within .003 (results/gutenberg27m.md).
 """
 
 import argparse

@@ -13,6 +13,10 @@ Last result, 2026-11-28, all 29 recipes, 65,408 targets, three seeds, gutenberg-
   .0974, block_hadamard .1064) and mse; under log256 they are level. Plain rounding, behind nearly
   all under the four MXFP4 rules, is ahead of Hadamard under log256 and fp32: confirmed. What a
   rotation spreads then costs its block nothing, and what it takes away are blocks without outlier.
+  On SmolLM2-135M (2026-11-29, 8 development books, H200s, results/grid_rotations_smollm2_*.json;
+  floor, even and rceil; without the five recipes of size 128, which does not divide 576): no. WUSH
+  is ahead under all three (.390 / .341 / .374), behind it learned_affine (.408 / .389 / .436), then
+  what is smoothed (.48 to .53), then all rotations without smoothing (.85 to 1.12).
 """
 
 import sys

@@ -9,7 +9,21 @@ Command: duquantpp ablate experiments/where.py --table
   or python -m experiments.where --table, with --model DIR --text FILE --calibration-text FILE for
   another model than the embedded one.
 Cost: 120 cells.
-Last result: none yet.
+Last result, 2026-11-29, SmolLM2-135M, 65,408 targets of 8 development books, H200s
+  (results/grid_where_smollm2_128rows.json), KL, floor / even:
+                        rtn              block_hadamard   smooth_hadamard  wush
+    all                 1.362 / 1.094    .943 / .936      .502 / .484      .390 / .341
+    activations alone   .762 / .596      .333 / .304      .224 / .212      .188 / .173
+    weights alone       .514 / .436      .585 / .571      .262 / .245      .200 / .170
+    q, k, v alone       .364 / .309      .299 / .276      .104 / .082      .079 / .060
+    o alone             .115 / .059      .047 / .040      .051 / .045      .034 / .029
+    gate, up alone      .443 / .356      .279 / .250      .206 / .177      .178 / .150
+    down alone          .296 / .262      .262 / .241      .152 / .140      .119 / .095
+  Half of the hypothesis holds: activations cost more than weights, but after a Hadamard matrix
+  less, since it adds to the part of the weights; smoothing and WUSH take from both. down_proj,
+  before which the massive activations are, is not the worst site: gate and up are, and q, k, v
+  without smoothing. The parts add up to a tenth less than the whole. By quarters of the layers the
+  first and the last cost two to three times the third.
 """
 
 import sys

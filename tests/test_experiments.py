@@ -73,7 +73,7 @@ def test_what_is_not_finite_is_an_error():
 
 def test_the_table_of_massive_outliers_is_that_of_its_results():
     results = json.loads((RESULTS / "health_testbed.json").read_text(encoding="utf-8"))
-    readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    readme = (RESULTS / "gutenberg27m.md").read_text(encoding="utf-8")
     assert health.table(results) in readme
 
 
@@ -125,7 +125,7 @@ def test_the_short_form_of_a_grid_leaves_out_what_was_not_run():
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("rounding_*.json")), ids=lambda p: p.stem)
 def test_the_tables_of_roundings_are_those_of_the_results(path):
-    readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    readme = (RESULTS / "gutenberg27m.md").read_text(encoding="utf-8")
     (pivot,) = tables.read(path)
     assert markdown(pivot) in readme
 
@@ -133,7 +133,7 @@ def test_the_tables_of_roundings_are_those_of_the_results(path):
 def test_gptq_lowers_kl_in_every_recipe_as_the_table_says():
     path = RESULTS / "grid_rounding_gutenberg27m_128rows.json"
     (pivot,) = json.loads(path.read_text(encoding="utf-8"))["tables"]
-    assert tables.gains(pivot) in (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    assert tables.gains(pivot) in (RESULTS / "gutenberg27m.md").read_text(encoding="utf-8")
     differences = [
         entry["difference"]["kl"] for entry in pivot["entries"] if entry["row"] == "gptq"
     ]
@@ -148,14 +148,14 @@ def test_gptq_lowers_kl_in_every_recipe_as_the_table_says():
     ids=lambda p: p.stem,
 )
 def test_the_tables_of_experiments_are_those_of_the_results(path):
-    readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    readme = (RESULTS / "gutenberg27m.md").read_text(encoding="utf-8")
     (pivot,) = tables.read(path)
     assert markdown(pivot) in readme
 
 
 def test_the_table_of_beat_hadamard_has_the_numbers_of_its_results():
     results = (RESULTS / "beat_hadamard_gutenberg27m_512rows.json").read_text(encoding="utf-8")
-    readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    readme = (RESULTS / "gutenberg27m.md").read_text(encoding="utf-8")
     for entry in json.loads(results):
         (row,) = (r for r in readme.splitlines() if r.startswith(f"| {entry['attempt']} |"))
         home, away = entry["texts"]["text"], entry["texts"]["transfer"]
