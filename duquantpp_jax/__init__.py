@@ -31,39 +31,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "FITS",
-    "FORMATS",
-    "MXFP4",
-    "MXFP6",
-    "MXFP8",
-    "NVFP4",
-    "ROUNDINGS",
-    "Cell",
-    "Chain",
-    "Decoder",
-    "DecoderConfig",
-    "Fitted",
-    "Format",
-    "MXArray",
-    "Needs",
-    "Plan",
-    "Predictor",
-    "Recipe",
-    "Reference",
-    "ScaleRule",
-    "Stats",
-    "Transform",
-    "calibrate",
-    "fit_linear",
-    "load",
-    "load_quantized",
-    "load_tokenizer",
-    "quantize_decoder",
-    "quantize_linear",
-    "quantized_linear",
-    "recipe",
-]
+__all__ = ["Chain", "Fitted", "Format", "MXArray", "Needs", "Recipe", "ScaleRule", "Stats"]
+__all__ += ["MXFP4", "MXFP6", "MXFP8", "NVFP4", "Transform"]
+__all__ += ["FITS", "FORMATS", "Cell", "Decoder", "DecoderConfig", "Plan", "Predictor"]
+__all__ += ["ROUNDINGS", "Reference", "calibrate", "fit_linear", "load", "load_quantized"]
+__all__ += ["load_tokenizer", "quantize_decoder", "quantize_linear", "quantized_linear", "recipe"]
 
 _LATER = {
     "checkpoints": ("load", "load_quantized", "load_tokenizer"),

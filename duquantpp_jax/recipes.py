@@ -11,28 +11,12 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from duquantpp_jax import formats
 from duquantpp_jax.core import Fit, Format, Needs, Recipe, Rounding, ScaleRule
-from duquantpp_jax.formats import (
-    E3M2,
-    E5M2,
-    MX,
-    MXFP4,
-    MXFP6,
-    MXFP8,
-    NVFP4,
-    FP32Scale,
-    FPQuant,
-    Log256,
-    Quest,
-)
 from duquantpp_jax.formats.plain import BFloat16
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.learning.site import FitLearned
-from duquantpp_jax.rounding.asymmetric import Asymmetric
-from duquantpp_jax.rounding.clip import SCALE, Search
-from duquantpp_jax.rounding.descent import GPTQDescent
-from duquantpp_jax.rounding.gptq import GPTQ
-from duquantpp_jax.rounding.rtn import rtn
+from duquantpp_jax.rounding import GPTQ, SCALE, Asymmetric, GPTQDescent, Rtn, Search
 from duquantpp_jax.transforms.basic import FitIdentity, FitInTurn, FitSmooth
 from duquantpp_jax.transforms.dct import FitDct
 from duquantpp_jax.transforms.duquant import FitDuquantpp
@@ -53,7 +37,6 @@ _RELEASED = FitDuquantpp(
     averaged=True,
     polish=False,
 )
-_ROTATION = Moves(Cayley(), through_amax=True)
 _AFFINE = Moves(Affine(), max_condition=16.0)
 _SEARCH_128 = FitDuquantpp(size=128, fresh_q=False)
 
@@ -85,7 +68,7 @@ FITS: dict[str, Fit] = {
     "pca_hadamard": FitPca(hadamard=True),
     "wush": FitWush(),
     "wush_conditioned": FitWush(max_condition=10.0),
-    "learned_rotation": FitLearned(_ROTATION, FitHadamard()),
+    "learned_rotation": FitLearned(Moves(Cayley(), through_amax=True), FitHadamard()),
     "learned_affine": FitLearned(_AFFINE, FitWush(max_condition=10.0), rate=3e-3),
 }
 """How each named recipe is fitted; all are rounded by any of ROUNDINGS, in any format."""
@@ -93,7 +76,7 @@ FITS: dict[str, Fit] = {
 ALIASES = {"identity": "rtn"}
 
 ROUNDINGS: dict[str, Rounding] = {
-    "rtn": rtn,
+    "rtn": Rtn(),
     "clip": Search(),
     "clip_row": Search(per="row"),
     "scale": SCALE,
@@ -106,17 +89,17 @@ ROUNDINGS: dict[str, Rounding] = {
 }
 
 FORMATS: dict[str, Format] = {
-    "mxfp4": MXFP4(),
-    "mxfp6": MXFP6(),
-    "mxfp6_e3m2": MXFP6(E3M2),
-    "mxfp8": MXFP8(),
-    "mxfp8_e5m2": MXFP8(E5M2),
-    "nvfp4": NVFP4(),
-    "nvfp4_four_over_six": NVFP4(four_over_six=True),
-    "log256": Log256(),
-    "fp32": FP32Scale(),
-    "fpquant": FPQuant(),
-    "quest": Quest(),
+    "mxfp4": formats.MXFP4(),
+    "mxfp6": formats.MXFP6(),
+    "mxfp6_e3m2": formats.MXFP6(formats.E3M2),
+    "mxfp8": formats.MXFP8(),
+    "mxfp8_e5m2": formats.MXFP8(formats.E5M2),
+    "nvfp4": formats.NVFP4(),
+    "nvfp4_four_over_six": formats.NVFP4(four_over_six=True),
+    "log256": formats.Log256(),
+    "fp32": formats.FP32Scale(),
+    "fpquant": formats.FPQuant(),
+    "quest": formats.Quest(),
     "bf16": BFloat16(),
 }
 """How numbers are rounded. MX formats are under FLOOR here; `NAME:RULE` names another rule."""
@@ -144,39 +127,26 @@ def recipe(
     Raises:
       ValueError: An unknown name, or a format that stores no weights as the weights' format.
     """
-    weight, activation = (
-        side if isinstance(side, Format) else find_format(side)
-        for side in (weight_format or format, activation_format or format)
-    )
+    sides = (weight_format or format, activation_format or format)
     return Recipe(
-        fit=find_fit(name) if isinstance(name, str) else name,
-        rounding=find_rounding(rounding) if isinstance(rounding, str) else rounding,
-        weight_format=weight,
-        activation_format=activation,
+        find_fit(name) if isinstance(name, str) else name,
+        find_rounding(rounding) if isinstance(rounding, str) else rounding,
+        *(side if isinstance(side, Format) else find_format(side) for side in sides),
     )
 
 
 def find_fit(name: str) -> Fit:
-    """The fit of this name: of FITS or ALIASES, or `module:NAME`, which imports the module.
-
-    Raises:
-      ValueError: There is none.
-    """
+    """The fit of a name of FITS or ALIASES, or of `module:NAME`; ValueError if there is none."""
     if ":" not in name:
         return FITS[ALIASES.get(name, known("recipe", name, [*FITS, *ALIASES]))]
-    return _outside("recipe", name, "fit", "called as fit(weights, stats, recipe, key)", Fit)
+    return _outside("recipe", name, Fit, "called as fit(weights, stats, recipe, key)")
 
 
 def find_rounding(name: str) -> Rounding:
-    """The rounding of this name: of ROUNDINGS, or `module:NAME`, which imports the module.
-
-    Raises:
-      ValueError: There is none.
-    """
+    """The rounding of a name of ROUNDINGS, or of `module:NAME`; ValueError if there is none."""
     if ":" not in name:
         return ROUNDINGS[known("rounding", name, ROUNDINGS)]
-    called = "called as rounding(weight, format, stats)"
-    return _outside("rounding", name, "rounding", called, Rounding)
+    return _outside("rounding", name, Rounding, "called as rounding(weight, format, stats)")
 
 
 def find_format(name: str, *, imports: bool = True) -> Format:
@@ -198,13 +168,12 @@ def find_format(name: str, *, imports: bool = True) -> Format:
     if base not in FORMATS and rule not in RULES:
         if not imports and base not in sys.modules:
             raise ValueError(f"the format {name} is not known here: give --import {base}")
-        made = "an instance of duquantpp_jax.core.Format"
-        return _outside("format", name, "format", made, Format)
+        return _outside("format", name, Format, "an instance of duquantpp_jax.core.Format")
     format = FORMATS[known("format", base, FORMATS)]
-    if not isinstance(format, MX) or rule not in RULES:
-        has = ", ".join(key for key, value in FORMATS.items() if isinstance(value, MX))
-        has = f"{has} have the rules {', '.join(RULES)}"
-        raise ValueError(f"{base} has no scale rule {rule!r}: {has}")
+    if not isinstance(format, formats.MX) or rule not in RULES:
+        have = ", ".join(key for key, value in FORMATS.items() if isinstance(value, formats.MX))
+        rules = f"{have} have the rules {', '.join(RULES)}"
+        raise ValueError(f"{base} has no scale rule {rule!r}: {rules}")
     return dataclasses.replace(format, scale_rule=ScaleRule(rule))
 
 
@@ -219,7 +188,7 @@ def format_name(format: str | Format) -> str:
     """
     found = find_format(format) if isinstance(format, str) else format
     for name, value in FORMATS.items():
-        if isinstance(found, MX) and isinstance(value, MX):
+        if isinstance(found, formats.MX) and isinstance(value, formats.MX):
             if found == dataclasses.replace(value, scale_rule=found.scale_rule):
                 return f"{name}:{found.scale_rule.value}"
         elif found == value:
@@ -237,24 +206,24 @@ def under_rule(name: str, rule: str) -> str:
     Raises:
       ValueError: An unknown name, or a rule that the format has not.
     """
-    if ":" in name or name in RULES or not isinstance(find_format(name), MX):
+    if ":" in name or name in RULES or not isinstance(find_format(name), formats.MX):
         return name
     return format_name(rule if name == "mxfp4" else f"{name}:{rule}")
 
 
-def _outside(kind: str, name: str, noun: str, about: str, of: type) -> Any:
-    """What `module:NAME` names, an instance of the type or protocol `of`; imports the module."""
+def _outside(kind: str, name: str, noun: type, about: str) -> Any:
+    """What `module:NAME` names, an instance of the type or protocol; imports the module."""
     module, _, attribute = name.partition(":")
-    imported = _imported(module, f"{kind} {name!r}")
-    found = getattr(imported, attribute, None)
-    right = isinstance(found, of) and not isinstance(found, type)
-    if of is not Format and callable(found) and not (right and isinstance(found.needs, Needs)):
+    found = getattr(_imported(module, f"{kind} {name!r}"), attribute, None)
+    right = isinstance(found, noun) and not isinstance(found, type)
+    if noun is not Format and callable(found) and not (right and isinstance(found.needs, Needs)):
         raise ValueError(
             f"{kind} {name!r} does not say what it needs: give it an attribute needs = "
             "Needs.NOTHING, or what it reads of Stats, of duquantpp_jax.core.Needs"
         )
     if not right:
-        raise ValueError(f"{kind} {name!r}: module {module} has no {noun} {attribute} ({about})")
+        what = f"{noun.__name__.lower()} {attribute} ({about})"
+        raise ValueError(f"{kind} {name!r}: module {module} has no {what}")
     return found
 
 

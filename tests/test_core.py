@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from duquantpp_jax import Stats
-from duquantpp_jax.core import Fitted, Needs
+from duquantpp_jax.core import Chain, Fitted, Needs
 from duquantpp_jax.recipes import recipe
-from duquantpp_jax.transforms.basic import FitInTurn, Identity, Smooth
+from duquantpp_jax.transforms.basic import FitInTurn, Identity, Permute, Smooth
 from duquantpp_jax.transforms.block import BlockAffine, BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard
 
@@ -85,8 +85,10 @@ def test_smoothing_moves_maxima_exactly_even_where_the_sample_misses_them():
     x = jnp.ones((1, 4, 32)).at[0, 1, 3].set(100.0)
     stats = Stats.init(32, 1, 4, sample_limit=2).update(x, jnp.int32(0))
     assert float(jnp.max(stats.sample)) == 1.0
-    moved = stats.through(Smooth(jnp.full(32, 2.0)))
-    assert float(moved.absmax[3]) == 50.0
+    halved = Smooth(jnp.full(32, 2.0))
+    turned = Chain((halved, Permute(jnp.arange(32)[::-1])))
+    assert float(stats.through(halved).absmax[3]) == 50.0
+    assert float(stats.through(turned).absmax[28]) == 50.0
 
 
 def _moves(seed):

@@ -20,7 +20,7 @@ from jaxtyping import Array, Integer
 
 from duquantpp_jax.analysis import contents as holds
 from duquantpp_jax.analysis.outliers import Moments, Thresholds, observe, statistics
-from duquantpp_jax.checkpoints import Quantized, is_quantized, load_any, sha256, testbed
+from duquantpp_jax.checkpoints import Quantized, is_quantized, load_any, testbed
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.evaluation import subject
 from duquantpp_jax.evaluation.rows import TARGETS
@@ -129,7 +129,7 @@ def inspect(
     stored = None if quantized is None else holds.scales_and_codes(quantized)
     results = {
         "schema": 1,
-        "model": {"name": subject.model_name(options.model), "sha256": sha256(directory)},
+        "model": subject.model_and_hash(options.model),
         "tokens": rows.tokens[:, :-1].size,
         "text": None if options.text is None else subject.name_and_hash(options.text),
         "thresholds": dataclasses.asdict(thresholds),

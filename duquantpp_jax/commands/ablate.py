@@ -18,14 +18,13 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
 
 from duquantpp_jax import files
 from duquantpp_jax.commands.progress import progress_bar
-from duquantpp_jax.core import Format
 from duquantpp_jax.lab import report, running, table
 from duquantpp_jax.lab.cells import DEFAULT_FORMAT, SCHEMA, Cell
 from duquantpp_jax.lab.executors import Processes, Slurm, gpus
@@ -113,6 +112,8 @@ def _run(module: ModuleType, options: AblateOptions) -> int:
     for place in (out, *(file.parent for file in (options.summary, options.report) if file)):
         files.check_writable(place)
     executor = _executor(options)
+    for warning in dict.fromkeys(filter(None, (cell.warning for cell in cells))):
+        print(warning, file=sys.stderr)
     with progress_bar() as bar:
 
         def progress(done: int, failed: int, total: int) -> None:
@@ -133,9 +134,6 @@ def _run(module: ModuleType, options: AblateOptions) -> int:
     if options.report:
         page = report.page(name, module.__doc__ or "", found, outcome)
         files.write_whole(options.report, page.encode())
-    for warning in dict.fromkeys(cell.warning for cell in cells):
-        if warning:
-            print(warning, file=sys.stderr)
     for cell, error in outcome.errors.items():
         print(f"failed: {cell.labels()}: {error}", file=sys.stderr)
     done = f"{len(outcome.records)} of {len(cells)} cells finished, {len(outcome.errors)} failed"
@@ -156,35 +154,26 @@ def cells_of(module: ModuleType, options: AblateOptions) -> list[Cell]:
 
 def grid(cells: Iterable[Cell], options: AblateOptions) -> list[Cell]:
     """The cells, with the options for what they leave open; each configuration once."""
-    complete: list[Cell] = []
-    for cell in cells:
-        texts = (cell.text,) if cell.text else options.text or (None,)
-        own = cell.calibration_text
-        calibrations = (own,) if own else options.calibration_text or (None,)
-        choices = itertools.product(texts, calibrations, _formats(cell, options))
-        complete += [
-            dataclasses.replace(
-                cell,
-                **formats,
-                model=cell.model or options.model,
-                text=text,
-                calibration_text=calibration,
-                tokens=options.tokens or cell.tokens,
-            )
-            for text, calibration, formats in choices
-        ]
+    complete = [
+        dataclasses.replace(cell, tokens=options.tokens or cell.tokens, **chosen)
+        for cell in cells
+        for chosen in _choices(cell, options)
+    ]
     return list({cell.digest: cell for cell in complete}.values())
 
 
-def _formats(cell: Cell, options: AblateOptions) -> list[dict[str, str | Format | None]]:
-    """The cell's fields for formats, for each choice that the options give."""
-    names = ("format", "weight_format", "activation_format")
-    own = [getattr(cell, name) for name in names]
-    if own != [DEFAULT_FORMAT, None, None]:
-        return [dict(zip(names, own, strict=True))]
-    both = (*options.formats, *options.scale_rules) or (DEFAULT_FORMAT,)
-    sides = (both, options.weight_formats or (None,), options.activation_formats or (None,))
-    return [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*sides)]
+def _choices(cell: Cell, options: AblateOptions) -> list[dict[str, Any]]:
+    """The fields that a cell leaves open, for each choice that the options give."""
+    model = () if options.model is None else (options.model,)
+    places = {"model": model, "text": options.text, "calibration_text": options.calibration_text}
+    given: dict[str, tuple[Any, ...]] = {n: v for n, v in places.items() if not getattr(cell, n)}
+    if (cell.format, cell.weight_format, cell.activation_format) == (DEFAULT_FORMAT, None, None):
+        given["format"] = (*options.formats, *options.scale_rules)
+        given["weight_format"] = options.weight_formats
+        given["activation_format"] = options.activation_formats
+    given = {name: values for name, values in given.items() if values}
+    products = itertools.product(*given.values())
+    return [dict(zip(given, chosen, strict=True)) for chosen in products]
 
 
 def _only(names: tuple[str, ...], cells: list[Cell], layout: Layout) -> list[Cell]:

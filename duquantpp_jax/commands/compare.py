@@ -24,7 +24,7 @@ from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import check_texts, name_and_hash
 from duquantpp_jax.lab import table
 from duquantpp_jax.lab.bench import Bench, order
-from duquantpp_jax.lab.cells import DEFAULT_FORMAT, SCHEMA, Cell
+from duquantpp_jax.lab.cells import SCHEMA, Cell
 from duquantpp_jax.lab.pivot import Layout, pivots
 from duquantpp_jax.lab.records import Record, record_of
 from duquantpp_jax.lab.running import Outcome
@@ -39,6 +39,13 @@ CALIBRATION_ROWS = 64
 FORMATS = ("floor", "even", "log256")
 TIMES = ("fit_seconds", "seconds")
 """Fields of an entry that differ from run to run; they stand in timings.json."""
+DONE = {
+    "pad": "inputs that blocks of 32 do not divide are widened with zeros (exact)",
+    "fuse": "smoothing and permutations are folded into the model where they can be",
+    "rotate_stream": "the residual stream is turned by {} before anything else",
+    "rotate_values": "value heads are turned by {} before anything else",
+}
+"""What the table says of an option."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +103,8 @@ class CompareOptions:
 
 
 class Comparison(NamedTuple):
-    """The results of a comparison.
-
-    Attributes:
-      results: The contents of results.json (docs/results.md).
-      timings: The contents of timings.json: seconds of each entry, and of the whole comparison.
-      channels: For the figure: a site, and its channel maxima before and after each recipe.
-    """
+    """The contents of results.json and timings.json (docs/results.md); and for the figure a site,
+    with its channel maxima before and after each recipe."""
 
     results: dict[str, Any]
     timings: dict[str, Any]
@@ -121,15 +123,12 @@ def cells(options: CompareOptions) -> list[Cell]:
     same += ("rotate_stream", "rotate_values")
     shared = {name: getattr(options, name) for name in same}
     shared |= {"calibration_tokens": CALIBRATION_ROWS * TARGETS, "batch_rows": BATCH_ROWS}
+    methods, steps, seeds = _methods(options), sorted({0, options.refine}), _seeds(options)
     grid = []
-    for name, fits in _methods(options).items():
-        for format, weights, activations in _formats(options):
-            sides = {"weight_format": weights, "activation_format": activations}
-            cell = Cell(name, format, fits=fits, **sides, **shared)
-            for steps in (0, options.refine) if options.refine else (0,):
-                refined = dataclasses.replace(cell, refine=steps)
-                seeds = _seeds(options) if refined.draws else _seeds(options)[:1]
-                grid += [dataclasses.replace(refined, seed=seed) for seed in seeds]
+    for name, formats, refine in itertools.product(methods, _formats(options), steps):
+        cell = Cell(name, fits=methods[name], refine=refine, **formats, **shared)
+        own = seeds if cell.draws else seeds[:1]
+        grid += [dataclasses.replace(cell, seed=seed) for seed in own]
     return grid
 
 
@@ -156,10 +155,10 @@ def compare(options: CompareOptions, progress: Step = lambda *_: None) -> Compar
     names = list(_methods(options))
     layout = Layout(baseline=BASELINE if BASELINE in names else None)
     (pivot,) = pivots(Outcome({cell: records[cell] for cell in grid}, {}), layout)
-    seconds = []
-    for entry in pivot["entries"]:
-        times = {name: entry.pop(name) for name in TIMES}
-        seconds.append({"row": entry["row"], "column": entry["column"]} | times)
+    seconds = [
+        {"row": entry["row"], "column": entry["column"]} | {n: entry.pop(n) for n in TIMES}
+        for entry in pivot["entries"]
+    ]
     timings = {"entries": seconds, "total_seconds": time.perf_counter() - start}
     results = {"schema": SCHEMA, **pivot, "options": _chosen(options)}
     return Comparison(results, timings, (site, {name: maxima[name] for name in ("before", *names)}))
@@ -179,8 +178,8 @@ def _methods(options: CompareOptions) -> dict[str, Path | None]:
     return methods
 
 
-def _formats(options: CompareOptions) -> list[tuple[str, str | None, str | None]]:
-    """For each column the format of both sides, and, if they differ, of weights and activations."""
+def _formats(options: CompareOptions) -> list[dict[str, str]]:
+    """The fields of a cell for the formats of each column."""
     names = (*(options.scale_rules or ()), *(options.formats or ()))
     if "float" in names:
         raise ValueError("format float quantizes nothing: name the formats to compare in")
@@ -192,9 +191,9 @@ def _formats(options: CompareOptions) -> list[tuple[str, str | None, str | None]
     both = {format_name(name): name for name in reversed(names or FORMATS)}  # each format once
     both = [*both.values()][::-1]
     if not options.weight_formats and not options.activation_formats:
-        return [(name, None, None) for name in both]
+        return [{"format": name} for name in both]
     sides = options.weight_formats or both, options.activation_formats or both
-    return [(DEFAULT_FORMAT, *pair) for pair in itertools.product(*sides)]
+    return [{"weight_format": w, "activation_format": a} for w, a in itertools.product(*sides)]
 
 
 def _seeds(options: CompareOptions) -> tuple[int, ...]:
@@ -212,9 +211,10 @@ def _seeds(options: CompareOptions) -> tuple[int, ...]:
 
 def _chosen(options: CompareOptions) -> dict[str, Any]:
     """The options as results.json has them, without directories."""
+    methods = _methods(options)
     fields = dataclasses.asdict(options) | {
-        "recipes": [name for name, fits in _methods(options).items() if fits is None],
-        "fits": [name for name, fits in _methods(options).items() if fits is not None],
+        "recipes": [name for name, fits in methods.items() if fits is None],
+        "fits": [name for name, fits in methods.items() if fits is not None],
         "seeds": list(_seeds(options)),
         "calibration_text": name_and_hash(options.calibration_text),
     }
@@ -227,11 +227,11 @@ def run(options: CompareOptions) -> int:
     from duquantpp_jax.analysis import figures
 
     files.check_writable(options.out)
+    import_modules(options.imports)
+    for warning in dict.fromkeys(filter(None, (cell.warning for cell in cells(options)))):
+        print(warning, file=sys.stderr)
     with progress_bar() as progress:
         comparison = compare(options, progress)
-    for warning in dict.fromkeys(cell.warning for cell in cells(options)):
-        if warning:
-            print(warning, file=sys.stderr)
     figure = figures.comparison(comparison.results, comparison.channels)
     files.write_whole(options.out / "compare.png", figures.picture(figure, "png"))
     files.write_whole(options.out / "timings.json", files.to_json(comparison.timings))
@@ -246,24 +246,20 @@ def _print_table(comparison: Comparison) -> None:
     results, options = comparison.results, comparison.results["options"]
     print(f"{table.title(results)}; weights rounded by {options['rounding']}.")
     print(f"{table.legend(results)}.")
-    if options["pad"]:
-        print("--pad: inputs that blocks of 32 do not divide are widened with zeros (exact).")
-    if options["fuse"]:
-        print("--fuse: smoothing and permutations are folded into the model where they can be.")
-    for name, what in (("stream", "the residual stream is"), ("values", "value heads are")):
-        if rotation := options[f"rotate_{name}"]:
-            print(f"--rotate-{name}: {what} turned by {rotation} before anything else.")
-    seconds = {(e["row"], e["column"]): e["fit_seconds"] for e in comparison.timings["entries"]}
-    entries = {(entry["row"], entry["column"]): entry for entry in results["entries"]}
+    for name, what in DONE.items():
+        if options[name]:
+            print(f"--{name.replace('_', '-')}: {what.format(options[name])}.")
+    pairs = zip(results["entries"], comparison.timings["entries"], strict=True)
+    entries = {(e["row"], e["column"]): (e, times["fit_seconds"]) for e, times in pairs}
     beside = f"- {results['baseline']}" if results["baseline"] else ""
     names = ("recipe", "format")
     distances = table.empty(*names, right=("KL", beside, "excess NLL", beside))
     others = table.empty(*names, right=("PPL", "SQNR dB", "fit s", "online", "KiB"))
     for row, column in itertools.product(results["rows"], results["columns"]):
-        entry, end = entries[row, column], column == results["columns"][-1]
+        (entry, seconds), end = entries[row, column], column == results["columns"][-1]
         cells = [text for *_, text in table.line(entry, beside)]
         distances.add_row(row, column, *cells[:4], end_section=end)
-        cells = [*cells[4:], f"{seconds[row, column]:.1f}", *table.online(entry)]
+        cells = [*cells[4:], f"{seconds:.1f}", *table.online(entry)]
         others.add_row(row, column, *cells, end_section=end)
     console = Console(width=160)
     console.print(distances)

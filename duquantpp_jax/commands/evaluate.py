@@ -15,19 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints import load_any, load_tokenizer, sha256
+from duquantpp_jax.checkpoints import load_any, load_tokenizer
 from duquantpp_jax.commands.progress import Step, progress_bar
-from duquantpp_jax.evaluation.intervals import clusters, estimate
-from duquantpp_jax.evaluation.predict import Predictor, Reference, RowSums
-from duquantpp_jax.evaluation.rows import (
-    PROTOCOLS,
-    Protocol,
-    Rows,
-    read_text,
-    rows_for_targets,
-    rows_of_text,
-)
-from duquantpp_jax.evaluation.subject import environment
+from duquantpp_jax.evaluation import Predictor, Reference, RowSums, clusters, estimate, rows_of_text
+from duquantpp_jax.evaluation.rows import PROTOCOLS, Protocol, Rows, read_text, rows_for_targets
+from duquantpp_jax.evaluation.subject import environment, model_and_hash, name_and_hash
 from duquantpp_jax.lab.table import empty
 from duquantpp_jax.models import DecoderConfig
 from duquantpp_jax.ptq import stores as cache
@@ -111,11 +103,8 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
         store = cache.store(options.cache, config.head_dim, rotate_keys=options.rotate_keys)
         predictor = dataclasses.replace(predictor, store=store)
     step = functools.partial(progress, "evaluating")
-    if reference is None:
-        nll, sums = Reference(predictor, rows.tokens).nll(step), None
-    else:
-        sums = Reference(reference, rows.tokens).row_sums(predictor, step)
-        nll = sums.nll
+    sums = reference and Reference(reference, rows.tokens).row_sums(predictor, step)
+    nll = sums.nll if sums else Reference(predictor, rows.tokens).nll(step)
     unit, cluster = clusters(rows.documents)
     return {
         "schema": 2,
@@ -125,15 +114,15 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
         "interval": "text",
         "environment": environment(),
         "options": {
-            "text": {"name": options.text.name, "sha256": files.sha256(options.text)},
+            "text": name_and_hash(options.text),
             "protocol": options.protocol,
             "window": protocol.window,
             "bos": protocol.bos,
             "cache": options.cache,
             "rotate_keys": options.rotate_keys,
         },
-        "model": _identity(options.model),
-        "reference": None if options.reference is None else _identity(options.reference),
+        "model": model_and_hash(options.model),
+        "reference": options.reference and model_and_hash(options.reference),
     }
 
 
@@ -158,10 +147,6 @@ def _protocol(options: EvaluateOptions, config: DecoderConfig) -> Protocol:
     return Protocol(preset.stream, window, bos)
 
 
-def _identity(directory: Path) -> dict[str, str]:
-    return {"name": directory.resolve().name, "sha256": sha256(directory)}
-
-
 def _measures(
     nll_sums: np.ndarray, sums: RowSums | None, rows: Rows, cluster: np.ndarray
 ) -> dict[str, Any]:
@@ -177,14 +162,12 @@ def _measures(
     bounds = nll["ci95"] and np.exp(nll["ci95"]).tolist()
     measures = {"perplexity": {"value": float(np.exp(nll["value"])), "ci95": bounds}, "nll": nll}
     if sums is not None:
+        before = float(np.exp(np.sum(sums.reference_nll) / rows.tokens[:, 1:].size))
         measures |= {
             "kl": mean(sums.kl),
             "excess_nll": mean(sums.nll - sums.reference_nll),
             "agreement": mean(sums.agreement),
-        }
-        measures["reference_perplexity"] = {
-            "value": float(np.exp(np.sum(sums.reference_nll) / rows.tokens[:, 1:].size)),
-            "ci95": None,
+            "reference_perplexity": {"value": before, "ci95": None},
         }
     return measures
 

@@ -8,13 +8,12 @@ import dataclasses
 import hashlib
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from jaxtyping import Integer
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints import load, sha256, testbed
+from duquantpp_jax.checkpoints import load, testbed
 from duquantpp_jax.checkpoints.fits import ABOUT, ARRAYS, read_about, save_fits
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.shards import read_json
@@ -22,11 +21,10 @@ from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.core import Fitted, Recipe
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS
-from duquantpp_jax.evaluation.subject import environment, load_rows, model_name, name_and_hash
-from duquantpp_jax.learning.named import CALIBRATION_ROWS, LearnSettings, Report, learn
+from duquantpp_jax.evaluation.subject import environment, load_rows, model_and_hash, name_and_hash
+from duquantpp_jax.learning.named import CALIBRATION_ROWS, LearnSettings, Report, Tokens, learn
 from duquantpp_jax.models import Decoder
-from duquantpp_jax.ptq.plan import Plan
-from duquantpp_jax.ptq.walk import quantize_decoder
+from duquantpp_jax.ptq import Plan, quantize_decoder
 from duquantpp_jax.recipes import format_name, recipe, under_rule
 
 PROGRESS, BEGUN = "progress", "begun.json"
@@ -34,7 +32,7 @@ PROGRESS, BEGUN = "progress", "begun.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class LearnOptions:
+class LearnOptions(LearnSettings):
     """Learns how linear inputs are moved; after a kill, the same command resumes.
 
     Attributes:
@@ -44,22 +42,10 @@ class LearnOptions:
       rows: Rows of 511 targets to take from the text.
       held_out: Rows that choose the best step and are not learned from: a share or a number.
         Through a site, an eighth of its token sample from the other rows chooses instead.
-      start: What learning starts from, by its name in duquantpp_jax.recipes.
-      moves: What moves: rotation, affine (or expm, cayley, affine_expm, affine_lu), weights or
-        weights_moved, scale_offset, clip or clip_site, weight_clip or weight_clip_site.
-      through: What the loss is taken through: each site alone, one block after the other (only one
-        is in memory), or the whole model.
-      steps: Updates; through site or block, of each of them.
-      batch_rows: Rows of a batch.
-      rate: Peak learning rate of the transform; weights learn at a tenth of it, clips and scale
-        offsets at ten times.
-      optimizer: adam, adan, amsgrad, lion, rms or sgd, of optax.
-      check_every: Steps between checks, at which progress is kept.
       formats: Of weights and activations, by the names of duquantpp quantize.
       weight_formats: Of weights alone, over --formats.
       activation_formats: Of activations alone, over --formats.
       scale_rule: For formats with a scale rule whose name gives none.
-      seed: For starts that draw random numbers, and for the order of batches.
       measure: Print the held-out KL at the start and at the end, with the whole model in memory.
       overwrite: Start anew if --out holds other fits.
       out: Directory for the fits.
@@ -69,36 +55,13 @@ class LearnOptions:
     text: Path | None = None
     rows: int = 64
     held_out: float = 0.125
-    start: str = "wush_conditioned"
-    moves: tuple[str, ...] = ("affine",)
-    through: Literal["site", "block", "model"] = "model"
-    steps: int = 400
-    batch_rows: int = 16
-    rate: float = 1e-3
-    optimizer: str = "adam"
-    check_every: int = 50
     formats: str = "mxfp4"
     weight_formats: str | None = None
     activation_formats: str | None = None
     scale_rule: str = "floor"
-    seed: int = 0
     measure: bool = True
     overwrite: bool = False
     out: Path = Path("fits")
-
-    @property
-    def how(self) -> LearnSettings:
-        """The options of learning itself."""
-        names = [field.name for field in dataclasses.fields(LearnSettings)]
-        return LearnSettings(**{name: getattr(self, name) for name in names})
-
-    def format_names(self) -> dict[str, str]:
-        """The full name of each side's format."""
-        sides = {"weight": self.weight_formats, "activation": self.activation_formats}
-        return {
-            side: format_name(under_rule(name or self.formats, self.scale_rule))
-            for side, name in sides.items()
-        }
 
 
 def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[str, Any]:
@@ -110,38 +73,42 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
     if options.model is not None and options.text is None:
         raise ValueError("--model needs --text: text of the kind that the model was trained on")
     files.check_writable(options.out)
-    how, names = options.how, options.format_names()
-    how.check()
-    method = recipe(how.start, weight_format=names["weight"], activation_format=names["activation"])
+    options.check()
+    weight, activation = (
+        format_name(under_rule(name or options.formats, options.scale_rule))
+        for name in (options.weight_formats, options.activation_formats)
+    )
+    method = recipe(options.start, weight_format=weight, activation_format=activation)
     tokens = load_rows(options.model, options.text, options.rows * TARGETS, "calibration").tokens
-    rows, held_out = split(np.asarray(tokens, np.int32), options.held_out)
+    tokens = np.asarray(tokens, np.int32)
+    rows, held_out = split(tokens, options.held_out)
     directory = options.model or testbed.directory()
-    ids = hashlib.sha256(np.asarray(tokens, np.int32).tobytes()).hexdigest()
+    how = [field.name for field in dataclasses.fields(LearnSettings)]
+    counts = {"rows": len(rows), "held_out": len(held_out)}
+    counts |= {"tokens": hashlib.sha256(tokens.tobytes()).hexdigest()}
     asked = {
-        "model": {"name": model_name(options.model), "sha256": sha256(directory)},
-        "formats": names,
-        "learn": dataclasses.asdict(how) | {"moves": list(how.moves)},
-        "text": name_and_hash(options.text)
-        | {"rows": len(rows), "held_out": len(held_out), "tokens": ids},
+        "model": model_and_hash(options.model),
+        "formats": {"weight": weight, "activation": activation},
+        "learn": {name: getattr(options, name) for name in how} | {"moves": list(options.moves)},
+        "text": name_and_hash(options.text) | counts,
         "environment": environment(),
     }
     place = options.out / PROGRESS
     if _begin(options, asked):
         return read_about(options.out)
-    found = learn(how, Checkpoint(directory), method, rows, held_out, place=place, report=report)
+    checkpoint = Checkpoint(directory)
+    found = learn(options, checkpoint, method, rows, held_out, place=place, report=report)
     kl = {}
     if options.measure:
-        report("measuring", how.steps, how.steps)
-        kl = held_out_kl(load(directory), method, found.fits, rows, held_out, how.seed)
+        report("measuring", options.steps, options.steps)
+        kl = held_out_kl(load(directory), method, found.fits, rows, held_out, options.seed)
     about = asked | {"start_loss": found.start_loss, "history": found.history, "held_out_kl": kl}
     save_fits(options.out, found.fits, about)
     shutil.rmtree(place)
     return read_about(options.out)
 
 
-def split(
-    tokens: Integer[np.ndarray, "rows length"], held_out: float
-) -> tuple[Integer[np.ndarray, "_ length"], Integer[np.ndarray, "_ length"]]:
+def split(tokens: Tokens, held_out: float) -> tuple[Tokens, Tokens]:
     """Splits rows into those to learn from and the last ones, which are held out.
 
     Args:
@@ -163,8 +130,8 @@ def held_out_kl(
     model: Decoder,
     method: Recipe,
     fits: dict[str, Fitted],
-    rows: Integer[np.ndarray, "rows length"],
-    held_out: Integer[np.ndarray, "held length"],
+    rows: Tokens,
+    held_out: Tokens,
     seed: int,
 ) -> dict[str, float]:
     """KL to the float model in nats per target, before and after learning, rounded to nearest."""
@@ -189,16 +156,12 @@ def _begin(options: LearnOptions, asked: dict[str, Any]) -> bool:
         for name in (ABOUT, ARRAYS):
             (out / name).unlink(missing_ok=True)
     finished = (out / ABOUT).is_file()
-    if finished:
-        begun = read_about(out)
-    elif (place / BEGUN).is_file():
-        begun = read_json(place / BEGUN)
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} holds other files: give an empty or new directory")
-    else:
-        place.mkdir(parents=True, exist_ok=True)
+    if not finished and not (place / BEGUN).is_file():
+        if out.exists() and any(out.iterdir()):
+            raise ValueError(f"{out} holds other files: give an empty or new directory")
         files.write_whole(place / BEGUN, files.to_json(asked))
         return False
+    begun = read_about(out) if finished else read_json(place / BEGUN)
     for name, value in asked.items():
         if begun.get(name) != value:
             raise ValueError(

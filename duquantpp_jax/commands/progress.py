@@ -14,22 +14,14 @@ Step = Callable[[str, int, int], None]
 """Called with a description of the work, the steps done and the number of all steps."""
 
 
-class _Interrupt:
-    """Remembers Ctrl-C. Another library can lose a KeyboardInterrupt that is raised inside one of
-    its callbacks; the next step of the progress bar then raises it again."""
-
-    asked = False
-
-    def __call__(self, *_: Any) -> None:
-        self.asked = True
-        raise KeyboardInterrupt
-
-    def check(self) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
+_interrupted = threading.Event()
+"""Whether there was a Ctrl-C. Another library can lose a KeyboardInterrupt that is raised inside
+one of its callbacks; the next step of the progress bar then raises it again."""
 
 
-_interrupt = _Interrupt()
+def _interrupt(*_: Any) -> None:
+    _interrupted.set()
+    raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -39,7 +31,7 @@ def remembering_interrupts() -> Iterator[None]:
     if not ours or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _interrupt.asked = False
+    _interrupted.clear()
     signal.signal(signal.SIGINT, _interrupt)
     try:
         yield
@@ -64,7 +56,8 @@ def progress_bar() -> Iterator[Step]:
         task = bar.add_task("loading", total=None)
 
         def step(what: str, done: int, total: int) -> None:
-            _interrupt.check()
+            if _interrupted.is_set():
+                raise KeyboardInterrupt
             bar.update(task, description=what, completed=done, total=total)
 
         yield step

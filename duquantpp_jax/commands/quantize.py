@@ -11,41 +11,34 @@ from jaxtyping import Integer
 from rich.console import Console
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints import load_config, sha256, testbed
+from duquantpp_jax.checkpoints import load_config, testbed
 from duquantpp_jax.checkpoints.directory import JOB, REPORT, is_quantized, layer_file, read_layer
 from duquantpp_jax.checkpoints.directory import read_about as read_about_layer
 from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about
 from duquantpp_jax.checkpoints.job import Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.shards import read_json
-from duquantpp_jax.checkpoints.writer import (
-    REFINED,
-    Progress,
-    begin,
-    finish,
-    write_layers,
-    write_refined,
-)
+from duquantpp_jax.checkpoints.writer import REFINED, begin, finish, write_layers, write_refined
 from duquantpp_jax.commands.evaluate import Imports
-from duquantpp_jax.commands.progress import progress_bar
+from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.commands.sizes import dry_line, formats_of, quantized_line, table
-from duquantpp_jax.core import Fitted
 from duquantpp_jax.evaluation.rows import TARGETS
-from duquantpp_jax.evaluation.subject import environment, load_rows, model_name
+from duquantpp_jax.evaluation.subject import environment, load_rows, model_and_hash
 from duquantpp_jax.learning import refine as refining
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.estimate import estimate
 from duquantpp_jax.ptq.plan import Plan
-from duquantpp_jax.ptq.site import QuantizedSite, layer_of
+from duquantpp_jax.ptq.site import layer_of
 from duquantpp_jax.ptq.stream import Name as Rotation
 from duquantpp_jax.ptq.walk import stack_layers
 from duquantpp_jax.recipes import ALIASES, format_name, import_modules, known, under_rule
 from duquantpp_jax.transforms import storage
 
-ROWS = 64
 SAME = ("rounding", "include", "exclude", "pad", "seed", "sequential", "fuse", "refine")
 SAME += ("rotate_stream", "rotate_values")
 """Options that a job has under the same names."""
+
+Tokens = Integer[np.ndarray, "rows length"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +90,7 @@ class QuantizeOptions:
     scale_rule: str = "floor"
     calibration_text: Path | None = None
     seed: int = 0
-    rows: int = ROWS
+    rows: int = 64
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     formats: tuple[str, ...] = ("mxfp4",)
@@ -115,29 +108,28 @@ class QuantizeOptions:
     imports: Imports = ()
 
 
-def quantize(options: QuantizeOptions, progress: Progress = lambda *_: None) -> dict[str, Any]:
+def quantize(options: QuantizeOptions, progress: Step = lambda *_: None) -> dict[str, Any]:
     """Runs the job, or resumes it; returns the report.
 
     Raises:
       OSError: A file cannot be written; the finished layers are kept.
     """
     job, checkpoint, plan, tokens = _planned(options)
-    finished = begin(options.out, job, overwrite=options.overwrite)
-    if not finished:
+    if not begin(options.out, job, overwrite=options.overwrite):
         write_layers(options.out, checkpoint, job, plan, tokens, progress)
         if options.refine:
-            refine_layers(options.out, checkpoint, plan, tokens, options.refine, progress)
+            refine_layers(options, checkpoint, plan, tokens, progress)
         finish(options.out, checkpoint, job)
     return read_json(options.out / REPORT)
 
 
 def dry_run(options: QuantizeOptions) -> dict[str, Any]:
     """The cost of the job, as `estimate` gives it; writes nothing."""
-    _, _, plan, tokens = _planned(options)
+    *_, plan, tokens = _planned(options)
     return estimate(plan, *tokens.shape)
 
 
-def _planned(options: QuantizeOptions) -> tuple[Job, Checkpoint, Plan, np.ndarray]:
+def _planned(options: QuantizeOptions) -> tuple[Job, Checkpoint, Plan, Tokens]:
     """The job, the float model, the checked plan, and the calibration inputs."""
     import_modules(options.imports)
     check_out(options)
@@ -154,43 +146,26 @@ def _planned(options: QuantizeOptions) -> tuple[Job, Checkpoint, Plan, np.ndarra
 
 
 def refine_layers(
-    out: Path,
-    checkpoint: Checkpoint,
-    plan: Plan,
-    tokens: Integer[np.ndarray, "rows length"],
-    steps: int,
-    progress: Progress,
+    options: QuantizeOptions, checkpoint: Checkpoint, plan: Plan, tokens: Tokens, progress: Step
 ) -> None:
     """Refines the transforms of finished layers, or resumes it, to the same bits.
 
     The state of learning is kept at every check, and its result until all layers have it.
     """
-    begun, learned = out / "refine.safetensors", out / "refined.safetensors"
-    paths = [out / layer_file(number) for number in range(plan.config.num_hidden_layers)]
+    begun, learned = options.out / "refine.safetensors", options.out / "refined.safetensors"
+    paths = [options.out / layer_file(number) for number in range(plan.config.num_hidden_layers)]
     if not all(read_about_layer(path).get(REFINED) for path in paths):
         layers = [read_layer(path)[1] for path in paths]
+
+        def report(step: int, _: float, loss: float) -> None:
+            progress(f"refining: held-out KL {loss:.5f}", step, options.refine)
+
         if not learned.is_file():
-            sites = refining.refine(
-                plan,
-                checkpoint.decoder(),
-                stack_layers(layers),
-                tokens,
-                steps,
-                checkpoint=begun,
-                report=lambda step, _, loss: progress(
-                    f"refining: held-out KL {loss:.5f}", step, steps
-                ),
-            )
-            moves = {s: Fitted(q.transform, None, q.clip, q.scale_offset) for s, q in sites.items()}
-            storage.save(learned, moves)
+            what = plan, checkpoint.decoder(), stack_layers(layers), tokens, options.refine
+            storage.save(learned, refining.refine(*what, checkpoint=begun, report=report))
         fits: Any = storage.load(learned)
         for number, path in enumerate(paths):
-            moved = {
-                site: QuantizedSite(fit.transform, layers[number][site].weights, fit.clip,
-                                    fit.scale_offset)
-                for site, fit in layer_of(fits, number).items()
-            }  # fmt: skip
-            write_refined(path, moved)
+            write_refined(path, refining.refitted(layers[number], layer_of(fits, number)))
     for path in (learned, begun):
         path.unlink(missing_ok=True)
 
@@ -210,7 +185,7 @@ def check_out(options: QuantizeOptions) -> None:
         raise ValueError(f"{out} holds other files: give an empty or new directory")
 
 
-def calibration_tokens(options: QuantizeOptions) -> tuple[Integer[np.ndarray, "rows length"], str]:
+def calibration_tokens(options: QuantizeOptions) -> tuple[Tokens, str]:
     """The rows to calibrate on, every position an input, and their source."""
     if options.refine < 0:
         raise ValueError(f"--refine {options.refine}: give a number of steps, or 0 for none")
@@ -235,27 +210,21 @@ def calibration_tokens(options: QuantizeOptions) -> tuple[Integer[np.ndarray, "r
     return rows.tokens[:, :-1], "embedded rows" if text is None else text.name
 
 
-def job_of(
-    options: QuantizeOptions, tokens: Integer[np.ndarray, "rows length"], source: str
-) -> Job:
+def job_of(options: QuantizeOptions, tokens: Tokens, source: str) -> Job:
     """The job of the options; raises ValueError if two of them contradict one another."""
-    directory = options.model or testbed.directory()
     tokens = np.asarray(tokens, np.int32)
     if options.recipe is not None and options.fits is not None:
         raise ValueError("--recipe and --fits both say how inputs are moved: give one of them")
     if options.fits is not None and (options.rotate_stream or options.rotate_values):
         raise ValueError("--fits were learned for the model as it is: leave --rotate-.. out")
     about = None if options.fits is None else read_about(options.fits)
-    name = options.recipe or "block_hadamard"
-    weights = _by_site(options, options.weight_formats)
-    activations = _by_site(options, options.activation_formats)
-    parts = (name, options.rounding, *weights.values(), *activations.values())
+    name, formats = options.recipe or "block_hadamard", formats_by_site(options)
+    parts = (name, options.rounding, *(n for names in formats.values() for n in names.values()))
     outside = files.module_hashes(*{part.partition(":")[0] for part in parts if ":" in part})
     return Job(
-        model={"name": model_name(options.model), "sha256": sha256(directory)},
+        model=model_and_hash(options.model),
         recipe=ALIASES.get(name, name) if about is None else "fits",
-        weight_formats=weights,
-        activation_formats=activations,
+        **formats,
         calibration={
             "source": source,
             "rows": len(tokens),
@@ -268,18 +237,26 @@ def job_of(
     )
 
 
-def _by_site(options: QuantizeOptions, side: tuple[str, ...]) -> dict[str, str]:
-    """The full name of each site's format; `side`, of one side alone, goes over --formats."""
-    formats = dict.fromkeys(SITES, "mxfp4")
-    for given in (*options.formats, *side):
-        site, equals, name = given.rpartition("=")
-        formats |= dict.fromkeys([known("site", site, SITES)] if equals else SITES, name)
-    return {s: format_name(under_rule(name, options.scale_rule)) for s, name in formats.items()}
+def formats_by_site(options: QuantizeOptions) -> dict[str, dict[str, str]]:
+    """The full name of each site's format, of weights and of activations, as a job has them."""
+    found = {}
+    for side in ("weight_formats", "activation_formats"):
+        names = dict.fromkeys(SITES, "mxfp4")
+        for given in (*options.formats, *getattr(options, side)):
+            site, equals, name = given.rpartition("=")
+            names |= dict.fromkeys([known("site", site, SITES)] if equals else SITES, name)
+        rule = options.scale_rule
+        found[side] = {site: format_name(under_rule(name, rule)) for site, name in names.items()}
+    return found
 
 
 def run(options: QuantizeOptions) -> int:
     """Runs the command and prints the report; returns the exit code."""
     console = Console(width=100)
+    import_modules(options.imports)
+    used = formats_of(formats_by_site(options))
+    if options.fits and (warning := other_formats(read_about(options.fits), *used)):
+        print(warning, file=sys.stderr)
     if options.dry_run:
         found = dry_run(options)
         console.print(table(found["linears"]), dry_line(found))
@@ -288,9 +265,6 @@ def run(options: QuantizeOptions) -> int:
         return 0
     with progress_bar() as progress:
         done = quantize(options, progress)
-    used = formats_of(done["job"])
-    if options.fits and (warning := other_formats(read_about(options.fits), *used)):
-        print(warning, file=sys.stderr)
     console.print(table(done["linears"]), quantized_line(done))
     print(f"Written to {options.out}; report.json has every linear.")
     return 0

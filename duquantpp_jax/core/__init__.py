@@ -17,7 +17,7 @@ from duquantpp_jax.core.arrays import (
     ScaleRule,
     times_power_of_two,
 )
-from duquantpp_jax.core.recipe import Fit, Fitted, Recipe, Rounding, Weights, stack
+from duquantpp_jax.core.recipe import Fit, Fitted, RandomKey, Recipe, Rounding, Weights, stack
 from duquantpp_jax.core.stats import Needs, Stats
 from duquantpp_jax.core.transform import Blocks, Chain, Channels, Cost, Transform, diagonal_blocks
 
@@ -33,6 +33,7 @@ __all__ = [
     "Format",
     "MXArray",
     "Needs",
+    "RandomKey",
     "Recipe",
     "Rounding",
     "ScaleRule",

@@ -19,6 +19,9 @@ Weights = tuple[Float[Array, "*layers _ k"], ...]
 
 All that belongs to a site may be stacked so: a leading axis of layers on every array."""
 
+RandomKey = Key[Array, ""]
+"""Of `jax.random`; randomness enters a fit through nothing else."""
+
 
 @struct.dataclass
 class Fitted:
@@ -73,9 +76,7 @@ class Fit(Protocol):
         """What the fit reads besides the token sample and the channel maxima."""
         ...
 
-    def __call__(
-        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""], /
-    ) -> Fitted:
+    def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey, /) -> Fitted:
         """The fit of one site of one layer, from the Stats of its input."""
         ...
 

@@ -151,13 +151,14 @@ class Stats:
 
     @jax.jit
     def through(self, transform: Transform) -> Stats:
-        """Stats of the moved input: all exact but the maxima, for which see `Transform.maxima`."""
+        """Stats of the moved input; the maxima are those of the sample where channels mix."""
         move = transform.activations
         sample = move(self.sample)
+        maxima = jnp.max(jnp.abs(sample), axis=0)
         return dataclasses.replace(
             self,
             sample=sample,
-            absmax=transform.maxima(self.absmax, sample),
+            absmax=maxima if transform.mixes_channels else jnp.abs(move(self.absmax)),
             gram=None if self.gram is None else move(move(self.gram).T).T,
             position_sum=None if self.position_sum is None else move(self.position_sum),
             cross=None if self.cross is None else move(move(self.cross).T).T,

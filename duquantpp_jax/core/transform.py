@@ -131,9 +131,12 @@ class Transform(abc.ABC):
     Attributes:
       keeps_channels: Whether every channel stays in its place and by itself, as in smoothing, so
         that what belongs to a block of channels still belongs to it afterwards.
+      mixes_channels: Whether a moved channel is made of several: its maximum then does not follow
+        from theirs, and is taken from the token sample.
     """
 
     keeps_channels = False
+    mixes_channels = True
 
     @abc.abstractmethod
     def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
@@ -146,15 +149,6 @@ class Transform(abc.ABC):
     @abc.abstractmethod
     def inverse(self) -> Transform:
         """The transform of T^-1, so that t.then(t.inverse()) moves nothing."""
-
-    def maxima(self, absmax: Float[Array, " k"], moved: Float[Array, "n k"]) -> Float[Array, " k"]:
-        """Channel maxima after the transform, from those before it and a moved token sample.
-
-        Maxima do not follow from maxima where channels mix, so this takes the sample's; the
-        transforms that keep channels apart override it and are exact.
-        """
-        del absmax
-        return jnp.max(jnp.abs(moved), axis=0)
 
     def cost(self, width: int) -> Cost:
         """What moving inputs of this width costs online, for the transform of one layer.
@@ -242,6 +236,11 @@ class Chain(Transform):
     def keeps_channels(self) -> bool:  # type: ignore[override]
         """Whether every link does."""
         return all(link.keeps_channels for link in self.links)
+
+    @property
+    def mixes_channels(self) -> bool:  # type: ignore[override]
+        """Whether any link does."""
+        return any(link.mixes_channels for link in self.links)
 
     def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
         for link in self.links:

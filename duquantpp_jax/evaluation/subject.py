@@ -11,7 +11,7 @@ import numpy as np
 
 import duquantpp_jax
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints import load_config, load_tokenizer, testbed
+from duquantpp_jax.checkpoints import load_config, load_tokenizer, sha256, testbed
 from duquantpp_jax.evaluation.rows import TARGETS, Rows, read_text, rows_for_targets, rows_of_text
 from duquantpp_jax.models import DecoderConfig
 
@@ -19,6 +19,11 @@ from duquantpp_jax.models import DecoderConfig
 def model_name(model: Path | None) -> str:
     """Name of a model in results."""
     return "testbed" if model is None else model.resolve().name
+
+
+def model_and_hash(model: Path | None) -> dict[str, str]:
+    """Name and SHA-256 of a model for results; None is the embedded model."""
+    return {"name": model_name(model), "sha256": sha256(model or testbed.directory())}
 
 
 def check_texts(model: Path | None, text: Path | None, calibration_text: Path | None) -> None:

@@ -10,28 +10,27 @@ alone share compiled code, too.
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float32, Integer
+from jaxtyping import Integer
 
 from duquantpp_jax.checkpoints import load, sha256, testbed
 from duquantpp_jax.checkpoints.fits import load_fits
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.core import Fitted, Needs, Stats
-from duquantpp_jax.evaluation.predict import Predictor, Reference
+from duquantpp_jax.evaluation import Predictor, Reference, RowSums, mean_sqnr
 from duquantpp_jax.evaluation.rows import TARGETS
-from duquantpp_jax.evaluation.sqnr import mean_sqnr
 from duquantpp_jax.evaluation.subject import check_texts, load_rows
 from duquantpp_jax.lab.cells import Cell
-from duquantpp_jax.learning.refine import refine
+from duquantpp_jax.learning.refine import refine, refitted
 from duquantpp_jax.models import Decoder
-from duquantpp_jax.ptq.calibration import calibrate, keep
-from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq import Plan, calibrate, fit_decoder, quantize_decoder
+from duquantpp_jax.ptq.calibration import keep
 from duquantpp_jax.ptq.report import costs_by_site
 from duquantpp_jax.ptq.stream import Turn
-from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder
 
 CACHE_BYTES = 2 << 30
 """Default bound on the log-probabilities that each device keeps."""
@@ -41,18 +40,14 @@ class Found(NamedTuple):
     """The results of one cell.
 
     Attributes:
-      kl, nll, float_nll: Sums over each row's targets, in nats.
-      agreement: Targets of each row at which both models put the same token first.
+      sums: Over the targets of each row.
       documents: Number of each row's document.
       sqnr: In dB, mean over the linears that have one; None if all stay in float.
       online: See `ptq.report.costs_by_site`; None if all linears stay in float.
       seconds: "fit", of the cell that made the fit if cells share one, and "total".
     """
 
-    kl: Float32[np.ndarray, " rows"]
-    nll: Float32[np.ndarray, " rows"]
-    float_nll: Float32[np.ndarray, " rows"]
-    agreement: Float32[np.ndarray, " rows"]
+    sums: RowSums
     documents: Integer[np.ndarray, " rows"]
     sqnr: float | None
     online: dict[str, dict[str, float]] | None
@@ -84,26 +79,25 @@ class Bench:
         """
         began = time.perf_counter()
         of_model, of_rows, _ = _keys(cell)
-        model = self._latest("model", of_model, lambda: _model(cell))
-        subject = cell.model, cell.text, cell.tokens
-        rows = self._latest("rows", of_rows, lambda: load_rows(*subject, "evaluation"))
+        model, start, plan = self._start(cell)
+        rows = self._latest("rows", of_rows, lambda: load_rows(*of_rows, "evaluation"))
         size, bound = cell.batch_rows, self._cache_bytes
         reference = self._latest(
             "reference",
             (of_model, of_rows, size),
             lambda: Reference(Predictor(model), rows.tokens, batch_rows=size, keep_bytes=bound),
         )
-        start, plan = self._start(cell)
         predictor, fit_seconds, sqnr, online = Predictor(start), 0.0, None, None
         if plan:
             fits, fit_seconds, calibration, stats = self._fit(cell, plan, start)
-            given = dataclasses.replace(plan, fits=fits)
-            if (cell.include, cell.exclude) != (("*",), ()):  # fitted on these linears alone
-                chosen = {"include": cell.include, "exclude": cell.exclude}
-                given = dataclasses.replace(plan, fits=None, **chosen)
+            chosen = {"include": cell.include, "exclude": cell.exclude}
+            if chosen != {"include": ("*",), "exclude": ()}:  # fitted on these linears alone
+                fits = None
+            given = dataclasses.replace(plan, fits=fits, **chosen)
             predictor = Predictor(*quantize_decoder(given, start, calibration, stats=stats))
             if cell.refine:
-                state = refine(given, start, predictor.state, calibration, cell.refine)
+                moves = refine(given, start, predictor.state, calibration, cell.refine)
+                state = refitted(predictor.state, moves)
                 predictor = dataclasses.replace(predictor, state=state)
             sqnr = mean_sqnr(predictor, rows.tokens[: reference.batch_rows])
             online = costs_by_site(predictor.state)
@@ -111,10 +105,8 @@ class Bench:
         sums = reference.row_sums(predictor)
         if not np.isfinite([np.sum(sums.kl), np.sum(sums.nll), sqnr or 0.0]).all():
             raise ValueError(f"{cell.labels()} gave NaN or Inf: no result is reported")
-        measured = (sums.kl, sums.nll, sums.reference_nll, sums.agreement)
-        kl, nll, float_nll, agreement = (found.astype(np.float32) for found in measured)
         seconds = {"fit": fit_seconds, "total": time.perf_counter() - began}
-        return Found(kl, nll, float_nll, agreement, rows.documents, sqnr, online, seconds)
+        return Found(sums, rows.documents, sqnr, online, seconds)
 
     def fitted(self, cell: Cell) -> tuple[dict[str, Fitted], dict[str, Stats]]:
         """The fits of the cell at every site, and the Stats that they were made from.
@@ -122,22 +114,22 @@ class Bench:
         A call after `run` of the same cell costs nothing. A cell without quantized linears raises
         ValueError.
         """
-        start, plan = self._start(cell)
+        _, start, plan = self._start(cell)
         if plan is None:
             raise ValueError(f"{cell.labels()} fits nothing: its linears stay in float")
-        fits, _, _, stats = self._fit(cell, plan, start)
+        fits, *_, stats = self._fit(cell, plan, start)
         return fits, stats
 
-    def _start(self, cell: Cell) -> tuple[Decoder, Plan | None]:
-        """The float model to quantize, turned if the cell has rotations, and its plan."""
-        model = self._latest("model", _keys(cell)[0], lambda: _model(cell))
+    def _start(self, cell: Cell) -> tuple[Decoder, Decoder, Plan | None]:
+        """The float model; it as it is quantized, turned if the cell has rotations; its plan."""
+        model = start = self._latest("model", _keys(cell)[0], lambda: _model(cell))
         if cell.turn != Turn():
             checkpoint = Checkpoint(cell.model or testbed.directory(), cell.turn)
-            model = self._latest("turned", (cell.model, cell.turn), checkpoint.decoder)
+            start = self._latest("turned", (cell.model, cell.turn), checkpoint.decoder)
         if (recipe := cell.method()) is None:
-            return model, None
-        plan = Plan.of(model.config, recipe, pad=cell.pad, seed=cell.seed, fuse=cell.fuse)
-        return model, plan
+            return model, start, None
+        plan = Plan.of(start.config, recipe, pad=cell.pad, seed=cell.seed, fuse=cell.fuse)
+        return model, start, plan
 
     def _fit(
         self, cell: Cell, plan: Plan, model: Decoder
@@ -184,7 +176,7 @@ def order(cells: list[Cell]) -> list[Cell]:
     return sorted(cells, key=key)  # stable: cells of one fit stay in the order given
 
 
-def _keys(cell: Cell) -> tuple[Any, Any, Any]:
+def _keys(cell: Cell) -> tuple[Any, tuple[Path | None, Path | None, int], Any]:
     """All that decides the cell's model, its evaluation rows and its calibration rows."""
     calibration = cell.model, cell.calibration_text, cell.calibration_tokens
     return (cell.model, cell.change), (cell.model, cell.text, cell.tokens), calibration

@@ -44,12 +44,10 @@ class Cell:
       format: Format of weights and activations, by its name for `recipes.find_format`; only a
         label if both formats are given. "float" leaves all linears as they are, so that only
         `store` is measured.
-      fit: How the transform is fitted.
       fits: Directory that `duquantpp learn` wrote for this model, in place of a fit.
       rounding: How moved weights are rounded, or its name.
       weight_format, activation_format: Name or format of one side, in place of `format`.
       store: How keys and values are kept; None keeps them as they are.
-      seed: For fits that draw random numbers.
       change: Called with the float model before anything else; its result is the float model. A
         frozen dataclass, so that it has a name and numbers.
       model: Hugging Face directory; None is the embedded model.
@@ -63,7 +61,7 @@ class Cell:
       fuse, include, exclude: As in `ptq.plan.Plan`.
       rotate_stream, rotate_values: By what the model is turned before it is quantized, as of
         `ptq.stream.Turn`; it is compared with the float model as it is.
-      refine: Steps that the transforms learn after rounding, as `learning.refine` has it.
+      refine: Steps that the transforms learn after rounding, as in `learning.refine`.
     """
 
     recipe: str
@@ -136,11 +134,10 @@ class Cell:
     @property
     def warning(self) -> str | None:
         """One line if the fits were learned for other formats than the cell's; else None."""
-        method = self.method()
-        if self.fits is None or method is None:
+        if self.fits is None or (method := self.method()) is None:
             return None
-        formats = (method.weight_format, method.activation_format)
-        return other_formats(self._about_fits(), *map(format_name, formats))
+        formats = map(format_name, (method.weight_format, method.activation_format))
+        return other_formats(self._about_fits(), *formats)
 
     def _about_fits(self) -> dict[str, Any]:
         given = self.fit is not None or self.change is not None or self.method() is None
@@ -232,21 +229,23 @@ def _named(kind: Any) -> dict[str, str]:
 
 
 def _model_hash(model: Path | None) -> str:
-    return _directory_hash(model or testbed.directory())
+    return _hashed(model_sha256, model or testbed.directory())
 
 
 def _text_hash(text: Path | None) -> str:
     path = text or testbed.directory() / "tokens.npz"
     try:
-        state = path.stat()
+        return _hashed(files.sha256, path)
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror}): give a text file") from None
-    return _file_hash(path.resolve(), state.st_mtime_ns, state.st_size)
 
 
-_directory_hash = functools.lru_cache(model_sha256)
+def _hashed(sha256: Callable[[Path], str], path: Path) -> str:
+    """The hash, computed again when the file, or a file of the directory, was written again."""
+    stats = [file.stat() for file in (path, *sorted(path.glob("*"))) if file.exists()]
+    return _cached_hash(sha256, path, *((s.st_mtime_ns, s.st_size) for s in stats))
 
 
 @functools.lru_cache
-def _file_hash(path: Path, mtime: int, size: int) -> str:
-    return files.sha256(path)
+def _cached_hash(sha256: Callable[[Path], str], path: Path, *written: tuple[int, int]) -> str:
+    return sha256(path)

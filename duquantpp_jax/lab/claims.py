@@ -31,8 +31,7 @@ STALE_SECONDS = 15 * 60
 def claim(directory: Path, name: str) -> Iterator[bool]:
     """Claims `name` until the end of the block; yields False if a live process holds the claim.
 
-    Args:
-      directory: Holds the claims; its file system must have hard links.
+    The file system of the directory must have hard links.
     """
     if (path := _acquire(directory, name)) is None:
         yield False
@@ -65,15 +64,13 @@ def _acquire(directory: Path, name: str) -> Path | None:
 
 
 def _create(path: Path) -> bool:
-    handle, temporary = tempfile.mkstemp(prefix=".claim.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(_holder(os.getpid()), file)
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
-    finally:
-        os.unlink(temporary)
+    with tempfile.NamedTemporaryFile("w", prefix=".claim.", dir=path.parent) as file:
+        json.dump(_holder(os.getpid()), file)
+        file.flush()
+        try:
+            os.link(file.name, path)
+        except FileExistsError:
+            return False
     return True
 
 
@@ -95,15 +92,11 @@ def _holder(pid: int) -> dict[str, str | int]:
 
 def _start(pid: int) -> int:
     """Start of a process in the system's ticks; -1 if it is dead; 0 on systems without /proc."""
-    if not Path("/proc/self/stat").exists():
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return -1
-        except PermissionError:
-            pass  # the process lives and belongs to another user
-        return 0
     try:
+        if not Path("/proc/self/stat").exists():
+            with contextlib.suppress(PermissionError):  # it lives and belongs to another user
+                os.kill(pid, 0)
+            return 0
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return -1

@@ -1,7 +1,4 @@
-"""Executors: processes that measure the cells of a grid. Without one, this process does.
-
-    Processes    N processes of this machine, each on its share of the cores, or each on a GPU
-    Slurm        N jobs of a cluster, through submitit (extra `slurm`)
+"""Executors: processes of this machine, or jobs of a cluster, that measure the cells of a grid.
 
 All run `running.work` on the same cells and the same directory. So they may be mixed, killed and
 started again.
@@ -29,12 +26,8 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
-    """Worker processes of this machine, spawned (JAX does not survive a fork).
-
-    Attributes:
-      workers: How many.
-      devices: CUDA_VISIBLE_DEVICES of each worker; without any, workers share the cores.
-    """
+    """Worker processes of this machine, spawned (JAX does not survive a fork). Each has its own
+    of the `devices`, as CUDA_VISIBLE_DEVICES; without any they share the cores."""
 
     workers: int
     devices: tuple[str, ...] = ()
@@ -43,25 +36,23 @@ class Processes:
         self, cells: list[Cell], out: Path, cache_bytes: int, tick: Callable[[], None]
     ) -> None:
         """See `running.Executor`. A killed worker is replaced, and its cell is measured again."""
-        starts = STARTS * self.workers
-        running = dict.fromkeys(range(min(self.workers, len(cells))))
+        starts, running = STARTS * self.workers, dict[int, SpawnProcess]()
         try:
             while True:
-                for number, process in running.items():
-                    dead = process is not None and not process.is_alive() and process.exitcode != 0
-                    if (process is None or dead) and starts > 0:
+                for number in range(min(self.workers, len(cells))):
+                    dead = number not in running or running[number].exitcode not in (None, 0)
+                    if dead and starts > 0:
                         starts -= 1
                         running[number] = self._start(number, cells, out, cache_bytes)
-                alive = [p for p in running.values() if p is not None and p.is_alive()]
+                alive = [process for process in running.values() if process.is_alive()]
                 tick()
                 if not alive:
                     break
                 multiprocessing.connection.wait([p.sentinel for p in alive], WAIT_SECONDS)
         finally:
             for process in running.values():
-                if process is not None:
-                    process.kill()
-                    process.join()
+                process.kill()
+                process.join()
         _check_all_recorded(cells, out, f"{self.workers} worker processes died (out of memory?)")
 
     def _start(self, number: int, cells: list[Cell], out: Path, cache_bytes: int) -> SpawnProcess:
@@ -96,7 +87,7 @@ def gpus(devices: int | None = None) -> Processes:
 
 @dataclasses.dataclass(frozen=True)
 class Slurm:
-    """Jobs of a Slurm cluster, through submitit.
+    """Jobs of a Slurm cluster, through submitit (extra `slurm`).
 
     Attributes:
       jobs: How many; each measures cells until none is left.

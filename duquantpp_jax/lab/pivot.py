@@ -2,10 +2,8 @@
 
 Every cell evaluates the same rows of text, so differences are taken row by row, always to the
 baseline in the same column. Cells that differ in the seed alone are one entry, with their mean,
-least and largest value. The 95 % interval of a difference is over text, clustered by document, and
-over seeds (evaluation/intervals.py). A star marks a difference that is significant at 5 % after
-Holm's correction over all differences of the table; one seed of a method that draws random numbers
-gets none, as its interval is over text alone.
+least and largest value. Intervals are over text, clustered by document, and over seeds
+(evaluation/intervals.py); significant is what still is so after Holm's correction over the table.
 
 A pivot is plain JSON, small enough to commit (docs/results.md explains its fields). lab/table.py
 prints it.
@@ -37,12 +35,8 @@ MEASURES = (*COMPARED, "nll", "perplexity", "agreement", "sqnr_db")
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the cells of a grid are arranged in a table.
-
-    Attributes:
-      rows, columns: Gives a cell's row and its column.
-      baseline: The row that the others of a column are compared with.
-    """
+    """What gives a cell's row and column in a table, and the row that the others of a column are
+    compared with."""
 
     rows: Label = "row"
     columns: Label = "format_label"
@@ -50,11 +44,11 @@ class Layout:
 
     def place(self, cell: Cell) -> tuple[str, str]:
         """The cell's row and column."""
-
-        def name(label: Label) -> str:
-            return str(getattr(cell, label)) if isinstance(label, str) else label(cell)
-
-        return name(self.rows), name(self.columns)
+        row, column = (
+            str(getattr(cell, label)) if isinstance(label, str) else label(cell)
+            for label in (self.rows, self.columns)
+        )
+        return row, column
 
 
 def pivots(outcome: Outcome, layout: Layout) -> list[Pivot]:
@@ -70,33 +64,34 @@ def pivots(outcome: Outcome, layout: Layout) -> list[Pivot]:
 
 
 def _pivot(cells: list[Cell], outcome: Outcome, layout: Layout) -> Pivot:
-    places: dict[tuple[str, str], dict[int, Cell]] = {}
+    measured: dict[tuple[str, str], list[Record]] = {}
+    failed, seeds = [], set()
     for cell in cells:
-        row, column = layout.place(cell)
-        there = places.setdefault((row, column), {})
-        if cell.seed in there:
+        row, column = place = layout.place(cell)
+        if (place, cell.seed) in seeds:
             raise ValueError(
                 f"two cells stand in row {row}, column {column} and do not differ in the seed: "
                 "give ROWS or COLUMNS that tell them apart"
             )
-        there[cell.seed] = cell
+        seeds.add((place, cell.seed))
+        if cell in outcome.records:
+            measured.setdefault(place, []).append(outcome.records[cell])
+        else:
+            about = {"row": row, "column": column, "seed": cell.seed}
+            failed.append(about | {"error": outcome.errors[cell]})
+    places = map(layout.place, cells)
     rows, columns = (list(dict.fromkeys(names)) for names in zip(*places, strict=True))
     if (baseline := layout.baseline) is not None and baseline not in rows:
         raise ValueError(
             f"the baseline {baseline} is no row of the table: choose one of {', '.join(rows)}"
         )
-    measured = {
-        place: records
-        for place, there in places.items()
-        if (records := [outcome.records[c] for c in there.values() if c in outcome.records])
-    }
     every = [record for records in measured.values() for record in records]
     environments = distinct(record["environment"] for record in every)
+    ordered = [(row, column) for column in columns for row in rows if (row, column) in measured]
     entries = [
         _entry(place, measured[place], environments)
         | {"difference": _difference(place, measured, layout.baseline)}
-        for place in ((row, column) for column in columns for row in rows)
-        if place in measured
+        for place in ordered
     ]
     for measure in COMPARED:
         differences = [entry["difference"][measure] for entry in entries if entry["difference"]]
@@ -110,12 +105,7 @@ def _pivot(cells: list[Cell], outcome: Outcome, layout: Layout) -> Pivot:
         "baseline": layout.baseline,
         "corrected_over": "table",
         "entries": entries,
-        "failed": [
-            {"row": row, "column": column, "seed": seed, "error": outcome.errors[cell]}
-            for (row, column), there in places.items()
-            for seed, cell in there.items()
-            if cell in outcome.errors
-        ],
+        "failed": failed,
         "environments": environments,
     }
 
@@ -138,23 +128,20 @@ def _subject(every: list[Record]) -> dict[str, Any]:
 def _entry(
     place: tuple[str, str], records: list[Record], environments: list[dict[str, Any]]
 ) -> Entry:
-    means = {name: [r["metrics"].get(name) for r in records] for name in MEASURES}
+    first, measures = records[0], {}
     known = {measure: _estimate(measure, records) for measure in COMPARED}
+    for name in MEASURES:
+        if None not in (values := [record["metrics"].get(name) for record in records]):
+            ci95 = known[name].ci95 if name in known else None
+            bounds = [min(values), max(values)]
+            measures[name] = {"value": float(np.mean(values)), "ci95": ci95, "range": bounds}
     return {
         "row": place[0],
         "column": place[1],
         "seeds": [record["cell"]["seed"] for record in records],
-        "draws": records[0]["cell"]["draws"],
-        **{
-            name: {
-                "value": float(np.mean(values)),
-                "ci95": known[name].ci95 if name in known else None,
-                "range": [min(values), max(values)],
-            }
-            for name, values in means.items()
-            if None not in values
-        },
-        **({"online": records[0]["online"]} if "online" in records[0] else {}),
+        "draws": first["cell"]["draws"],
+        **measures,
+        **({"online": first["online"]} if "online" in first else {}),
         "interval": known["kl"].sources,
         "environments": sorted({environments.index(r["environment"]) for r in records}),
         "fit_seconds": min(record["seconds"]["fit"] for record in records),
@@ -184,7 +171,6 @@ def _estimate(measure: str, records: list[Record], base: list[Record] | None = N
 
 def _by_seed(measure: str, records: list[Record]) -> dict[int, Float[np.ndarray, " rows"]]:
     """The measure of each seed on each row of text, in nats per token."""
-
     found = {}
     for record in records:
         rows = record["rows"]

@@ -49,7 +49,9 @@ def record_of(cell: Cell, found: Found) -> Record:
 
     Sums over rows are written with the fewest digits that read back as the same float32.
     """
-    sums = {name: getattr(found, name) for name in ("kl", "nll", "float_nll", "agreement")}
+    given = {"kl": found.sums.kl, "nll": found.sums.nll, "float_nll": found.sums.reference_nll}
+    given |= {"agreement": found.sums.agreement}
+    sums = {name: rows.astype(np.float32) for name, rows in given.items()}
     means = (float(np.mean(rows.astype(np.float64) / TARGETS)) for rows in sums.values())
     kl, nll, float_nll, agreement = means
     return _about(cell) | {
@@ -61,7 +63,7 @@ def record_of(cell: Cell, found: Found) -> Record:
             "float_perplexity": float(np.exp(float_nll)),
             "agreement": agreement,
             "sqnr_db": found.sqnr,
-            "targets": len(found.kl) * TARGETS,
+            "targets": len(found.documents) * TARGETS,
         },
         **({} if found.online is None else {"online": found.online}),
         "rows": {

@@ -1,7 +1,7 @@
 """A self-contained HTML page of a grid: sortable tables, figures, configurations, versions."""
 
-import html
 import json
+from html import escape
 
 from duquantpp_jax.lab import table
 from duquantpp_jax.lab.pivot import Entry, Pivot, distinct
@@ -37,47 +37,40 @@ document.querySelectorAll("th").forEach(th => th.addEventListener("click", () =>
 
 
 def page(name: str, about: str, pivots: list[Pivot], outcome: Outcome) -> str:
-    """The HTML of the page.
-
-    Args:
-      about: The question of the grid, from the docstring of its file.
-      outcome: Gives the configuration of every finished cell.
-    """
-    configurations = [
-        {name: record[name] for name in ("cell", "subject", "configuration")}
-        for record in outcome.records.values()
-    ]
+    """The HTML of the page; `about` is the question of the grid, from the docstring of its file."""
+    parts = ("cell", "subject", "configuration")
+    configurations = [{n: record[n] for n in parts} for record in outcome.records.values()]
     environments = distinct(e for pivot in pivots for e in pivot["environments"])
     return "".join(
         [
-            f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{_text(name)}</title>",
-            f"<style>{_STYLE}</style><h1>{_text(name)}</h1><pre>{_text(about)}</pre>",
+            f"<!doctype html>\n<html lang=en><meta charset=utf-8><title>{escape(name)}</title>",
+            f"<style>{_STYLE}</style><h1>{escape(name)}</h1><pre>{escape(about)}</pre>",
             *map(_section, pivots),
             "<h2>Versions and devices</h2>",
-            *(f"<pre>{_text(json.dumps(e, indent=1))}</pre>" for e in environments),
+            *(f"<pre>{escape(json.dumps(e, indent=1))}</pre>" for e in environments),
             f"<h2>Configuration of the {len(configurations)} finished cells</h2>",
-            f"<details><summary>JSON</summary><pre>{_text(json.dumps(configurations, indent=1))}",
+            f"<details><summary>JSON</summary><pre>{escape(json.dumps(configurations, indent=1))}",
             f"</pre></details><script>{_SCRIPT}</script></html>\n",
         ]
     )
 
 
 def _section(pivot: Pivot) -> str:
-    lines = [f"<h2>{_text(table.title(pivot))}</h2>"]
+    lines = [f"<h2>{escape(table.title(pivot))}</h2>"]
     if pivot["entries"]:
         headings = [heading for heading, *_ in _cells(pivot, pivot["entries"][0])]
-        heads = "".join(f"<th>{_text(heading)}</th>" for heading in headings)
+        heads = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
         rows = "".join(_row(pivot, entry) for entry in pivot["entries"])
         lines += [
-            f"<p>{_text(table.legend(pivot))}.</p>",
+            f"<p>{escape(table.legend(pivot))}.</p>",
             _figure(pivot),
             "<p>A click on a heading sorts.</p>",
             f"<div class=wide><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>",
             "</div>",
         ]
     lines += [
-        f"<p class=failed>{_text(cell['row'])}, {_text(cell['column'])}, seed {cell['seed']}: "
-        f"{_text(cell['error'])}</p>"
+        f"<p class=failed>{escape(cell['row'])}, {escape(cell['column'])}, seed {cell['seed']}: "
+        f"{escape(cell['error'])}</p>"
         for cell in pivot["failed"]
     ]
     return "".join(lines)
@@ -99,7 +92,7 @@ def _row(pivot: Pivot, entry: Entry) -> str:
     cells = ""
     for _, number, text in _cells(pivot, entry):
         value = "" if number is None else f' data-value="{number}"'
-        cells += f"<td{value}>{_text(text)}</td>"
+        cells += f"<td{value}>{escape(text)}</td>"
     return f"<tr{mark}>{cells}</tr>"
 
 
@@ -108,7 +101,3 @@ def _figure(pivot: Pivot) -> str:
 
     svg = figures.picture(figures.divergences(pivot, "column"), "svg").decode()
     return svg[svg.index("<svg") :]
-
-
-def _text(text: str) -> str:
-    return html.escape(str(text))

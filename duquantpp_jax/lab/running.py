@@ -1,7 +1,5 @@
 """Runs a grid: every cell once, by any number of processes, any of which may be killed.
 
-    run(cells, out, executor)     reads finished cells, measures the others, records failures
-
 All processes do the same (`work`): take the next cell that has no record, claim it, look again,
 measure it, record it, release it. They share nothing but the directory.
 """
@@ -19,9 +17,6 @@ from duquantpp_jax.lab.records import Record
 CLAIMS = ".claims"
 WAIT_SECONDS = 0.5
 
-Progress = Callable[[int, int, int], None]
-"""Called with the numbers of finished cells, of failed cells, and of all cells."""
-
 Executor = Callable[[list[Cell], Path, int, Callable[[], None]], None]
 """Runs `work` in some processes until every cell has a record; raises ValueError if cells are left.
 Takes the cells, in an order in which neighbours share work; the directory of records; the bound on
@@ -29,12 +24,7 @@ kept log-probabilities, in bytes for each process; and a function that it calls 
 
 
 class Outcome(NamedTuple):
-    """The results of a grid.
-
-    Attributes:
-      records: Of the finished cells, in the order of the grid.
-      errors: Why the others failed.
-    """
+    """Records of the finished cells of a grid, in its order, and why the others failed."""
 
     records: dict[Cell, Record]
     errors: dict[Cell, str]
@@ -46,7 +36,7 @@ def run(
     executor: Executor | None = None,
     *,
     cache_bytes: int = CACHE_BYTES,
-    progress: Progress = lambda *_: None,
+    progress: Callable[[int, int, int], None] = lambda *_: None,
 ) -> Outcome:
     """Measures the cells of a grid that have no record yet.
 
@@ -55,6 +45,7 @@ def run(
       out: Directory of records; grids and simultaneous runs may share it.
       executor: Where the work is done; None is this process.
       cache_bytes: Bound on the log-probabilities that each process keeps.
+      progress: Called with the numbers of finished cells, of failed cells, and of all cells.
 
     Raises:
       ValueError: A cell's configuration is wrong (nothing has run then), or processes died.
@@ -66,11 +57,8 @@ def run(
 
     def tick() -> None:
         paths = set(out.iterdir())
-        done, failed = (
-            sum(records.path_of(out, cell, failed=failed) in paths for cell in grid)
-            for failed in (False, True)
-        )
-        progress(done, failed, len(grid))
+        wrong = sum(records.path_of(out, cell, failed=True) in paths for cell in grid)
+        progress(sum(records.path_of(out, cell) in paths for cell in grid), wrong, len(grid))
 
     tick()
     if left := [cell for cell in grid if not records.path_of(out, cell).exists()]:
@@ -81,14 +69,13 @@ def run(
 
 def outcome(cells: Iterable[Cell], out: Path) -> Outcome:
     """The recorded results of a grid; without the cells that have no record."""
-    finished: dict[Cell, Record] = {}
-    failed: dict[Cell, str] = {}
+    found = Outcome({}, {})
     for cell in cells:
         if record := records.read(out, cell):
-            finished[cell] = record
+            found.records[cell] = record
         elif record := records.read(out, cell, failed=True):
-            failed[cell] = record["error"]
-    return Outcome(finished, failed)
+            found.errors[cell] = record["error"]
+    return found
 
 
 def work(

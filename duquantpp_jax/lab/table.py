@@ -47,8 +47,8 @@ def legend(pivot: Pivot) -> str:
         names = distinct(name for environment in environments for name in environment)
         values = {name: distinct(str(e.get(name, "?")) for e in environments) for name in names}
         differ = [f"{name} {' | '.join(found)}" for name, found in values.items() if len(found) > 1]
-        kinds = f"{len(environments)} kinds of machines"
-        said += f"; cells were measured on {kinds}: {', '.join(differ)}"
+        said += f"; cells were measured on {len(environments)} kinds of machines: "
+        said += ", ".join(differ)
     return said
 
 
@@ -68,7 +68,7 @@ def _drawn_once(entry: Entry) -> bool:
 def difference(entry: Entry, measure: str = "kl") -> str:
     """The paired difference of an entry with half its interval; empty without one.
 
-    A star says that it is significant; one seed of a recipe that draws random numbers gets none.
+    A star says that it is significant; one seed of a recipe that draws gets none (`_drawn_once`).
     """
     found = (entry["difference"] or {}).get(measure)
     if found is None:
@@ -145,11 +145,10 @@ def verdict(pivot: Pivot) -> str:
     A recipe is ahead if its KL is lower, the paired difference is significant after Holm's
     correction and, if the recipe draws random numbers, several seeds were measured.
     """
-    parts, baseline = [], pivot["baseline"]
+    baseline = pivot["baseline"]
     ranked = sorted(pivot["entries"], key=lambda entry: entry["kl"]["value"])
-    for column in pivot["columns"]:
-        entries = [entry for entry in ranked if entry["column"] == column]
-        parts.append(f"under {column} {_leader(entries, baseline)}")
+    columns = {c: [e for e in ranked if e["column"] == c] for c in pivot["columns"]}
+    parts = [f"under {column} {_leader(found, baseline)}" for column, found in columns.items()]
     opening = f"In KL against {baseline}: " if baseline else "Without a baseline to compare with: "
     return opening + "; ".join(parts) + "."
 

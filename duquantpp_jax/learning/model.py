@@ -7,7 +7,7 @@ computed, as everywhere (evaluation/predict.py); only the dtype of the matrix pr
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +16,16 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Integer, Key
 
-from duquantpp_jax.core import Fitted, Format, Weights
+from duquantpp_jax.core import Format, Weights
 from duquantpp_jax.evaluation.predict import Predictor, kl_divergence
-from duquantpp_jax.learning.moves import PARTS, Learned, LearningLinear, Moves, SiteState, product
-from duquantpp_jax.learning.training import Objective, train
+from duquantpp_jax.learning.moves import PARTS, Learned, LearnResult, Moves, SitesObjective
+from duquantpp_jax.learning.quantizer import product
 from duquantpp_jax.models import Decoder, dense
 from duquantpp_jax.transforms.block import BlockAffine
 
-Rates = Mapping[str, optax.Schedule]
-"""Learning rates by what they move, of PARTS."""
-
 
 @struct.dataclass
-class Divergence(Objective):
+class Divergence(SitesObjective):
     """Mean KL over the targets of a batch of token ids, in nats.
 
     In bfloat16 the loss is off by 1e-4 of itself, unless a massive activation lies on a border
@@ -36,43 +33,23 @@ class Divergence(Objective):
     embedded model: there the loss was .18 nats in bfloat16 and .23 in float32.
 
     Attributes:
-      start: Transform of each site, stacked over layers.
-      formats: Of activations and of weights.
       rounded: Weights of each site that were rounded before; see `SiteState`.
       dtype: Of both models' other numbers.
     """
 
     model: Decoder
-    start: dict[str, BlockAffine]
-    moves: Moves = struct.field(pytree_node=False)
-    formats: tuple[Format, Format] = struct.field(pytree_node=False)
     rounded: dict[str, Weights] | None = None
     dtype: Any = struct.field(pytree_node=False, default=jnp.bfloat16)
 
     def loss(
         self, learned: dict[str, Learned], batch: Integer[Array, "rows length"]
     ) -> Float[Array, ""]:
-        """See the top of this file."""
         model = Decoder(self.model.config, self.model.parameters(), dtype=self.dtype)
         plain = dense if self.dtype == jnp.float32 else _bfloat16_linear
         log_p = jax.lax.stop_gradient(Predictor(model, plain).log_probabilities(batch))
-        linear = LearningLinear(self.moves, *self.formats)
-        rounded = self.rounded or {}
-        state = {s: SiteState(self.start[s], moved, rounded.get(s)) for s, moved in learned.items()}
-        log_q = Predictor(model, linear, state).log_probabilities(batch)
+        state = self.states(learned, self.rounded)
+        log_q = Predictor(model, self.linear, state).log_probabilities(batch)
         return jnp.mean(kl_divergence(log_p, log_q))
-
-    def bounded(self, learned: dict[str, Learned]) -> dict[str, Learned]:
-        """Within `Moves.max_condition`."""
-        return {s: self.moves.bounded(self.start[s], moved) for s, moved in learned.items()}
-
-
-class LearnResult(NamedTuple):
-    """Fits by site, stacked over layers; losses as of `training.Trained`, in nats per target."""
-
-    fits: dict[str, Fitted]
-    start_loss: float
-    history: list[tuple[int, float, float]]
 
 
 def learn_model(
@@ -90,23 +67,22 @@ def learn_model(
     """Learns what `moves` names, from `start`.
 
     Args:
-      start, formats, dtype: As of `Divergence`.
+      start, formats, dtype: As of `Divergence`; start is stacked over layers.
       rows, held_out: Token ids to learn from, and to choose by; never test text.
       options: Of `training.train`; `at_rates` gives an optimiser with a rate for each part.
     """
-    objective = Divergence(model, dict(start), moves, formats, dtype=dtype)
     weights = {site: model.weights(site) for site in start}
-    learned = {site: moves.init(start[site], weights[site]) for site in start}
-    found = train(objective, learned, rows, held_out, key, **options)
-    return LearnResult(moves.fits(start, found.learned, weights), found.start_loss, found.history)
+    objective = Divergence(dict(start), moves, formats, model, dtype=dtype)
+    return objective.learn(weights, rows, held_out, key, **options)
 
 
 def at_rates(
-    rates: Rates, direction: optax.GradientTransformation | None = None
+    rates: Mapping[str, optax.Schedule], direction: optax.GradientTransformation | None = None
 ) -> optax.GradientTransformation:
     """An optimiser with a rate for each part of `Learned`; parts without a rate stay.
 
     Args:
+      rates: By the names of PARTS.
       direction: Gives the updates that the rates multiply; Adam by default.
 
     Raises:

@@ -19,14 +19,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from duquantpp_jax.core import Fitted, Format, Weights
-from duquantpp_jax.learning.quantizer import integer, learnable_quantize
+from duquantpp_jax.learning.quantizer import integer, learnable_quantize, product
+from duquantpp_jax.learning.training import Objective, Rows, train
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.learned import (
     PARAMETRIZATIONS,
-    Parameters,
     Parametrization,
     check_condition,
     settled,
@@ -38,13 +38,13 @@ class Learned:
     """The parameters of one site, None where that does not learn; all zeros at the start.
 
     Attributes:
-      transform: As of its parametrisation.
+      transform: By the names of its parametrisation.
       weights: Added to each weight.
       log_scale: Added to the log2 of each activation block's scale.
       log_clip, log_weight_clip: Logarithms of the clips.
     """
 
-    transform: Parameters | None
+    transform: dict[str, Float[Array, "*layers blocks r r"]] | None
     weights: Weights | None
     log_scale: Float[Array, "*layers blocks"] | None
     log_clip: Float[Array, "*layers clips"] | None
@@ -127,15 +127,6 @@ class Moves:
             None if learned.log_scale is None else integer(learned.log_scale),
         )
 
-    def fits(
-        self,
-        start: Mapping[str, BlockAffine],
-        learned: Mapping[str, Learned],
-        weights: Mapping[str, Weights],
-    ) -> dict[str, Fitted]:
-        """`fitted` of each site."""
-        return {s: self.fitted(start[s], moved, weights[s]) for s, moved in learned.items()}
-
     def moved_transform(self, start: BlockAffine, learned: Learned) -> BlockAffine:
         """T."""
         if self.transform is None or learned.transform is None:
@@ -158,40 +149,19 @@ class Moves:
         size = start.matrices.shape[-1]
         return tuple(_clamped(w, jnp.exp(learned.log_weight_clip), size) for w in moved)
 
-    def quantized_input(
-        self, format: Format, transform: BlockAffine, learned: Learned, x: Float[Array, "*tokens k"]
-    ) -> Float[Array, "*tokens k"]:
-        """Q(x T)."""
-        x = transform.activations(x)
-        through = self.through_amax or self.clip is not None
-        return learnable_quantize(format, through, x, learned.log_scale, learned.log_clip)
 
-    def quantized_weights(
-        self,
-        format: Format,
-        start: BlockAffine,
-        transform: BlockAffine,
-        learned: Learned,
-        weights: Weights,
-    ) -> Weights:
-        """Q(clamp(W'))."""
-        moved = self.moved_weights(start, transform, learned, weights)
-        through = self.through_amax or self.weight_clip is not None
-        return tuple(learnable_quantize(format, through, w) for w in moved)
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "rotation": {"transform": PARAMETRIZATIONS["cayley"]},
-    **{name: {"transform": parametrization} for name, parametrization in PARAMETRIZATIONS.items()},
-    "weights": {"weights": "given"},
-    "weights_moved": {"weights": "moved"},
-    "scale_offset": {"scale_offset": True},
-    "clip": {"clip": "block"},
-    "clip_site": {"clip": "site"},
-    "weight_clip": {"weight_clip": "block"},
-    "weight_clip_site": {"weight_clip": "site"},
+PRESETS: dict[str, tuple[str, Any]] = {
+    "rotation": ("transform", PARAMETRIZATIONS["cayley"]),
+    **{name: ("transform", parametrization) for name, parametrization in PARAMETRIZATIONS.items()},
+    "weights": ("weights", "given"),
+    "weights_moved": ("weights", "moved"),
+    "scale_offset": ("scale_offset", True),
+    "clip": ("clip", "block"),
+    "clip_site": ("clip", "site"),
+    "weight_clip": ("weight_clip", "block"),
+    "weight_clip_site": ("weight_clip", "site"),
 }
-"""What moves, by name; several may be given at once."""
+"""A field of `Moves` and its value, by name; several may be given at once."""
 
 
 def moves_named(names: Sequence[str]) -> Moves:
@@ -206,7 +176,7 @@ def moves_named(names: Sequence[str]) -> Moves:
     for name in names:
         if name not in PRESETS:
             raise ValueError(f"unknown move {name!r}: choose of {', '.join(PRESETS)}")
-        ((field, value),) = PRESETS[name].items()
+        field, value = PRESETS[name]
         if found.setdefault(field, value) != value:
             raise ValueError(f"{name!r} says another {field} than a move before it: give one")
     return Moves(**{"transform": None, "through_amax": True} | found)
@@ -241,39 +211,85 @@ class LearningLinear:
     def __call__(
         self, site: str, x: Array, weights: Weights, state: SiteState
     ) -> tuple[tuple[Array, ...], None]:
-        moves, (start, learned, rounded) = self.moves, state
         weights = tuple(w.astype(jnp.float32) for w in weights)
-        transform = moves.moved_transform(start, learned)
-        x = x.astype(jnp.float32)
-        x = moves.quantized_input(self.activation_format, transform, learned, x)
-        if rounded is None:
-            format = self.weight_format
-            rounded = moves.quantized_weights(format, start, transform, learned, weights)
+        _, x, rounded = self.quantized(x.astype(jnp.float32), weights, state)
         return tuple(product(x, w) for w in rounded), None
 
-
-@jax.custom_vjp
-def product(x: Float[Array, "*tokens k"], w: Float[Array, "n k"]) -> Float[Array, "*tokens n"]:
-    """x @ w^T with bfloat16 factors and float32 sums, forward and backward."""
-    return _bfloat16("...k,nk->...n", x, w)
-
-
-def _product_forward(x: Array, w: Array) -> tuple[Array, Any]:
-    return product(x, w), (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
-
-
-def _product_backward(kept: Any, g: Array) -> tuple[Array, Array]:
-    x, w = kept
-    g_rows, x_rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-    return _bfloat16("...n,nk->...k", g, w), _bfloat16("tn,tk->nk", g_rows, x_rows)
-
-
-product.defvjp(_product_forward, _product_backward)
+    def quantized(
+        self, x: Float[Array, "*tokens k"], weights: Weights, state: SiteState
+    ) -> tuple[BlockAffine, Float[Array, "*tokens k"], Weights]:
+        """T, Q(x T) and Q(clamp(W'))."""
+        moves, (start, learned, rounded) = self.moves, state
+        transform = moves.moved_transform(start, learned)
+        through, x = moves.through_amax or moves.clip is not None, transform.activations(x)
+        offsets = learned.log_scale, learned.log_clip
+        x = learnable_quantize(self.activation_format, through, x, *offsets)
+        if rounded is None:
+            moved = moves.moved_weights(start, transform, learned, weights)
+            through = moves.through_amax or moves.weight_clip is not None
+            rounded = tuple(learnable_quantize(self.weight_format, through, w) for w in moved)
+        return transform, x, rounded
 
 
-def _bfloat16(equation: str, a: Array, b: Array) -> Array:
-    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+class LearnResult(NamedTuple):
+    """Fits by site, and how they were learned, as of `Trained`; `learned` is None where several
+    runs have made them."""
+
+    fits: dict[str, Fitted]
+    start_loss: float
+    history: list[tuple[int, float, float]]
+    learned: dict[str, Learned] | None = None
+
+
+@struct.dataclass
+class SitesObjective(Objective):
+    """An objective of what moves at some sites, which all learn together.
+
+    Attributes:
+      start: The transform of each site, stacked over layers where there are several.
+      formats: Of activations and of weights.
+    """
+
+    start: dict[str, BlockAffine]
+    moves: Moves = struct.field(pytree_node=False)
+    formats: tuple[Format, Format] = struct.field(pytree_node=False)
+
+    @property
+    def linear(self) -> LearningLinear:
+        """Called with `states`."""
+        return LearningLinear(self.moves, *self.formats)
+
+    def states(
+        self, learned: Mapping[str, Learned], rounded: Mapping[str, Weights] | None = None
+    ) -> dict[str, SiteState]:
+        """The state of each site."""
+        given = rounded or {}
+        return {s: SiteState(self.start[s], moved, given.get(s)) for s, moved in learned.items()}
+
+    def bounded(self, learned: dict[str, Learned]) -> dict[str, Learned]:
+        return {s: self.moves.bounded(self.start[s], moved) for s, moved in learned.items()}
+
+    def learn(
+        self,
+        weights: Mapping[str, Weights],
+        rows: Rows,
+        held_out: Rows,
+        key: Key[Array, ""],
+        *,
+        learned: dict[str, Learned] | None = None,
+        **options: Any,
+    ) -> LearnResult:
+        """Minimises it by `training.train`.
+
+        Args:
+          weights: Of each site, which the fits are for.
+          learned: Where learning starts, if not at zero.
+        """
+        start, moves = self.start, self.moves
+        learned = learned or {site: moves.init(start[site], weights[site]) for site in start}
+        found = train(self, learned, rows, held_out, key, **options)
+        fits = {s: moves.fitted(start[s], moved, weights[s]) for s, moved in found.learned.items()}
+        return LearnResult(fits, found.start_loss, found.history, found.learned)
 
 
 def _clamped(

@@ -23,11 +23,11 @@ from duquantpp_jax.checkpoints import load
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.core import Fitted, Recipe
 from duquantpp_jax.learning.blocks import learn_blocks, stack_blocks
-from duquantpp_jax.learning.model import LearnResult, at_rates, learn_model
-from duquantpp_jax.learning.moves import PARTS, moves_named
+from duquantpp_jax.learning.model import at_rates, learn_model
+from duquantpp_jax.learning.moves import PARTS, LearnResult, moves_named
 from duquantpp_jax.learning.site import FitLearned, start_of
 from duquantpp_jax.learning.training import warmed_cosine
-from duquantpp_jax.models import SITES, DecoderConfig
+from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.calibration import calibrate_layer
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.walk import fit_layer
@@ -54,6 +54,9 @@ FACTORS = dict.fromkeys(PARTS, 10.0) | {"transform": 1.0, "weights": 0.1}
 Report = Callable[[str, int, int], None]
 """Called with what is being done, steps done, steps in all."""
 
+Tokens = Integer[np.ndarray, "_ length"]
+"""Rows of token ids."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
@@ -75,12 +78,15 @@ class LearnSettings:
     """How fits are learned.
 
     Attributes:
-      start: The fit that learning starts from, by its name in duquantpp_jax.recipes.
-      moves: What moves, by the names of `learning/moves.py`.
-      through: What the loss is taken through; see the top of this file.
-      steps: Updates; of each site or block where those learn by themselves.
-      rate: Peak learning rate of the transform; see `training.warmed_cosine`.
-      optimizer: Of OPTIMIZERS.
+      start: What learning starts from, by its name in duquantpp_jax.recipes.
+      moves: What moves: rotation, affine (or expm, cayley, affine_expm, affine_lu), weights or
+        weights_moved, scale_offset, clip or clip_site, weight_clip or weight_clip_site.
+      through: What the loss is taken through: each site alone, one block after the other (only one
+        is in memory), or the whole model.
+      steps: Updates; through site or block, of each of them.
+      rate: Peak learning rate of the transform; weights learn at a tenth of it, clips and scale
+        offsets at ten times.
+      optimizer: adam, adan, amsgrad, lion, rms or sgd, of optax.
       batch_rows: Rows of a batch; of a site, batches of 16 times as many tokens.
       check_every: Steps between checks, at which progress is kept.
       seed: For starts that draw random numbers, and for the order of batches.
@@ -112,8 +118,8 @@ def learn(
     how: LearnSettings,
     checkpoint: Checkpoint,
     recipe: Recipe,
-    rows: Integer[np.ndarray, "rows length"],
-    held_out: Integer[np.ndarray, "held length"],
+    rows: Tokens,
+    held_out: Tokens,
     *,
     place: Path,
     report: Report = lambda *_: None,
@@ -122,6 +128,7 @@ def learn(
 
     Args:
       checkpoint: The float model, read a layer at a time unless learning goes through all of it.
+      recipe: The formats; `how.start` goes over its fit.
       rows: Token ids to learn from; the last of each row is a target and not an input.
       held_out: Token ids to choose by. A site holds out a part of its sample instead.
       place: A directory for progress: a run that was killed goes on from there to the same bits.
@@ -136,21 +143,21 @@ def learn(
     """
     how.check()
     place.mkdir(parents=True, exist_ok=True)
-    moves, formats = moves_named(how.moves), (recipe.activation_format, recipe.weight_format)
-    calibration = rows[:CALIBRATION_ROWS, :-1]
-    layers, count = checkpoint.config.num_hidden_layers, how.steps
+    moves, count, layers = moves_named(how.moves), how.steps, checkpoint.config.num_hidden_layers
+    calibration, optimizer = rows[:CALIBRATION_ROWS, :-1], Optimizer(how.optimizer)
+    settings: dict[str, Any] = {"steps": count, "check_every": how.check_every}
+    fit = find_fit(how.start)
     if how.through == "site":
-        fits = _learn_sites(how, checkpoint, recipe, calibration, place, report)
-        return LearnResult(fits, 0.0, [])
-    plan = _plan(checkpoint.config, dataclasses.replace(recipe, fit=find_fit(how.start)), how.seed)
+        settings |= {"optimizer": optimizer, "rate": how.rate, "batch_tokens": 16 * how.batch_rows}
+        fit = FitLearned(moves, fit, **settings)
+    plan = Plan.of(checkpoint.config, dataclasses.replace(recipe, fit=fit), seed=how.seed)
+    if how.through == "site":
+        return LearnResult(_learn_sites(plan, checkpoint, calibration, place, report), 0.0, [])
+    settings |= {"optimizer": optimizer(warmed_cosine(how.rate, count))}
+    settings |= {"batch_rows": how.batch_rows}
+    formats = (recipe.activation_format, recipe.weight_format)
     starts = _starts(plan, checkpoint, calibration, max(format.block_size for format in formats))
     key = jax.random.fold_in(jax.random.key(how.seed), 1)
-    settings: dict[str, Any] = {
-        "steps": count,
-        "optimizer": Optimizer(how.optimizer)(warmed_cosine(how.rate, count)),
-        "batch_rows": how.batch_rows,
-        "check_every": how.check_every,
-    }
     if how.through == "model":
         start = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(start for _, start in starts))
         return learn_model(
@@ -159,7 +166,7 @@ def learn(
             report=lambda step, _, loss: report(f"held-out KL {loss:.5f}", step, count),
             **settings,
         )  # fmt: skip
-    done: list[Any] = []
+    done: list[LearnResult] = []
 
     def say(step: int, _: float, loss: float) -> None:
         what = f"block {len(done) + 1} of {layers}: held-out {loss:.5f}"
@@ -174,16 +181,10 @@ def learn(
     return stack_blocks(done)
 
 
-def _plan(config: DecoderConfig, recipe: Recipe, seed: int) -> Plan:
-    plan = Plan.of(config, recipe, seed=seed)
-    plan.check()
-    return plan
-
-
 def _fits(
     plan: Plan,
     checkpoint: Checkpoint,
-    tokens: Integer[np.ndarray, "rows length"],
+    tokens: Tokens,
     finished: Callable[[int], dict[str, Fitted] | None] = lambda _: None,
 ) -> Iterator[tuple[Mapping[str, Any], dict[str, Fitted]]]:
     """Parameters and fits of one layer after the other; finished ones are not fitted."""
@@ -196,7 +197,7 @@ def _fits(
 
 
 def _starts(
-    plan: Plan, checkpoint: Checkpoint, tokens: Integer[np.ndarray, "rows length"], size: int
+    plan: Plan, checkpoint: Checkpoint, tokens: Tokens, size: int
 ) -> Iterator[tuple[Mapping[str, Any], dict[str, BlockAffine]]]:
     """Parameters and starts of one layer after the other.
 
@@ -214,24 +215,9 @@ def _starts(
 
 
 def _learn_sites(
-    how: LearnSettings,
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    tokens: Integer[np.ndarray, "rows length"],
-    place: Path,
-    report: Report,
+    plan: Plan, checkpoint: Checkpoint, tokens: Tokens, place: Path, report: Report
 ) -> dict[str, Fitted]:
     """Fits of every site by itself; a layer that is finished is kept in `place`."""
-    fit = FitLearned(
-        moves_named(how.moves),
-        find_fit(how.start),
-        optimizer=Optimizer(how.optimizer),
-        rate=how.rate,
-        steps=how.steps,
-        batch_tokens=16 * how.batch_rows,
-        check_every=how.check_every,
-    )
-    plan = _plan(checkpoint.config, dataclasses.replace(recipe, fit=fit), how.seed)
 
     def file(number: int) -> Path:
         return place / f"layer_{number}.safetensors"
@@ -243,5 +229,5 @@ def _learn_sites(
     for number, (_, fits) in enumerate(_fits(plan, checkpoint, tokens, finished)):
         storage.save(file(number), fits)
         found.append({site: fits[site] for site in SITES})
-        report("learning sites", number + 1, checkpoint.config.num_hidden_layers)
+        report("learning sites", number + 1, plan.config.num_hidden_layers)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)

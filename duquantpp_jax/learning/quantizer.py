@@ -1,6 +1,7 @@
-"""Rounding that gradients pass through, to the numbers and to the scales of their blocks.
+"""Arithmetic with gradients of its own: rounding, and products of what is rounded.
 
-With q = s e the rounded value of x, s its block's scale and e its element,
+Gradients pass through rounding to the numbers and to the scales of their blocks. With q = s e the
+rounded value of x, s its block's scale and e its element,
 
     dq/dx = 1 where x lies in the block's range, 0 beyond;
     dq/d(log s) = q - x where x lies in the range, q beyond,
@@ -85,3 +86,27 @@ learnable_quantize.defvjp(_forward, _backward)
 def integer(log_scale: Float[Array, "*offsets"]) -> Array:
     """The offset that is applied."""
     return jnp.round(log_scale).astype(jnp.int32)
+
+
+@jax.custom_vjp
+def product(x: Float[Array, "*tokens k"], w: Float[Array, "n k"]) -> Float[Array, "*tokens n"]:
+    """x @ w^T with bfloat16 factors and float32 sums, forward and backward."""
+    return _bfloat16("...k,nk->...n", x, w)
+
+
+def _product_forward(x: Array, w: Array):
+    return product(x, w), (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+
+
+def _product_backward(kept, g: Array) -> tuple[Array, Array]:
+    x, w = kept
+    g_rows, x_rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+    return _bfloat16("...n,nk->...k", g, w), _bfloat16("tn,tk->nk", g_rows, x_rows)
+
+
+product.defvjp(_product_forward, _product_backward)
+
+
+def _bfloat16(equation: str, a: Array, b: Array) -> Array:
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

@@ -13,6 +13,7 @@ Source: experiments/beat_hadamard.py; 400 steps at 3e-4 were the best of its sea
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Integer
 
-from duquantpp_jax.core import MXArray
+from duquantpp_jax.core import Fitted, MXArray
 from duquantpp_jax.learning.model import Divergence, at_rates
 from duquantpp_jax.learning.moves import Learned, Moves
-from duquantpp_jax.learning.training import train, warmed_cosine
+from duquantpp_jax.learning.training import warmed_cosine
 from duquantpp_jax.models import Decoder
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import QuantizedSite, layer_of
@@ -44,8 +45,8 @@ def refine(
     tokens: Integer[np.ndarray, "rows length"],
     steps: int,
     **options: Any,
-) -> dict[str, QuantizedSite]:
-    """The quantized sites with transforms that were learned for their rounded weights.
+) -> dict[str, Fitted]:
+    """What moves the activations of each site, learned for its rounded weights.
 
     Args:
       plan: How the state was made.
@@ -54,7 +55,7 @@ def refine(
       options: `report`, `checkpoint` and others of `training.train`.
 
     Returns:
-      The sites, stacked over layers; their weights are those of `state`.
+      Fits without weights, stacked over layers, for `refitted`.
 
     Raises:
       ValueError: As `check`; or there is a single row, or a transform is not made of blocks.
@@ -63,8 +64,7 @@ def refine(
     format = plan.recipes["mlp_in"].activation_format
     sites = state if isinstance(state, dict) else {}
     held_out = max(1, len(tokens) // HELD_OUT)
-    rows = tokens[:-held_out]
-    if len(rows) == 0:
+    if len(tokens) <= held_out:
         raise ValueError("refining learns from all rows but one: give two rows or more")
     start = {}
     for site, width in plan.widths(0).items():
@@ -81,18 +81,27 @@ def refine(
         name: tuple(w.dequantize() for w in site.weights if isinstance(w, MXArray))
         for name, site in sites.items()
     }
-    found = train(
-        Divergence(model, start, moves, (format, format), weights, jnp.dtype(jnp.float32)),
-        {name: _learned(moves.init(start[name], ()), site) for name, site in sites.items()},
-        rows,
+    objective = Divergence(
+        start, moves, (format, format), model, rounded=weights, dtype=jnp.dtype(jnp.float32)
+    )
+    found = objective.learn(
+        dict.fromkeys(sites, ()),
+        tokens[:-held_out],
         tokens[-held_out:],
         jax.random.fold_in(jax.random.key(plan.seed), 2),
+        learned={s: _learned(moves.init(start[s], ()), site) for s, site in sites.items()},
         steps=steps,
         optimizer=_optimizer(steps),
-        batch_rows=min(BATCH_ROWS, len(rows)),
+        batch_rows=min(BATCH_ROWS, len(tokens) - held_out),
         **options,
     )
-    fits = moves.fits(start, found.learned, dict.fromkeys(sites, ()))
+    return found.fits
+
+
+def refitted(
+    sites: Mapping[str, QuantizedSite], fits: Mapping[str, Fitted]
+) -> dict[str, QuantizedSite]:
+    """The sites with their weights as they are, moved by the fits."""
     return {
         name: QuantizedSite(fit.transform, sites[name].weights, fit.clip, fit.scale_offset)
         for name, fit in fits.items()

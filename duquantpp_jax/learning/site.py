@@ -21,50 +21,38 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from duquantpp_jax.core import Fit, Fitted, Format, Needs, Recipe, Stats, Weights
-from duquantpp_jax.learning.moves import Learned, LearningLinear, Moves, SiteState
-from duquantpp_jax.learning.training import Objective, train
+from duquantpp_jax.core import Fit, Fitted, Needs, RandomKey, Recipe, Stats, Weights
+from duquantpp_jax.learning.moves import Learned, Moves, SitesObjective
 from duquantpp_jax.models import dense
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.learned import block_affine
 
 Kind = Literal["activations", "both", "output"]
+SITE = "site"
 
 
 @struct.dataclass
-class SiteError(Objective):
-    """The losses at the top of this file, of a batch of tokens; formats as of `Divergence`."""
+class SiteError(SitesObjective):
+    """The losses at the top of this file, of a batch of tokens, at the one site SITE."""
 
     weights: Weights
-    start: BlockAffine
-    moves: Moves = struct.field(pytree_node=False)
-    formats: tuple[Format, Format] = struct.field(pytree_node=False)
     kind: Kind = struct.field(pytree_node=False)
 
-    def loss(self, learned: Learned, batch: Float[Array, "tokens k"]) -> Float[Array, ""]:
-        """See the top of this file."""
+    def loss(self, learned: dict[str, Learned], batch: Float[Array, "tokens k"]) -> Array:
+        state = self.states(learned)[SITE]
         if self.kind == "output":
-            linear = LearningLinear(self.moves, *self.formats)
-            wanted, _ = dense("", batch, self.weights, None)
-            ys, _ = linear("", batch, self.weights, SiteState(self.start, learned))
-            return _mean([_error(a, b) for a, b in zip(wanted, ys, strict=True)])
-        transform = self.moves.moved_transform(self.start, learned)
+            wanted, _ = dense(SITE, batch, self.weights, None)
+            ys, _ = self.linear(SITE, batch, self.weights, state)
+            return _mean([relative_error(a, b) for a, b in zip(wanted, ys, strict=True)])
+        transform, x, rounded = self.linear.quantized(batch, self.weights, state)
         back = transform.inverse()
-        x = self.moves.quantized_input(self.formats[0], transform, learned, batch)
-        loss = _error(batch, back.activations(x))
+        loss = relative_error(batch, back.activations(x))
         if self.kind == "activations":
             return loss
-        rounded = self.moves.quantized_weights(
-            self.formats[1], self.start, transform, learned, self.weights
-        )
-        pairs = zip(self.weights, rounded, strict=True)
-        return loss + _mean([_error(w.ravel(), back.weights(q).ravel()) for w, q in pairs])
-
-    def bounded(self, learned: Learned) -> Learned:
-        """Within `Moves.max_condition`."""
-        return self.moves.bounded(self.start, learned)
+        pairs = zip(self.weights, map(back.weights, rounded), strict=True)
+        return loss + _mean([relative_error(w.ravel(), found.ravel()) for w, found in pairs])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +61,11 @@ class FitLearned:
 
     Attributes:
       start: The fit that learning starts from; it must lower to matrices of one block.
-      kind: Which loss of this file.
       optimizer: From a learning rate to an optimiser of optax.
       rate: Its peak; warmed up over a tenth of the steps (not at all where those are fewer than
         ten), then down a cosine to zero.
       batch_tokens: Tokens of a batch, or all that there are if those are fewer.
-      held_out: Share of the sample that is held out.
+      held_out: A share of the sample.
     """
 
     moves: Moves
@@ -97,9 +84,7 @@ class FitLearned:
         """The formats, whose error it lowers, and what the start needs."""
         return Needs.FORMATS | self.start.needs
 
-    def __call__(
-        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
-    ) -> Fitted:
+    def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:
         tokens, width = stats.sample, weights[0].shape[-1]
         last = max(1, round(self.held_out * len(tokens)))
         if last >= len(tokens):
@@ -110,19 +95,18 @@ class FitLearned:
         weights = first.weights or weights
         start = start_of(first, width, recipe.activation_format.block_size)
         formats = (recipe.activation_format, recipe.weight_format)
-        rows = tokens[:-last]
-        found = train(
-            SiteError(weights, start, self.moves, formats, self.kind),
-            self.moves.init(start, weights),
+        rows, held_out = tokens[:-last], tokens[-last:]
+        found = SiteError({SITE: start}, self.moves, formats, weights, self.kind).learn(
+            {SITE: weights},
             rows,
-            tokens[-last:],
+            held_out,
             jax.random.fold_in(key, 1),
             steps=self.steps,
             optimizer=_optimizer(self.optimizer, self.rate, self.steps),
             batch_rows=min(self.batch_tokens, len(rows)),
             check_every=self.check_every,
         )
-        fitted = self.moves.fitted(start, found.learned, weights)
+        fitted = found.fits[SITE]
         return fitted if fitted.weights else dataclasses.replace(fitted, weights=first.weights)
 
 
@@ -150,7 +134,9 @@ def _optimizer(
     return make(optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps))
 
 
-def _error(wanted: Float[Array, "*rows k"], found: Float[Array, "*rows k"]) -> Float[Array, ""]:
+def relative_error(
+    wanted: Float[Array, "*rows k"], found: Float[Array, "*rows k"]
+) -> Float[Array, ""]:
     """Mean over rows of |wanted - found|^2 / |wanted|^2; rows of nothing count as 1."""
     energy = jnp.sum(jnp.square(wanted), axis=-1)
     error = jnp.sum(jnp.square(wanted - found), axis=-1)

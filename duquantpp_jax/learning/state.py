@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors.numpy
 from jaxtyping import Array
 
 from duquantpp_jax import files
@@ -58,17 +57,10 @@ def describe(optimizer: optax.GradientTransformation, learned: Any) -> str:
 def save(
     path: Path, state: Any, start_loss: float, history: History, settings: Mapping[str, str]
 ) -> None:
-    """Writes a state, a pytree of arrays, with the settings that must be the same to go on.
-
-    Raises:
-      OSError: The file cannot be written.
-    """
-    tensors = {name: np.asarray(leaf) for name, leaf in _named(state)}
+    """Writes a state, a pytree of arrays, with the settings that must be the same to go on."""
+    tensors = dict(_named(state)) | {START_LOSS: np.float64(start_loss)}
     tensors[HISTORY] = np.asarray(history, np.float64).reshape(-1, 3)
-    tensors[START_LOSS] = np.asarray(start_loss, np.float64)
-    contiguous = {name: np.asarray(array, order="C") for name, array in tensors.items()}
-    metadata = {"format": FORMAT, **settings}
-    files.write_whole(path, safetensors.numpy.save(contiguous, metadata))
+    files.write_tensors(path, tensors, {"format": FORMAT, **settings})
 
 
 def load(path: Path, like: Any, settings: Mapping[str, str]) -> tuple[Any, float, History]:
@@ -85,19 +77,16 @@ def load(path: Path, like: Any, settings: Mapping[str, str]) -> tuple[Any, float
     for name, value in {"format": FORMAT, **settings}.items():
         if metadata.get(name) != value:
             raise ValueError(f"{path} is a checkpoint of another {name}: {again}")
+    history, start_loss = tensors.pop(HISTORY), tensors.pop(START_LOSS)
     wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in _named(like)}
-    found = {
-        name: (tensor.shape, tensor.dtype)
-        for name, tensor in tensors.items()
-        if name not in (HISTORY, START_LOSS)
-    }
+    found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     if found != wanted:
         wrong = next(n for n in wanted | found if wanted.get(n) != found.get(n))
         raise ValueError(f"{path} holds another state (at {wrong}): {again}")
     leaves = [jnp.asarray(tensors[name]) for name in wanted]
     state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    history = [(int(step), loss, held_out) for step, loss, held_out in tensors[HISTORY].tolist()]
-    return state, float(tensors[START_LOSS]), history
+    checks = [(int(step), loss, held_out) for step, loss, held_out in history.tolist()]
+    return state, float(start_loss), checks
 
 
 def _named(state: Any) -> list[tuple[str, Any]]:

@@ -4,8 +4,7 @@
 
 Batches are drawn with a key, without replacement within a pass over the rows. At every check the
 parameters are brought within their bounds and the loss on held-out rows is measured; those with the
-least such loss, the start included, are the result. With a checkpoint, a run that was killed goes
-on from the last check to the same bits.
+least such loss, the start included, are the result.
 """
 
 import abc
@@ -52,13 +51,8 @@ class Progress:
 
 
 class Trained(NamedTuple):
-    """The result of training.
-
-    Attributes:
-      learned: The parameters with the least held-out loss.
-      start_loss: Held-out loss before the first step.
-      history: (step, training loss since the last, held-out loss) of every check.
-    """
+    """The parameters with the least held-out loss, this loss before the first step, and of every
+    check (step, training loss since the last, held-out loss)."""
 
     learned: Any
     start_loss: float
@@ -83,10 +77,9 @@ def train(
 
     Args:
       rows, held_out: To learn from, and to choose by; never test text.
-      key: For the order of the batches.
       optimizer: Of optax, with its schedule. Compiled code is kept while it is the same object.
-      checkpoint: A file, written at every check; a run that finds it goes on from there. It holds
-        digests of all other arguments, which must be the same.
+      checkpoint: A file, written at every check; a run that finds it goes on from there, to the
+        same bits. It holds digests of all other arguments, which must be the same.
 
     Raises:
       ValueError: Too few rows, or none held out; a checkpoint of other settings.

@@ -11,22 +11,6 @@ from duquantpp_jax.transforms.pca import FitPca
 from duquantpp_jax.transforms.permutation import FitPermutation, Permute
 from duquantpp_jax.transforms.wush import FitWush
 
-__all__ = [
-    "BlockAffine",
-    "BlockRotation",
-    "FitDct",
-    "FitDuquantpp",
-    "FitHaar",
-    "FitHadamard",
-    "FitIdentity",
-    "FitInTurn",
-    "FitPca",
-    "FitPermutation",
-    "FitSmooth",
-    "FitWush",
-    "Identity",
-    "KroneckerRotation",
-    "Permute",
-    "Smooth",
-    "lower",
-]
+__all__ = ["BlockAffine", "BlockRotation", "Identity", "KroneckerRotation", "Permute", "Smooth"]
+__all__ += ["FitDct", "FitDuquantpp", "FitHaar", "FitHadamard", "FitIdentity", "FitInTurn"]
+__all__ += ["FitPca", "FitPermutation", "FitSmooth", "FitWush", "lower"]

@@ -1,7 +1,8 @@
 """Transforms that do not mix channels, and the fit that composes fits.
 
     Identity   T = I
-    Smooth     T = diag(1 / s)     x / s,  w * s
+    Smooth     T = diag(1 / s)            x / s,  w * s
+    Permute    T a permutation matrix     x and w with their channels in another order
 
 Source: SmoothQuant, Xiao et al., arXiv 2211.10438 (its equations 3 and 4).
 """
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int
 
 from duquantpp_jax.core import (
     Blocks,
@@ -24,6 +25,7 @@ from duquantpp_jax.core import (
     Fit,
     Fitted,
     Needs,
+    RandomKey,
     Recipe,
     Stats,
     Transform,
@@ -36,7 +38,7 @@ from duquantpp_jax.core import (
 class Identity(Transform):
     """T = I."""
 
-    keeps_channels = True
+    keeps_channels, mixes_channels = True, False
 
     def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
         return x
@@ -46,11 +48,6 @@ class Identity(Transform):
 
     def inverse(self) -> Transform:
         return self
-
-    def maxima(
-        self, absmax: Float[Array, " k"], moved: Float[Array, "tokens k"]
-    ) -> Float[Array, " k"]:
-        return absmax
 
     def cost(self, width: int) -> Cost:
         return Cost(fuses=True)
@@ -67,7 +64,7 @@ class Smooth(Transform):
     """T = diag(1 / s): divides channel j of the input by s_j, multiplies column j of w by s_j."""
 
     scale: Float[Array, "*layers k"]
-    keeps_channels = True
+    keeps_channels, mixes_channels = True, False
 
     def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
         return x / self.scale
@@ -77,11 +74,6 @@ class Smooth(Transform):
 
     def inverse(self) -> Transform:
         return Smooth(1 / self.scale)
-
-    def maxima(
-        self, absmax: Float[Array, " k"], moved: Float[Array, "tokens k"]
-    ) -> Float[Array, " k"]:
-        return absmax / jnp.abs(self.scale)
 
     def cost(self, width: int) -> Cost:
         return Cost(1, self.scale.nbytes, fuses=True)
@@ -93,15 +85,40 @@ class Smooth(Transform):
         return Blocks(self.scale)
 
 
+@struct.dataclass
+class Permute(Transform):
+    """T is a permutation matrix: channel j of the moved input is channel order[j] of the input."""
+
+    order: Int[Array, "*layers k"]
+    mixes_channels = False
+
+    def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
+        width = self.order.shape[-1]
+        if x.shape[-1] != width:  # a gather clamps indices out of range without an error
+            raise ValueError(f"a permutation of {width} channels got a width of {x.shape[-1]}")
+        return jnp.take(x, self.order, axis=-1)
+
+    def weights(self, w: Float[Array, "*outputs k"]) -> Float[Array, "*outputs k"]:
+        return self.activations(w)
+
+    def inverse(self) -> Transform:
+        return Permute(jnp.argsort(self.order, axis=-1).astype(self.order.dtype))
+
+    def cost(self, width: int) -> Cost:
+        return Cost(0, self.order.nbytes, fuses=True)
+
+    def as_channels(self, width: int) -> Channels:
+        order = np.asarray(self.order)
+        return Channels(order, np.ones(len(order), np.float32))
+
+
 @dataclasses.dataclass(frozen=True)
 class FitIdentity:
     """The identity."""
 
     needs = Needs.NOTHING
 
-    def __call__(
-        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
-    ) -> Fitted:
+    def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:
         return Fitted(Identity())
 
 
@@ -124,19 +141,14 @@ class FitSmooth:
     floor: float = 1e-5
     needs = Needs.NOTHING
 
-    def __call__(
-        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
-    ) -> Fitted:
+    def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:
         w = stack(weights) if self.weight_max == "all" else weights[0]
         return Fitted(Smooth(_smooth_scale(w, stats.absmax, self.alpha, self.floor)))
 
 
 @jax.jit
 def _smooth_scale(
-    w: Float[Array, "n k"],
-    absmax: Float[Array, " k"],
-    alpha: Float[Array, ""],
-    floor: Float[Array, ""],
+    w: Float[Array, "n k"], absmax: Float[Array, " k"], alpha: Array, floor: Array
 ) -> Float[Array, " k"]:
     x_max = jnp.maximum(absmax, 1e-5)
     w_max = jnp.maximum(jnp.max(jnp.abs(w), axis=0), 1e-5)
@@ -159,9 +171,7 @@ class FitInTurn:
         """Whether any of the fits draws random numbers."""
         return any(getattr(fit, "draws", False) for fit in self.fits)
 
-    def __call__(
-        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
-    ) -> Fitted:
+    def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:
         fits = []
         for fit, fit_key in zip(self.fits, jax.random.split(key, len(self.fits)), strict=True):
             fits.append(fitted := fit(weights, stats, recipe, fit_key))

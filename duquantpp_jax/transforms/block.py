@@ -69,22 +69,13 @@ def polished(
     Source: Higham, Functions of Matrices (2008), section 8.3.
     """
     r = np.asarray(matrices, np.float64)
-    error = np.swapaxes(r, -1, -2) @ r - np.eye(r.shape[-1])
+    error = r.mT @ r - np.eye(r.shape[-1])
     return jnp.asarray(r - r @ error / 2, jnp.float32)
-
-
-def transposed(matrices: Float[Array, "*blocks r r"]) -> Float[Array, "*blocks r r"]:
-    """Each matrix transposed."""
-    return jnp.swapaxes(matrices, -1, -2)
 
 
 @struct.dataclass
 class BlockRotation(Transform):
-    """T = blockdiag(R_1, ..., R_B), each R_b orthogonal, so that T^-T = T.
-
-    Attributes:
-      matrices: One for each block, or a single one for all.
-    """
+    """T = blockdiag(R_1, ..., R_B), each R_b orthogonal, so that T^-T = T; or one R for all."""
 
     matrices: Float[Array, "*layers blocks r r"]
 
@@ -95,13 +86,13 @@ class BlockRotation(Transform):
         return multiply_blocks(w, self.matrices)
 
     def inverse(self) -> Transform:
-        return BlockRotation(transposed(self.matrices))
+        return BlockRotation(self.matrices.mT)
 
     def cost(self, width: int) -> Cost:
         return Cost(self.matrices.shape[-1], self.matrices.nbytes)
 
     def as_blocks(self, width: int, size: int) -> Blocks | None:
-        return _of_side(size, width, self.matrices, transposed(self.matrices))
+        return _of_side(size, width, self.matrices, self.matrices.mT)
 
 
 @struct.dataclass
@@ -115,7 +106,7 @@ class BlockAffine(Transform):
         return multiply_blocks(x, self.matrices)
 
     def weights(self, w: Float[Array, "*outputs k"]) -> Float[Array, "*outputs k"]:
-        return multiply_blocks(w, transposed(self.inverses))
+        return multiply_blocks(w, self.inverses.mT)
 
     def inverse(self) -> Transform:
         return BlockAffine(self.inverses, self.matrices)
@@ -146,24 +137,18 @@ def lower(transform: Transform, width: int, size: int) -> Transform:
     return Chain((Smooth(scale), BlockAffine(matrices, inverses)))
 
 
-def _of_side(
-    size: int,
-    width: int,
-    matrices: Float[Array, "blocks r r"],
-    inverses: Float[Array, "blocks r r"],
-) -> Blocks | None:
-    """Matrices of side r as block-diagonal ones of side `size`; None if r does not divide it."""
-    count, side, _ = matrices.shape
+def _of_side(size: int, width: int, *sides: Float[Array, "blocks r r"]) -> Blocks | None:
+    """Matrices of side r and their inverses as block-diagonal ones of side `size`; None if r does
+    not divide it."""
+    count, side, _ = sides[0].shape
     if size % side or width % size:
         return None
-    if side == size:
-        return Blocks(None, matrices, inverses)
 
     def joined(m: Float[Array, "blocks r r"]) -> Float[Array, "more s s"]:
-        each = size // side
-        if count == 1:
-            m = jnp.broadcast_to(m, (each, side, side))
+        if (each := size // side) == 1:
+            return m
+        m = jnp.broadcast_to(m, (each, side, side)) if count == 1 else m
         grouped, eye = m.reshape(-1, each, side, side), jnp.eye(each, dtype=m.dtype)
         return jnp.einsum("gmij,mn->gminj", grouped, eye).reshape(-1, size, size)
 
-    return Blocks(None, joined(matrices), joined(inverses))
+    return Blocks(None, *map(joined, sides))

@@ -9,9 +9,9 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from duquantpp_jax.core import Fitted, Needs, Recipe, Stats, Weights
+from duquantpp_jax.core import Fitted, Needs, RandomKey, Recipe, Stats, Weights
 from duquantpp_jax.transforms.block import BlockRotation, rotation_size
 
 
@@ -30,7 +30,5 @@ class FitDct:
     size: int | None = 32
     needs = Needs.NOTHING
 
-    def __call__(
-        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
-    ) -> Fitted:
+    def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:
         return Fitted(BlockRotation(dct(rotation_size(self.size, weights[0].shape[-1]))[None]))

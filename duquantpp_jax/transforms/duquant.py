@@ -28,12 +28,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
-from duquantpp_jax.core import Fitted, Format, Needs, Recipe, Stats, Weights
+from duquantpp_jax.core import Fitted, Format, Needs, RandomKey, Recipe, Stats, Weights
 from duquantpp_jax.transforms.block import BlockRotation, polished, rotation_size
 
 HIGHEST = jax.lax.Precision.HIGHEST
+Searched = tuple[Float[Array, "*blocks n n"], Float[Array, "*blocks"]]
+"""Rotations and their criteria."""
 MANY_ROWS = 1024
 """Least number of rows for which a CPU tries the rows with the largest norms first."""
 
@@ -49,7 +51,7 @@ def base_rotation(size: int) -> Float[np.ndarray, "size size"]:
 
 
 def mixed_rotations(
-    key: Key[Array, ""], count: int, size: int, side: Literal["left", "right"]
+    key: RandomKey, count: int, size: int, side: Literal["left", "right"]
 ) -> Float[Array, "count size size"]:
     """`count` draws of T: diag(1, Q) B for "left", B diag(1, Q) for "right"."""
     base = jnp.asarray(base_rotation(size), jnp.float32)
@@ -67,7 +69,7 @@ def greedy_search(
     index: Literal["channel", "released"] = "channel",
     criterion: Literal["absmax", "range", "mse"] = "absmax",
     format: Format | None = None,
-) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+) -> Searched:
     """The rotation A_k of least criterion over steps 0..steps, and this criterion.
 
     Args:
@@ -103,9 +105,7 @@ def greedy_search(
         best = jnp.where(score < least, product, best)
         return k + 1, x, d, product, best, jnp.minimum(score, least)
 
-    def search(
-        x: Float[Array, "rows n"], bound: Float[Array, ""] | None = None
-    ) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+    def search(x: Float[Array, "rows n"], bound: Array | None = None) -> Searched:
         """The result on these rows; stops early when the criterion falls below a bound."""
 
         def going(carry: tuple) -> Bool[Array, ""]:
@@ -125,7 +125,7 @@ def greedy_search(
     order = jnp.argsort(-norms)
     x, norms = x[order], norms[order]
 
-    def among_largest(parts: tuple[int, ...]) -> tuple[Float[Array, "n n"], Float[Array, ""]]:
+    def among_largest(parts: tuple[int, ...]) -> Searched:
         if not parts:
             return search(x)
         count = len(x) // parts[0]
@@ -185,19 +185,16 @@ class FitDuquantpp:
         positions = Needs.POSITIONS if self.averaged else Needs.NOTHING
         return positions | (Needs.FORMATS if self.criterion == "mse" else Needs.NOTHING)
 
-    def __call__(
-        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
-    ) -> Fitted:
+    def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:
         tokens = stats.sample
         if self.averaged:
             sums = stats.require(Needs.POSITIONS, "DuQuant++ averaged over rows")
             tokens = sums / (stats.count / sums.shape[0])
         format = recipe.activation_format if self.criterion == "mse" else None
-        rotation_size(self.size, tokens.shape[-1])
-        best, least = _fit_blocks(tokens, key, fit=self, format=format)
+        search = functools.partial(_fit_blocks, tokens, fit=self, format=format)
+        best, least = search(key)
         for seed in range(1, self.seeds):
-            other = jax.random.fold_in(key, seed)
-            rotations, criterion = _fit_blocks(tokens, other, fit=self, format=format)
+            rotations, criterion = search(jax.random.fold_in(key, seed))
             best = jnp.where((criterion < least)[:, None, None], rotations, best)
             least = jnp.minimum(criterion, least)
         return Fitted(BlockRotation(polished(best) if self.polish else best))
@@ -205,13 +202,8 @@ class FitDuquantpp:
 
 @functools.partial(jax.jit, static_argnames=("fit", "format"))
 def _fit_blocks(
-    tokens: Float[Array, "tokens k"],
-    key: Key[Array, ""],
-    *,
-    fit: FitDuquantpp,
-    format: Format | None,
-) -> tuple[Float[Array, "blocks n n"], Float[Array, " blocks"]]:
-    """The rotation of each block and its criterion."""
+    tokens: Float[Array, "tokens k"], key: RandomKey, *, fit: FitDuquantpp, format: Format | None
+) -> Searched:
     size = rotation_size(fit.size, tokens.shape[-1])
     draws = fit.steps if fit.fresh_q else 1
     rotations = mixed_rotations(key, draws, size, fit.q_side)

@@ -10,9 +10,8 @@ arXiv math-ph/0609050.
 import dataclasses
 
 import jax
-from jaxtyping import Array, Key
 
-from duquantpp_jax.core import Fitted, Needs, Recipe, Stats, Weights
+from duquantpp_jax.core import Fitted, Needs, RandomKey, Recipe, Stats, Weights
 from duquantpp_jax.transforms.block import BlockRotation, polished, rotation_size
 
 
@@ -24,9 +23,7 @@ class FitHaar:
     needs = Needs.NOTHING
     draws = True
 
-    def __call__(
-        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
-    ) -> Fitted:
+    def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:
         width = weights[0].shape[-1]
         size = rotation_size(self.size, width)
         # jax.random.orthogonal is this construction, with the signs.

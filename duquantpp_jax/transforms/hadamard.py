@@ -19,9 +19,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from duquantpp_jax.core import Chain, Fitted, Needs, Recipe, Stats, Weights
+from duquantpp_jax.core import Chain, Fitted, Needs, RandomKey, Recipe, Stats, Weights
 from duquantpp_jax.transforms.basic import Smooth
 from duquantpp_jax.transforms.block import BlockRotation, rotation_size
 from duquantpp_jax.transforms.kronecker import KroneckerRotation
@@ -76,10 +76,7 @@ def _base(size: int) -> int | None:
 
 
 def _sylvester(stages: int) -> Float[np.ndarray, "n n"]:
-    signs = np.ones((1, 1))
-    for _ in range(stages):
-        signs = np.block([[signs, signs], [signs, -signs]])
-    return signs
+    return functools.reduce(np.kron, [np.array([[1.0, 1.0], [1.0, -1.0]])] * stages, np.eye(1))
 
 
 def sequency(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
@@ -112,9 +109,7 @@ class FitHadamard:
         """Whether signs are random."""
         return self.random_signs
 
-    def __call__(
-        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
-    ) -> Fitted:
+    def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:
         width = weights[0].shape[-1]
         size = rotation_size(self.size, width)
         signs = None

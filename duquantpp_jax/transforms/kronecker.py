@@ -16,16 +16,11 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from duquantpp_jax.core import Blocks, Cost, Transform
-from duquantpp_jax.transforms.block import transposed
 
 
 @struct.dataclass
 class KroneckerRotation(Transform):
-    """T = blockdiag(R, ..., R), R the Kronecker product of orthogonal factors.
-
-    Attributes:
-      factors: F_1, ..., F_m; the product of their sides divides the width.
-    """
+    """T = blockdiag(R, ..., R), R the Kronecker product of orthogonal factors F_1, ..., F_m."""
 
     factors: tuple[Float[Array, "*layers _ _"], ...]
 
@@ -35,14 +30,12 @@ class KroneckerRotation(Transform):
         return math.prod(factor.shape[-1] for factor in self.factors)
 
     def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
-        width = x.shape[-1]
-        if width % self.size:
-            size = self.size
+        if x.shape[-1] % (after := self.size):
             raise ValueError(
-                f"a Kronecker product of side {size} moves any multiple of {size} channels: "
-                f"got {width}"
+                f"a Kronecker product of side {after} moves any multiple of {after} channels: "
+                f"got {x.shape[-1]}"
             )
-        moved, after = x, self.size
+        moved = x
         for factor in self.factors:
             after //= factor.shape[-1]
             moved = moved.reshape(-1, factor.shape[-1], after)
@@ -53,7 +46,7 @@ class KroneckerRotation(Transform):
         return self.activations(w)
 
     def inverse(self) -> Transform:
-        return KroneckerRotation(tuple(map(transposed, self.factors)))
+        return KroneckerRotation(tuple(factor.mT for factor in self.factors))
 
     def cost(self, width: int) -> Cost:
         sides = (factor.shape[-1] for factor in self.factors)

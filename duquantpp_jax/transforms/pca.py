@@ -12,9 +12,8 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
 
-from duquantpp_jax.core import Fitted, Needs, Recipe, Stats, Weights
+from duquantpp_jax.core import Fitted, Needs, RandomKey, Recipe, Stats, Weights
 from duquantpp_jax.transforms.block import BlockRotation, rotation_size
 from duquantpp_jax.transforms.hadamard import hadamard
 from duquantpp_jax.transforms.wush import block_gram
@@ -22,20 +21,15 @@ from duquantpp_jax.transforms.wush import block_gram
 
 @dataclasses.dataclass(frozen=True)
 class FitPca:
-    """Eigenvectors of each block's second moment, in float64 on the host.
+    """Eigenvectors of each block's second moment, in float64 on the host; `hadamard` spreads them.
 
-    Attributes:
-      hadamard: Spread the axes by a Hadamard matrix.
-      size: Rotation size, or None for the full width.
-    """
+    `size` is the rotation size, None for the full width."""
 
     hadamard: bool = False
     size: int | None = 32
     needs = Needs.GRAM
 
-    def __call__(
-        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
-    ) -> Fitted:
+    def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:
         gram = stats.require(Needs.GRAM, "PCA")
         size = rotation_size(self.size, weights[0].shape[-1])
         _, v = np.linalg.eigh(block_gram(np.asarray(gram, np.float64), size))

@@ -23,42 +23,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Float, Int
 
-from duquantpp_jax.core import Channels, Cost, Fitted, Needs, Recipe, Stats, Transform, Weights
+from duquantpp_jax.core import Fitted, Needs, RandomKey, Recipe, Stats, Weights
+from duquantpp_jax.transforms.basic import Permute
 from duquantpp_jax.transforms.block import rotation_size
-
-
-@struct.dataclass
-class Permute(Transform):
-    """T is a permutation matrix: channel j of the moved input is channel order[j] of the input."""
-
-    order: Int[Array, "*layers k"]
-
-    def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
-        width = self.order.shape[-1]
-        if x.shape[-1] != width:  # a gather clamps indices out of range without an error
-            raise ValueError(f"a permutation of {width} channels got a width of {x.shape[-1]}")
-        return jnp.take(x, self.order, axis=-1)
-
-    def weights(self, w: Float[Array, "*outputs k"]) -> Float[Array, "*outputs k"]:
-        return self.activations(w)
-
-    def inverse(self) -> Transform:
-        return Permute(jnp.argsort(self.order, axis=-1).astype(self.order.dtype))
-
-    def maxima(
-        self, absmax: Float[Array, " k"], moved: Float[Array, "tokens k"]
-    ) -> Float[Array, " k"]:
-        return self.activations(absmax)
-
-    def cost(self, width: int) -> Cost:
-        return Cost(0, self.order.nbytes, fuses=True)
-
-    def as_channels(self, width: int) -> Channels:
-        order = np.asarray(self.order)
-        return Channels(order, np.ones(len(order), np.float32))
 
 
 def zigzag(values: Float[np.ndarray, " k"], size: int) -> Int[np.ndarray, " k"]:
@@ -97,9 +66,7 @@ class FitPermutation:
         """Whether `kind` is random."""
         return self.kind == "random"
 
-    def __call__(
-        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
-    ) -> Fitted:
+    def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:
         width = weights[0].shape[-1]
         size = rotation_size(self.size, width)
         match self.kind:

@@ -12,12 +12,9 @@ and `module:Class` for one from outside, whose module must have been imported be
 nothing is imported because a file says so.
 """
 
-import functools
-import importlib
 import json
 import os
 import pathlib
-import pkgutil
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from jaxtyping import Array, Shaped
 
 from duquantpp_jax import files
@@ -112,19 +108,14 @@ def from_arrays(
 
 
 def save(path: str | os.PathLike[str], transforms: Mapping[str, Transform | Fitted]) -> None:
-    """Writes transforms to one safetensors file, whole or not at all.
-
-    Args:
-      path: The file.
-      transforms: By name, such as that of their site.
-    """
+    """Writes transforms, each by a name, to one safetensors file, whole or not at all."""
     tensors, metadata = {}, {"format": FORMAT}
     for name, transform in transforms.items():
         if name == "format":
             raise ValueError('a transform cannot be named "format": the file says its own there')
         arrays, metadata[name] = to_arrays(transform)
-        tensors |= {f"{name}/{key}": np.asarray(a, order="C") for key, a in arrays.items()}
-    files.write_whole(pathlib.Path(path), safetensors.numpy.save(tensors, metadata))
+        tensors |= {f"{name}/{key}": array for key, array in arrays.items()}
+    files.write_tensors(pathlib.Path(path), tensors, metadata)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Transform | Fitted]:
@@ -159,7 +150,6 @@ def _class(name: str) -> type:
     Raises:
       ValueError: None is.
     """
-    _import_transforms()
     classes = (*_subclasses(Transform), Fitted)
     known = {_name(cls): cls for cls in classes if cls.__module__ in sys.modules}
     if name not in known:
@@ -171,11 +161,3 @@ def _class(name: str) -> type:
 
 def _subclasses(cls: type) -> list[type]:
     return [found for sub in cls.__subclasses__() for found in (sub, *_subclasses(sub))]
-
-
-@functools.cache
-def _import_transforms() -> None:
-    """All of this package's own transforms, so that they are known."""
-    place = __name__.rpartition(".")[0]
-    for module in pkgutil.iter_modules(importlib.import_module(place).__path__):
-        importlib.import_module(f"{place}.{module.name}")

@@ -23,9 +23,9 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Float
 
-from duquantpp_jax.core import Fitted, Needs, Recipe, Stats, Weights, stack
+from duquantpp_jax.core import Fitted, Needs, RandomKey, Recipe, Stats, Weights, stack
 from duquantpp_jax.transforms.block import BlockAffine, rotation_size
 from duquantpp_jax.transforms.hadamard import hadamard
 
@@ -79,9 +79,7 @@ class FitWush:
     max_condition: float | None = None
     needs = Needs.GRAM
 
-    def __call__(
-        self, weights: Weights, stats: Stats, recipe: Recipe, key: Key[Array, ""]
-    ) -> Fitted:
+    def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:
         gram = stats.require(Needs.GRAM, "WUSH")
         rotation_size(self.size, weights[0].shape[-1])
         w = np.asarray(stack(weights), np.float64)

@@ -61,9 +61,16 @@ def test_targets_are_cut_down_to_whole_rows(targets, rows):
     assert len(rows_for_targets(have, targets, "text").documents) == rows
 
 
-@pytest.mark.parametrize(("targets", "message"), [(510, "at least 511"), (9999, "5 whole rows")])
-def test_too_few_or_too_many_targets_are_refused(targets, message):
-    have = Rows(np.zeros((5, TARGETS + 1), np.int32), np.arange(5))
+@pytest.mark.parametrize(
+    ("there", "targets", "message"),
+    [
+        (5, 510, "at least 511"),
+        (5, 9999, "5 whole rows .* 19 rows are wanted: give a longer text, .* at most 5 rows$"),
+        (0, 9999, "give a longer text$"),
+    ],
+)
+def test_too_few_or_too_many_targets_are_refused(there, targets, message):
+    have = Rows(np.zeros((there, TARGETS + 1), np.int32), np.arange(there))
     with pytest.raises(ValueError, match=message):
         rows_for_targets(have, targets, "text")
 

@@ -128,8 +128,10 @@ def test_files_count_by_contents_not_by_place(tiny_directory, tiny_text, tmp_pat
     there = Cell("rtn", model=model, text=text, calibration_text=tiny_text)
     assert there.digest == here.digest
     text.write_text("something else", encoding="utf-8")
-    changed = dataclasses.replace(there)
-    assert changed.digest != here.digest
+    assert dataclasses.replace(there).digest != here.digest
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:-1] + b"!")  # in place
+    assert dataclasses.replace(there, text=tiny_text).digest != here.digest
 
 
 def test_a_configuration_is_json():

@@ -223,7 +223,7 @@ def test_one_calibration_serves_the_fits_that_need_less(tiny, monkeypatch):
     last = [shared.run(cell) for cell in grid][-1]
     assert [cell.recipe for cell in grid] == ["wush", "rtn"]
     assert needs == [Needs.GRAM]
-    np.testing.assert_array_equal(last.kl, Bench().run(tiny("rtn")).kl)
+    np.testing.assert_array_equal(last.sums.kl, Bench().run(tiny("rtn")).sums.kl)
 
 
 def test_a_store_alone_is_measured_with_all_linears_in_float(tiny):
@@ -232,6 +232,6 @@ def test_a_store_alone_is_measured_with_all_linears_in_float(tiny):
         shared.run(tiny("float", "float", store=HeadStore(jnp.dtype(dtype))))
         for dtype in ("float32", "bfloat16")
     )
-    np.testing.assert_allclose(same.kl, 0, atol=1e-3)  # 511 targets of rounding errors in float32
-    assert rounded.kl.min() > 10 * np.abs(same.kl).max()
+    np.testing.assert_allclose(same.sums.kl, 0, atol=1e-3)  # 511 errors of float32
+    assert rounded.sums.kl.min() > 10 * np.abs(same.sums.kl).max()
     assert same.sqnr is None

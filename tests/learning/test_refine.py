@@ -16,7 +16,7 @@ from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import load_rows
 from duquantpp_jax.lab.bench import Bench
 from duquantpp_jax.lab.cells import Cell
-from duquantpp_jax.learning.refine import refine
+from duquantpp_jax.learning.refine import refine, refitted
 from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder
@@ -61,7 +61,7 @@ def test_a_refined_cell_measures_what_quantize_refine_writes_killed_and_resumed(
     rows = load_rows(tiny_directory, tiny_text, 4 * TARGETS, "calibration").tokens[:, :-1]
     plan = Plan.of(model.config, cell.method())
     plain = quantize_decoder(plan, model, rows)[2]
-    refined = refine(plan, model, plain, rows, 3)
+    refined = refitted(plain, refine(plan, model, plain, rows, 3))
     for site, quantized in refined.items():
         for a, b in zip(*map(jax.tree.leaves, (quantized, state[2][site])), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -70,7 +70,7 @@ def test_a_refined_cell_measures_what_quantize_refine_writes_killed_and_resumed(
         Predictor(model), load_rows(tiny_directory, tiny_text, TARGETS, "evaluation").tokens
     )
     kl = found.row_sums(Predictor(*state)).kl
-    np.testing.assert_allclose(kl, Bench().run(cell).kl, rtol=0, atol=1e-6 * TARGETS)
+    np.testing.assert_allclose(kl, Bench().run(cell).sums.kl, rtol=0, atol=1e-6 * TARGETS)
     assert cell.row == "smooth_hadamard, refined 3 steps"
 
 
@@ -88,9 +88,10 @@ def test_it_makes_good_what_rounding_has_done_and_keeps_clips_and_scale_offsets(
     }  # fmt: skip
     state = quantize_decoder(dataclasses.replace(plan, fits=fits), model, calibration)[2]
     losses = []
-    refined = refine(
+    fits = refine(
         plan, model, state, rows, 8, check_every=4, report=lambda *said: losses.append(said)
     )
+    refined = refitted(state, fits)
     reference = Reference(Predictor(model), rows[-2:])
 
     def kl(state):

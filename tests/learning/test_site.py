@@ -9,9 +9,9 @@ import optax
 import pytest
 
 from duquantpp_jax.formats import MXFP4, FP32Scale
-from duquantpp_jax.learning import site as learning
+from duquantpp_jax.learning import moves as learning
 from duquantpp_jax.learning.moves import Moves
-from duquantpp_jax.learning.site import FitLearned, SiteError
+from duquantpp_jax.learning.site import SITE, FitLearned, SiteError
 from duquantpp_jax.learning.training import train
 from duquantpp_jax.ptq.site import QuantizedLinear, quantize_linear
 from duquantpp_jax.recipes import recipe
@@ -49,7 +49,7 @@ def test_losses_are_those_of_the_docstring(data, kind):
     d = 0.05 * jax.random.normal(KEY, h.shape)
     learned = dataclasses.replace(learned, transform={"d": d})
     format = MXFP4()
-    objective = SiteError(weights, start, moves, (format, format), kind)
+    objective = SiteError({SITE: start}, moves, (format, format), weights, kind)
 
     t = np.zeros((64, 64))
     for block in range(2):
@@ -71,7 +71,7 @@ def test_losses_are_those_of_the_docstring(data, kind):
         wanted += np.mean([share((w - w_back).ravel(), w.ravel()) for w, w_back in pairs])
     if kind == "output":
         wanted = np.mean([share(x64 @ w.T - x_back @ b.T, x64 @ w.T) for w, b in pairs])
-    assert float(objective.loss(learned, x)) == pytest.approx(wanted, rel=1e-4)
+    assert float(objective.loss({SITE: learned}, x)) == pytest.approx(wanted, rel=1e-4)
 
 
 def check(data, monkeypatch, fit, method=EVEN, rel=1e-3):

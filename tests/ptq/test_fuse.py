@@ -12,10 +12,9 @@ from duquantpp_jax.core import Chain, Fitted
 from duquantpp_jax.models import SITES, Decoder, dense, parameter_shapes
 from duquantpp_jax.ptq.fuse import fuse_layer, grouped, online_cost
 from duquantpp_jax.ptq.site import layer_of
-from duquantpp_jax.transforms.basic import Identity, Smooth
+from duquantpp_jax.transforms.basic import Identity, Permute, Smooth
 from duquantpp_jax.transforms.block import BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard
-from duquantpp_jax.transforms.permutation import Permute
 from tests.conftest import TINY
 
 LAYERS, HEADS, KV_HEADS, SIDE = 2, 4, 2, 16

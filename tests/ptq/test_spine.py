@@ -102,7 +102,7 @@ def test_a_cell_measures_what_quantize_writes(
         quantize(QuantizeOptions(recipe=recipe, rounding=rounding, rows=ROWS, seed=3, out=out,
                                  **of_both))  # fmt: skip
         decoder, linear, written = load_any(out)
-        measured = bench.run(cell_of(name, rounding, of_both)).kl
+        measured = bench.run(cell_of(name, rounding, of_both)).sums.kl
         model, _, state = made[-1]
         for site in SITES:
             for a, b in zip(written[site].weights, state[site].weights, strict=True):
@@ -125,5 +125,5 @@ def test_a_cell_of_some_linears_measures_what_quantize_writes(bench, reference, 
     out, some = tmp_path / "quantized", {"include": ("*.q_proj", "model.layers.1.mlp.*")}
     quantize(QuantizeOptions(recipe="wush", rows=ROWS, seed=3, out=out, **some))
     found = reference.row_sums(Predictor(*load_any(out)))
-    measured = bench.run(cell_of("wush", "rtn", some)).kl
+    measured = bench.run(cell_of("wush", "rtn", some)).sums.kl
     np.testing.assert_allclose(found.kl, measured, rtol=0, atol=1e-6 * TARGETS)

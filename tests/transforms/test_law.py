@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duquantpp_jax.core import Transform
-from duquantpp_jax.transforms.basic import Identity, Smooth
+from duquantpp_jax.transforms.basic import Identity, Permute, Smooth
 from duquantpp_jax.transforms.block import BlockAffine, BlockRotation, lower
 from duquantpp_jax.transforms.kronecker import KroneckerRotation
-from duquantpp_jax.transforms.permutation import Permute
 
 WIDTH = 64
 

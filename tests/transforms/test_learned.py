@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 
 from duquantpp_jax.core import Chain
-from duquantpp_jax.transforms.basic import Smooth
+from duquantpp_jax.transforms.basic import Permute, Smooth
 from duquantpp_jax.transforms.block import BlockAffine, BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard
-from duquantpp_jax.transforms.inverse import inverse
 from duquantpp_jax.transforms.learned import (
     PARAMETRIZATIONS,
     block_affine,
     check_condition,
+    inverse,
     settled,
 )
-from duquantpp_jax.transforms.permutation import Permute
 
 
 def _start():

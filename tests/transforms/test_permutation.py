@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from duquantpp_jax.recipes import recipe
-from duquantpp_jax.transforms.permutation import FitPermutation, Permute, balanced, zigzag
+from duquantpp_jax.transforms.basic import Permute
+from duquantpp_jax.transforms.permutation import FitPermutation, balanced, zigzag
 from tests.conftest import stats_of
 
 KEY = jax.random.key(3)
