@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 import duquantpp_jax
 from duquantpp_jax import files, recipes
 from duquantpp_jax.cli import main as command
+from duquantpp_jax.commands import compare as comparing
 from duquantpp_jax.formats import mx, tensors
 from duquantpp_jax.transforms import wush
 
@@ -72,6 +73,7 @@ def traced(arguments: str, **ends: ModuleType) -> dict[str, list[list[Step]]]:
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(mock.patch.object(comparing, "CALIBRATION_ROWS", 1))
         for name, module in ends.items():
             function = noted(name, getattr(module, name))
             stack.enter_context(mock.patch.object(module, name, function))

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from duquantpp_jax.checkpoints import save
+from duquantpp_jax.checkpoints import save, testbed
 from duquantpp_jax.core import Needs, Stats
 from duquantpp_jax.models import Decoder, DecoderConfig, random_parameters
+from duquantpp_jax.models.parameters import LAYER
 
 DATA_VARIABLE = "DUQUANTPP_DATA"
 COMPILED_VARIABLE = "DUQUANTPP_TEST_COMPILED"
@@ -123,6 +124,26 @@ def tiny_text(tmp_path_factory) -> pathlib.Path:
     ]
     place.write_text("<|endoftext|>".join(documents), encoding="utf-8")
     return place
+
+
+@pytest.fixture(scope="session")
+def shallow_directory(tmp_path_factory) -> pathlib.Path:
+    """The embedded model with the first two of its four layers, and all of its rows."""
+    place, model = tmp_path_factory.mktemp("shallow") / "testbed", testbed.load()
+    kept = {n: a[:2] if n.startswith(LAYER) else a for n, a in model.parameters().items()}
+    config = dataclasses.replace(model.config, num_hidden_layers=2)
+    tokenizer = (testbed.directory() / "tokenizer.json").read_text(encoding="utf-8")
+    save(Decoder(config, kept), tokenizer, place)
+    shutil.copy(testbed.directory() / "tokens.npz", place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def shallow(shallow_directory):
+    """Puts that model in the place of the embedded one; gives it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(testbed, "directory", lambda: shallow_directory)
+        yield testbed.load()
 
 
 def stats_of(x, needs=Needs.GRAM | Needs.POSITIONS) -> Stats:

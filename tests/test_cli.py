@@ -46,17 +46,8 @@ def compared(tiny_directory, tiny_text, tmp_path_factory):
     out = tmp_path_factory.mktemp("compared")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("duquantpp_jax.commands.compare.CALIBRATION_ROWS", 8)
-        recipes = (
-            "--recipes",
-            "rtn",
-            "block_hadamard",
-            "duquantpp",
-            "--scale-rules",
-            "floor",
-            "log256",
-            "--seeds",
-            "2",
-        )
+        recipes = ("--recipes", "rtn", "block_hadamard", "random_hadamard")
+        recipes += ("--scale-rules", "floor", "log256", "--seeds", "2")
         assert cli.main(_arguments(tiny_directory, tiny_text, out / "a", *recipes)) == 0
         assert cli.main(_arguments(tiny_directory, tiny_text, out / "b", *recipes)) == 0
     return out
@@ -83,19 +74,19 @@ def test_results_keep_their_contract(compared):
     assert {len(results[name]["sha256"]) for name in ("model", "text")} == {64}
     assert "out" not in results["options"]
     assert results["environments"][0]["cores"] >= 1
-    names, rules = ("rtn", "block_hadamard", "duquantpp"), ("floor", "log256")
+    names, rules = ("rtn", "block_hadamard", "random_hadamard"), ("floor", "log256")
     cells = [(entry["row"], entry["column"]) for entry in results["entries"]]
     assert cells == [(name, rule) for rule in rules for name in names]
     entries = dict(zip(cells, results["entries"], strict=True))
     for (row, column), entry in entries.items():
         assert sorted(entry) == sorted(ENTRY)
-        assert entry["seeds"] == ([0, 1] if row == "duquantpp" else [0])
+        assert entry["seeds"] == ([0, 1] if row == "random_hadamard" else [0])
         excess = np.log(entry["perplexity"]["range"][0] / results["float_perplexity"])
         assert entry["excess_nll"]["range"][0] == pytest.approx(excess, abs=1e-9)
         if row == "block_hadamard":
             assert entry["difference"] is None
             continue
-        sources = "text and seeds" if row == "duquantpp" else "text"
+        sources = "text and seeds" if row == "random_hadamard" else "text"
         assert entry["difference"]["interval"] == sources
         for measure in ("kl", "excess_nll"):
             found, base = entry["difference"][measure], entries["block_hadamard", column][measure]
@@ -275,7 +266,7 @@ def test_an_out_that_cannot_be_written_is_one_line(tiny_directory, tiny_text, tm
 def test_a_width_off_the_block_is_refused_by_name_and_padded_on_demand(tiny_text, tmp_path, capsys):
     save(tiny_decoder(intermediate_size=88), byte_tokenizer().to_str(), tmp_path / "odd")
     out = tmp_path / "out"
-    more = ("--recipes", "rtn", "block_hadamard", "--scale-rules", "floor")
+    more = ("--recipes", "block_hadamard", "--scale-rules", "floor", "--tokens", "511")
     arguments = _arguments(tmp_path / "odd", tiny_text, out, *more)
     says = "model.layers.0.mlp.down_proj has input width 88"
     _assert_one_line(cli.main(arguments), capsys, says, out)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duquantpp_jax.checkpoints import load
+from duquantpp_jax.checkpoints import load, testbed
 from duquantpp_jax.lab.cells import SCHEMA
 from duquantpp_jax.lab.table import markdown
 from experiments import (
@@ -24,7 +24,9 @@ RESULTS = Path(rotations.__file__).parent / "results"
 
 
 @pytest.mark.slow
-def test_position_zero_prints_both_numbers_of_every_case(monkeypatch, capsys):
+def test_position_zero_prints_both_numbers_of_every_case(shallow, monkeypatch, capsys):
+    few = testbed.calibration_rows()[:1]
+    monkeypatch.setattr(testbed, "calibration_rows", lambda: few)
     monkeypatch.setattr(sys, "argv", ["position_zero", "--tokens", "511"])
     monkeypatch.setattr(position_zero, "CASES", (("block_hadamard", 0),))
     position_zero.main()
@@ -47,7 +49,7 @@ def test_a_synthetic_checkpoint_is_one_that_can_be_read(tmp_path):
 
 
 @pytest.mark.slow
-def test_massive_outliers_break_no_fit(tmp_path, monkeypatch, capsys):
+def test_massive_outliers_break_no_fit(shallow, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.json"
     names = ["rtn", "block_hadamard", "smooth_hadamard", "wush_conditioned"]
     options = ["--rows", "2", "--recipes", *names, "--out", str(out)]
@@ -166,7 +168,7 @@ def test_the_table_of_beat_hadamard_has_the_numbers_of_its_results():
 
 
 @pytest.mark.slow
-def test_a_newcomer_passes_at_most_seven_files_on_each_walk():
+def test_a_newcomer_passes_at_most_seven_files_on_each_walk(shallow):
     walks = architecture.walks()
     assert max(len(steps) - 1 for steps in walks.values()) <= 7
     page = (RESULTS.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")

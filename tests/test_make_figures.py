@@ -13,8 +13,8 @@ from experiments import make_figures
 
 
 @pytest.fixture
-def few_rows(tmp_path, monkeypatch):
-    """Four calibration rows, and a directory in place of the project's."""
+def few_rows(shallow, tmp_path, monkeypatch):
+    """Four calibration rows of a shallow model, and a directory in place of the project's."""
     rows = testbed.calibration_rows()[:4]
     monkeypatch.setattr(testbed, "calibration_rows", lambda: rows)
     monkeypatch.setattr(make_figures, "ROOT", tmp_path)

@@ -21,7 +21,7 @@ from duquantpp_jax.lab import Cell, records, running
 
 def grid(model: Path, text: Path) -> list[Cell]:
     """Cells that share their programs."""
-    given = {"tokens": 4 * TARGETS, "calibration_tokens": TARGETS, "batch_rows": 4}
+    given = {"tokens": TARGETS, "calibration_tokens": TARGETS}
     texts = {"text": text, "calibration_text": text}
     return [Cell("random_hadamard", model=model, seed=seed, **texts, **given) for seed in range(24)]
 

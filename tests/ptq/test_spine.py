@@ -1,14 +1,13 @@
 """One spine: a cell of the laboratory measures, bit for bit, what `quantize` writes."""
 
 import dataclasses
-import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from duquantpp_jax import recipes
-from duquantpp_jax.checkpoints import load_any, save, sha256, testbed
+from duquantpp_jax.checkpoints import load_any, sha256, testbed
 from duquantpp_jax.checkpoints.fits import save_fits
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
 from duquantpp_jax.core import MXArray
@@ -17,14 +16,12 @@ from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.lab import bench as lab
 from duquantpp_jax.lab.bench import Bench
 from duquantpp_jax.lab.cells import Cell
-from duquantpp_jax.models import SITES, Decoder
-from duquantpp_jax.models.parameters import LAYER
+from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.walk import fit_decoder
 
 ROWS = 2
-LAYERS = 2
 TURNED = {"rotate_stream": "random_hadamard", "rotate_values": "random_orthogonal", "fuse": True}
 QUICK = (("fits", ("asymmetric",), {}), ("smooth_hadamard", ("gptq",), TURNED))
 RECIPES = ("fits", "rtn", "block_hadamard", "random_hadamard", "smooth_hadamard", "duquantpp",
@@ -34,22 +31,11 @@ ALL = [(name, ("rtn", "gptq"), {}) for name in RECIPES]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def embedded(tmp_path_factory):
-    """The first layers of the embedded model, in its place."""
-    place, model = tmp_path_factory.mktemp("embedded") / "testbed", testbed.load()
-    kept = {
-        name: array[:LAYERS] if name.startswith(LAYER) else array
-        for name, array in model.parameters().items()
-    }
-    config = dataclasses.replace(model.config, num_hidden_layers=LAYERS)
-    tokenizer = (testbed.directory() / "tokenizer.json").read_text(encoding="utf-8")
-    save(Decoder(config, kept), tokenizer, place)
-    shutil.copy(testbed.directory() / "tokens.npz", place)
+def few_steps():
     learned = dataclasses.replace(recipes.FITS["learned_affine"], steps=5)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(testbed, "directory", lambda: place)
         patch.setitem(recipes.FITS, "learned_affine", learned)
-        yield testbed.load()
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +44,17 @@ def bench():
 
 
 @pytest.fixture(scope="module")
-def reference(embedded):
-    return Reference(Predictor(embedded), testbed.evaluation_rows()[:1], keep_bytes=2**30)
+def reference(shallow):
+    return Reference(Predictor(shallow), testbed.evaluation_rows()[:1], keep_bytes=2**30)
 
 
 @pytest.fixture(scope="module")
-def given(embedded, tmp_path_factory):
+def given(shallow, tmp_path_factory):
     """Fits in a directory, as `learn` writes them: a transform and weights that were moved."""
-    plan = Plan.of(embedded.config, Cell("block_hadamard").method())
-    stats = calibrate(embedded, testbed.calibration_rows()[:ROWS, :-1], plan.widths(0))
-    fits = {s: dataclasses.replace(f, weights=tuple(1.01 * w for w in embedded.weights(s)))
-            for s, f in fit_decoder(plan, embedded, stats).items()}  # fmt: skip
+    plan = Plan.of(shallow.config, Cell("block_hadamard").method())
+    stats = calibrate(shallow, testbed.calibration_rows()[:ROWS, :-1], plan.widths(0))
+    fits = {s: dataclasses.replace(f, weights=tuple(1.01 * w for w in shallow.weights(s)))
+            for s, f in fit_decoder(plan, shallow, stats).items()}  # fmt: skip
     about = {"model": {"name": "testbed", "sha256": sha256(testbed.directory())}}
     about |= {"formats": {"weight": "mxfp4:floor", "activation": "mxfp4:floor"}}
     place = tmp_path_factory.mktemp("learned") / "fits"

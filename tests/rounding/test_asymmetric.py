@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duquantpp_jax.checkpoints import load, testbed
+from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.core import Needs, Stats
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.formats import MXFP4
@@ -56,8 +56,8 @@ def test_stats_take_both_paths_or_one_and_say_what_is_missing(inputs):
 
 
 @pytest.mark.slow
-def test_rows_that_it_did_not_see_diverge_less_than_with_rounding_alone():
-    model, rows = load(testbed.directory()), testbed.calibration_rows()[:24, :256]
+def test_rows_that_it_did_not_see_diverge_less_than_with_rounding_alone(shallow):
+    model, rows = shallow, testbed.calibration_rows()[:24, :128]
     reference = Reference(Predictor(model), rows[16:], keep_bytes=2**30)
 
     def quantized(rounding):

@@ -21,11 +21,11 @@ def test_the_plain_loop_finds_the_rotations_of_the_fit():
 
 @pytest.mark.slow
 def test_it_prints_the_ratio_the_layers_and_the_growth(monkeypatch, capsys):
-    options = "--widths 64 64 128 --tokens 32 --steps 4 --plain-blocks 1"
+    options = "--widths 64 64 256 --tokens 64 --steps 8 --plain-blocks 1"
     monkeypatch.setattr(sys, "argv", ["bench_fit", *options.split()])
     bench_fit.main()
     said = capsys.readouterr().out
-    assert "one layer, 8 blocks: " in said
+    assert "one layer, 12 blocks: " in said
     assert re.search(r"loop in NumPy: .* times as long", said)
     assert [line.split(":")[0] for line in said.splitlines()[-3:]] == [
         f"{name} x 4" for name in ("width", "tokens", "steps")
