@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from duquantpp_jax import MXFP4
+from duquantpp_jax import MXFP4, ScaleRule
 from duquantpp_jax.kernels import Operand, rotate_quantize, scaled_matmul
 from duquantpp_jax.kernels.implementation import why_not_sm100
 from duquantpp_jax.kernels.rotate_quantize import cases as rotations
@@ -176,7 +176,7 @@ def main() -> int:
         "platform_version": device.client.platform_version,
         "jax": jax.__version__,
         "implementation": name,
-        "scale_rules": [rule.name for rule in rotations.RULES],
+        "scale_rules": [rule.name for rule in ScaleRule],
         "format": MXFP4().element.name,
         "cases": [],
     }

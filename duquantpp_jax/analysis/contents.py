@@ -1,6 +1,5 @@
 """Contents of a quantized directory: its job, its scales and codes, and the SQNR of its linears."""
 
-import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,9 +25,8 @@ def contents(quantized: Quantized, stored: Stored | None) -> dict[str, Any]:
         exponents = {str(int(byte) - 127): int(n) for byte, n in zip(values, counts, strict=True)}
         codes = np.bincount(stored[1], minlength=16).tolist()
     linears = _report(quantized)
-    job = dataclasses.asdict(quantized.job)
     names = ("recipe", "rounding", "weight_formats", "activation_formats")
-    return {name: job[name] for name in names} | {
+    return {name: getattr(quantized.job, name) for name in names} | {
         "bytes": sum(linear["bytes"] for linear in linears),
         "scale_exponents": exponents,
         "codes": codes,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jaxtyping import Array, Integer
+from jaxtyping import Array
 
 from duquantpp_jax.analysis import contents as holds
 from duquantpp_jax.analysis.outliers import Moments, Thresholds, observe, statistics
@@ -112,18 +112,16 @@ def inspect(
         found = _run(model, jnp.asarray(batch), state, linear=linear, wanted=thresholds)
         for site, observed in found.items():
             for name, numbers in observed.items():
-                by_site, new = moments.setdefault(name, {}), Moments.of(numbers, batch.size)
+                by_site, new = moments.setdefault(name, {}), numbers.in_float64()
                 by_site[site] = by_site[site].merge(new) if site in by_site else new
         progress("looking", min(first + BATCH_ROWS, len(rows.tokens)), len(rows.tokens))
     quantized = Quantized(directory) if is_quantized(directory) else None
     plan = None if quantized is None else quantized.plan
     sites = []
     for layer, site in chosen:
-        moved = plan is not None and any(plan.chosen(site, layer))  # else it was left in float
-        found = {
-            name: statistics(moments[name][site].layer(layer), thresholds)
-            for name in ("input", *["moved"] * moved)
-        }
+        in_float = plan is None or not any(plan.chosen(site, layer))
+        names = ("input",) if in_float else ("input", "moved")
+        found = {n: statistics(moments[n][site].layer(layer), thresholds) for n in names}
         linears = list(linear_names(site, layer))
         sites.append({"site": site, "layer": layer, "linears": linears, **found})
     stored = None if quantized is None else holds.scales_and_codes(quantized)
@@ -151,38 +149,29 @@ def _chosen(layers: int, patterns: tuple[str, ...]) -> list[tuple[int, str]]:
     Raises:
       ValueError: A pattern matches none.
     """
-    every = [(layer, site) for layer in range(layers) for site in SITES]
-
-    def named(layer: int, site: str, pattern: str) -> bool:
-        names = (site, *linear_names(site, layer))
-        return any(fnmatch.fnmatchcase(name, pattern) for name in names)
-
+    names = {(i, site): (site, *linear_names(site, i)) for i in range(layers) for site in SITES}
+    chosen = set()
     for pattern in patterns:
-        if not any(named(*at, pattern) for at in every):
+        found = {at for at in names if any(fnmatch.fnmatchcase(n, pattern) for n in names[at])}
+        if not found:
             raise ValueError(
                 f"--site {pattern} names no linear: they are {linear_names(SITES[0], 0)[0]}, ..., "
                 f"{linear_names(SITES[-1], layers - 1)[0]} (* stands for anything), or all of "
                 f"{', '.join(SITES)}"
             )
-    return [at for at in every if any(named(*at, pattern) for pattern in patterns)]
+        chosen |= found
+    return [at for at in names if at in chosen]
 
 
 @functools.partial(jax.jit, static_argnames=("linear", "wanted"))
 def _run(
-    model: Decoder,
-    tokens: Integer[Array, "rows length"],
-    state: State | None,
-    *,
-    linear: Linear,
-    wanted: Thresholds | str,
+    model: Decoder, tokens: Array, state: State | None, *, linear: Linear, wanted: Thresholds | str
 ) -> dict[str, dict[str, Any]]:
     """Site -> what was observed ("input", "moved") -> numbers, stacked over layers.
 
+    Wanted are Thresholds, for the `Moments` of every site, or a site, for its inputs themselves.
     Layers return arrays of the same shape. So where a site is padded in some layers, "moved" has
     the padded width in all, also in those that are left in float.
-
-    Args:
-      wanted: Thresholds, for a `Batch` of every site; or a site, for its inputs themselves.
     """
     runs = (state,) if isinstance(state, dict) else state or ()
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Shaped
 
 from duquantpp_jax.core import Fitted, Stats
 from duquantpp_jax.formats.division import magnitude_bits, split
@@ -32,14 +32,7 @@ from duquantpp_jax.ptq.site import layer_of
 
 @dataclasses.dataclass(frozen=True)
 class Thresholds:
-    """The thresholds of the statistics at the top of this file.
-
-    Attributes:
-      block_size: Elements that share a scale.
-      ratio: A channel above this many times the median channel is an outlier.
-      share: Share of the channels whose energy top energy adds up (at least one channel).
-      drop: One element sets a block's scale that would be 2^drop times smaller without it.
-    """
+    """The thresholds of the statistics at the top of this file; `share` is at least one channel."""
 
     block_size: int = 32
     ratio: float = 10.0
@@ -57,29 +50,51 @@ class Thresholds:
             raise ValueError(f"a drop by 2^{self.drop}: give at least 1")
 
 
-class Batch(NamedTuple):
-    """Sums and maxima of one batch, in float32; every field may have leading layer axes.
+class Moments(NamedTuple):
+    """Sums and maxima over tokens, a fold; every field may have leading layer axes.
 
     Attributes:
       absmax: Largest magnitude of each channel.
       energy: Sum of (x / unit)^2 over tokens, of each channel.
       fourths: Sum of (x / unit)^4 over tokens and channels.
-      unit: Largest magnitude of all; 1 if it is zero.
+      unit: Of one batch, in float32, its largest magnitude (1 if it is zero); otherwise 1.
       position_max: Largest magnitude at each position of the rows.
       blocks: Number of blocks that are not zero.
       set_by_one: Number of these whose scale is set by one element.
     """
 
-    absmax: Float32[Array, "*layers k"]
-    energy: Float32[Array, "*layers k"]
-    fourths: Float32[Array, "*layers"]
-    unit: Float32[Array, "*layers"]
-    position_max: Float32[Array, "*layers length"]
-    blocks: Int[Array, "*layers"]
-    set_by_one: Int[Array, "*layers"]
+    tokens: Shaped[Array | np.ndarray, "*layers"]
+    absmax: Float[Array | np.ndarray, "*layers k"]
+    energy: Float[Array | np.ndarray, "*layers k"]
+    fourths: Float[Array | np.ndarray, "*layers"]
+    unit: Float[Array | np.ndarray, "*layers"]
+    position_max: Float[Array | np.ndarray, "*layers length"]
+    blocks: Shaped[Array | np.ndarray, "*layers"]
+    set_by_one: Shaped[Array | np.ndarray, "*layers"]
+
+    def in_float64(self) -> "Moments":
+        """The same in NumPy, with a unit of 1."""
+        fields = {name: np.asarray(x, np.float64) for name, x in self._asdict().items()}
+        unit = fields["unit"]
+        fields["energy"] = fields["energy"] * np.square(unit)[..., None]
+        fields["fourths"] = fields["fourths"] * unit**4
+        return Moments(**fields | {"unit": np.ones_like(unit)})
+
+    def merge(self, other: "Moments") -> "Moments":
+        """The moments of both sets of tokens, in float64; their rows have the same length."""
+        summed = ("tokens", "energy", "fourths", "blocks", "set_by_one")
+        return self._replace(
+            **{name: getattr(self, name) + getattr(other, name) for name in summed},
+            absmax=np.maximum(self.absmax, other.absmax),
+            position_max=np.maximum(self.position_max, other.position_max),
+        )
+
+    def layer(self, number: int) -> "Moments":
+        """The moments of one layer."""
+        return Moments(*(field[number] for field in self))
 
 
-def observe(x: Float[Array, "rows length k"], thresholds: Thresholds) -> Batch:
+def observe(x: Float[Array, "rows length k"], thresholds: Thresholds) -> Moments:
     """Sums and maxima of a batch; zeros fill up an incomplete last block."""
     x = x.astype(jnp.float32)
     magnitudes = jnp.abs(x)
@@ -96,7 +111,8 @@ def observe(x: Float[Array, "rows length k"], thresholds: Thresholds) -> Batch:
     second = jnp.where(jnp.sum(at_first, axis=-1) > 1, first, rest)
     fall = split(first)[0] - split(second)[0]  # zero counts as below all others
     alive = first > 0
-    return Batch(
+    return Moments(
+        tokens=jnp.int32(x.shape[0] * x.shape[1]),
         absmax=absmax,
         energy=jnp.sum(squares, axis=(0, 1)),
         fourths=jnp.sum(jnp.square(squares)),
@@ -105,45 +121,6 @@ def observe(x: Float[Array, "rows length k"], thresholds: Thresholds) -> Batch:
         blocks=jnp.sum(alive),
         set_by_one=jnp.sum(alive & (fall >= thresholds.drop)),
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class Moments:
-    """Sums and maxima over all tokens so far, in float64 and with a unit of 1; a fold.
-
-    The fields are those of `Batch`, and the number of tokens.
-    """
-
-    tokens: int
-    absmax: Float[np.ndarray, "*layers k"]
-    energy: Float[np.ndarray, "*layers k"]
-    fourths: Float[np.ndarray, "*layers"] | np.floating
-    position_max: Float[np.ndarray, "*layers length"]
-    blocks: Float[np.ndarray, "*layers"] | np.floating
-    set_by_one: Float[np.ndarray, "*layers"] | np.floating
-
-    @classmethod
-    def of(cls, batch: Batch, tokens: int) -> "Moments":
-        """The moments of one batch."""
-        fields = {name: np.asarray(x, np.float64) for name, x in batch._asdict().items()}
-        unit = fields.pop("unit")
-        fields["energy"] = fields["energy"] * np.square(unit)[..., None]
-        fields["fourths"] = fields["fourths"] * unit**4
-        return cls(tokens, **fields)
-
-    def merge(self, other: "Moments") -> "Moments":
-        """The moments of both sets of tokens, which have rows of the same length."""
-        summed = ("tokens", "energy", "fourths", "blocks", "set_by_one")
-        return Moments(
-            **{name: getattr(self, name) + getattr(other, name) for name in summed},
-            absmax=np.maximum(self.absmax, other.absmax),
-            position_max=np.maximum(self.position_max, other.position_max),
-        )
-
-    def layer(self, number: int) -> "Moments":
-        """The moments of one layer."""
-        arrays = {name: array[number] for name, array in vars(self).items() if name != "tokens"}
-        return Moments(self.tokens, **arrays)
 
 
 def statistics(moments: Moments, thresholds: Thresholds) -> dict[str, Any]:
@@ -164,7 +141,7 @@ def statistics(moments: Moments, thresholds: Thresholds) -> dict[str, Any]:
         "largest_channel": int(np.argmax(moments.absmax)),
         "max_over_median": _over(largest, median),
         "outlier_channels": int(np.sum(moments.absmax > thresholds.ratio * median)),
-        "kurtosis": _over(float(moments.fourths) * values, energy**2),
+        "kurtosis": _over(float(moments.fourths * values), energy**2),
         "top_energy": _over(float(np.sum(np.sort(moments.energy)[-top:])), energy),
         "set_by_one": _over(float(moments.set_by_one), float(moments.blocks)),
         "position": int(np.argmax(at)),
@@ -175,12 +152,9 @@ def statistics(moments: Moments, thresholds: Thresholds) -> dict[str, Any]:
 def moved_maxima(
     stats: Mapping[str, Stats], fits: Mapping[str, Fitted]
 ) -> tuple[str, Float[np.ndarray, " k"], Float[np.ndarray, " k"]]:
-    """Channel maxima of the calibration sample before and after a fit.
+    """Name of the input with the largest max / median, its channel maxima and those after the fit.
 
-    The input is the one with the largest max / median.
-
-    Returns:
-      The input's name, its channel maxima, and the channel maxima of the moved input.
+    Maxima are over the calibration sample.
     """
     least = np.finfo(np.float32).tiny
     ratio = {

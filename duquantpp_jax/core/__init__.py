@@ -9,14 +9,7 @@
 A new method is a new value of one of them. The other rooms make such values.
 """
 
-from duquantpp_jax.core.arrays import (
-    Element,
-    ElementRounding,
-    Format,
-    MXArray,
-    ScaleRule,
-    times_power_of_two,
-)
+from duquantpp_jax.core.arrays import Element, ElementRounding, Format, MXArray, ScaleRule
 from duquantpp_jax.core.recipe import Fit, Fitted, RandomKey, Recipe, Rounding, Weights, stack
 from duquantpp_jax.core.stats import Needs, Stats
 from duquantpp_jax.core.transform import Blocks, Chain, Channels, Cost, Transform, diagonal_blocks
@@ -42,5 +35,4 @@ __all__ = [
     "Weights",
     "diagonal_blocks",
     "stack",
-    "times_power_of_two",
 ]

@@ -231,8 +231,8 @@ class MXArray:
 
     def limit(self) -> Float32[Array, "*shape"]:
         """For each value the largest magnitude of its block's grid; larger ones saturate."""
-        most = jnp.full((*self.scales.shape, self.block_size), self.element.max, jnp.float32)
-        return self._times_scale(most)
+        shape = (*self.scales.shape, self.block_size)
+        return self._times_scale(jnp.full(shape, self.element.max, jnp.float32))
 
     def _times_scale(self, blocks: Shaped[Array, "*blocks size"]) -> Float32[Array, "*shape"]:
         """Elements, their codes or float32 numbers, times scale (* tensor_scale)."""

@@ -112,21 +112,19 @@ class Stats:
         index = first + jnp.arange(tokens.shape[0])
         slot = jnp.where(index % self.stride == 0, index // self.stride, self.sample.shape[0])
         product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-        gram, position_sum, cross = self.gram, self.position_sum, self.cross
-        if gram is not None:
-            gram = gram + product(tokens.T, tokens)
-        if cross is not None and exact is not None:
-            cross = cross + product(exact.reshape(tokens.shape).T, tokens)
-        if position_sum is not None:
-            position_sum = position_sum + jnp.sum(x, axis=0)
+        sums = {}
+        if self.gram is not None:
+            sums["gram"] = self.gram + product(tokens.T, tokens)
+        if self.cross is not None and exact is not None:
+            sums["cross"] = self.cross + product(exact.reshape(tokens.shape).T, tokens)
+        if self.position_sum is not None:
+            sums["position_sum"] = self.position_sum + jnp.sum(x, axis=0)
         return dataclasses.replace(
             self,
             count=self.count + tokens.shape[0],
             absmax=jnp.maximum(self.absmax, jnp.max(jnp.abs(tokens), axis=0)),
             sample=self.sample.at[slot].add(tokens, mode="drop"),
-            gram=gram,
-            position_sum=position_sum,
-            cross=cross,
+            **sums,
         )
 
     def require(self, need: Needs, who: str) -> Array:
@@ -135,14 +133,13 @@ class Stats:
         Raises:
           ValueError: It was not kept; says `who` needs what.
         """
-        names = {Needs.GRAM: "gram", Needs.POSITIONS: "position_sum", Needs.CROSS: "cross"}
-        kept = getattr(self, names[need]) if need in names else None
-        if kept is None:
+        kept = {Needs.GRAM: self.gram, Needs.POSITIONS: self.position_sum, Needs.CROSS: self.cross}
+        if (array := kept.get(need)) is None:
             raise ValueError(
                 f"{who} needs Needs.{need.name}, which these Stats do not hold: calibrate with "
                 f"needs=Needs.{need.name}"
             )
-        return kept
+        return array
 
     def merge(self, other: Stats) -> Stats:
         """Stats of both sets of tokens (disjoint parts of one calibration set)."""

@@ -1,7 +1,4 @@
-"""The noun Transform: how one linear's input is moved, under the one law.
-
-t.activations(x) @ t.weights(w).T == x @ w.T    for every x and w
-"""
+"""The noun Transform, under the law t.activations(x) @ t.weights(w).T == x @ w.T."""
 
 from __future__ import annotations
 
@@ -163,7 +160,6 @@ class Transform(abc.ABC):
         A transform that gives it can be folded into what makes the input (ptq/fuse.py). It looks
         at values, so it is not for traced arrays.
         """
-        del width
         return None
 
     def as_blocks(self, width: int, size: int) -> Blocks | None:
@@ -171,11 +167,10 @@ class Transform(abc.ABC):
 
         What has it is evaluated in it, and runs in kernels and exports that know of nothing else.
         Unless a transform says better, it is seen from what happens to unit vectors, which takes
-        arrays with values; give a transform whose arrays are traced (under `jax.jit`, in a
-        derivative) a method of its own. One that is better left as it is returns None.
+        arrays with values. One that is better left as it is returns None.
 
         Raises:
-          ValueError: The arrays are traced.
+          ValueError: The arrays are traced (under `jax.jit`, in a derivative).
         """
         if width % size:
             return None

@@ -22,6 +22,11 @@ def magnitude_bits(x: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     return jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
 
 
+def power_of_two(exponent: Int32[Array, "*shape"]) -> Float32[Array, "*shape"]:
+    """2^exponent, from 2^-126 to 2^127."""
+    return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
 def split(magnitude: UInt32[Array, "*shape"]) -> Integers:
     """Exponent and 24-bit significand of finite magnitudes, significand * 2^(exponent - 23).
 

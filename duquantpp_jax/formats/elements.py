@@ -61,10 +61,7 @@ def encode(
 
 
 def _round_off(
-    significand: UInt32[Array, "*shape"],
-    shift: UInt32[Array, "*shape"],
-    rounding: ElementRounding,
-    key: Key[Array, ""] | None,
+    significand: UInt32[Array, "*shape"], shift: Array, rounding: ElementRounding, key: Array | None
 ) -> UInt32[Array, "*shape"]:
     """significand / 2^shift as an integer."""
     if rounding is ElementRounding.STOCHASTIC:

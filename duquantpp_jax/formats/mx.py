@@ -45,11 +45,7 @@ Rounded = tuple[UInt8[Array, "*blocks size"], Shaped[Array, "*blocks"], Array | 
 
 
 def to_blocks(x: Array | np.ndarray, block_size: int) -> Blocks:
-    """x in float32 (exact), its last axis split into blocks.
-
-    Raises:
-      ValueError: As `Format.quantize` says.
-    """
+    """x in float32 (exact), its last axis split into blocks; checks what `quantize` is given."""
     dtype = getattr(x, "dtype", type(x).__name__)
     if str(dtype) not in FLOAT_TYPES:
         raise ValueError(

@@ -10,7 +10,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, UInt32
 
-from duquantpp_jax.core import Element, times_power_of_two
+from duquantpp_jax.core.arrays import Element, times_power_of_two
 from duquantpp_jax.formats import scales as sc
 from duquantpp_jax.formats.division import divide_by, magnitude_bits, quotient, split
 from duquantpp_jax.formats.elements import E2M1, encode

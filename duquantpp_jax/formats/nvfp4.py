@@ -20,9 +20,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, UInt8, UInt32
+from jaxtyping import Array, UInt8
 
-from duquantpp_jax.core import Element, ElementRounding, times_power_of_two
+from duquantpp_jax.core.arrays import Element, ElementRounding, times_power_of_two
 from duquantpp_jax.formats import scales as sc
 from duquantpp_jax.formats.division import divide_by, magnitude_bits, quotient, split
 from duquantpp_jax.formats.elements import E2M1, E4M3, encode
@@ -52,7 +52,11 @@ class NVFP4(BlockFormat):
         whole = sc.block_amax(blocks)
         if tensor_scale is None:
             largest = jnp.max(jnp.where(whole < sc.INFINITY_BITS, whole, 0), initial=0)
-            tensor_scale = tensor_scale_of(largest, self.four_over_six)
+            # 6 * 448 = 21 * 2^7; of four over six 6 * 256 = 3 * 2^9, as E4M3 also has 1.5 * 256.
+            odd, power = (3, 9) if self.four_over_six else (21, 7)
+            q, exponent = divide_by(largest, odd)
+            tensor_scale = sc.at_least_normal(times_power_of_two(q, exponent - power))
+            tensor_scale = jnp.where(largest > 0, tensor_scale, jnp.float32(1))
         amax, bad = sc.clipped_amax(blocks, clip)
         tensor_exponent, significand = split(magnitude_bits(tensor_scale))
         tensor = significand.astype(jnp.float32)  # t = tensor * 2^(tensor_exponent - 23)
@@ -83,15 +87,3 @@ class NVFP4(BlockFormat):
         codes = jnp.where(bad[..., None], jnp.uint8(0), elements(byte, self.rounding))
         byte = jnp.where(bad, jnp.uint8(E4M3_NAN), byte)
         return codes, jax.lax.bitcast_convert_type(byte, jnp.float8_e4m3fn), tensor_scale
-
-
-def tensor_scale_of(amax: UInt32[Array, ""], four_over_six: bool) -> Float32[Array, ""]:
-    """t at the top of this file, from the bits of a finite max |x|.
-
-    The largest block scale becomes 448, the largest of E4M3, or 256, for E4M3 also has 1.5 * 256.
-    """
-    # 6 * 448 = 21 * 2^7 and 6 * 256 = 3 * 2^9
-    odd, power = (3, 9) if four_over_six else (21, 7)
-    q, exponent = divide_by(amax, odd)
-    scale = sc.at_least_normal(times_power_of_two(q, exponent - power))
-    return jnp.where(amax > 0, scale, jnp.float32(1))

@@ -3,8 +3,6 @@
     nibbles   byte_i = code_{2i} + 16 code_{2i+1}                        the lower index is low
     tiles     tile[r // 128, c // 4][r % 32, 4 ((r % 128) // 32) + c % 4] = scale[r, c]
 
-Both are lossless. Zeros fill tiles that the scales do not; the way back takes the true shape.
-
 Source: nibbles as in the MXFP4 checkpoints of gpt-oss and compressed-tensors; tiles as in the
 cuBLAS documentation, "1D block scaling factors layout", and PTX ISA, tcgen05.mma scale factors.
 """

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-from duquantpp_jax.core import Element, ElementRounding, ScaleRule, times_power_of_two
+from duquantpp_jax.core import Element, ElementRounding, ScaleRule
+from duquantpp_jax.core.arrays import times_power_of_two
 from duquantpp_jax.formats.division import magnitude_bits, split
 from duquantpp_jax.formats.elements import encode
 from duquantpp_jax.formats.errors import Wide, in_units, less, squared_error
@@ -79,20 +80,14 @@ def scale_exponent(
         case ScaleRule.RCEIL:
             up = significand > element.max_significand * ulp
         case ScaleRule.RCEIL_FLOAT:
-            return _float_rceil(exponent, significand, element)
+            # ceil(log2 r), r = fl(amax * fl(1 / max)), as machines compute it that keep subnormals.
+            product = significand.astype(jnp.float32) * jnp.float32(1 / element.max)
+            product_exponent, product_significand = split(magnitude_bits(product))
+            floor = exponent - 23 + product_exponent
+            # An r in [2^-127, 2^-126) has a bit less: a set last bit is a tie, rounded to even.
+            lost = (floor == -127).astype(jnp.int32)
+            up = product_significand > unit + lost
     return floor + up.astype(jnp.int32)
-
-
-def _float_rceil(
-    exponent: Int32[Array, "*blocks"], significand: Int32[Array, "*blocks"], element: Element
-) -> Int32[Array, "*blocks"]:
-    """ceil(log2 r) with r = fl(amax * fl(1 / max)), as machines compute it that keep subnormals."""
-    product = significand.astype(jnp.float32) * jnp.float32(1 / element.max)
-    product_exponent, product_significand = split(magnitude_bits(product))
-    floor = exponent - 23 + product_exponent
-    # A subnormal r in [2^-127, 2^-126) has a bit less: a set last bit is a tie, rounded to even.
-    lost = (floor == -127).astype(jnp.int32)
-    return floor + (product_significand > (1 << 23) + lost).astype(jnp.int32)
 
 
 def at_least_normal(scales: Float32[Array, "*blocks"]) -> Float32[Array, "*blocks"]:
@@ -112,14 +107,9 @@ def least_error_exponent(
     element: Element,
     rounding: ElementRounding,
 ) -> Int32[Array, "*blocks"]:
-    """MSE: the exponent among floor - 1, floor and floor + 1 with the least squared error.
+    """MSE: of floor - 1, floor and floor + 1, each clamped, that with the least squared error.
 
-    Each is clamped first. Where errors are equal the larger exponent is taken.
-
-    Args:
-      blocks: Finite numbers.
-      floor: FLOOR's exponent, of amax or of a clipped amax.
-      rounding: Of the elements; errors of stochastic rounding are measured with nearest-even.
+    Of equal errors the larger exponent is taken. `floor` is FLOOR's, of amax or a clipped amax.
     """
     x, unit = in_units(blocks, block_amax(blocks))
 

@@ -28,7 +28,6 @@ from duquantpp_jax.kernels.specifications import roofline
 from duquantpp_jax.transforms import BlockRotation, Smooth
 
 MMA = {"mxfp4": "UTCOMMA", "nvfp4": "UTCOMMA.4X", "mxfp8": "UTCQMMA", "bfloat16": "UTCHMMA"}
-ROTATION_MMAS = 16  # a tile: 4 blocks, high and low part of R, 2 instructions for 32 of K
 _SM100 = {"implementation": "mosaic_sm100"}
 _KEY = jax.eval_shape(lambda: jax.random.key(0))
 
@@ -113,8 +112,8 @@ def _linear(case: matmuls.Case) -> tuple[Any, Any, list]:
 
 def _expected(case: matmuls.Case | rotations.Case) -> tuple[str, int]:
     """What a case multiplies, and the tensor-core instructions in its loop."""
-    if isinstance(case, rotations.Case):
-        return "bfloat16", ROTATION_MMAS
+    if isinstance(case, rotations.Case):  # a tile: 4 blocks, 2 parts of R, 2 instructions for 32
+        return "bfloat16", 4 * 2 * 2
     t = case.used_tiling
     tiles = -(-case.m // t.rows) * -(-case.n // t.columns) * t.splits
     depth = depth_of(case.element.dtype)
@@ -165,16 +164,15 @@ def record(name: str, case: Any, kind: str, implied: int, code: sass.Kernel) -> 
         f"compiled for {code.target}": code.target != "sm_100a",
     }
     least, bound = roofline(case.flops, case.bytes, kind)
+    about = {field: getattr(case, field) for field in ("label", "flops", "bytes")}
     return Record(
         **vars(code),
+        **about,
         kernel=name,
         case=case.name,
-        label=case.label,
         instruction=instruction,
         found=found,
         implied=implied,
-        flops=case.flops,
-        bytes=case.bytes,
         roofline_seconds=least,
         bound=bound,
         failures=[text for text, so in wrong.items() if so],

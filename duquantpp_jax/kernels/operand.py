@@ -88,11 +88,6 @@ def padded_rows(rows: int) -> int:
     return rows if rows < 8 else -(-rows // 8) * 8
 
 
-def bits_of(dtype: Any) -> int:
-    """Bits of one element in memory."""
-    return 4 if dtype == jnp.float4_e2m1fn else 8 * jnp.dtype(dtype).itemsize
-
-
 def depth_of(dtype: Any) -> int:
     """Elements of K in one row of shared memory: 256 of four bits, 128 of eight."""
-    return DEPTH_BYTES * 8 // bits_of(dtype)
+    return DEPTH_BYTES * 8 // jnp.finfo(dtype).bits

@@ -8,15 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from duquantpp_jax.kernels.operand import bits_of
-
 
 def launch(body: Callable[..., None], interpret: Any, ctas: int, scratch: Any, **more: Any) -> Any:
-    """A Mosaic kernel on `ctas` CTAs or clusters; `interpret` is None, or how to interpret it."""
+    """A Mosaic kernel on `ctas` CTAs or clusters; its last argument `s` is the scratch memory."""
     # Register layouts are explicit where they matter, not inferred (jax 0.12's default).
     lanes = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
     more |= {"grid": (ctas,), "grid_names": ("sm",), "thread_name": "wg"}
-    more |= {"scratch_types": {"scratch": scratch}, "compiler_params": lanes}
+    more |= {"scratch_types": {"s": scratch}, "compiler_params": lanes}
     return plgpu.kernel(body, **more if interpret is None else more | {"interpret": interpret})
 
 
@@ -26,8 +24,9 @@ def swizzled(shape: tuple[int, ...], dtype: Any, columns: int | None = None) -> 
     Args:
       columns: Columns of a tile; default the last axis. At most 128 bytes are used.
     """
-    swizzle = plgpu.find_swizzle((columns or shape[-1]) * bits_of(dtype))
-    tile = (8, swizzle * 8 // bits_of(dtype))
+    bits = jnp.finfo(dtype).bits
+    swizzle = plgpu.find_swizzle((columns or shape[-1]) * bits)
+    tile = (8, swizzle * 8 // bits)
     transforms = (
         plgpu.TilingTransform(tile),  # type: ignore[reportAbstractUsage]
         plgpu.SwizzleTransform(swizzle),  # type: ignore[reportAbstractUsage]

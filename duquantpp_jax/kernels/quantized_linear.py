@@ -9,7 +9,7 @@ Source of the estimator: Bengio et al., arXiv 1308.3432, section 3.1.
 
 import functools
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,11 @@ from jaxtyping import Array, Float
 
 from duquantpp_jax.core import ScaleRule, Transform
 from duquantpp_jax.kernels.operand import Operand
-from duquantpp_jax.kernels.rotate_quantize.api import rotate_quantize
+from duquantpp_jax.kernels.rotate_quantize.api import Implementation, rotate_quantize
 from duquantpp_jax.kernels.scaled_matmul.api import scaled_matmul
 from duquantpp_jax.transforms.block import multiply_blocks
 
 BLOCK = 32
-Implementation = Literal["mosaic_sm100", "reference"]
 
 
 def quantized_linear(

@@ -10,12 +10,8 @@ import math
 import pathlib
 import re
 
-DUMP = {  # environment variables, read when a kernel is compiled; MOSAIC_GPU_DUMP_TO beside them
-    "MOSAIC_GPU_DUMP_PTX": "1",
-    "MOSAIC_GPU_DUMP_PTXAS": "1",
-    "MOSAIC_GPU_DUMP_SASS": "1",
-    "MOSAIC_GPU_DUMP_HOST_LLVM": "1",
-}
+# Environment variables, read when a kernel is compiled; MOSAIC_GPU_DUMP_TO beside them.
+DUMP = {f"MOSAIC_GPU_DUMP_{what}": "1" for what in ("PTX", "PTXAS", "SASS", "HOST_LLVM")}
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)(.*)")
 _MMA = re.compile(r"UTC[A-Z]MMA")
@@ -32,7 +28,7 @@ class Kernel:
       loops: The same for the loop of each role: "load" around its TMA copies, "multiply" around
         its tensor-core instructions, "write" around its reads of tensor memory. If the loop was
         unrolled, all of the code.
-      registers: Registers of a thread.
+      registers: Of a thread.
       spill_bytes: Bytes of registers stored to and loaded from local memory, and stack.
       shared_bytes: Shared memory of a CTA.
       tensor_columns: 32-bit columns of tensor memory, of 512.

@@ -24,7 +24,8 @@ INSTALL = "pip install 'duquantpp_jax[blackwell]'"
 
 # GpuTargetConfigProto (xla/stream_executor/device_description.proto) of a B200. Sources: CUDA
 # programming guide (compute capability 10.0); NVIDIA's data sheet; clock and L2 as a B200 reports.
-B200 = """
+TARGETS = {
+    "b200": """
 gpu_device_info {
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -60,7 +61,7 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 12 }
 device_description_str: "NVIDIA B200"
 """
-TARGETS = {"b200": B200}
+}
 
 
 def missing_wheels() -> list[str]:

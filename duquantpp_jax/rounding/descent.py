@@ -36,21 +36,19 @@ class GPTQDescent:
         return descend(w, GPTQ(self.damping)(w, format, stats), h, self.passes)
 
 
-def descend(
-    w: Float[Array, "n k"], rounded: MXArray, h: Float[Array, "k k"], passes: int
-) -> MXArray:
-    """`rounded` with other elements in the same MX scales, for a lower (w - q) H (w - q)^T."""
-    scale = rounded.limit() / jnp.float32(rounded.element.max)
-    codes = rounded.codes()
-    q = rounded.dequantize()
+def descend(w: Float[Array, "n k"], start: MXArray, h: Float[Array, "k k"], passes: int) -> MXArray:
+    """`start` with other elements in the same MX scales, for a lower (w - q) H (w - q)^T."""
+    scale = start.limit() / jnp.float32(start.element.max)
+    codes = start.codes()
+    q = start.dequantize()
     pull = jnp.matmul(w - q, h, precision=HIGHEST)
 
     def column(carry: Any, j: Array) -> tuple[Any, None]:
         codes, q, pull = carry
         wanted = q[:, j] + pull[:, j] / h[j, j]
         # A block of zeros has the least scale there is: it stays as it is.
-        code = encode(wanted / scale[:, j], jnp.zeros((), jnp.int32), rounded.element)
-        new = rounded.element.decode(code) * scale[:, j]
+        code = encode(wanted / scale[:, j], jnp.zeros((), jnp.int32), start.element)
+        new = start.element.decode(code) * scale[:, j]
         step = new - q[:, j]
         lower = step * (step * h[j, j] - 2 * pull[:, j]) < 0
         step = jnp.where(lower, step, 0.0)
@@ -62,4 +60,4 @@ def descend(
 
     columns = jnp.tile(jnp.arange(w.shape[1]), passes)
     (codes, _, _), _ = jax.lax.scan(column, (codes, q, pull), columns)
-    return dataclasses.replace(rounded, elements=codes).stored()
+    return dataclasses.replace(start, elements=codes).stored()

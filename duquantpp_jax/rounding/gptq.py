@@ -57,7 +57,6 @@ def gptq(
       format: Of the weight. A scale that depends on the whole tensor (log256) depends on the block
         of columns here.
       gram: X^T X / tokens of the moved and quantized input.
-      damping, search: As in `GPTQ`.
     """
     (rows, width), size = w.shape, format.block_size
     h = damped(gram, damping)
@@ -101,11 +100,7 @@ def gptq(
 
 
 def mean_gram(stats: Stats, who: str) -> Float[Array, "k k"]:
-    """X^T X / tokens.
-
-    Raises:
-      ValueError: The Stats hold no Gram matrix; says `who` needs it.
-    """
+    """X^T X / tokens; ValueError if the Stats hold no Gram matrix says that `who` needs it."""
     return stats.require(Needs.GRAM, who) / jnp.maximum(stats.count, 1).astype(jnp.float32)
 
 
@@ -127,8 +122,8 @@ def inverse_factor(h: Float[Array, "k k"]) -> Float[Array, "k k"]:
 
 
 def weighted_error(
-    w: Float[Array, "n k"], rounded: MXArray, h: Float[Array, "k k"]
+    w: Float[Array, "n k"], q: MXArray, h: Float[Array, "k k"]
 ) -> Float[Array, " n"]:
     """(w - q) H (w - q)^T of each row: the expected squared error of its output."""
-    error = w - rounded.dequantize()
+    error = w - q.dequantize()
     return jnp.sum(jnp.matmul(error, h, precision=HIGHEST) * error, axis=1)

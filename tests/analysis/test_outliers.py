@@ -17,7 +17,7 @@ PLAIN = Thresholds()
 
 def moments_of(x, thresholds=PLAIN) -> Moments:
     x = np.asarray(x, np.float32)
-    return Moments.of(look(x, thresholds), x.shape[0] * x.shape[1])
+    return look(x, thresholds).in_float64()
 
 
 def found(x, thresholds=PLAIN):

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.kernels.rotate_quantize import mosaic as rotate_quantize
-from duquantpp_jax.kernels.rotate_quantize.cases import RULES
 from duquantpp_jax.kernels.rotate_quantize.cases import Case as Rotation
 from duquantpp_jax.kernels.scaled_matmul import mosaic as scaled_matmul
 from duquantpp_jax.kernels.scaled_matmul.cases import Case
@@ -51,7 +51,7 @@ def test_scaled_matmul_lowers_to_the_block_scaled_operation(kind, operation, col
     assert "dot_general" not in lowered
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ScaleRule)
 def test_rotate_quantize_lowers_to_tensor_cores_and_hardware_rounding(rule):
     arguments = jax.eval_shape(Rotation(256, 512, smooth=True).inputs, key())
     lowered = text(lambda *a: rotate_quantize.rotate_quantize(*a, scale_rule=rule), *arguments)

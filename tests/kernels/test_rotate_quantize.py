@@ -16,7 +16,7 @@ import pytest
 from duquantpp_jax import MXFP4, ScaleRule
 from duquantpp_jax.kernels import Operand, rotate_quantize
 from duquantpp_jax.kernels.rotate_quantize import mosaic
-from duquantpp_jax.kernels.rotate_quantize.cases import RULES, SMALL, Case
+from duquantpp_jax.kernels.rotate_quantize.cases import SMALL, Case
 from tests.kernels import interpreter
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
@@ -81,7 +81,7 @@ def test_bits_equal_the_reference_where_the_rotation_is_exact(case):
 @interpreter.needs_interpreter
 @pytest.mark.parametrize(
     "rule",
-    [r if r is ScaleRule.RCEIL else pytest.param(r, marks=pytest.mark.slow) for r in RULES],
+    [r if r is ScaleRule.RCEIL else pytest.param(r, marks=pytest.mark.slow) for r in ScaleRule],
 )
 def test_every_rule_turns_on_the_same_magnitudes_as_the_reference(rule):
     """Largest magnitudes around each rule's own border, in every part of the exponent range."""

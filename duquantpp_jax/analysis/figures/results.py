@@ -38,14 +38,7 @@ def comparison(
 def divergences(
     pivot: dict[str, Any], title: str = "format", *, columns: style.Columns = 2
 ) -> Figure:
-    """KL of every row and column of a pivot, as in `comparison`; entries may be missing.
-
-    Args:
-      title: Of the legend.
-
-    Raises:
-      ValueError: Not 1 or 2 columns.
-    """
+    """KL as in `comparison`, of a pivot of which entries may be missing; `title` of the legend."""
     figure = style.blank(columns, 1.2 + 0.28 * len(pivot["rows"]))
     axes = figure.subplots()
     _kl(axes, pivot)

@@ -103,10 +103,7 @@ def starts(size: int, most: int) -> Int64[np.ndarray, " parts"]:
 
 
 def powers_of_two(values: Float[Array | np.ndarray, " n"]) -> tuple[float, float]:
-    """The nearest two different powers of two that enclose all positive values.
-
-    They are 1 and 2 if no value is positive.
-    """
+    """The nearest two different powers of two around all positive values; 1 and 2 if none is."""
     positive = np.asarray(values, np.float64)
     positive = positive[positive > 0]
     if not positive.size:

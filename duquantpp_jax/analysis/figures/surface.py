@@ -63,13 +63,13 @@ def surface(
         box = (number * across + left, below, across - left - right, down - below - above)
         page = (style.width(columns), down) * 2
         axes: Any = figure.add_axes(tuple(np.divide(box, page)), projection="3d")
-        x, y = np.meshgrid(channels, tokens)
+        (x, y), z = np.meshgrid(channels, tokens), heights[name]
         look = {"cmap": "viridis", "norm": Normalize(low, high), "linewidth": 0}
         # Antialiasing would draw seams between the facets.
-        drawn = axes.plot_surface(
-            x, y, heights[name], rstride=1, cstride=1, antialiased=False, **look
-        )
-        drawn.set_array(_corner_maxima(heights[name]).ravel())
+        drawn = axes.plot_surface(x, y, z, rstride=1, cstride=1, antialiased=False, **look)
+        # A facet has the colour of its largest corner; Matplotlib's mean would hide a peak.
+        corners = z[:-1, :-1], z[1:, :-1], z[:-1, 1:], z[1:, 1:]
+        drawn.set_array(np.max(corners, axis=0).ravel())
         drawn.set_rasterized(True)
         axes.set_zlim(low, high)
         axes.set_box_aspect(None, zoom=1.08)
@@ -96,11 +96,3 @@ def coarse(
     tokens, channels = map(style.starts, magnitudes.shape, points)
     maxima = np.maximum.reduceat(np.maximum.reduceat(magnitudes, tokens), channels, axis=1)
     return maxima, tokens.astype(np.float64), channels.astype(np.float64)
-
-
-def _corner_maxima(z: Float[np.ndarray, "i j"]) -> Float[np.ndarray, "i-1 j-1"]:
-    """The largest corner of each facet, which is its colour.
-
-    Matplotlib's own colour is the mean of the corners, which hides a peak of a single point.
-    """
-    return np.max([z[:-1, :-1], z[1:, :-1], z[:-1, 1:], z[1:, 1:]], axis=0)

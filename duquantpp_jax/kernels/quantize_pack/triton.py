@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, BFloat16
 
 from duquantpp_jax.core import ScaleRule
+from duquantpp_jax.formats.division import power_of_two
 from duquantpp_jax.kernels.quantize_pack.reference import Packed
 
 ROWS = 512  # blocks of 32 in a program
@@ -66,14 +67,10 @@ def _kernel(raised_above: int, words: Any, packed: Any, scale_bytes: Any) -> Non
     raised = ((amax & 0x7FFFFF) > raised_above).astype(jnp.int32)
     exponent = jnp.where(bad, 0, jnp.maximum((amax >> 23) - 129 + raised, -127))
     power = -126 - exponent
-    factors = [_power_of_two(p)[:, None] for p in (power >> 1, power - (power >> 1))]
+    factors = [power_of_two(p)[:, None] for p in (power >> 1, power - (power >> 1))]
     kept = jnp.where(bad, 0x88, 0xFF).astype(jnp.uint32)[:, None]
     packed[...] = ((_code(low, factors) | _code(high, factors) << 4) & kept).astype(jnp.uint8)
     scale_bytes[...] = jnp.where(bad, 255, exponent + 127).astype(jnp.uint8)
-
-
-def _power_of_two(exponent: Array) -> Array:
-    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
 def _code(bits: Array, factors: list[Array]) -> Array:

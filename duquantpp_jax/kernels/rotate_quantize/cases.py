@@ -8,8 +8,6 @@ from jaxtyping import Array, BFloat16, Float, Key
 
 from duquantpp_jax.core import ScaleRule
 
-RULES = tuple(ScaleRule)
-
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -63,7 +61,7 @@ class Case:
 
 # Small enough for an interpreter.
 SMALL = (
-    *(Case(256, 512, scale_rule=rule) for rule in RULES),
+    *(Case(256, 512, scale_rule=rule) for rule in ScaleRule),
     Case(256, 512, shared=False, label="rotation per block"),
     Case(136, 384, shared=False, smooth=True, label="smoothing; edges in m"),
     Case(200, 352, scale_rule=ScaleRule.RCEIL, label="edges in m and k"),
@@ -73,7 +71,7 @@ SMALL = (
 _LLAMA = {"Llama-3-8B hidden": 4096, "Llama-3-8B intermediate": 14336}
 PROOF = (
     *(Case(m, k, label=name) for name, k in _LLAMA.items() for m in (1, 16, 128, 2048, 8192)),
-    *(Case(16384, 8192, scale_rule=rule) for rule in RULES),
+    *(Case(16384, 8192, scale_rule=rule) for rule in ScaleRule),
     Case(16384, 8192, shared=False),  # the kernel with smoothing is the same
     Case(1000, 1056, shared=False, label="edges in m and k"),
 )

@@ -36,6 +36,7 @@ from jaxtyping import Array, BFloat16, Float, Int32, Shaped
 
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.formats import E2M1
+from duquantpp_jax.formats.division import power_of_two
 from duquantpp_jax.kernels import pallas
 from duquantpp_jax.kernels.implementation import cores
 from duquantpp_jax.kernels.operand import Operand, depth_of, padded_rows
@@ -46,7 +47,6 @@ BLOCKS = WIDTH // BLOCK
 BUFFERS = 4  # accumulators of WIDTH columns: all of tensor memory
 STAGES = 3  # slots of the ring between load and multiply
 DEPTH = depth_of(E2M1.dtype)
-EMAX = 2  # of E2M1
 ERROR_BITS = 25  # the sum of 32 numbers of 25 bits is below 2^31
 LEAST_TOP = 127 - 22  # exponent bits of the least subnormal, 2^-149, over the least scale, 2^-127
 LINE = plgpu.Layout.TILED(  # 32 numbers, one for each lane, the same in every warp
@@ -84,8 +84,7 @@ def rotate_quantize(
     m_tiles, k_tiles = pl.cdiv(len(x), ROWS), pl.cdiv(width, WIDTH)
     ctas = min(m_tiles * k_tiles, cores())
 
-    def kernel(x_gmem, r_gmem, q_gmem, s_gmem, scratch):
-        s = scratch
+    def kernel(x_gmem, r_gmem, q_gmem, s_gmem, s):
         cta, role = lax.axis_index("sm"), lax.axis_index("wg")
         tiles = lax.div(m_tiles * k_tiles - cta + ctas - 1, jnp.int32(ctas))
 
@@ -204,7 +203,7 @@ def _quantize_block(y: Float[Array, "rows 32"], rule: ScaleRule):
     bad = amax >= 0x7F800000
     byte = _scale_byte(y, amax, rule)
     kept = jnp.where(bad, jnp.int32(-(2**31)), jnp.int32(-1))
-    z = y * _rows(_power_of_two(jnp.where(bad, 0, 127 - byte)), y)
+    z = y * _rows(power_of_two(jnp.where(bad, 0, 127 - byte)), y)
     z = lax.bitcast_convert_type(z, jnp.int32) & _rows(kept, y)
     z = lax.bitcast_convert_type(z, jnp.float32)
     z = plgpu.layout_cast(z, plgpu.Layout.TCGEN05_TMEM_NATIVE(8))  # a word of codes at a time
@@ -227,7 +226,7 @@ def _scale_byte(
             lost = jnp.where(exponent + (sixth >> 23) == 0, 1, 0)
             return jnp.maximum(exponent + ((sixth + CARRY[ScaleRule.CEIL] - lost) >> 23), 0)
         case _:
-            return jnp.maximum(((amax + CARRY[rule]) >> 23) - EMAX, 0)
+            return jnp.maximum(((amax + CARRY[rule]) >> 23) - E2M1.emax, 0)
 
 
 def _least_error_byte(
@@ -242,11 +241,11 @@ def _least_error_byte(
     summed as in `formats.errors`: each square in float32, as two integers of ERROR_BITS.
     """
     floor = _scale_byte(y, amax, ScaleRule.FLOOR)
-    scale = _power_of_two(127 - floor)
+    scale = power_of_two(127 - floor)
     z = jnp.abs(y * _rows(scale, y))
     top = lax.bitcast_convert_type(lax.bitcast_convert_type(amax, jnp.float32) * scale, jnp.int32)
     unit = jnp.maximum(top >> 23, LEAST_TOP) - 126
-    to_units = _rows(_power_of_two(ERROR_BITS - 2 * unit), y)
+    to_units = _rows(power_of_two(ERROR_BITS - 2 * unit), y)
 
     def take_better(i, best_so_far):
         best, high, low = best_so_far
@@ -278,12 +277,7 @@ def _rounded(z: Float[Array, "rows 32"], step: Int32[Array, ""]) -> Float[Array,
     """
     binade = jnp.maximum(lax.bitcast_convert_type(z, jnp.int32), (127 + step) << 23) & 0x7F800000
     cut = lax.bitcast_convert_type(binade + (22 << 23), jnp.float32)
-    return jnp.minimum((z + cut) - cut, E2M1.max * _power_of_two(step))
-
-
-def _power_of_two(exponent: Int32[Array, "*rows"]) -> Float[Array, "*rows"]:
-    """2^exponent, from 2^-126 to 2^127."""
-    return lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+    return jnp.minimum((z + cut) - cut, E2M1.max * power_of_two(step))
 
 
 def _rows(

@@ -10,11 +10,7 @@ from duquantpp_jax.kernels.operand import Operand
 
 
 def rotate_quantize(
-    x: Float[Array, "m k"],
-    rotation: Float[Array, "blocks 32 32"],
-    smooth: Float[Array, " k"] | None = None,
-    *,
-    scale_rule: ScaleRule = ScaleRule.FLOOR,
+    x: Float[Array, "m k"], rotation: Array, smooth: Array | None, *, scale_rule: ScaleRule
 ) -> Operand:
     """MXFP4 of (x / smooth)_b R_b."""
     m, k = x.shape

@@ -50,10 +50,9 @@ def scaled_matmul(
     for kind in kinds:
         if kind not in NATIVE:
             raise ValueError(f"(elements, scales, block) = {kind}: must be one of {[*NATIVE]}")
-    if NATIVE[kinds[0]] != NATIVE[kinds[1]]:
-        raise ValueError(
-            f"a is {NATIVE[kinds[0]]} and b is {NATIVE[kinds[1]]}: tensor cores want one format"
-        )
+    first, second = (NATIVE[kind] for kind in kinds)
+    if first != second:
+        raise ValueError(f"a is {first} and b is {second}: tensor cores want one format")
     if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"out_dtype is {jnp.dtype(out_dtype)}: must be bfloat16 or float32")
     obstacles = {"mosaic_sm100": why_not_sm100, "xla": xla.why_not, "reference": lambda: None}

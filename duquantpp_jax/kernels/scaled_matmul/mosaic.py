@@ -90,8 +90,7 @@ def _matmul(
         halves = {"collective_axes": "cta", "leader_tracked": part.PARTITIONED(0)}
         both = {"collective_axes": "cta", "leader_tracked": part.REPLICATED}
 
-    def kernel(a_gmem, b_gmem, sa_gmem, sb_gmem, out_gmem, scratch):
-        s = scratch
+    def kernel(a_gmem, b_gmem, sa_gmem, sb_gmem, out_gmem, s):
         cta, cluster, role = lax.axis_index("cta"), lax.axis_index("sm"), lax.axis_index("wg")
         tiles = lax.div(all_tiles - cluster + clusters - 1, jnp.int32(clusters))
         steps = tiles * k_steps
@@ -199,6 +198,8 @@ def _matmul(
     drained = plgpu.Barrier(**pair)
     if t.collective:
         drained = plgpu.ClusterBarrier(collective_axes=("cta",), **pair)
+    layout = {"layout": plgpu.TMEMLayout.SCALES_LAYOUT, "collective": t.collective}
+    scales = functools.partial(plgpu.TMEM, dtype=a.scales.dtype, **layout)
     scratch = {
         "a": swizzled((stages, ROWS, depth), dtype),
         "b": swizzled((stages, t.columns // t.ctas, depth), b.elements.dtype),
@@ -206,8 +207,8 @@ def _matmul(
         "sb": plgpu.SMEM((stages, t.columns // ROWS, scale_tiles, 32, 16), a.scales.dtype),
         "out": swizzled((2, ROWS, store), out_dtype),
         "acc": plgpu.TMEM((ROWS, stride + t.columns), jnp.float32, collective=t.collective),
-        "sa_tmem": [_scales(ROWS, depth // block, a.scales.dtype, t) for _ in range(stages)],
-        "sb_tmem": [_scales(t.columns, depth // block, a.scales.dtype, t) for _ in range(stages)],
+        "sa_tmem": [scales((ROWS, depth // block)) for _ in range(stages)],
+        "sb_tmem": [scales((t.columns, depth // block)) for _ in range(stages)],
         "full": plgpu.Barrier(num_arrivals=4, num_barriers=stages),
         "empty": plgpu.Barrier(num_barriers=stages, orders_tensor_core=True),
         "ready": plgpu.Barrier(**pair),
@@ -245,8 +246,3 @@ def _lag(overlap: int) -> int:
 def _scale_buffers(scratch, slot: int):
     """Buffers of one slot: the hardware orders copy -> mma, but not mma -> the next copy."""
     return scratch["sa_tmem"][slot], scratch["sb_tmem"][slot]
-
-
-def _scales(rows: int, columns: int, dtype: Any, tiling: Tiling):
-    layout = plgpu.TMEMLayout.SCALES_LAYOUT
-    return plgpu.TMEM((rows, columns), dtype, layout=layout, collective=tiling.collective)
