@@ -24,7 +24,7 @@ def contents(quantized: Quantized, stored: Stored | None) -> dict[str, Any]:
         values, counts = np.unique(stored[0], return_counts=True)
         exponents = {str(int(byte) - 127): int(n) for byte, n in zip(values, counts, strict=True)}
         codes = np.bincount(stored[1], minlength=16).tolist()
-    linears = _report(quantized)
+    linears = quantized.report()
     names = ("recipe", "rounding", "weight_formats", "activation_formats")
     return {name: getattr(quantized.job, name) for name in names} | {
         "bytes": sum(linear["bytes"] for linear in linears),
@@ -53,15 +53,10 @@ def scales_and_codes(quantized: Quantized) -> Stored | None:
 
 def sqnr(quantized: Quantized) -> dict[str, Float[np.ndarray, "layers linears"]] | None:
     """Site -> SQNR in dB of its linears; None if a linear of the model has none."""
-    known = {linear["linear"]: linear["sqnr_db"] for linear in _report(quantized)}
+    known = {linear["linear"]: linear["sqnr_db"] for linear in quantized.report()}
     layers = range(quantized.config.num_hidden_layers)
     found = {
         site: [[known.get(n) for n in linear_names(site, i)] for i in layers] for site in SITES
     }
     arrays = {site: np.array(rows, np.float64) for site, rows in found.items()}  # None becomes NaN
     return None if any(np.isnan(array).any() for array in arrays.values()) else arrays
-
-
-def _report(quantized: Quantized) -> list[dict[str, Any]]:
-    layers = range(quantized.config.num_hidden_layers)
-    return [linear for number in layers for linear in quantized.report(number)]

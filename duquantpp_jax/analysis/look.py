@@ -119,7 +119,7 @@ def inspect(
     plan = None if quantized is None else quantized.plan
     sites = []
     for layer, site in chosen:
-        in_float = plan is None or not any(plan.chosen(site, layer))
+        in_float = plan is None or not plan.names(site, layer)
         names = ("input",) if in_float else ("input", "moved")
         found = {n: statistics(moments[n][site].layer(layer), thresholds) for n in names}
         linears = list(linear_names(site, layer))

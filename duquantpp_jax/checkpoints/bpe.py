@@ -32,11 +32,7 @@ _SPLIT_WHOLLY = ("llama-bpe", "qwen2")
 
 
 def tokenizer(keys: Mapping[str, Any], path: str) -> Tokenizer:
-    """The tokenizer.
-
-    Args:
-      keys: Of the file.
-      path: Of the file, for messages.
+    """The tokenizer that the keys of the file at `path` describe.
 
     Raises:
       ValueError: It is of another kind, or its parts contradict each other.
@@ -75,9 +71,8 @@ def tokenizer(keys: Mapping[str, Any], path: str) -> Tokenizer:
 
 def adds_bos(keys: Mapping[str, Any]) -> bool:
     """Whether text that is encoded with special tokens begins with BOS."""
-    return bool(
-        keys.get("tokenizer.ggml.add_bos_token", keys.get("tokenizer.ggml.pre") == "llama-bpe")
-    )
+    default = keys.get("tokenizer.ggml.pre") == "llama-bpe"
+    return bool(keys.get("tokenizer.ggml.add_bos_token", default))
 
 
 def settings(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,9 +35,8 @@ from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.checkpoints.source import Directory
 from duquantpp_jax.core import Fitted
 from duquantpp_jax.formats.tensors import from_tensors
-from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder, DecoderConfig, Linear, dense
-from duquantpp_jax.models.layers import without_linears
-from duquantpp_jax.models.parameters import LAYER
+from duquantpp_jax.models import Decoder, DecoderConfig, Linear, dense
+from duquantpp_jax.models.parameters import LAYER, LINEARS, SITE_WEIGHTS, SITES, layer_prefix
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
 from duquantpp_jax.ptq.walk import State, stack_layers
@@ -48,17 +47,11 @@ CONFIG, JOB, REPORT = "config.json", "quantization.json", "report.json"
 
 ABOUT = "duquantpp_jax"
 """The entry of a file's metadata."""
-LINEARS = {name for names in SITE_WEIGHTS.values() for name in names}
 
 
 def layer_file(number: int) -> str:
     """Name of a layer's file."""
     return f"layer-{number:05d}.safetensors"
-
-
-def layer_prefix(number: int) -> str:
-    """What the tensor names of a layer begin with."""
-    return f"model.layers.{number}."
 
 
 def is_quantized(directory: str | os.PathLike[str]) -> bool:
@@ -70,19 +63,14 @@ class Quantized:
     """A quantized checkpoint whose weights are still on disk.
 
     Attributes:
-      directory: Where it is.
-      config: Of the model.
       fields: What config.json says, as that of the float model.
       job: What was done.
+
+    Raises:
+      ValueError: The directory is none, is not finished, or was written by a newer version.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        """Args:
-          directory: That `duquantpp quantize` wrote.
-
-        Raises:
-          ValueError: It is none, is not finished, or was written by a newer version.
-        """
         self.directory = Path(directory)
         if not is_quantized(directory):
             raise ValueError(
@@ -105,31 +93,21 @@ class Quantized:
         return self.job.plan(self.config, done=True)
 
     def layer(self, number: int) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSite]]:
-        """The parameters of a layer that are no weights of linears, and its sites.
-
-        Raises:
-          ValueError: As `read_layer`.
-        """
+        """What `read_layer` gives."""
         return read_layer(self.directory / layer_file(number))
 
-    def report(self, number: int) -> list[dict[str, Any]]:
-        """What quantizing cost each linear of a layer."""
-        return read_about(self.directory / layer_file(number))["report"]
+    def report(self) -> list[dict[str, Any]]:
+        """What quantizing cost each linear (docs/quantize.md)."""
+        return read_json(self.directory / REPORT)["linears"]
 
     def outside(self) -> dict[str, np.ndarray]:
         """Embedding, last norm and head, by tensor name, in the type they are stored in."""
-        tensors = {}
-        for path in sorted(self.directory.glob("outside-*.safetensors")):
-            tensors |= load_file(path)
-        return tensors
+        files = sorted(self.directory.glob("outside-*.safetensors"))
+        return {name: array for file in files for name, array in load_file(file).items()}
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What a file's metadata says of it.
-
-    Raises:
-      ValueError: It is not one of these files, or was written by a newer version.
-    """
+    """What a layer's file says of it; raises ValueError if it is none that this version reads."""
     try:
         with safe_open(path, framework="numpy") as file:
             about = json.loads((file.metadata() or {}).get(ABOUT, "null"))
@@ -142,7 +120,7 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def check_schema(path: Path, schema: Any) -> None:
-    """Raises ValueError unless the schema is one that this version reads."""
+    """Raises ValueError unless this version reads the schema."""
     if schema != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
         raise ValueError(
@@ -174,12 +152,9 @@ def read_layer(path: Path) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSi
             for name in SITE_WEIGHTS[site]
         )
         sites[site] = QuantizedSite(fitted.transform, weights, fitted.clip, fitted.scale_offset)
-    rest = {
-        name.removeprefix(prefix).removesuffix(".weight"): array
-        for name, array in tensors.items()
-        if name.endswith((".weight", ".bias"))
-    }
-    return {name: a for name, a in rest.items() if name not in LINEARS}, sites
+    names = {name: name.removeprefix(prefix).removesuffix(".weight") for name in tensors}
+    own = (name for name in names if name.endswith((".weight", ".bias")))
+    return {names[n]: tensors[n] for n in own if names[n] not in LINEARS}, sites
 
 
 def load_quantized(directory: str | os.PathLike[str]) -> tuple[Decoder, QuantizedLinear, State]:
@@ -194,7 +169,7 @@ def load_quantized(directory: str | os.PathLike[str]) -> tuple[Decoder, Quantize
     arrays = {LAYER + name: np.stack([others[name] for others in rest]) for name in rest[0]}
     arrays |= {name.removesuffix(".weight"): a for name, a in quantized.outside().items()}
     parameters = {name: jnp.asarray(array.astype(np.float32)) for name, array in arrays.items()}
-    decoder = without_linears(quantized.config, parameters)
+    decoder = Decoder(quantized.config, parameters, linears=False)
     return decoder, quantized.plan.linear, stack_layers(layers)
 
 
@@ -202,6 +177,6 @@ def load_any(directory: str | os.PathLike[str]) -> tuple[Decoder, Linear, Any]:
     """A float or a quantized model: the decoder, the `linear` that it calls, and its state.
 
     Raises:
-      ValueError: It is no model, or one that is not supported; one line that says why.
+      ValueError: As `load` and `Quantized`.
     """
     return load_quantized(directory) if is_quantized(directory) else (load(directory), dense, None)

@@ -33,7 +33,8 @@ from duquantpp_jax.checkpoints.writer import write_tensors
 from duquantpp_jax.core import MXArray, Transform
 from duquantpp_jax.formats import E2M1
 from duquantpp_jax.formats.tensors import pack_codes
-from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
+from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig, layer_prefix
+from duquantpp_jax.models.parameters import tensor_name
 from duquantpp_jax.ptq.fuse import NORMS, split
 from duquantpp_jax.ptq.plan import linear_shapes
 from duquantpp_jax.ptq.site import QuantizedSite
@@ -134,7 +135,7 @@ def pack_layer(
     Raises:
       ValueError: A site's input is moved by what the layout cannot express; names it.
     """
-    prefix, shapes = f"model.layers.{number}.", linear_shapes(config)
+    prefix, shapes = layer_prefix(number), linear_shapes(config)
     parameters, tensors = dict(parameters), {}
     rotated, floats = [], []
     for site in SITES:
@@ -180,7 +181,7 @@ def dequantize_layer(
     sites: Mapping[str, QuantizedSite],
 ) -> Layer:
     """A layer of the float model in bfloat16, with its rounded weights moved back."""
-    prefix, shapes = f"model.layers.{number}.", linear_shapes(config)
+    prefix, shapes = layer_prefix(number), linear_shapes(config)
     tensors = {}
     for site in SITES:
         back = sites[site].transform.inverse()
@@ -192,10 +193,7 @@ def dequantize_layer(
 
 
 def _named(prefix: str, parameters: Mapping[str, np.ndarray]) -> Tensors:
-    return {
-        prefix + (name if name.endswith(".bias") else f"{name}.weight"): array
-        for name, array in parameters.items()
-    }
+    return {prefix + tensor_name(name): array for name, array in parameters.items()}
 
 
 def _turned(transform: Transform, width: int, where: str) -> bool:

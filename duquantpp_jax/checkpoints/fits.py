@@ -22,16 +22,12 @@ ARRAYS, ABOUT = "fits.safetensors", "fits.json"
 
 
 def save_fits(directory: Path, fits: Mapping[str, Fitted], about: Mapping[str, Any]) -> None:
-    """Writes fits to a directory.
+    """Writes fits to a directory, which may be new.
 
     Args:
-      directory: May be new.
       fits: For each site, stacked over layers.
       about: With `model` (name and sha256) and `formats` (weight and activation), and whatever
         else is to be known of them.
-
-    Raises:
-      OSError: It cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     storage.save(directory / ARRAYS, fits)
@@ -42,11 +38,8 @@ def save_fits(directory: Path, fits: Mapping[str, Fitted], about: Mapping[str, A
 def read_about(directory: Path, model_sha256: str | None = None) -> dict[str, Any]:
     """What fits.json says.
 
-    Args:
-      model_sha256: Of the model that the fits must be of.
-
     Raises:
-      ValueError: There are no fits, or they are of another schema or another model.
+      ValueError: There are no fits, or they are of another schema, or not of the model given.
     """
     if not (directory / ABOUT).is_file():
         raise ValueError(
@@ -68,14 +61,10 @@ def read_about(directory: Path, model_sha256: str | None = None) -> dict[str, An
 
 
 def load_fits(directory: Path, model_sha256: str) -> tuple[dict[str, Fitted], dict[str, Any]]:
-    """Fits, and what fits.json says of them.
-
-    Args:
-      directory: As `save_fits` wrote it.
-      model_sha256: Of the model that they are wanted for.
+    """Fits of a model, and what fits.json says of them.
 
     Raises:
-      ValueError: They are of another model, or the files are broken.
+      ValueError: As `read_about`, or the files are broken.
     """
     about = read_about(directory, model_sha256)
     fits = storage.load(directory / ARRAYS)
@@ -87,17 +76,14 @@ def load_fits(directory: Path, model_sha256: str) -> tuple[dict[str, Fitted], di
 
 
 def other_formats(about: Mapping[str, Any], weight: str, activation: str) -> str | None:
-    """A warning where fits are used under other formats than those they were made for.
+    """A warning in one line if fits are used under other formats than those they were made for.
 
     Args:
       about: What fits.json says.
       weight, activation: Names in full, as of `recipes.format_name`.
-
-    Returns:
-      One line, or None where the formats are the same.
     """
-    made, used = about["formats"], {"weight": weight, "activation": activation}
-    if made == used:
+    made = about["formats"]
+    if made == {"weight": weight, "activation": activation}:
         return None
     return (
         f"warning: the fits were learned for weights {made['weight']} and activations "

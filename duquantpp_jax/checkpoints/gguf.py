@@ -40,11 +40,10 @@ def _library() -> Any:
 
 
 class Blocks(NamedTuple):
-    """A tensor of a GGUF file.
+    """A tensor of a GGUF file: its bytes there, and what they mean.
 
     Attributes:
       kind: Block type, by ggml's name; floats are read as they are, others in float32.
-      offset, size: Its bytes in the file.
       heads: Of rows in llama.cpp's rotary order; None where rows are in order.
     """
 
@@ -64,9 +63,6 @@ class Blocks(NamedTuple):
         """The array, decoded; rows of rotary pairs as Hugging Face orders them.
 
         llama.cpp turns neighbours (2i, 2i + 1) of a head, Hugging Face (i, i + d/2).
-
-        Raises:
-          ValueError: The library does not decode this block type.
         """
         array = np.array(np.memmap(self.shard, np.uint8, "r", self.offset, (self.size,)))
         if self.kind in _FLOATS:

@@ -26,7 +26,7 @@ from duquantpp_jax.checkpoints.shards import SINGLE, Stored, one_line, read_stor
 from duquantpp_jax.checkpoints.source import CONFIG, TOKENIZER, Source, source
 from duquantpp_jax.models.config import DecoderConfig
 from duquantpp_jax.models.decoder import Decoder
-from duquantpp_jax.models.parameters import parameter_shapes
+from duquantpp_jax.models.parameters import parameter_shapes, tensor_name
 
 _DTYPES = ("BF16", "F16", "F32")
 # Rotary frequencies are derived from rope_theta; old checkpoints store them all the same.
@@ -34,7 +34,7 @@ _HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 class Place(NamedTuple):
-    """The parameter that a tensor fills, at which index (its layer or all of it), in what shape."""
+    """The parameter that a tensor fills, at which index (its layer or ...), in what shape."""
 
     key: str
     index: Any
@@ -45,7 +45,7 @@ def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
     """The configuration in `directory`/config.json, or that a GGUF file states.
 
     Raises:
-      ValueError: there is none, it is no JSON object, or it is not supported.
+      ValueError: There is none, or it is not supported.
     """
     fields = source(directory).fields()
     try:
@@ -58,7 +58,6 @@ class Headers(NamedTuple):
     """What the headers of a checkpoint say, held against its config.json.
 
     Attributes:
-      source: Whose they are.
       found: Where each tensor lies.
       shapes: Of every parameter, as `parameter_shapes` has them, and of a tied head that is stored.
       places: The parameter that each tensor fills.
@@ -72,17 +71,12 @@ class Headers(NamedTuple):
 
 
 def headers(directory: str | os.PathLike[str]) -> Headers:
-    """Reads config.json and the headers of the shards; no weights.
-
-    Raises:
-      ValueError: as `load`, but for what only the weights themselves show.
-    """
+    """Reads config.json and the headers of the shards; raises ValueError as `load`."""
     model = source(directory)
     config, found = load_config(directory), {**model.tensors()}
     shapes = parameter_shapes(config)
     if config.tie_word_embeddings and "lm_head.weight" in found:
         found.setdefault("model.embed_tokens.weight", found["lm_head.weight"])
-    if config.tie_word_embeddings and "lm_head.weight" in found:
         shapes["lm_head"] = shapes["model.embed_tokens"]  # some writers store the tied head too
     places = _places(config, shapes)
     for name, place in places.items():
@@ -91,7 +85,7 @@ def headers(directory: str | os.PathLike[str]) -> Headers:
             near = near or next((n for n in found if n.endswith(name.split(".", 1)[1])), None)
             raise ValueError(
                 f"{directory}: tensor {name} is missing{f' (found {near})' if near else ''}: the "
-                f"model that config.json describes has one of shape {_dims(place.shape)}"
+                f"model that config.json describes has one of shape {list(place.shape)}"
             )
     for name, tensor in found.items():
         _check_header(name, tensor, places, config)
@@ -99,14 +93,9 @@ def headers(directory: str | os.PathLike[str]) -> Headers:
 
 
 def load(directory: str | os.PathLike[str]) -> Decoder:
-    """The float decoder in a Hugging Face directory or a GGUF file, its parameters in float32.
+    """The float decoder in a Hugging Face directory, or whatever else `source` takes, in float32.
 
-    Args:
-      directory: Holds config.json and model.safetensors, or shards with
-        model.safetensors.index.json; or whatever else `source` takes.
-
-    Returns:
-      The decoder; bfloat16 and float16 tensors are widened, which is exact.
+    Tensors in bfloat16 and float16 are widened, which is exact.
 
     Raises:
       ValueError: one line naming the file or tensor, what was wrong and what would be right.
@@ -130,11 +119,8 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer in `directory`/tokenizer.json, or that a GGUF file describes.
 
-    Args:
-      config: Of the model; read from the directory if not given.
-
     Raises:
-      ValueError: there is none, it cannot be read, or it has ids that the model has not.
+      ValueError: There is none, it cannot be read, or it has ids that the model has not.
     """
     path = Path(directory) / TOKENIZER
     config = config or load_config(directory)
@@ -161,19 +147,12 @@ def load_tokenizer(
 
 
 def sha256(directory: str | os.PathLike[str]) -> str:
-    """Which model this is; of a GGUF file its SHA-256.
-
-    Raises:
-      ValueError: as `load`, where the files themselves are missing or misnamed.
-    """
+    """Which model this is; of a GGUF file its SHA-256."""
     return source(directory).sha256()
 
 
 def save(model: Decoder, tokenizer_json: str, directory: str | os.PathLike[str]) -> None:
-    """Writes a Hugging Face directory, its tensors rounded to bfloat16 (nearest, even).
-
-    The files are written beside the place and renamed into it: killed at any moment, `directory`
-    is whole or absent.
+    """Writes a Hugging Face directory, whole or not at all, in bfloat16 (to nearest, ties to even).
 
     Raises:
       ValueError: `directory` exists and is not an empty directory.
@@ -194,7 +173,7 @@ def _places(config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> dict[s
     """The table from checkpoint names to parameters."""
     places = {}
     for key, shape in shapes.items():
-        tensor = key if key.endswith(".bias") else f"{key}.weight"
+        tensor = tensor_name(key)
         if "*" not in key:
             places[tensor] = Place(key, ..., shape)
             continue
@@ -215,14 +194,10 @@ def _check_header(
         )
     if tensor.shape != places[name].shape:
         raise ValueError(
-            f"tensor {name} has shape {_dims(tensor.shape)}: "
-            f"config.json asks for {_dims(places[name].shape)}"
+            f"tensor {name} has shape {list(tensor.shape)}: "
+            f"config.json asks for {list(places[name].shape)}"
         )
     if tensor.dtype not in _DTYPES:
         raise ValueError(
             f"tensor {name} has dtype {tensor.dtype}: it must be one of {', '.join(_DTYPES)}"
         )
-
-
-def _dims(shape: tuple[int, ...]) -> str:
-    return "[" + ", ".join(map(str, shape)) + "]"

@@ -55,8 +55,7 @@ class Job:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()}
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in vars(self).items()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Job":
@@ -65,15 +64,11 @@ class Job:
         Raises:
           ValueError: Fields are missing or unknown.
         """
-        # Fields with a default came later: older jobs lack them.
-        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
-        names = set(defaults)
-        later = {name for name in names if defaults[name] is not dataclasses.MISSING}
+        names = {field.name for field in dataclasses.fields(cls)}
+        later = names & vars(cls).keys()  # have a default: older jobs lack them
         if not isinstance(fields, Mapping) or set(fields) | later != names:
             raise ValueError(f"a job has the fields {', '.join(sorted(names))}, and no others")
-        given: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()
-        }
+        given: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         return cls(**given)
 
     @property

@@ -1,7 +1,5 @@
-"""A float checkpoint read a layer at a time, so that it may be larger than memory.
-
-Its parameters may be turned as they are read (ptq/stream.py).
-"""
+"""A float checkpoint read a layer at a time, so that it may be larger than memory; turned, where
+rotations of its residual stream and value heads are given (ptq/stream.py)."""
 
 import os
 from collections.abc import Iterator
@@ -11,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Integer
 
-from duquantpp_jax.checkpoints.hugging_face import Headers, headers
+from duquantpp_jax.checkpoints.hugging_face import headers
 from duquantpp_jax.checkpoints.shards import read_stored
 from duquantpp_jax.models import Decoder, parameter_shapes
 from duquantpp_jax.models.parameters import EMBEDDING, HEAD, LAYER, NORM
@@ -22,22 +20,16 @@ class Checkpoint:
     """A float checkpoint whose headers have been checked and whose weights are still on disk.
 
     Attributes:
-      directory: Where it is.
       source: As what it is read.
       config: What its config.json says; of the turned model.
+
+    Raises:
+      ValueError: As `load`, but for what only the weights themselves show; or there is no such
+        rotation.
     """
 
     def __init__(self, directory: str | os.PathLike[str], turn: Turn | None = None):
-        """Args:
-          directory: As for `load`.
-          turn: Rotations of the residual stream and of value heads.
-
-        Raises:
-          ValueError: As `load`, but for what only the weights themselves show; or there is no such
-            rotation.
-        """
-        self.directory = Path(directory)
-        self._headers: Headers = headers(directory)
+        self.directory, self._headers = Path(directory), headers(directory)
         self._turn = turn or Turn()
         self.source = self._headers.source
         self.config = self._turn.config(self._headers.config)

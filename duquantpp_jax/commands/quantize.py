@@ -11,7 +11,7 @@ from jaxtyping import Integer
 from rich.console import Console
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints import load_config, testbed
+from duquantpp_jax.checkpoints import load_config, testbed, writer
 from duquantpp_jax.checkpoints.directory import JOB, REPORT, is_quantized, layer_file, read_layer
 from duquantpp_jax.checkpoints.directory import read_about as read_about_layer
 from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about
@@ -116,10 +116,11 @@ def quantize(options: QuantizeOptions, progress: Step = lambda *_: None) -> dict
     """
     job, checkpoint, plan, tokens = _planned(options)
     if not begin(options.out, job, overwrite=options.overwrite):
-        write_layers(options.out, checkpoint, job, plan, tokens, progress)
-        if options.refine:
-            refine_layers(options, checkpoint, plan, tokens, progress)
-        finish(options.out, checkpoint, job)
+        with writer.only_writer(options.out):
+            write_layers(options.out, checkpoint, job, plan, tokens, progress)
+            if options.refine:
+                refine_layers(options, checkpoint, plan, tokens, progress)
+            finish(options.out, checkpoint, job)
     return read_json(options.out / REPORT)
 
 

@@ -9,8 +9,7 @@ Each is computed at every target in float32 and summed over the targets of a row
 Rows run in batches of `BATCH_ROWS`, or fewer if the logits of a batch would be too large. If the
 scale of a format spans a tensor (log256), results depend on the batch. So a batch has the same rows
 on any number of devices, and each device runs whole batches. Copies of the first row fill up the
-last batch; their sums are dropped. Copies do not change the largest and smallest magnitude of a
-batch, nor a scale that is computed from these.
+last batch, which changes no scale of it; their sums are dropped.
 """
 
 import dataclasses
@@ -33,7 +32,7 @@ BATCH_ROWS = 16
 """Most rows of a batch."""
 
 Progress = Callable[[int, int], None]
-"""Called with the number of rows done and of all rows."""
+"""Called after each batch with the number of rows done and of all rows."""
 
 ROWS = PartitionSpec("rows")
 
@@ -76,7 +75,7 @@ class RowSums(NamedTuple):
 
 
 class _Predicted(NamedTuple):
-    """Predictions of the reference on a batch: log p, its first token, and -log p_target."""
+    """Of the reference on a batch: log p, its first token, and -log p_target."""
 
     log_p: Float[Array, "rows targets vocab"]
     first: Integer[Array, "rows targets"]
@@ -87,8 +86,8 @@ class Reference:
     """A model on rows of tokens, with which others are compared.
 
     The log-probabilities of the first batches are kept, as many as fit into the bound; the others
-    are computed again for every model. (All models visit the batches in the same order, so keeping
-    the first ones saves more than keeping the latest ones.)
+    are computed again for every model. (All visit the batches in the same order, so keeping the
+    first ones saves more than keeping the latest.)
     """
 
     def __init__(
@@ -119,24 +118,21 @@ class Reference:
         self.batch_rows = max(1, min(batch_rows, largest, count))
         """Rows of a batch."""
         self._mesh = Mesh(np.asarray(devices or jax.local_devices()), ("rows",))
-        self.rows_at_once = self.batch_rows * self._mesh.size
-        """Rows of the batches of all devices; progress is called after each."""
-        self._given = predictor
-        self._placed = jax.device_put(predictor, NamedSharding(self._mesh, PartitionSpec()))
+        self._whole = NamedSharding(self._mesh, PartitionSpec())
+        self._given, self._placed = predictor, jax.device_put(predictor, self._whole)
         self._kept: dict[int, _Predicted] = {}
         self._left = keep_bytes * self._mesh.size
 
     def row_sums(self, predictor: Predictor, progress: Progress = lambda *_: None) -> RowSums:
-        """Sums over the targets of each row, of a model compared with the reference."""
+        """`RowSums` of a model compared with the reference."""
         if predictor.model is self._given.model:  # it is on the devices already
             predictor = dataclasses.replace(predictor, model=self._placed.model)
-        predictor = jax.device_put(predictor, NamedSharding(self._mesh, PartitionSpec()))
+        predictor = jax.device_put(predictor, self._whole)
         parts = [
-            _by_row(base.nll, *_compared(predictor, tokens, base, mesh=self._mesh))
+            _by_row(*_compared(predictor, tokens, base, mesh=self._mesh))
             for tokens, base in self._batches(progress)
         ]
-        reference_nll, nll, kl, agreement = self._joined(parts)
-        return RowSums(nll, reference_nll, kl, agreement)
+        return RowSums(*self._joined(parts))
 
     def nll(self, progress: Progress = lambda *_: None) -> Float64[np.ndarray, " rows"]:
         """Sums of -log p_target over the targets of each row, of the reference itself."""
@@ -144,15 +140,13 @@ class Reference:
 
     def _batches(self, progress: Progress) -> Iterator[tuple[Array, _Predicted]]:
         """Tokens of a batch for every device, and the predictions of the reference."""
-        count, step = len(self.tokens), self.rows_at_once
-        spread = NamedSharding(self._mesh, ROWS)
+        count, step = len(self.tokens), self.batch_rows * self._mesh.size
         for first in range(0, count, step):
             rows = np.arange(first, first + step)
             batch = rows // self.batch_rows * self.batch_rows  # first row of each row's batch
             filled = np.where(rows < count, rows, np.where(batch < count, batch, 0))
-            tokens = jax.device_put(self.tokens[filled], spread)
-            base = self._kept.get(first)
-            if base is None:
+            tokens = jax.device_put(self.tokens[filled], NamedSharding(self._mesh, ROWS))
+            if (base := self._kept.get(first)) is None:
                 base = _predicted(self._placed, tokens, mesh=self._mesh)
                 if base.log_p.nbytes <= self._left:
                     self._left -= base.log_p.nbytes
@@ -180,12 +174,12 @@ def _predicted(
 def _compared(
     predictor: Predictor, tokens: Integer[Array, "rows length"], base: _Predicted, *, mesh: Mesh
 ) -> tuple[Float[Array, "rows targets"], ...]:
-    """-log q_target, KL and agreement at every target."""
+    """The terms of `RowSums` at every target."""
 
     def of_batch(predictor: Predictor, tokens: Array, base: _Predicted) -> tuple[Array, ...]:
         log_q = predictor.log_probabilities(tokens)
-        agree = base.first == jnp.argmax(log_q, axis=-1)
-        return _nll(log_q, tokens), kl_divergence(base.log_p, log_q), agree.astype(jnp.float32)
+        agree = (base.first == jnp.argmax(log_q, axis=-1)).astype(jnp.float32)
+        return _nll(log_q, tokens), base.nll, kl_divergence(base.log_p, log_q), agree
 
     return _on_each(of_batch, mesh, predictor, tokens, base)
 
@@ -198,12 +192,11 @@ def _on_each(of_batch: Callable[..., Any], mesh: Mesh, predictor: Predictor, *ar
 
 
 def _by_row(*at_targets: Float[Array, "rows targets"]) -> list[Float64[np.ndarray, " rows"]]:
-    """Sums over targets; waits for them, so only one batch is on the devices at a time."""
+    """Sums over targets; waits for them, so that only one batch is on the devices."""
     return [np.asarray(values, np.float64).sum(axis=1) for values in at_targets]
 
 
 def _nll(
     log_q: Float[Array, "rows targets vocab"], tokens: Integer[Array, "rows length"]
 ) -> Float[Array, "rows targets"]:
-    targets = tokens[:, 1:, None]
-    return -jnp.take_along_axis(log_q, targets, axis=-1, mode="fill")[..., 0]
+    return -jnp.take_along_axis(log_q, tokens[:, 1:, None], axis=-1, mode="fill")[..., 0]

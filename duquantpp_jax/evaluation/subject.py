@@ -41,11 +41,8 @@ def load_rows(
 ) -> Rows:
     """The first rows of a text in a model's tokens; without a text, of the embedded rows.
 
-    Args:
-      targets: Cut down to whole rows.
-
     Raises:
-      ValueError: The text cannot be read or is too short.
+      ValueError: As `text_rows`, and where the model has no configuration.
     """
     if text is None:
         embedded = {"evaluation": testbed.evaluation_rows, "calibration": testbed.calibration_rows}
@@ -56,10 +53,7 @@ def load_rows(
 
 
 def text_rows(directory: Path, config: DecoderConfig, text: Path, targets: int) -> Rows:
-    """The first rows of a text by the protocol of `compare`.
-
-    Args:
-      targets: Cut down to whole rows.
+    """The first rows of a text by the protocol of `compare`; `targets` is cut down to whole rows.
 
     Raises:
       ValueError: The text cannot be read or is too short, or the model does not take such rows.

@@ -2,11 +2,14 @@
 
 from duquantpp_jax.models.cache import Cache, Store, empty_cache
 from duquantpp_jax.models.config import DecoderConfig
-from duquantpp_jax.models.decoder import Decoder, Linear, dense
+from duquantpp_jax.models.decoder import Decoder
 from duquantpp_jax.models.families import FAMILIES
+from duquantpp_jax.models.layers import Linear, dense
 from duquantpp_jax.models.parameters import (
+    LINEARS,
     SITE_WEIGHTS,
     SITES,
+    layer_prefix,
     linear_names,
     parameter_shapes,
     random_parameters,
@@ -14,6 +17,7 @@ from duquantpp_jax.models.parameters import (
 
 __all__ = [
     "FAMILIES",
+    "LINEARS",
     "SITES",
     "SITE_WEIGHTS",
     "Cache",
@@ -23,6 +27,7 @@ __all__ = [
     "Store",
     "dense",
     "empty_cache",
+    "layer_prefix",
     "linear_names",
     "parameter_shapes",
     "random_parameters",

@@ -1,4 +1,4 @@
-"""Rotary positions, and causal attention over all keys or over a window of the last.
+"""Rotary positions, and causal attention over all keys or over a window of the last ones.
 
     R(x)_i        = x_i cos(p w_i) - x_{i + d/2} sin(p w_i)              i < d/2, position p
     R(x)_{i+d/2}  = x_{i + d/2} cos(p w_i) + x_i sin(p w_i)

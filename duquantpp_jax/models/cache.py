@@ -4,14 +4,12 @@ A `Store` is the format of the cache. Attention uses, in place of q, k and v,
 
     move(q),    decode(encode(move(k))),    decode(encode(v)),
 
-where move is orthogonal, so that it does not change q k^T. A `Cache` has the encoded keys and
-values of all positions so far, in arrays of a fixed capacity.
+where move is orthogonal, so that it does not change q k^T.
 """
 
 from __future__ import annotations
 
 import abc
-import functools
 from typing import Any
 
 import jax
@@ -47,7 +45,7 @@ class Store(abc.ABC):
 
 @struct.dataclass
 class Cache:
-    """Encoded keys and values of all layers.
+    """Encoded keys and values of all layers and positions so far, in arrays of a fixed capacity.
 
     Attributes:
       entries: The pair (keys, values) of `Store.encode`, as arrays [layers, rows, capacity, ...].
@@ -66,9 +64,3 @@ def empty_cache(config: DecoderConfig, store: Store, rows: int, capacity: int) -
     layers = config.num_hidden_layers
     zeros = jax.tree.map(lambda leaf: jnp.zeros((layers, *leaf.shape), leaf.dtype), (keys, keys))
     return Cache(zeros, jnp.int32(0), store)
-
-
-def written(entries: Any, new: Any, start: Int32[Array, ""]) -> Any:
-    """The entries of a layer with new ones at the positions from `start` on."""
-    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-    return jax.tree.map(put, entries, new)

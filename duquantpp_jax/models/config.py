@@ -1,8 +1,8 @@
 """The sizes and constants of a decoder, read from a Hugging Face `config.json` and checked.
 
 families.py says how architectures differ. Each field of config.json that changes the arithmetic is
-a field of `DecoderConfig`, or is refused by name where it is not supported. None is ignored: a
-wrong rotary scaling or a missing bias would go unnoticed as a slightly worse model.
+a field of `DecoderConfig`, or is refused by name: a wrong rotary scaling or a missing bias would go
+unnoticed as a slightly worse model.
 
 Source: the `config.json` of the architectures in families.py and their documented defaults, in the
 layouts of transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters).
@@ -69,8 +69,7 @@ class DecoderConfig:
         Fields that do not change the float function (dropout, torch_dtype, ...) are ignored.
 
         Raises:
-          ValueError: A field is missing, of the wrong type, out of range or not supported; names it
-            and what would be right.
+          ValueError: A field is missing, wrong or not supported; names it and what would be right.
         """
         architecture = _architecture(fields)
         family = FAMILIES[architecture]
@@ -100,13 +99,13 @@ class DecoderConfig:
             raise ValueError(
                 f"config.json: head_dim {head_dim} is odd: rotary positions need an even one"
             )
-        vocab_size = read.integer(fields, "vocab_size")
+        vocab = read.integer(fields, "vocab_size")
         layers = read.integer(fields, "num_hidden_layers", below=10_000)
         max_positions = read.integer(fields, "max_position_embeddings", cls.max_position_embeddings)
         biases = family.biases
         for name, linears in family.biases_if.items():
             biases += linears if read.boolean(fields, name, False) else ()
-        sliding_window, layer_types = _windows(fields, family, layers)
+        window, layer_types = _windows(fields, family, layers)
         return cls(
             hidden_size=hidden,
             intermediate_size=read.integer(fields, "intermediate_size"),
@@ -114,18 +113,18 @@ class DecoderConfig:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            vocab_size=vocab_size,
+            vocab_size=vocab,
             rms_norm_eps=read.positive(fields, "rms_norm_eps"),
             rope_theta=read.positive(fields, "rope_theta", cls.rope_theta),
             tie_word_embeddings=read.boolean(fields, "tie_word_embeddings", False),
             max_position_embeddings=max_positions,
-            bos_token_id=read.token(fields.get("bos_token_id"), "bos_token_id", vocab_size),
-            eos_token_id=read.stop_tokens(fields.get("eos_token_id"), "eos_token_id", vocab_size),
+            bos_token_id=read.token(fields.get("bos_token_id"), "bos_token_id", vocab),
+            eos_token_id=read.stop_tokens(fields.get("eos_token_id"), "eos_token_id", vocab),
             architecture=architecture,
             rope_scaling=read_scaling(fields, max_positions),
             biases=biases,
             qk_norm=family.qk_norm,
-            sliding_window=sliding_window,
+            sliding_window=window,
             layer_types=layer_types,
         )
 

@@ -1,69 +1,38 @@
 """A decoder whose linears the caller gives, so that it knows nothing of quantization.
 
-A layer, with RMSNorm n(x) = x / sqrt(mean(x^2) + eps) * g, is
-
-    q, k, v   = linear("attention_in", n1(x), (Wq, Wk, Wv))
-    a         = softmax(R(q) R(k)^T / sqrt(d) + mask) v              (R: rotary positions)
-    x        += linear("attention_out", a, (Wo,))
-    up, gate  = linear("mlp_in", n2(x), (Wup, Wgate))
-    x        += linear("mlp_out", silu(gate) * up, (Wdown,))
-
-Families (families.py) add to it: biases of linears, a norm of each head's q and k before R, a mask
-that hides all but the last positions.
+    x = embedding[tokens];    x = layer(x) for every layer (layers.py);    logits = n(x) head^T
 
 A *site* is an input of linears; several weights may share it, and `linear` is called once a site.
 Calibration and quantized evaluation pass another `linear` to the same model. All layers are stacked
 on a leading axis and scanned, so that a model of any depth compiles a single layer.
-
-Source: Touvron et al., LLaMA (arXiv:2302.13971); Shazeer, GLU variants (arXiv:2002.05202); Yang et
-al., Qwen2 (arXiv:2407.10671) and Qwen3 (arXiv:2505.09388) technical reports for biases and norms.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int32, Integer
+from jaxtyping import Array, Float32, Int32, Integer
 from numpy.typing import DTypeLike
 
-from duquantpp_jax.models.attention import HIGHEST, causal_attention, rotary
-from duquantpp_jax.models.cache import Cache, Store, written
+from duquantpp_jax.models.attention import HIGHEST
+from duquantpp_jax.models.cache import Cache, Store
 from duquantpp_jax.models.config import DecoderConfig
+from duquantpp_jax.models.layers import Linear, dense, layer, layer_windows, rms_norm
 from duquantpp_jax.models.parameters import (
-    ATTENTION_NORM,
     EMBEDDING,
     HEAD,
-    HEAD_NORMS,
     LAYER,
-    MLP_NORM,
+    LINEARS,
     NORM,
     SITE_WEIGHTS,
     SITES,
     parameter_shapes,
 )
-from duquantpp_jax.models.rope import rotary_frequencies
-
-Linear = Callable[[str, Array, tuple[Array, ...], Any], tuple[tuple[Array, ...], Any]]
-"""`linear(site, x, weights, state) -> (an output per weight, out)`; see `Decoder.__call__`."""
 
 State = Mapping[str, Any] | tuple[Mapping[str, Any], ...]
 """The state of `linear` at each site, stacked over layers; see `Decoder.__call__`."""
-
-
-def dense(site: str, x: Array, weights: tuple[Array, ...], state: Any) -> tuple[Any, None]:
-    """The float linear: x W^T for each weight W [out, in], at the highest matmul precision."""
-    return tuple(jnp.einsum("...i,oi->...o", x, w, precision=HIGHEST) for w in weights), None
-
-
-def rms_norm(
-    x: Float[Array, "*tokens k"], gain: Float32[Array, " k"], eps: float
-) -> Float32[Array, "*tokens k"]:
-    """x / sqrt(mean(x^2) + eps) * gain, in float32. Source: arXiv:1910.07467, equation 4."""
-    x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * gain
 
 
 class Decoder(nnx.Module):
@@ -84,14 +53,21 @@ class Decoder(nnx.Module):
         parameters: Mapping[str, Float32[Array, "..."]],
         *,
         dtype: DTypeLike = jnp.float32,
+        linears: bool = True,
     ):
         """Args:
           parameters: Arrays with the names and shapes of `parameter_shapes(config)`.
+          linears: False if the weights of linears are left out, for a `linear` that has its own.
 
         Raises:
           ValueError: A parameter is missing, unknown or of another shape.
         """
         shapes = parameter_shapes(config)
+        if not linears:
+            names = [LAYER + name for name in LINEARS]
+            empty = jnp.zeros((config.num_hidden_layers, 0), jnp.float32)
+            shapes |= dict.fromkeys(names, empty.shape)
+            parameters = {**parameters, **dict.fromkeys(names, empty)}
         got = {name: jnp.shape(array) for name, array in parameters.items()}
         if got != shapes:
             wrong = next(name for name in shapes | got if got.get(name) != shapes.get(name))
@@ -180,11 +156,13 @@ class Decoder(nnx.Module):
         runs = state if isinstance(state, tuple) else (state or {},)
         if unknown := set().union(*runs) - set(SITES):
             raise ValueError(f"state has {min(unknown)!r}, not a site: use {', '.join(SITES)}")
-        positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+
+        options: dict[str, Any] = {"start": start, "store": store, "dtype": self.dtype}
 
         def body(x: Array, scanned: Any) -> tuple[Array, Any]:
-            layer, states, window, entries = scanned
-            return self._layer(x, layer, linear, states, window, entries, positions, store)
+            own, states, window, entries = scanned
+            made = layer(config, x, own, window, linear, states, entries=entries, **options)
+            return made[0], made[1:]
 
         x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(jnp.float32)
         layers = {name: array[...] for name, array in self.layers.items()}
@@ -205,73 +183,3 @@ class Decoder(nnx.Module):
             "rlk,vk->rlv", x, head, precision=HIGHEST, preferred_element_type=jnp.float32
         )
         return logits, outs, entries
-
-    def _layer(
-        self,
-        x: Float32[Array, "rows length k"],
-        layer: dict[str, Array],
-        linear: Linear,
-        state: Mapping[str, Any],
-        window: Int32[Array, ""] | None,
-        entries: Any,
-        positions: Int32[Array, " length"],
-        store: Store | None,
-    ) -> tuple[Float32[Array, "rows length k"], tuple[dict[str, Any], Any]]:
-        """A layer, by the equations at the top of this file."""
-        config, dtype = self.config, self.dtype
-        outs = {}
-
-        def at(site: str, x: Array) -> list[Array]:
-            names = SITE_WEIGHTS[site]
-            weights = tuple(layer[name].astype(dtype) for name in names)
-            ys, outs[site] = linear(site, x.astype(dtype), weights, state[site])
-            pairs = zip(ys, (layer.get(f"{name}.bias") for name in names), strict=True)
-            return [y if bias is None else y + bias.astype(y.dtype) for y, bias in pairs]
-
-        q, k, v = at("attention_in", rms_norm(x, layer[ATTENTION_NORM], config.rms_norm_eps))
-        a, entries = self._attend(q, k, v, layer, window, entries, positions, store)
-        (y,) = at("attention_out", a)
-        x = x + y.astype(jnp.float32)
-        up, gate = at("mlp_in", rms_norm(x, layer[MLP_NORM], config.rms_norm_eps))
-        (y,) = at("mlp_out", jax.nn.silu(gate) * up)
-        return x + y.astype(jnp.float32), (outs, entries)
-
-    def _attend(
-        self,
-        q: Float[Array, "rows length queries"],
-        k: Float[Array, "rows length keys"],
-        v: Float[Array, "rows length keys"],
-        layer: dict[str, Array],
-        window: Int32[Array, ""] | None,
-        entries: Any,
-        positions: Int32[Array, " length"],
-        store: Store | None,
-    ) -> tuple[Float[Array, "rows length queries"], Any]:
-        """Attention of all heads, and the entries with these positions written."""
-        config, dtype = self.config, self.dtype
-        rows, length, _ = q.shape
-        kv_heads, head_dim = config.num_key_value_heads, config.head_dim
-        q = q.reshape(rows, length, kv_heads, -1, head_dim)
-        k, v = (heads.reshape(rows, length, kv_heads, head_dim) for heads in (k, v))
-        if config.qk_norm:
-            q_gain, k_gain = (layer[name] for name in HEAD_NORMS)
-            q, k = (rms_norm(*pair, config.rms_norm_eps) for pair in ((q, q_gain), (k, k_gain)))
-        frequencies = rotary_frequencies(config.rope_theta, head_dim, config.rope_scaling)
-        q, k = (rotary(heads, positions, frequencies) for heads in (q, k))
-        if config.rope_scaling is not None:
-            q, k = (np.float32(config.rope_scaling.magnitude()) * heads for heads in (q, k))
-        if store is not None:
-            q, k = store.move(q), store.move(k)
-            new = store.encode(k), store.encode(v.astype(jnp.float32))
-            entries = None if entries is None else written(entries, new, positions[0])
-            k, v = map(store.decode, entries or new)
-        a = causal_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype), positions, window)
-        return a.reshape(rows, length, -1), entries
-
-
-def layer_windows(config: DecoderConfig) -> Int32[np.ndarray, " layers"] | None:
-    """Positions that each layer sees; None where all layers see everything."""
-    if not any(config.windows):
-        return None
-    everything = np.iinfo(np.int32).max
-    return np.asarray([window or everything for window in config.windows], np.int32)

@@ -1,9 +1,7 @@
 """The supported architectures: a table of how they differ.
 
-All are the decoder at the top of decoder.py, under the same tensor names. They differ in which
-linears have a bias, in whether queries and keys are normed, in which layers see a sliding window,
-and in the defaults of config.json. A field of config.json that is in `only` and has another value
-is refused: a wrong activation or a partial rotation would go unnoticed as a slightly worse model.
+All are stacks of the layer at the top of layers.py, under the same tensor names. A field of
+config.json that is in `only` and has another value is refused.
 
 Source: the configuration classes of transformers 4 and 5 for the architectures named here.
 """

@@ -1,7 +1,4 @@
-"""Reads fields of a parsed config.json and checks each.
-
-A wrong field raises ValueError with a line: the field, its value, what would be right.
-"""
+"""Reads fields of a parsed config.json; ValueError names a wrong one and what would be right."""
 
 import difflib
 import math

@@ -1,19 +1,72 @@
-"""A single layer of the decoder, for a model whose layers are in memory one at a time.
+"""A layer of the decoder, whose linears the caller gives.
 
-hidden_0 = embedding[tokens],    hidden_(l+1) = layer(hidden_l, parameters of layer l)
+With RMSNorm n(x) = x / sqrt(mean(x^2) + eps) * g, a layer is
+
+    q, k, v   = linear("attention_in", n1(x), (Wq, Wk, Wv))
+    a         = softmax(R(q) R(k)^T / sqrt(d) + mask) v              (R: rotary positions)
+    x        += linear("attention_out", a, (Wo,))
+    up, gate  = linear("mlp_in", n2(x), (Wup, Wgate))
+    x        += linear("mlp_out", silu(gate) * up, (Wdown,))
+
+Families (families.py) add to it: biases of linears, a norm of each head's q and k before R, a mask
+that hides all but the last positions. The residual stream, norms, rotary positions and softmax are
+always float32.
+
+Source: Touvron et al., LLaMA (arXiv:2302.13971); Shazeer, GLU variants (arXiv:2002.05202); Yang et
+al., Qwen2 (arXiv:2407.10671) and Qwen3 (arXiv:2505.09388) technical reports for biases and norms.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
+from duquantpp_jax.models.attention import HIGHEST, causal_attention, rotary
+from duquantpp_jax.models.cache import Store
 from duquantpp_jax.models.config import DecoderConfig
-from duquantpp_jax.models.decoder import Decoder, Linear, layer_windows
-from duquantpp_jax.models.parameters import EMBEDDING, LAYER, parameter_shapes
+from duquantpp_jax.models.parameters import ATTENTION_NORM, HEAD_NORMS, MLP_NORM, SITE_WEIGHTS
+from duquantpp_jax.models.rope import rotary_frequencies
+
+Linear = Callable[[str, Array, tuple[Array, ...], Any], tuple[tuple[Array, ...], Any]]
+"""`linear(site, x, weights, state) -> (an output per weight, out)`; see `Decoder.__call__`."""
+
+
+def matmul(x: Float[Array, "*tokens k"], w: Float[Array, "n k"]) -> Float[Array, "*tokens n"]:
+    """x W^T at the highest precision."""
+    return jnp.einsum("...k,nk->...n", x, w, precision=HIGHEST)
+
+
+def dense(site: str, x: Array, weights: tuple[Array, ...], state: Any) -> tuple[Any, None]:
+    """The float linear: x W^T for each weight W [out, in]."""
+    return tuple(matmul(x, w) for w in weights), None
+
+
+def rms_norm(
+    x: Float[Array, "*tokens k"], gain: Float[Array, " k"], eps: float
+) -> Float32[Array, "*tokens k"]:
+    """x / sqrt(mean(x^2) + eps) * gain, in float32. Source: arXiv:1910.07467, equation 4."""
+    x = x.astype(jnp.float32)
+    scaled = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return scaled * gain.astype(jnp.float32)
+
+
+def layer_windows(config: DecoderConfig) -> Int32[np.ndarray, " layers"] | None:
+    """Positions that each layer sees, the query's own among them; None where all see everything."""
+    if not any(config.windows):
+        return None
+    everything = np.iinfo(np.int32).max
+    return np.asarray([window or everything for window in config.windows], np.int32)
+
+
+def window(config: DecoderConfig, number: int) -> Int32[Array, ""] | None:
+    """That of `layer_windows` for a single layer."""
+    windows = layer_windows(config)
+    return None if windows is None else jnp.asarray(windows[number])
 
 
 def layer(
@@ -23,45 +76,65 @@ def layer(
     window: Int32[Array, ""] | None,
     linear: Linear,
     state: Mapping[str, Any],
-) -> tuple[Float32[Array, "rows length k"], dict[str, Any]]:
-    """The hidden states after a layer, and what `linear` gave out.
+    *,
+    start: Int32[Array, ""] | int = 0,
+    store: Store | None = None,
+    entries: Any = None,
+    dtype: DTypeLike = jnp.float32,
+) -> tuple[Float32[Array, "rows length k"], dict[str, Any], Any]:
+    """The hidden states after a layer, what `linear` gave out, and the new entries of the cache.
 
     Args:
-      x: The hidden states before the layer, from position 0 on.
+      x: The hidden states before the layer, from position `start` on.
       parameters: By their names inside the layer.
-      linear, state: As in `Decoder.__call__`, for a single layer.
+      linear, state, store: As in `Decoder.__call__`, for a single layer.
+      entries: What a cache holds of the layer.
+      dtype: Of the matrix products. Matrices take it where they are used, to save memory.
     """
-    # Matrices become float32 where they are used, to save memory.
-    own = {n: a if a.ndim > 1 else a.astype(jnp.float32) for n, a in parameters.items()}
-    positions = jnp.arange(x.shape[1], dtype=jnp.int32)
-    layer = outline(config)._layer
-    x, (outs, _) = layer(x, own, linear, state, window, None, positions, None)
-    return x, outs
+    outs, eps = {}, config.rms_norm_eps
+    positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)
+
+    def at(site: str, x: Array) -> list[Array]:
+        names = SITE_WEIGHTS[site]
+        weights = tuple(parameters[name].astype(dtype) for name in names)
+        ys, outs[site] = linear(site, x.astype(dtype), weights, state[site])
+        pairs = zip(ys, (parameters.get(f"{name}.bias") for name in names), strict=True)
+        return [y if bias is None else y + bias.astype(y.dtype) for y, bias in pairs]
+
+    projected = at("attention_in", rms_norm(x, parameters[ATTENTION_NORM], eps))
+    q, k, v = _heads(config, parameters, positions, *projected)
+    if store is not None:
+        q, k = store.move(q), store.move(k)
+        new = store.encode(k), store.encode(v.astype(jnp.float32))
+        if entries is not None:
+            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
+            entries = jax.tree.map(put, entries, new)
+        k, v = map(store.decode, entries or new)
+    a = causal_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype), positions, window)
+    (y,) = at("attention_out", a.reshape(*x.shape[:2], -1))
+    x = x + y.astype(jnp.float32)
+    up, gate = at("mlp_in", rms_norm(x, parameters[MLP_NORM], eps))
+    (y,) = at("mlp_out", jax.nn.silu(gate) * up)
+    return x + y.astype(jnp.float32), outs, entries
 
 
-def window(config: DecoderConfig, number: int) -> Int32[Array, ""] | None:
-    """Positions that a layer sees, its own among them; None where all layers see everything."""
-    windows = layer_windows(config)
-    return None if windows is None else jnp.asarray(windows[number])
-
-
-@functools.cache
-def outline(config: DecoderConfig) -> Decoder:
-    """A decoder with shapes in place of parameters."""
-    shapes = parameter_shapes(config)
-    return nnx.eval_shape(lambda: Decoder(config, {n: jnp.zeros(s) for n, s in shapes.items()}))
-
-
-def without_linears(
-    config: DecoderConfig, parameters: Mapping[str, Float[Array, "..."]]
-) -> Decoder:
-    """A decoder for a `linear` with weights of its own: those of the decoder are empty arrays."""
-    model = nnx.clone(outline(config))
-    given = {name: nnx.Param(array) for name, array in parameters.items()}
-    model.embedding, model.norm = given[EMBEDDING], given["model.norm"]
-    if model.head is not None:
-        model.head = given["lm_head"]
-    empty = jnp.zeros((config.num_hidden_layers, 0), jnp.float32)
-    for name in model.layers:
-        model.layers[name] = given.get(LAYER + name, nnx.Param(empty))
-    return model
+def _heads(
+    config: DecoderConfig,
+    parameters: Mapping[str, Array],
+    positions: Int32[Array, " length"],
+    q: Float[Array, "rows length queries"],
+    k: Float[Array, "rows length keys"],
+    v: Float[Array, "rows length keys"],
+) -> tuple[Float32[Array, "..."], Float32[Array, "..."], Float[Array, "..."]]:
+    """q [rows, length, kv_heads, groups, head_dim], k and v; q and k normed and rotated."""
+    kv_heads, head_dim = config.num_key_value_heads, config.head_dim
+    q = q.reshape(*q.shape[:2], kv_heads, -1, head_dim)
+    k, v = (y.reshape(*y.shape[:2], kv_heads, head_dim) for y in (k, v))
+    if config.qk_norm:
+        gains = (parameters[name] for name in HEAD_NORMS)
+        q, k = (rms_norm(*pair, config.rms_norm_eps) for pair in zip((q, k), gains, strict=True))
+    frequencies = rotary_frequencies(config.rope_theta, head_dim, config.rope_scaling)
+    q, k = (rotary(y, positions, frequencies) for y in (q, k))
+    if config.rope_scaling is not None:
+        q, k = (np.float32(config.rope_scaling.magnitude()) * y for y in (q, k))
+    return q, k, v

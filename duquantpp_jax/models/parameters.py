@@ -23,14 +23,26 @@ SITE_WEIGHTS: Mapping[str, tuple[str, ...]] = {
 }
 """The weights of each site in order, by their names inside a layer of a checkpoint."""
 
+LINEARS = tuple(name for names in SITE_WEIGHTS.values() for name in names)
+
 ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 EMBEDDING, NORM, HEAD, LAYER = "model.embed_tokens", "model.norm", "lm_head", "model.layers.*."
 
 
+def layer_prefix(layer: int) -> str:
+    """What the checkpoint names of a layer begin with, e.g. `model.layers.3.`."""
+    return LAYER.replace("*", str(layer))
+
+
 def linear_names(site: str, layer: int) -> tuple[str, ...]:
     """Checkpoint names of a site's linears, e.g. `model.layers.3.mlp.down_proj`."""
-    return tuple(LAYER.replace("*", str(layer)) + name for name in SITE_WEIGHTS[site])
+    return tuple(layer_prefix(layer) + name for name in SITE_WEIGHTS[site])
+
+
+def tensor_name(parameter: str) -> str:
+    """Checkpoint name of a parameter's tensor: biases have it in their name."""
+    return parameter if parameter.endswith(".bias") else f"{parameter}.weight"
 
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

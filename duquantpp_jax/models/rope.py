@@ -113,16 +113,14 @@ def rotary_frequencies(
     """w_i of every pair, rescaled."""
     half = head_dim // 2
     frequencies = theta ** (-np.arange(half) / half)
-    if scaling is not None:
-        frequencies = scaling.rescale(frequencies, theta)
-    return frequencies.astype(np.float32)
+    rescaled = frequencies if scaling is None else scaling.rescale(frequencies, theta)
+    return rescaled.astype(np.float32)
 
 
 def read_scaling(fields: Mapping[str, Any], max_positions: int) -> Scaling | None:
-    """The scaling that `rope_scaling` of a config.json describes.
+    """The scaling that `rope_scaling` of a config.json in the layout of transformers 4 describes.
 
     Args:
-      fields: Of config.json, in the layout of transformers 4.
       max_positions: The original length where the scaling does not give it.
 
     Raises:
@@ -166,5 +164,4 @@ def write_scaling(scaling: Scaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
     name = next(name for name, kind in KINDS.items() if type(scaling) is kind)
-    given = {n: v for n, v in dataclasses.asdict(scaling).items() if v is not None}
-    return {"rope_type": name, **given}
+    return {"rope_type": name} | {n: v for n, v in vars(scaling).items() if v is not None}

@@ -6,7 +6,8 @@
 
 One compiled program runs a layer and returns the inputs of its sites; another folds the input of
 one site into its Stats. So what is kept of an input never changes its bits. Several devices share
-the rows of a batch; the sums are then added in another order.
+the rows of a batch; the sums are then added in another order. Under jax.distributed they are those
+of all processes, each of which is called with the same arguments and gets the same result.
 """
 
 import dataclasses
@@ -24,7 +25,13 @@ from jaxtyping import Array, Float, Float32, Int, Integer
 from duquantpp_jax.core import Fitted, Format, Needs, Stats
 from duquantpp_jax.models import SITES, Decoder, DecoderConfig, dense
 from duquantpp_jax.models.layers import layer, window
-from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, pad_channels, quantize_input
+from duquantpp_jax.ptq.site import (
+    QuantizedLinear,
+    QuantizedSite,
+    join_layers,
+    pad_channels,
+    quantize_input,
+)
 
 SAMPLE_LIMIT = 2048
 """Most tokens of a site that are kept as they are."""
@@ -37,21 +44,6 @@ Parameters = Mapping[str, Float[Array | np.ndarray, "..."]]
 
 Hidden = Float32[np.ndarray, "rows length k"]
 """Hidden states of all calibration rows between two layers, in the memory of the host."""
-
-
-def padded_width(name: str, width: int, block_size: int, *, pad: bool) -> int:
-    """The width itself if blocks divide it; with `pad`, the next multiple of the block.
-
-    Raises:
-      ValueError: Blocks do not divide it, and `pad` was not asked for; names the linear.
-    """
-    padded = -(-width // block_size) * block_size
-    if padded != width and not pad:
-        raise ValueError(
-            f"{name} has input width {width}, which is not a multiple of "
-            f"block {block_size}: give --pad to widen it to {padded} with zeros (exact)"
-        )
-    return padded
 
 
 def calibrate(
@@ -74,11 +66,8 @@ def calibrate(
         calibrate_layer(model.config, n, parameters, hidden, widths, needs, after=hidden)
         for n, parameters in enumerate(layers_of(model))
     ]
-
-    def stacked(parts: Iterator[Stats]) -> Stats:
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-
-    return {site: stacked(stats.pop(site) for stats in layers) for site in widths}
+    # One site after the other, and none is kept twice.
+    return {site: join_layers(stats.pop(site) for stats in layers) for site in widths}
 
 
 def embed(model: Decoder, rows: Integer[np.ndarray, "rows length"]) -> Hidden:
@@ -127,22 +116,21 @@ def calibrate_layer(
       progress: Called after each batch.
     """
     rows, length, _ = hidden.shape
-    mesh = all_devices()
+    mesh = Mesh(np.array(jax.devices()), ("rows",)) if jax.device_count() > 1 else None
     stats = {
         site: Stats.init(width, rows, length, sample_limit=SAMPLE_LIMIT, needs=needs)
         for site, width in widths.items()
     }
-    if mesh is not None:
-        parameters, stats, fits, rounded = (
-            spread(tree, mesh, P()) for tree in (parameters, stats, fits, rounded)
-        )
+    trees = dict(parameters), stats, fits, rounded or {}
+    parameters, stats, fits, sites = spread(trees, mesh)
 
-    def run(given: Hidden, sites: Mapping[str, QuantizedSite]) -> tuple[Array, dict[str, Array]]:
-        place = (on_devices(given, mesh), parameters, window(config, number), sites)
-        return _run_layer(*place, config=config, linear=linear if sites else None, mesh=mesh)
+    def run(x: Hidden, rounded: Mapping[str, QuantizedSite]) -> tuple[Array, dict[str, Array]]:
+        axes = ["rows"] if mesh is not None and len(x) == BATCH_ROWS * mesh.size else []
+        given = spread(x, mesh, *axes), parameters, window(config, number), rounded
+        return _run_layer(*given, config=config, linear=linear if rounded else None, mesh=mesh)
 
     for batch in batches(rows, mesh):
-        y, inputs = run(hidden[batch], rounded or {})
+        y, inputs = run(hidden[batch], sites)
         beside = {} if exact is None else run(exact[batch], {})[1]
         for site in stats:
             stats[site] = _fold(
@@ -163,12 +151,9 @@ def calibrate_layer(
 
 def keep(stats: Stats, needs: Needs) -> Stats:
     """The Stats as they would be if only `needs` had been asked for."""
-    return dataclasses.replace(
-        stats,
-        gram=stats.gram if Needs.GRAM in needs else None,
-        position_sum=stats.position_sum if Needs.POSITIONS in needs else None,
-        cross=stats.cross if Needs.CROSS in needs else None,
-    )
+    parts = {"gram": Needs.GRAM, "position_sum": Needs.POSITIONS, "cross": Needs.CROSS}
+    left_out = [name for name, need in parts.items() if need not in needs]
+    return dataclasses.replace(stats, **dict.fromkeys(left_out))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "linear", "mesh"))
@@ -190,7 +175,7 @@ def _run_layer(
         return dense(site, x, weights, None)[0], x
 
     sites = {site: rounded.get(site) for site in SITES}
-    y, inputs = layer(config, x, parameters, window, either, sites)
+    y, inputs, _ = layer(config, x, parameters, window, either, sites)
     return replicated(y, mesh), inputs
 
 
@@ -218,37 +203,21 @@ def _fold(
     return replicated(stats.update(x, jnp.asarray(first), exact), mesh)
 
 
-def all_devices() -> Mesh | None:
-    """The mesh of all devices, over which rows are spread; None where there is a single device.
-
-    Under jax.distributed they are those of all processes, each of which is called with the same
-    arguments and gets the same result.
-    """
-    return Mesh(np.array(jax.devices()), ("rows",)) if jax.device_count() > 1 else None
-
-
 def batches(rows: int, mesh: Mesh | None) -> Iterator[slice]:
     """BATCH_ROWS rows for every device while there are so many, then BATCH_ROWS on each device."""
-    first, whole = 0, BATCH_ROWS * (1 if mesh is None else mesh.size)
-    while first < rows:
-        count = whole if rows - first >= whole else BATCH_ROWS
-        yield slice(first, min(first + count, rows))
-        first += count
+    whole = BATCH_ROWS * (1 if mesh is None else mesh.size)
+    rest = rows // whole * whole
+    yield from (slice(first, first + whole) for first in range(0, rest, whole))
+    yield from (slice(first, first + BATCH_ROWS) for first in range(rest, rows, BATCH_ROWS))
 
 
-def on_devices(x: Hidden, mesh: Mesh | None) -> Float32[Array, "rows length k"]:
-    """A batch of `batches` on its devices."""
-    if mesh is None:
-        return jnp.asarray(x)
-    return spread(x, mesh, P("rows") if len(x) == BATCH_ROWS * mesh.size else P())
-
-
-def spread(tree: Any, mesh: Mesh, spec: P) -> Any:
+def spread(tree: Any, mesh: Mesh | None, *axes: str) -> Any:
     """A pytree that every process has whole, laid over the devices of all of them."""
-    sharding = NamedSharding(mesh, spec)
 
     def place(leaf: Any) -> Array:
-        array = np.asarray(leaf)
+        if mesh is None:
+            return jnp.asarray(leaf)
+        array, sharding = np.asarray(leaf), NamedSharding(mesh, P(*axes))
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(place, tree)

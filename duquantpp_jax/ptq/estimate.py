@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from duquantpp_jax.core import Format, Needs
-from duquantpp_jax.models import SITES
+from duquantpp_jax.models import layer_prefix
+from duquantpp_jax.models.attention import HIGHEST
 from duquantpp_jax.ptq.calibration import BATCH_ROWS, SAMPLE_LIMIT
 from duquantpp_jax.ptq.plan import Plan, linear_shapes
 from duquantpp_jax.ptq.report import storage_bytes
-from duquantpp_jax.ptq.site import HIGHEST
-from duquantpp_jax.ptq.walk import PASSES
 
 RUNTIME = 2**29
 """Bytes of a Python process that has imported JAX and compiled a few programs, roughly."""
@@ -29,21 +28,18 @@ def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
     """Bytes of every linear, and roughly the memory and the seconds that the job takes, for a
     calibration set of rows x length tokens."""
     shapes, config = linear_shapes(plan.config), plan.config
-    linears, flops, stats_bytes, largest = [], 0.0, 0.0, 0
-    tokens = rows * length
+    linears, stats_bytes, largest = [], 0.0, 0
+    tokens, layers = rows * length, config.num_hidden_layers
     parameters = sum(n * k for n, k in shapes.values())
-    passes = 1 + plan.sequential + any(_needs(plan, site) for site in SITES)
-    passes = PASSES if plan.compares else passes
-    for number in range(config.num_hidden_layers):
-        flops += passes * 2.0 * tokens * parameters
-        widths = plan.widths(number)
+    flops = layers * plan.passes * 2.0 * tokens * parameters
+    for number in range(layers):
         layer_stats = 0.0
-        for site, width in widths.items():
+        for site, width in plan.widths(number).items():
             recipe, names = plan.recipes[site], plan.names(site, number)
-            outputs = sum(shapes[name][0] for name in names)
+            outputs, twice = sum(shapes[name][0] for name in names), bool(recipe.rounding.needs)
             linears += [
                 {
-                    "linear": f"model.layers.{number}.{name}",
+                    "linear": layer_prefix(number) + name,
                     "bytes": packed_bytes(recipe.weight_format, shapes[name][0], width),
                     "parameters": math.prod(shapes[name]),
                 }
@@ -51,9 +47,9 @@ def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
             ]
             # The transform of the site.
             linears[-1]["bytes"] += 4 * width + 8 * width * recipe.activation_format.block_size
-            grams = (Needs.GRAM in recipe.needs) + _needs(plan, site)
+            grams = (Needs.GRAM in recipe.needs) + twice
             flops += grams * 2.0 * tokens * width**2
-            flops += (2.0 * width**3 + 6.0 * outputs * width**2) * _needs(plan, site)
+            flops += (2.0 * width**3 + 6.0 * outputs * width**2) * twice
             layer_stats += 4.0 * (min(tokens, SAMPLE_LIMIT) * width + grams * width**2)
             largest = max(largest, outputs * width)
         stats_bytes = max(stats_bytes, layer_stats)
@@ -68,16 +64,15 @@ def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
         "linears": linears,
         "bytes": sum(linear["bytes"] for linear in linears),
         "float_bytes": sum(2 * linear["parameters"] for linear in linears),
-        "layers": config.num_hidden_layers,
+        "layers": layers,
         "memory_bytes": RUNTIME + hidden + max(working, 2 * embedding),
         "seconds": flops / flops_per_second(),
     }
 
 
 def packed_bytes(format: Format, n: int, k: int) -> int:
-    """Bytes of weights [n, k] as they are stored."""
-    zeros = jax.ShapeDtypeStruct((n, k), jnp.float32)  # of shapes alone: nothing is allocated
-    return int(jax.eval_shape(lambda w: jnp.zeros(storage_bytes(format.encode(w))), zeros).size)
+    """Bytes of weights [n, k] as they are stored; of shapes alone, nothing is allocated."""
+    return storage_bytes(jax.eval_shape(format.encode, jax.ShapeDtypeStruct((n, k), jnp.float32)))
 
 
 def flops_per_second() -> float:
@@ -90,7 +85,3 @@ def flops_per_second() -> float:
         x = product(x, x * np.float32(1e-4))
     jax.block_until_ready(x)
     return 3 * 2 * 2048.0**3 / (time.perf_counter() - start)
-
-
-def _needs(plan: Plan, site: str) -> bool:
-    return bool(plan.recipes[site].rounding.needs)

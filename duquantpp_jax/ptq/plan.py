@@ -4,15 +4,14 @@ import dataclasses
 import fnmatch
 import functools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from duquantpp_jax.core import Fitted, Format, Needs, Recipe
-from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig, linear_names, parameter_shapes
-from duquantpp_jax.models.parameters import LAYER
-from duquantpp_jax.ptq.calibration import padded_width
+from duquantpp_jax.models import LINEARS, SITE_WEIGHTS, SITES, DecoderConfig, layer_prefix
+from duquantpp_jax.models.parameters import LAYER, parameter_shapes
 from duquantpp_jax.ptq.site import QuantizedLinear
 
 
@@ -57,47 +56,49 @@ class Plan:
         """What a model calls with the state of this plan."""
         return QuantizedLinear(self.formats)
 
-    def chosen(self, site: str, number: int) -> tuple[bool, ...]:
-        """Which linears of a layer's site are quantized."""
-
-        def matches(name: str, patterns: tuple[str, ...]) -> bool:
-            return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-        return tuple(
-            matches(name, self.include) and not matches(name, self.exclude)
-            for name in linear_names(site, number)
-        )
-
     def names(self, site: str, number: int) -> tuple[str, ...]:
         """The linears of a layer's site that are quantized, by name inside the layer."""
-        chosen = zip(SITE_WEIGHTS[site], self.chosen(site, number), strict=True)
-        return tuple(name for name, wanted in chosen if wanted)
+
+        def matches(name: str, patterns: tuple[str, ...]) -> bool:
+            whole = layer_prefix(number) + name
+            return any(fnmatch.fnmatchcase(whole, pattern) for pattern in patterns)
+
+        return tuple(
+            name
+            for name in SITE_WEIGHTS[site]
+            if matches(name, self.include) and not matches(name, self.exclude)
+        )
 
     def widths(self, number: int) -> dict[str, int]:
-        """Input width of each site of a layer that has a linear to quantize.
+        """Input width of each site of a layer that has a linear to quantize, zeros included.
 
         Raises:
           ValueError: Blocks do not divide it and `pad` was not asked for; names the linear.
         """
-        shapes = linear_shapes(self.config)
-        return {
-            site: padded_width(
-                linear_names(site, number)[self.chosen(site, number).index(True)],
-                shapes[SITE_WEIGHTS[site][0]][1],
-                max(recipe.weight_format.block_size, recipe.activation_format.block_size),
-                pad=self.pad,
-            )
-            for site, recipe in self.recipes.items()
-            if any(self.chosen(site, number))
-        }
+        widths, shapes = {}, linear_shapes(self.config)
+        for site, recipe in self.recipes.items():
+            if not (names := self.names(site, number)):
+                continue
+            width = shapes[names[0]][1]
+            block = max(recipe.weight_format.block_size, recipe.activation_format.block_size)
+            widths[site] = -(-width // block) * block
+            if widths[site] != width and not self.pad:
+                raise ValueError(
+                    f"{layer_prefix(number)}{names[0]} has input width {width}, which is not a "
+                    f"multiple of block {block}: give --pad to widen it to {widths[site]} with "
+                    "zeros (exact)"
+                )
+        return widths
 
     def fit_needs(self, number: int) -> Needs:
         """What the fits of a layer need of the Stats of their inputs."""
-        return _together(self.recipes[site].needs for site in self.widths(number))
+        needs = (self.recipes[site].needs for site in self.widths(number))
+        return functools.reduce(operator.or_, needs, Needs.NOTHING)
 
     def rounding_needs(self, number: int) -> Needs:
         """What the roundings of a layer need of the Stats of the moved and quantized inputs."""
-        return _together(self.recipes[site].rounding.needs for site in self.widths(number))
+        needs = (self.recipes[site].rounding.needs for site in self.widths(number))
+        return functools.reduce(operator.or_, needs, Needs.NOTHING)
 
     @property
     def compares(self) -> bool:
@@ -105,10 +106,18 @@ class Plan:
         layers = range(self.config.num_hidden_layers)
         return any(Needs.CROSS in self.rounding_needs(number) for number in layers)
 
+    @property
+    def passes(self) -> int:
+        """How often the walk runs a layer, at most."""
+        if self.compares:
+            return 3 + 2 * len(SITES)
+        twice = any(self.rounding_needs(number) for number in range(self.config.num_hidden_layers))
+        return 1 + twice + self.sequential
+
     def check(self) -> None:
         """Raises ValueError where this cannot be carried out on such a model."""
         layers = range(self.config.num_hidden_layers)
-        names = [name for n in layers for site in SITES for name in linear_names(site, n)]
+        names = [layer_prefix(number) + name for number in layers for name in LINEARS]
         for option, patterns in (("--include", self.include), ("--exclude", self.exclude)):
             for pattern in patterns:
                 if not fnmatch.filter(names, pattern):
@@ -127,15 +136,7 @@ class Plan:
                 )
 
 
-def _together(needs: Iterable[Needs]) -> Needs:
-    return functools.reduce(operator.or_, needs, Needs.NOTHING)
-
-
 def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     """[out, in] of the linears of a layer, by name inside it."""
     shapes = parameter_shapes(config)
-    return {
-        name: shapes[LAYER + name][1:]  # type: ignore[misc]
-        for names in SITE_WEIGHTS.values()
-        for name in names
-    }
+    return {name: shapes[LAYER + name][1:] for name in LINEARS}  # type: ignore[misc]

@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from duquantpp_jax.core import Format, MXArray
-from duquantpp_jax.models import SITES
+from duquantpp_jax.models import SITES, layer_prefix
+from duquantpp_jax.models.layers import matmul
 from duquantpp_jax.ptq.fuse import online_cost
 from duquantpp_jax.ptq.plan import Plan
-from duquantpp_jax.ptq.site import HIGHEST, QuantizedSite, layer_of, pad_channels, quantize_input
+from duquantpp_jax.ptq.site import QuantizedSite, layer_of, pad_channels, quantize_input
 from duquantpp_jax.ptq.walk import QuantizedLayer, State
 
 
@@ -30,7 +31,7 @@ def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[st
         online = online_cost(quantized.transform, sample.shape[-1])
         report += [
             {
-                "linear": f"model.layers.{number}.{name}",
+                "linear": layer_prefix(number) + name,
                 "bytes": storage_bytes(q),
                 "sqnr_db": _decibel(signal, error),
                 "weight_error": float(weight_error) / max(float(signal), 1e-30),
@@ -79,7 +80,7 @@ def sensitivity(
     site: QuantizedSite,
     *,
     format: Format,
-) -> list[tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]]:
+) -> list[tuple[Float[Array, ""], ...]]:
     """What quantizing costs each linear alone, on a sample of its float input.
 
     Args:
@@ -91,16 +92,13 @@ def sensitivity(
       output, of its error, and of the part of it that rounding the weights alone gives; W' is
       moved, W^ rounded, x^ the moved and quantized input.
     """
-    width = sample.shape[-1]
     seen = quantize_input(sample, site, format)
 
-    def energies(w: Float[Array, "n _"], q: MXArray) -> tuple[Array, Array, Array]:
-        rounded = q.dequantize()
-        y = jnp.matmul(sample[:, : w.shape[-1]], w.T, precision=HIGHEST)
-        error = y - jnp.matmul(seen, rounded.T, precision=HIGHEST)
-        off = site.transform.weights(pad_channels(w, width)) - rounded
-        of_weights = jnp.matmul(seen, off.T, precision=HIGHEST)
-        return tuple(jnp.sum(jnp.square(v)) for v in (y, error, of_weights))  # type: ignore[return-value]
+    def energies(w: Float[Array, "n _"], q: MXArray) -> tuple[Array, ...]:
+        y, rounded = matmul(sample[:, : w.shape[-1]], w), q.dequantize()
+        off = site.transform.weights(pad_channels(w, sample.shape[-1])) - rounded
+        parts = (y, y - matmul(seen, rounded), matmul(seen, off))
+        return tuple(jnp.sum(jnp.square(part)) for part in parts)
 
     return [energies(w, q) for w, q in zip(weights, site.weights, strict=True)]  # type: ignore[arg-type]
 

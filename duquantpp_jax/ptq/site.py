@@ -12,6 +12,7 @@ with Q the activation format. `quantize_linear` does one site, the walk (walk.py
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -19,21 +20,10 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
-from duquantpp_jax.core import (
-    Fitted,
-    Format,
-    MXArray,
-    Recipe,
-    Rounding,
-    Stats,
-    Transform,
-    Weights,
-    stack,
-)
+from duquantpp_jax.core import Fitted, Format, MXArray, Recipe, Rounding, Stats, Transform, Weights
 from duquantpp_jax.formats import MX
+from duquantpp_jax.models.layers import matmul
 from duquantpp_jax.transforms.block import lower
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 @struct.dataclass
@@ -63,11 +53,9 @@ def fit_linear(recipe: Recipe, weights: Weights, stats: Stats, key: Key[Array, "
 
     Its transform is lowered to the one form that block transforms share, where it has that form.
     """
-    width = stats.absmax.shape[-1]
+    width, size = stats.absmax.shape[-1], recipe.activation_format.block_size
     fitted = recipe.fit(tuple(pad_channels(w, width) for w in weights), stats, recipe, key)
-    return dataclasses.replace(
-        fitted, transform=lower(fitted.transform, width, recipe.activation_format.block_size)
-    )
+    return dataclasses.replace(fitted, transform=lower(fitted.transform, width, size))
 
 
 def quantize_linear(
@@ -101,17 +89,22 @@ def _move_and_round(
     if not rounding.needs or not isinstance(format, MX):
         return tuple(rounding(w, format, moved) for w in ws)
     # Each row of an MX format is rounded by itself: one factorization serves all linears.
-    whole = rounding(stack(ws), format, moved)
-    ends = list(itertools.accumulate(w.shape[0] for w in ws))
+    whole = rounding(jnp.concatenate(ws), format, moved)
+    ends = itertools.pairwise(itertools.accumulate((w.shape[0] for w in ws), initial=0))
     return tuple(
         dataclasses.replace(whole, elements=whole.elements[a:b], scales=whole.scales[a:b])
-        for a, b in zip([0, *ends], ends, strict=False)
+        for a, b in ends
     )
 
 
 def layer_of(stacked: Any, layer: int) -> Any:
     """One layer's slice of a pytree whose arrays have a leading layer axis."""
     return jax.tree.map(lambda leaf: leaf[layer], stacked)
+
+
+def join_layers(layers: Iterable[Any]) -> Any:
+    """Pytrees of single layers as one, their arrays with a leading layer axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +125,9 @@ class QuantizedLinear:
             format = formats if isinstance(formats, Format) else dict(formats)[site]
             rounded = self.quantized(pad_channels(x, widths[0]), state, format)
         return tuple(
-            _matmul(rounded, w.dequantize())
+            matmul(rounded, w.dequantize())
             if isinstance(w, MXArray)
-            else _matmul(x, w.astype(jnp.float32))
+            else matmul(x, w.astype(jnp.float32))
             for w in state.weights
         ), None
 
@@ -150,7 +143,3 @@ def quantize_input(
     options = {"clip": site.clip, "scale_offset": site.scale_offset}
     given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
     return format.fake_quantize(site.transform.activations(x), **given)
-
-
-def _matmul(x: Float[Array, "*tokens k"], w: Float[Array, "n k"]) -> Float[Array, "*tokens n"]:
-    return jnp.einsum("...k,nk->...n", x, w, precision=HIGHEST)

@@ -9,7 +9,7 @@
 
 Roundings that compare the two paths (Needs.CROSS) get both: hidden states of the float path and of
 the quantized one, which each go on by themselves, and site after site in a layer, those before it
-quantized, moved_l with the cross Gram matrix. A layer runs `PASSES` times.
+quantized, moved_l with the cross Gram matrix. A layer runs `Plan.passes` times.
 
 `quantize_layer` is one step, for a model that need not be in memory: `duquantpp quantize` writes
 what it returns. `quantize_decoder` takes all steps for a model in memory: the laboratory measures
@@ -18,6 +18,7 @@ output of the quantized layers before it; within a layer all sites are calibrate
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -43,6 +44,7 @@ from duquantpp_jax.ptq.site import (
     QuantizedLinear,
     QuantizedSite,
     fit_linear,
+    join_layers,
     layer_of,
     quantize_linear,
 )
@@ -50,9 +52,6 @@ from duquantpp_jax.transforms.basic import Identity
 
 Progress = Callable[[str], None]
 """Called with what is being done, whenever a part of it is done."""
-
-PASSES = 3 + 2 * len(SITES)
-"""How often a layer runs for roundings that compare the two paths."""
 
 State = dict[str, QuantizedSite] | tuple[dict[str, QuantizedSite], ...]
 """The sites of all layers: stacked, or, where layers differ in what is quantized, stacked in runs.
@@ -170,7 +169,7 @@ def fit_layer(
             recipe = plan.recipes[site]
             place = jax.random.fold_in(jax.random.key(plan.seed), SITES.index(site))
             key = jax.random.split(place, plan.config.num_hidden_layers)[number]
-            weights = _chosen_weights(plan, site, number, parameters)
+            weights = _weights(parameters, plan.names(site, number))
             fits[site] = fit_linear(recipe, weights, keep(stats[site], recipe.needs), key)
         progress("fitting")
     return fits
@@ -185,7 +184,7 @@ def fit_decoder(plan: Plan, model: Decoder, stats: Mapping[str, Stats]) -> dict[
     """
     numbered = enumerate(layers_of(model))
     layers = [fit_layer(plan, n, parameters, layer_of(stats, n)) for n, parameters in numbered]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    return join_layers(layers)
 
 
 def quantize_decoder(
@@ -225,8 +224,7 @@ def quantize_decoder(
         if plan.fuse:
             moved.append(made.parameters)
     if moved:
-        stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *moved)
-        named = {LAYER + name: array for name, array in stacked.items()}
+        named = {LAYER + name: array for name, array in join_layers(moved).items()}
         model = Decoder(model.config, model.parameters() | named)
     return model, plan.linear, stack_layers(sites)
 
@@ -238,12 +236,7 @@ def stack_layers(layers: Iterable[dict[str, QuantizedSite]]) -> State:
         shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(sites)]
         return jax.tree.structure(sites), shapes
 
-    runs: list[list[dict[str, QuantizedSite]]] = []
-    for sites in layers:
-        if not runs or kind(runs[-1][-1]) != kind(sites):
-            runs.append([])
-        runs[-1].append(sites)
-    stacked = tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *run) for run in runs)
+    stacked = tuple(join_layers(run) for _, run in itertools.groupby(layers, kind))
     return stacked[0] if len(stacked) == 1 else stacked
 
 
@@ -256,22 +249,14 @@ def _round_site(
     moved: Stats | None,
 ) -> QuantizedSite:
     """The linears of a site, rounded; those that are not chosen as they are."""
-    quantized = QuantizedSite(Identity(), ())
+    names, quantized = plan.names(site, number), QuantizedSite(Identity(), ())
     if fitted is not None and moved is not None:
-        weights = _chosen_weights(plan, site, number, parameters)
+        weights = _weights(parameters, names)
         quantized = quantize_linear(plan.recipes[site], weights, moved, fitted, moved)
-    rounded = iter(quantized.weights)
-    weights = tuple(
-        next(rounded) if wanted else parameters[name]
-        for name, wanted in zip(SITE_WEIGHTS[site], plan.chosen(site, number), strict=True)
-    )
+    rounded = dict(zip(names, quantized.weights, strict=True))
+    weights = tuple(rounded.get(name, parameters[name]) for name in SITE_WEIGHTS[site])
     return dataclasses.replace(quantized, weights=weights)
 
 
-def _chosen_weights(
-    plan: Plan, site: str, number: int, parameters: Parameters
-) -> tuple[Float32[Array, "_ k"], ...]:
-    chosen = zip(SITE_WEIGHTS[site], plan.chosen(site, number), strict=True)
-    return tuple(
-        jnp.asarray(parameters[name]).astype(jnp.float32) for name, wanted in chosen if wanted
-    )
+def _weights(parameters: Parameters, names: Iterable[str]) -> tuple[Float32[Array, "_ k"], ...]:
+    return tuple(jnp.asarray(parameters[name]).astype(jnp.float32) for name in names)

@@ -79,9 +79,9 @@ def test_held_out_loss_falls_and_is_that_of_the_quantized_blocks(model, learned)
     for number in range(2):
         arrays = {name: array[...][number] for name, array in model.layers.items()}
         block = jax.jit(functools.partial(layer, model.config), static_argnums=(3,))
-        plain, _ = block(plain, arrays, None, dense, dict.fromkeys(SITES))
+        plain, *_ = block(plain, arrays, None, dense, dict.fromkeys(SITES))
         rounding = QuantizedLinear(FORMATS[0])
-        hidden, _ = block(hidden, arrays, None, rounding, layer_of(state, number))
+        hidden, *_ = block(hidden, arrays, None, rounding, layer_of(state, number))
         off = jnp.sum((hidden - plain) ** 2, axis=-1) / jnp.sum(plain**2, axis=-1)
         losses.append(float(jnp.mean(off)))
     assert np.mean(losses) <= min(learned.start_loss, 1.05 * least)
