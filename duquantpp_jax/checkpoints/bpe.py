@@ -26,9 +26,7 @@ SPLITS: dict[str, pre_tokenizers.PreTokenizer | None] = {
     "llama-bpe": pre_tokenizers.Split(Regex(_WORDS % r"\p{N}{1,3}"), "isolated"),
     "qwen2": pre_tokenizers.Split(Regex(_WORDS % r"\p{N}"), "isolated"),
 }
-"""What comes before the byte level, which splits by itself in the first three."""
-
-_SPLIT_WHOLLY = ("llama-bpe", "qwen2")
+"""What comes before the byte level, which splits by itself unless a `Split` does."""
 
 
 def tokenizer(keys: Mapping[str, Any], path: str) -> Tokenizer:
@@ -60,7 +58,7 @@ def tokenizer(keys: Mapping[str, Any], path: str) -> Tokenizer:
     except Exception as error:  # the library raises nothing narrower
         raise ValueError(f"{path}: its tokens or merges are broken ({one_line(error)})") from None
     before = SPLITS[split]
-    level = pre_tokenizers.ByteLevel(False, use_regex=split not in _SPLIT_WHOLLY)
+    level = pre_tokenizers.ByteLevel(False, use_regex=not isinstance(before, pre_tokenizers.Split))
     made.pre_tokenizer = level if before is None else pre_tokenizers.Sequence([before, level])
     made.decoder = decoders.ByteLevel()
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):

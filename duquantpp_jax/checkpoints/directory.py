@@ -29,10 +29,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
-from duquantpp_jax.checkpoints.hugging_face import load
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
+from duquantpp_jax.checkpoints.lazy import load
 from duquantpp_jax.checkpoints.shards import read_json
-from duquantpp_jax.checkpoints.source import Directory
+from duquantpp_jax.checkpoints.source import CONFIG, Directory
 from duquantpp_jax.core import Fitted
 from duquantpp_jax.formats.tensors import from_tensors
 from duquantpp_jax.models import Decoder, DecoderConfig, Linear, dense
@@ -43,8 +43,7 @@ from duquantpp_jax.ptq.walk import State, stack_layers
 from duquantpp_jax.transforms.storage import from_arrays
 
 METHOD = "duquantpp_jax"
-CONFIG, JOB, REPORT = "config.json", "quantization.json", "report.json"
-
+JOB, REPORT = "quantization.json", "report.json"
 ABOUT = "duquantpp_jax"
 """The entry of a file's metadata."""
 

@@ -9,14 +9,12 @@ compressed-tensors   its mxfp4-pack-quantized: of W^ [n, k] the codes, two a byt
 dequantized          every weight moved back through its transform, W = W^ T, and rounded to
     bfloat16; activations are not quantized.
 
-The directory appears whole or not at all.
-
-Source: the library compressed-tensors 0.20, `compressors/mxfp4`, `quantization/quant_config.py` and
-`transform/`.
+Source: the library compressed-tensors 0.20: compressors/mxfp4, quantization/quant_config.py and
+transform/.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,15 +24,13 @@ import numpy as np
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import Quantized
-from duquantpp_jax.checkpoints.directory import CONFIG
-from duquantpp_jax.checkpoints.shards import INDEX
 from duquantpp_jax.checkpoints.source import Directory
-from duquantpp_jax.checkpoints.writer import write_tensors
+from duquantpp_jax.checkpoints.writer import Progress, write_rest, write_tensors
 from duquantpp_jax.core import MXArray, Transform
 from duquantpp_jax.formats import E2M1
 from duquantpp_jax.formats.tensors import pack_codes
-from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig, layer_prefix
-from duquantpp_jax.models.parameters import tensor_name
+from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
+from duquantpp_jax.models.parameters import layer_prefix, tensor_name
 from duquantpp_jax.ptq.fuse import NORMS, split
 from duquantpp_jax.ptq.plan import linear_shapes
 from duquantpp_jax.ptq.site import QuantizedSite
@@ -47,10 +43,9 @@ Tensors = dict[str, np.ndarray]
 
 
 class Layer(NamedTuple):
-    """A layer in another layout.
+    """A layer in another layout: its tensors by their whole names.
 
     Attributes:
-      tensors: Of the layer, by their whole names.
       rotated: Linears whose input a Hadamard matrix moves online.
       floats: Linears that are not quantized.
     """
@@ -64,15 +59,13 @@ def write_export(
     directory: Path,
     format: Literal["compressed-tensors", "dequantized"],
     out: Path,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> list[str]:
-    """Writes a quantized model in another layout; returns notes for the user.
+    """Writes a quantized model in another layout, whole or not at all; returns notes for the user.
 
     Args:
       directory: That `duquantpp quantize` wrote.
-      format: Which layout.
       out: New directory.
-      progress: Called with what is being done, layers done, layers in all.
 
     Raises:
       ValueError: The model cannot be expressed so; one line that says why.
@@ -101,14 +94,10 @@ def write_export(
             rotated += layer.rotated
             floats += layer.floats
         write(count, model.outside())
-        index = {"metadata": {}, "weight_map": dict(sorted(places.items()))}
-        files.write_whole(partial / INDEX, files.to_json(index))
-        for name, content in Directory(model.directory).companions().items():
-            files.write_whole(partial / name, content())
         fields = dict(model.fields)
         if packed:
             fields["quantization_config"] = quantization_config(model, rotated, floats)
-        files.write_whole(partial / CONFIG, files.to_json(fields))
+        write_rest(partial, places, {}, Directory(model.directory), fields)
     return _notes(model, packed, rotated)
 
 
@@ -242,11 +231,7 @@ _ACTIVATIONS: dict[str, dict[str, Any] | None] = {
 
 
 def quantization_config(model: Quantized, rotated: list[str], floats: list[str]) -> dict[str, Any]:
-    """The entry of config.json that the library reads.
-
-    Args:
-      rotated, floats: As in `Layer`, of all layers.
-    """
+    """The entry of config.json that the library reads; lists as in `Layer`, of all layers."""
     groups: dict[str, Any] = {}
     # The library has no names for scale rules: formats that differ in the rule alone are one group.
     formats = {site: name.partition(":")[0] for site, name in model.job.activation_formats.items()}
@@ -259,7 +244,6 @@ def quantization_config(model: Quantized, rotated: list[str], floats: list[str])
             "output_activations": None,
             "format": PACKED,
         }
-    ignore = ["lm_head", *floats]
     online = {"targets": rotated, "location": "input", "inverse": False, "ignore": []}
     scheme = {"type": "hadamard", "apply": [online], "head_dim": BLOCK}
     scheme |= {"randomize": False, "requires_grad": False}
@@ -268,7 +252,7 @@ def quantization_config(model: Quantized, rotated: list[str], floats: list[str])
         "format": PACKED,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ignore,
+        "ignore": ["lm_head", *floats],
         "kv_cache_scheme": None,
         "sparsity_config": {},
         "transform_config": {"config_groups": {"hadamard": scheme}} if rotated else {},

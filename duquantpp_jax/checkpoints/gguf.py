@@ -86,7 +86,7 @@ def read_contents(path: Path) -> tuple[dict[str, Any], dict[str, Blocks]]:
     """The keys of a GGUF file with their values, and its tensors by llama.cpp's names.
 
     Raises:
-      ValueError: It is none, is truncated, or contradicts itself; one line that says how.
+      ValueError: It is none, is truncated, or contradicts itself.
     """
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":

@@ -11,18 +11,16 @@ Source: the directory layout that transformers' `save_pretrained` writes.
 import json
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save as serialize
 from tokenizers import Tokenizer
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints.shards import SINGLE, Stored, one_line, read_stored
+from duquantpp_jax.checkpoints.shards import SINGLE, Stored, one_line
 from duquantpp_jax.checkpoints.source import CONFIG, TOKENIZER, Source, source
 from duquantpp_jax.models.config import DecoderConfig
 from duquantpp_jax.models.decoder import Decoder
@@ -42,11 +40,7 @@ class Place(NamedTuple):
 
 
 def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
-    """The configuration in `directory`/config.json, or that a GGUF file states.
-
-    Raises:
-      ValueError: There is none, or it is not supported.
-    """
+    """The configuration that config.json or a GGUF file states; ValueError says what is wrong."""
     fields = source(directory).fields()
     try:
         return DecoderConfig.from_dict(fields)
@@ -54,24 +48,14 @@ def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
         raise ValueError(f"{directory}: {error}") from None
 
 
-class Headers(NamedTuple):
-    """What the headers of a checkpoint say, held against its config.json.
+def headers(
+    directory: str | os.PathLike[str],
+) -> tuple[Source, DecoderConfig, dict[str, Stored], dict[str, Place]]:
+    """Reads config.json and the headers of the shards: where each tensor lies, and what it fills.
 
-    Attributes:
-      found: Where each tensor lies.
-      shapes: Of every parameter, as `parameter_shapes` has them, and of a tied head that is stored.
-      places: The parameter that each tensor fills.
+    Raises:
+      ValueError: One line naming the file or tensor, what was wrong and what would be right.
     """
-
-    source: Source
-    config: DecoderConfig
-    found: Mapping[str, Stored]
-    shapes: dict[str, tuple[int, ...]]
-    places: dict[str, Place]
-
-
-def headers(directory: str | os.PathLike[str]) -> Headers:
-    """Reads config.json and the headers of the shards; raises ValueError as `load`."""
     model = source(directory)
     config, found = load_config(directory), {**model.tensors()}
     shapes = parameter_shapes(config)
@@ -88,30 +72,23 @@ def headers(directory: str | os.PathLike[str]) -> Headers:
                 f"model that config.json describes has one of shape {list(place.shape)}"
             )
     for name, tensor in found.items():
-        _check_header(name, tensor, places, config)
-    return Headers(model, config, found, shapes, places)
-
-
-def load(directory: str | os.PathLike[str]) -> Decoder:
-    """The float decoder in a Hugging Face directory, or whatever else `source` takes, in float32.
-
-    Tensors in bfloat16 and float16 are widened, which is exact.
-
-    Raises:
-      ValueError: one line naming the file or tensor, what was wrong and what would be right.
-    """
-    _, config, found, shapes, places = headers(directory)
-    arrays = {key: np.empty(shape, np.float32) for key, shape in shapes.items()}
-    for name, array in read_stored(found, places):  # widened as it is copied
-        arrays[places[name].key][places[name].index] = array
-    if config.tie_word_embeddings:
-        head = arrays.pop("lm_head", arrays["model.embed_tokens"])
-        if not np.array_equal(head, arrays["model.embed_tokens"]):
+        if _HARMLESS.fullmatch(name):
+            continue
+        if name not in places:
             raise ValueError(
-                f"{directory}: lm_head.weight differs from model.embed_tokens.weight, but "
-                "config.json says tie_word_embeddings: it must be false, or the two equal"
+                f"tensor {name!r} has no place in a {config.architecture} of "
+                f"{config.num_hidden_layers} layers: config.json must belong to these weights"
             )
-    return Decoder(config, {key: jnp.asarray(array) for key, array in arrays.items()})
+        if tensor.shape != places[name].shape:
+            raise ValueError(
+                f"tensor {name} has shape {list(tensor.shape)}: "
+                f"config.json asks for {list(places[name].shape)}"
+            )
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"tensor {name} has dtype {tensor.dtype}: it must be one of {', '.join(_DTYPES)}"
+            )
+    return model, config, found, places
 
 
 def load_tokenizer(
@@ -152,7 +129,7 @@ def sha256(directory: str | os.PathLike[str]) -> str:
 
 
 def save(model: Decoder, tokenizer_json: str, directory: str | os.PathLike[str]) -> None:
-    """Writes a Hugging Face directory, whole or not at all, in bfloat16 (to nearest, ties to even).
+    """Writes a Hugging Face directory, whole or not at all, in bfloat16 (to nearest, even).
 
     Raises:
       ValueError: `directory` exists and is not an empty directory.
@@ -180,24 +157,3 @@ def _places(config: DecoderConfig, shapes: dict[str, tuple[int, ...]]) -> dict[s
         for layer in range(config.num_hidden_layers):
             places[tensor.replace("*", str(layer))] = Place(key, layer, shape[1:])
     return places
-
-
-def _check_header(
-    name: str, tensor: Stored, places: dict[str, Place], config: DecoderConfig
-) -> None:
-    if _HARMLESS.fullmatch(name):
-        return
-    if name not in places:
-        raise ValueError(
-            f"tensor {name!r} has no place in a {config.architecture} of "
-            f"{config.num_hidden_layers} layers: config.json must belong to these weights"
-        )
-    if tensor.shape != places[name].shape:
-        raise ValueError(
-            f"tensor {name} has shape {list(tensor.shape)}: "
-            f"config.json asks for {list(places[name].shape)}"
-        )
-    if tensor.dtype not in _DTYPES:
-        raise ValueError(
-            f"tensor {name} has dtype {tensor.dtype}: it must be one of {', '.join(_DTYPES)}"
-        )

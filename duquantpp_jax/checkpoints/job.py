@@ -80,7 +80,6 @@ class Job:
         """What the job does to a model.
 
         Args:
-          config: Of the model.
           done: The model is quantized already and nothing is left to fit or to round: of all names
             only formats are looked up, and no module is imported because the job names it.
 

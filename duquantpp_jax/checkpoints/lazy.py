@@ -20,7 +20,8 @@ class Checkpoint:
     """A float checkpoint whose headers have been checked and whose weights are still on disk.
 
     Attributes:
-      source: As what it is read.
+      found: Where each tensor lies.
+      places: The parameter that each tensor fills.
       config: What its config.json says; of the turned model.
 
     Raises:
@@ -29,40 +30,44 @@ class Checkpoint:
     """
 
     def __init__(self, directory: str | os.PathLike[str], turn: Turn | None = None):
-        self.directory, self._headers = Path(directory), headers(directory)
-        self._turn = turn or Turn()
-        self.source = self._headers.source
-        self.config = self._turn.config(self._headers.config)
+        self.directory, self._turn = Path(directory), turn or Turn()
+        self.source, config, self.found, self.places = headers(directory)
+        self._tied, self.config = config.tie_word_embeddings, self._turn.config(config)
 
     def size(self) -> int:
         """Bytes of the files that hold the weights."""
-        files = {tensor.shard for tensor in self._headers.found.values()}
+        files = {tensor.shard for tensor in self.found.values()}
         return sum(path.stat().st_size for path in files)
 
     def layer_tensors(self, number: int) -> dict[str, str]:
         """Tensor names of a layer, and the parameter inside the layer that each fills."""
         return {
             name: place.key.removeprefix(LAYER)
-            for name, place in self._headers.places.items()
+            for name, place in self.places.items()
             if place.key.startswith(LAYER) and place.index == number
         }
 
     def layer(self, number: int) -> dict[str, Float[np.ndarray, "..."]]:
-        """The parameters of a layer, in the type that they are stored in.
-
-        Raises:
-          ValueError: A tensor has NaN or Inf, or a shard is truncated.
-        """
+        """The parameters of a layer, in the type that they are stored in; as `read_stored`."""
         names = self.layer_tensors(number)
-        stored = {names[name]: array for name, array in read_stored(self._headers.found, names)}
+        stored = {names[name]: array for name, array in read_stored(self.found, names)}
         return self._turn.layer(self.config, number, stored)
 
     def outside(self) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
-        """What belongs to no layer, tensor by tensor: embedding, untied head, last norm."""
-        gain = self._read(NORM)
-        yield f"{EMBEDDING}.weight", self._embedding()
+        """What belongs to no layer, tensor by tensor: embedding, untied head, last norm.
+
+        Raises:
+          ValueError: A tied head that is stored is not the embedding; or as `layer`.
+        """
+        gain, embedding = self._read(NORM), self._read(EMBEDDING)
+        head = self._read(HEAD) if f"{HEAD}.weight" in self.places else embedding
+        if self._tied and not np.array_equal(head, embedding):
+            raise ValueError(
+                f"{self.directory}: lm_head.weight differs from model.embed_tokens.weight, but "
+                "config.json says tie_word_embeddings: it must be false, or the two equal"
+            )
+        yield f"{EMBEDDING}.weight", self._turn.outside(self.config, embedding)
         if not self.config.tie_word_embeddings:
-            head = self._read(EMBEDDING if self._headers.config.tie_word_embeddings else HEAD)
             yield f"{HEAD}.weight", self._turn.outside(self.config, head, gain)
         yield f"{NORM}.weight", gain if self._turn.stream is None else np.ones_like(gain)
 
@@ -70,7 +75,8 @@ class Checkpoint:
         self, tokens: Integer[np.ndarray, "rows length"]
     ) -> Float32[np.ndarray, "rows length k"]:
         """The hidden states before the first layer."""
-        return self._embedding()[tokens].astype(np.float32)
+        embedding = self._turn.outside(self.config, self._read(EMBEDDING))
+        return embedding[tokens].astype(np.float32)
 
     def decoder(self) -> Decoder:
         """The whole model in memory, in float32."""
@@ -83,9 +89,17 @@ class Checkpoint:
             arrays[name.removesuffix(".weight")][...] = array
         return Decoder(self.config, {name: jnp.asarray(array) for name, array in arrays.items()})
 
-    def _embedding(self) -> Float[np.ndarray, "vocab k"]:
-        return self._turn.outside(self.config, self._read(EMBEDDING))
-
     def _read(self, name: str) -> Float[np.ndarray, "..."]:
-        ((_, array),) = read_stored(self._headers.found, [f"{name}.weight"])
+        ((_, array),) = read_stored(self.found, [f"{name}.weight"])
         return array
+
+
+def load(directory: str | os.PathLike[str]) -> Decoder:
+    """The float decoder in a Hugging Face directory, or whatever else `source` takes, in float32.
+
+    Tensors in bfloat16 and float16 are widened, which is exact.
+
+    Raises:
+      ValueError: One line naming the file or tensor, what was wrong and what would be right.
+    """
+    return Checkpoint(directory).decoder()

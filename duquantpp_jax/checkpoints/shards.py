@@ -128,11 +128,7 @@ def _opened(shard: Path) -> Any:
 def read_stored(
     found: Mapping[str, Stored], names: Iterable[str]
 ) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
-    """The named tensors in the type that they are stored in, shard by shard.
-
-    Raises:
-      ValueError: a tensor has NaN or Inf; names it.
-    """
+    """The named tensors as they are stored, shard by shard; raises ValueError for NaN and Inf."""
     for name in sorted(names, key=lambda name: (found[name].shard, name)):
         shard, array = found[name].shard, found[name].read()
         # The largest magnitude says it all: NaN wins every maximum. Bits, as integers are fast.

@@ -20,22 +20,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints.directory import (
-    ABOUT,
-    CONFIG,
-    JOB,
-    METHOD,
-    REPORT,
-    is_quantized,
-    layer_file,
-    read_about,
-)
+from duquantpp_jax.checkpoints.directory import ABOUT, JOB, METHOD, REPORT, layer_file, read_about
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.shards import INDEX, one_line, read_json
+from duquantpp_jax.checkpoints.source import CONFIG, Source
 from duquantpp_jax.core import Fitted, MXArray
 from duquantpp_jax.formats.tensors import to_tensors
-from duquantpp_jax.models import SITE_WEIGHTS, SITES, layer_prefix, linear_names
+from duquantpp_jax.models.parameters import SITE_WEIGHTS, SITES, layer_prefix, linear_names
 from duquantpp_jax.ptq.calibration import BATCH_ROWS
 from duquantpp_jax.ptq.fuse import online_cost
 from duquantpp_jax.ptq.plan import Plan
@@ -57,9 +49,10 @@ def begin(out: Path, job: Job, *, overwrite: bool) -> bool:
     Raises:
       ValueError: It belongs to another job; says what differs.
     """
-    if is_quantized(out) and overwrite:
+    begun = (out / JOB).is_file()
+    if begun and overwrite:
         _remove(out, CONFIG, "*.safetensors", INDEX, REPORT, JOB)
-    if not is_quantized(out):
+    if overwrite or not begun:
         files.write_whole(out / JOB, files.to_json({"schema": SCHEMA, "job": job.to_dict()}))
         return False
     described = read_json(out / JOB)
@@ -108,19 +101,16 @@ def write_layers(
         return
     if hidden is None:
         hidden = streams(plan, checkpoint.embed(tokens))
-    steps = steps_of_layer(plan, len(tokens))
+    steps = plan.passes * -(-len(tokens) // BATCH_ROWS) + 2 * len(SITES)  # of a layer, at most
     done = itertools.count(first * steps + 1)
     for number in range(first, count):
         what = f"layer {number + 1} of {count}"
         progress(what, number * steps, count * steps)
-        parameters = checkpoint.layer(number)
-        layer = quantize_layer(
-            plan,
-            number,
-            parameters,
-            hidden,
-            lambda doing: progress(f"{what}: {doing}", next(done), count * steps),  # noqa: B023
-        )
+
+        def says(doing: str) -> None:
+            progress(f"{what}: {doing}", next(done), count * steps)  # noqa: B023
+
+        layer = quantize_layer(plan, number, checkpoint.layer(number), hidden, says)
         if not np.isfinite(hidden).all():
             raise ValueError(
                 f"{what} gives NaN or Inf on the calibration rows: the float model overflows "
@@ -219,11 +209,6 @@ def _resume(out: Path, count: int) -> tuple[int, Float32[np.ndarray, "rows lengt
     return 0, None
 
 
-def steps_of_layer(plan: Plan, rows: int) -> int:
-    """How often `quantize_layer` reports progress, at most."""
-    return plan.passes * -(-rows // BATCH_ROWS) + 2 * len(SITES)
-
-
 def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
     """Writes what is not in layers; config.json last."""
     place, rows = {}, []
@@ -239,7 +224,6 @@ def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
     if untied := bool(fields.get("tie_word_embeddings")) > checkpoint.config.tie_word_embeddings:
         fields["tie_word_embeddings"] = False
     total = sum((out / file).stat().st_size for file in set(place.values()))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place.items()))}
     report = {
         "schema": SCHEMA,
         "job": job.to_dict(),
@@ -249,8 +233,20 @@ def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
         "linears": rows,
     }
     files.write_whole(out / REPORT, files.to_json(report))
-    for name, content in checkpoint.source.companions().items():
-        files.write_whole(out / name, content())
-    files.write_whole(out / INDEX, files.to_json(index))
     fields["quantization_config"] = {"quant_method": METHOD, "schema": SCHEMA, "recipe": job.recipe}
+    write_rest(out, place, {"total_size": total}, checkpoint.source, fields)
+
+
+def write_rest(
+    out: Path,
+    place: Mapping[str, str],
+    metadata: Mapping[str, Any],
+    source: Source,
+    fields: Mapping[str, Any],
+) -> None:
+    """Writes the companions of the model that is read, the index of tensors, and config.json."""
+    for name, content in source.companions().items():
+        files.write_whole(out / name, content())
+    index = {"metadata": metadata, "weight_map": dict(sorted(place.items()))}
+    files.write_whole(out / INDEX, files.to_json(index))
     files.write_whole(out / CONFIG, files.to_json(fields))

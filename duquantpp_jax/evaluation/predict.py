@@ -101,7 +101,6 @@ class Reference:
     ):
         """Args:
           tokens: All but the last of a row are inputs, all but the first are targets.
-          batch_rows: Most rows of a batch; see the top of this file.
           keep_bytes: Bound on the log-probabilities kept on each device.
           devices: They share the batches; all devices of this process by default.
 
@@ -116,7 +115,6 @@ class Reference:
         count, length = tokens.shape
         largest = LARGEST_LOGITS // (length * predictor.model.config.vocab_size)
         self.batch_rows = max(1, min(batch_rows, largest, count))
-        """Rows of a batch."""
         self._mesh = Mesh(np.asarray(devices or jax.local_devices()), ("rows",))
         self._whole = NamedSharding(self._mesh, PartitionSpec())
         self._given, self._placed = predictor, jax.device_put(predictor, self._whole)
@@ -159,36 +157,32 @@ class Reference:
         return [np.concatenate(sums)[: len(self.tokens)] for sums in zip(*parts, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
-def _predicted(
-    predictor: Predictor, tokens: Integer[Array, "rows length"], *, mesh: Mesh
-) -> _Predicted:
-    def of_batch(predictor: Predictor, tokens: Array) -> _Predicted:
-        log_p = predictor.log_probabilities(tokens)
-        return _Predicted(log_p, jnp.argmax(log_p, axis=-1), _nll(log_p, tokens))
+def _on_each_device(of_batch: Callable[..., Any]) -> Any:
+    """Compiles a function of a predictor and arrays; each device gets rows of its own."""
 
-    return _on_each(of_batch, mesh, predictor, tokens)
+    @functools.partial(jax.jit, static_argnames="mesh")
+    def run(predictor: Predictor, *arrays: Any, mesh: Mesh) -> Any:
+        specs = (PartitionSpec(), *[ROWS] * len(arrays))
+        mapped = jax.shard_map(of_batch, mesh=mesh, in_specs=specs, out_specs=ROWS, check_vma=False)
+        return mapped(predictor, *arrays)
+
+    return run
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
+@_on_each_device
+def _predicted(predictor: Predictor, tokens: Integer[Array, "rows length"]) -> _Predicted:
+    log_p = predictor.log_probabilities(tokens)
+    return _Predicted(log_p, jnp.argmax(log_p, axis=-1), _nll(log_p, tokens))
+
+
+@_on_each_device
 def _compared(
-    predictor: Predictor, tokens: Integer[Array, "rows length"], base: _Predicted, *, mesh: Mesh
+    predictor: Predictor, tokens: Integer[Array, "rows length"], base: _Predicted
 ) -> tuple[Float[Array, "rows targets"], ...]:
     """The terms of `RowSums` at every target."""
-
-    def of_batch(predictor: Predictor, tokens: Array, base: _Predicted) -> tuple[Array, ...]:
-        log_q = predictor.log_probabilities(tokens)
-        agree = (base.first == jnp.argmax(log_q, axis=-1)).astype(jnp.float32)
-        return _nll(log_q, tokens), base.nll, kl_divergence(base.log_p, log_q), agree
-
-    return _on_each(of_batch, mesh, predictor, tokens, base)
-
-
-def _on_each(of_batch: Callable[..., Any], mesh: Mesh, predictor: Predictor, *arrays: Any) -> Any:
-    """`of_batch(predictor, *arrays)`, on each device with its own rows of the arrays."""
-    specs = (PartitionSpec(), *[ROWS] * len(arrays))
-    mapped = jax.shard_map(of_batch, mesh=mesh, in_specs=specs, out_specs=ROWS, check_vma=False)
-    return mapped(predictor, *arrays)
+    log_q = predictor.log_probabilities(tokens)
+    agree = (base.first == jnp.argmax(log_q, axis=-1)).astype(jnp.float32)
+    return _nll(log_q, tokens), base.nll, kl_divergence(base.log_p, log_q), agree
 
 
 def _by_row(*at_targets: Float[Array, "rows targets"]) -> list[Float64[np.ndarray, " rows"]]:

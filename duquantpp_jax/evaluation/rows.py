@@ -5,9 +5,9 @@ All tokens of a row but the last are inputs, all but the first are targets. The 
 
     documents   The file is split exactly at <|endoftext|>. Each document is encoded as a whole and
                 cut into rows. Rows are taken round robin (the first of every document, then the
-                second of every document, ...), so any prefix covers all documents evenly. This is
-                the protocol of `compare`: 511 ids after a BOS, so 511 inputs predict 511 targets.
-    stream      The file is encoded as a whole and cut into rows, as in papers: 2048 ids without a
+                second of every document, ...), so any prefix covers all documents evenly. As in
+                `compare`: 511 ids after a BOS, so 511 inputs predict 511 targets.
+    stream      The file is encoded as a whole and cut into rows. As in papers: 2048 ids without a
                 BOS, so 2047 inputs predict 2047 targets.
 
 Nothing is stripped, no special tokens are added, and an incomplete last row is dropped.
@@ -44,7 +44,6 @@ PROTOCOLS: Mapping[str, Protocol] = {
     "documents": Protocol(stream=False, window=TARGETS, bos=True),
     "stream": Protocol(stream=True, window=2048, bos=False),
 }
-"""The protocols of `compare` and of papers."""
 
 
 class Rows(NamedTuple):
@@ -58,13 +57,9 @@ class Rows(NamedTuple):
         """Targets of a row."""
         return self.tokens.shape[1] - 1
 
-    def take(self, rows: int) -> "Rows":
-        """The first rows."""
-        return Rows(self.tokens[:rows], self.documents[:rows])
-
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a UTF-8 file; raises ValueError if it cannot be read or is not UTF-8."""
+    """The text of a file; raises ValueError if it cannot be read or is not UTF-8."""
     try:
         return Path(path).read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -110,4 +105,4 @@ def rows_for_targets(rows: Rows, targets: int, source: str) -> Rows:
             f"{source} has {have} whole rows of {each} targets ({have * each} tokens), but "
             f"{wanted} rows are wanted: give a longer text{fewer}"
         )
-    return rows.take(wanted)
+    return Rows(rows.tokens[:wanted], rows.documents[:wanted])

@@ -6,10 +6,8 @@ from duquantpp_jax.models.decoder import Decoder
 from duquantpp_jax.models.families import FAMILIES
 from duquantpp_jax.models.layers import Linear, dense
 from duquantpp_jax.models.parameters import (
-    LINEARS,
     SITE_WEIGHTS,
     SITES,
-    layer_prefix,
     linear_names,
     parameter_shapes,
     random_parameters,
@@ -17,7 +15,6 @@ from duquantpp_jax.models.parameters import (
 
 __all__ = [
     "FAMILIES",
-    "LINEARS",
     "SITES",
     "SITE_WEIGHTS",
     "Cache",
@@ -27,7 +24,6 @@ __all__ = [
     "Store",
     "dense",
     "empty_cache",
-    "layer_prefix",
     "linear_names",
     "parameter_shapes",
     "random_parameters",

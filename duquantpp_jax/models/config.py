@@ -17,7 +17,7 @@ from duquantpp_jax.models import fields as read
 from duquantpp_jax.models.families import FAMILIES, REFUSED, Family
 from duquantpp_jax.models.rope import Scaling, read_scaling, write_scaling
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +55,6 @@ class DecoderConfig:
     qk_norm: bool = False
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None
-
-    @property
-    def windows(self) -> tuple[int | None, ...]:
-        """The sliding window of each layer; None for a layer that sees all positions before."""
-        types = self.layer_types or (_SLIDING,) * self.num_hidden_layers
-        return tuple(self.sliding_window if kind == _SLIDING else None for kind in types)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
@@ -140,7 +134,7 @@ class DecoderConfig:
             fields["sliding_window"] = self.sliding_window
         if family.windows == "listed":
             fields["use_sliding_window"] = self.sliding_window is not None
-            fields["layer_types"] = [_SLIDING if window else _FULL for window in self.windows]
+            fields["layer_types"] = self.layer_types or (FULL,) * self.num_hidden_layers
         return {
             "architectures": [self.architecture],
             "model_type": family.model_type,
@@ -165,16 +159,16 @@ def _windows(
     types = fields.get("layer_types")
     if types is None:
         first = fields["max_window_layers"] and read.integer(fields, "max_window_layers")
-        types = [_FULL if layer < first else _SLIDING for layer in range(layers)]
-    elif types != [_FULL] * layers:
-        known = isinstance(types, list) and all(kind in (_FULL, _SLIDING) for kind in types)
+        types = [FULL if layer < first else SLIDING for layer in range(layers)]
+    elif types != [FULL] * layers:
+        known = isinstance(types, list) and all(kind in (FULL, SLIDING) for kind in types)
         if not (known and len(types) == layers and window is not None):
             raise ValueError(
                 f"config.json: layer_types = {read.short(types)} is not supported: it must name "
-                f"{_FULL} or {_SLIDING} for each of {layers} layers, and the latter needs "
+                f"{FULL} or {SLIDING} for each of {layers} layers, and the latter needs "
                 "use_sliding_window and a sliding_window"
             )
-    return (window, tuple(types)) if window is not None and _SLIDING in types else (None, None)
+    return (window, tuple(types)) if window is not None and SLIDING in types else (None, None)
 
 
 def _architecture(fields: Mapping[str, Any]) -> str:

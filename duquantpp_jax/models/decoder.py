@@ -43,7 +43,6 @@ class Decoder(nnx.Module):
         and logits are always float32.
       embedding: [vocab, hidden]; also the head where the embeddings are tied.
       layers: Parameters with a leading layer axis, by their names inside a layer of a checkpoint.
-      norm: Gain of the last norm, [hidden].
       head: [vocab, hidden], or None where the embeddings are tied.
     """
 
@@ -112,8 +111,7 @@ class Decoder(nnx.Module):
           state: For each site a pytree of arrays with a leading layer axis; `linear` gets the
             slice of its layer, and None where the site has no state. If the pytrees differ from
             layer to layer: a tuple of such mappings, each for a run of layers.
-          store: Attention sees keys and values as this format of a cache encodes them, as it does
-            in `extend`.
+          store: Attention sees keys and values as this format of a cache encodes them.
 
         Returns:
           The logits, and `{site: out stacked over layers}`.

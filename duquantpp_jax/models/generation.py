@@ -73,11 +73,9 @@ def generate(
     state: Any = None,
     sampling: Sampling = Sampling(),
 ) -> tuple[Int32[Array, "rows new"], Int32[Array, " rows"]]:
-    """Continues each row of a prompt.
+    """Continues each row of a prompt, which has at least a token, by `new` tokens, at least 1.
 
     Args:
-      prompt: Rows of the same length, at least a token.
-      new: Tokens to generate, at least 1.
       linear, state: As for `Decoder.__call__`.
 
     Returns:

@@ -9,15 +9,14 @@ With RMSNorm n(x) = x / sqrt(mean(x^2) + eps) * g, a layer is
     x        += linear("mlp_out", silu(gate) * up, (Wdown,))
 
 Families (families.py) add to it: biases of linears, a norm of each head's q and k before R, a mask
-that hides all but the last positions. The residual stream, norms, rotary positions and softmax are
-always float32.
+that hides all but the last positions.
 
 Source: Touvron et al., LLaMA (arXiv:2302.13971); Shazeer, GLU variants (arXiv:2002.05202); Yang et
 al., Qwen2 (arXiv:2407.10671) and Qwen3 (arXiv:2505.09388) technical reports for biases and norms.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -28,7 +27,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from duquantpp_jax.models.attention import HIGHEST, causal_attention, rotary
 from duquantpp_jax.models.cache import Store
-from duquantpp_jax.models.config import DecoderConfig
+from duquantpp_jax.models.config import FULL, SLIDING, DecoderConfig
 from duquantpp_jax.models.parameters import ATTENTION_NORM, HEAD_NORMS, MLP_NORM, SITE_WEIGHTS
 from duquantpp_jax.models.rope import rotary_frequencies
 
@@ -55,12 +54,18 @@ def rms_norm(
     return scaled * gain.astype(jnp.float32)
 
 
+def join_layers(layers: Iterable[Any]) -> Any:
+    """Pytrees of single layers as one, their arrays with a leading layer axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
 def layer_windows(config: DecoderConfig) -> Int32[np.ndarray, " layers"] | None:
     """Positions that each layer sees, the query's own among them; None where all see everything."""
-    if not any(config.windows):
+    if config.sliding_window is None:
         return None
-    everything = np.iinfo(np.int32).max
-    return np.asarray([window or everything for window in config.windows], np.int32)
+    types = config.layer_types or (SLIDING,) * config.num_hidden_layers
+    seen = {SLIDING: config.sliding_window, FULL: np.iinfo(np.int32).max}
+    return np.asarray([seen[kind] for kind in types], np.int32)
 
 
 def window(config: DecoderConfig, number: int) -> Int32[Array, ""] | None:
@@ -86,7 +91,6 @@ def layer(
 
     Args:
       x: The hidden states before the layer, from position `start` on.
-      parameters: By their names inside the layer.
       linear, state, store: As in `Decoder.__call__`, for a single layer.
       entries: What a cache holds of the layer.
       dtype: Of the matrix products. Matrices take it where they are used, to save memory.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, PRNGKeyArray
+from jaxtyping import Array, Float, Float32, PRNGKeyArray
 
 from duquantpp_jax.models.config import DecoderConfig
 
@@ -28,6 +28,9 @@ LINEARS = tuple(name for names in SITE_WEIGHTS.values() for name in names)
 ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 EMBEDDING, NORM, HEAD, LAYER = "model.embed_tokens", "model.norm", "lm_head", "model.layers.*."
+
+Parameters = Mapping[str, Float[Array | np.ndarray, "..."]]
+"""The parameters of one layer in any float type, by name inside it."""
 
 
 def layer_prefix(layer: int) -> str:

@@ -3,12 +3,7 @@
 from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.fuse import fuse_layer, online_cost
 from duquantpp_jax.ptq.plan import Plan
-from duquantpp_jax.ptq.site import (
-    QuantizedLinear,
-    QuantizedSite,
-    fit_linear,
-    quantize_linear,
-)
+from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, fit_linear, quantize_linear
 from duquantpp_jax.ptq.stores import store
 from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder, quantize_layer
 

@@ -24,23 +24,15 @@ from jaxtyping import Array, Float, Float32, Int, Integer
 
 from duquantpp_jax.core import Fitted, Format, Needs, Stats
 from duquantpp_jax.models import SITES, Decoder, DecoderConfig, dense
-from duquantpp_jax.models.layers import layer, window
-from duquantpp_jax.ptq.site import (
-    QuantizedLinear,
-    QuantizedSite,
-    join_layers,
-    pad_channels,
-    quantize_input,
-)
+from duquantpp_jax.models.layers import join_layers, layer, window
+from duquantpp_jax.models.parameters import Parameters
+from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, pad_channels, quantize_input
 
 SAMPLE_LIMIT = 2048
 """Most tokens of a site that are kept as they are."""
 
 BATCH_ROWS = 4
 """Rows that a device runs at once: attention to them takes less than a large layer's weights."""
-
-Parameters = Mapping[str, Float[Array | np.ndarray, "..."]]
-"""The parameters of one layer, by name inside it."""
 
 Hidden = Float32[np.ndarray, "rows length k"]
 """Hidden states of all calibration rows between two layers, in the memory of the host."""
@@ -71,11 +63,7 @@ def calibrate(
 
 
 def embed(model: Decoder, rows: Integer[np.ndarray, "rows length"]) -> Hidden:
-    """The hidden states that the first layer reads, in a new array.
-
-    Raises:
-      ValueError: The model does not compute in float32.
-    """
+    """The hidden states that the first layer reads; raises ValueError unless they are float32."""
     if model.dtype != jnp.float32:
         raise ValueError(f"a model is quantized in float32, not in {model.dtype}: load it so")
     return np.array(model.embedding[...])[rows]
@@ -106,14 +94,12 @@ def calibrate_layer(
     """Stats of the inputs of one layer; with `fits` and `formats` of the second pass.
 
     Args:
-      parameters: Of the layer, in any float type.
       widths: Of the sites that are calibrated.
       fits, formats: What moves the input of each site, and what it is rounded to.
       after: Overwritten with the layer's output; may be `hidden` itself.
       exact: Input hidden states of the float path, where a rounding needs its inputs as well:
         `hidden` are then those of the quantized one.
       rounded: Sites of the layer that are run quantized, by `linear`.
-      progress: Called after each batch.
     """
     rows, length, _ = hidden.shape
     mesh = Mesh(np.array(jax.devices()), ("rows",)) if jax.device_count() > 1 else None

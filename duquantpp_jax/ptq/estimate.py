@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from duquantpp_jax.core import Format, Needs
-from duquantpp_jax.models import layer_prefix
 from duquantpp_jax.models.attention import HIGHEST
+from duquantpp_jax.models.parameters import layer_prefix
 from duquantpp_jax.ptq.calibration import BATCH_ROWS, SAMPLE_LIMIT
 from duquantpp_jax.ptq.plan import Plan, linear_shapes
 from duquantpp_jax.ptq.report import storage_bytes
@@ -25,8 +25,7 @@ RUNTIME = 2**29
 
 
 def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
-    """Bytes of every linear, and roughly the memory and the seconds that the job takes, for a
-    calibration set of rows x length tokens."""
+    """Bytes of every linear, and roughly the memory and the seconds that the job takes."""
     shapes, config = linear_shapes(plan.config), plan.config
     linears, stats_bytes, largest = [], 0.0, 0
     tokens, layers = rows * length, config.num_hidden_layers
@@ -71,8 +70,10 @@ def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
 
 
 def packed_bytes(format: Format, n: int, k: int) -> int:
-    """Bytes of weights [n, k] as they are stored; of shapes alone, nothing is allocated."""
-    return storage_bytes(jax.eval_shape(format.encode, jax.ShapeDtypeStruct((n, k), jnp.float32)))
+    """Bytes of weights [n, k] as they are stored: those of a block, for every block."""
+    block = format.encode(jnp.zeros((1, format.block_size), jnp.float32))
+    of_tensor = 4 * (block.tensor_scale is not None)
+    return n * k // format.block_size * (storage_bytes(block) - of_tensor) + of_tensor
 
 
 def flops_per_second() -> float:

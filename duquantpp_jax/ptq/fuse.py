@@ -27,18 +27,15 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from duquantpp_jax.core import Chain, Channels, Cost, Fitted, Transform
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
+from duquantpp_jax.models.parameters import ATTENTION_NORM, MLP_NORM, Parameters
 from duquantpp_jax.transforms.basic import Identity, Smooth
 
-NORMS: Mapping[str, str] = {"attention_in": "input_layernorm", "mlp_in": "post_attention_layernorm"}
+NORMS: Mapping[str, str] = {"attention_in": ATTENTION_NORM, "mlp_in": MLP_NORM}
 """The norm that makes the input of a site."""
 _VALUE, _UP, _GATE = "self_attn.v_proj", "mlp.up_proj", "mlp.gate_proj"
-
-Parameters = dict[str, Any]
-"""Of one layer, by name inside it."""
 
 
 class Fused(NamedTuple):
@@ -49,14 +46,14 @@ class Fused(NamedTuple):
       folded: For each given site what its input has been moved by; Identity where by nothing.
     """
 
-    parameters: Parameters
+    parameters: dict[str, Any]
     fits: dict[str, Fitted]
     folded: dict[str, Transform]
 
 
 def fuse_layer(
     config: DecoderConfig,
-    parameters: Mapping[str, Float[Array | np.ndarray, "..."]],
+    parameters: Parameters,
     fits: Mapping[str, Fitted],
     linears: Mapping[str, tuple[str, ...]] = SITE_WEIGHTS,
 ) -> Fused:
@@ -74,33 +71,27 @@ def fuse_layer(
     """
     if unknown := set(fits) - set(SITES):
         raise ValueError(f"{min(unknown)!r} is no site: use {', '.join(SITES)}")
-    moved, weights = dict(parameters), {site: fitted.weights for site, fitted in fits.items()}
-    rests, folded = {}, {}
-    for site, fitted in fits.items():
+    moved, new, folded = dict(parameters), dict(fits), {}
+    for site in fits:
         width = parameters[SITE_WEIGHTS[site][0]].shape[-1]
-        folding = split(config, site, fitted.transform, width)
-        rests[site], folded[site] = folding.rest, folding.folded
+        folding = split(config, site, fits[site].transform, width)
+        folded[site] = folding.folded
+        new[site] = dataclasses.replace(new[site], transform=folding.rest)
         for channels, made in folding.moves:
             for name in SITE_WEIGHTS[site]:
-                moved[name] = channels.weights(_float32(moved[name]))
-            if (given := weights[site]) is not None:
+                moved[name] = channels.weights(jnp.asarray(moved[name], jnp.float32))
+            if (given := new[site].weights) is not None:
                 # The columns beyond the input's width meet the zeros that widen it.
-                weights[site] = tuple(
-                    jnp.concatenate([channels.weights(w[:, :width]), w[:, width:]], axis=1)
-                    for w in given
-                )
+                parts = ((channels.weights(w[:, :width]), w[:, width:]) for w in given)
+                weights = tuple(jnp.concatenate(part, axis=1) for part in parts)
+                new[site] = dataclasses.replace(new[site], weights=weights)
             for name, rows in made.items():
                 _move_rows(moved, name, rows)
                 for other, names in linears.items():
-                    if name in names and (given := weights.get(other)) is not None:
-                        weights[other] = tuple(
-                            rows.activations(w.T).T if inside == name else w
-                            for inside, w in zip(names, given, strict=True)
-                        )
-    new = {
-        site: dataclasses.replace(fitted, transform=rests[site], weights=weights[site])
-        for site, fitted in fits.items()
-    }
+                    if name in names and other in new and (given := new[other].weights) is not None:
+                        pairs = zip(names, given, strict=True)
+                        weights = (rows.activations(w.T).T if n == name else w for n, w in pairs)
+                        new[other] = dataclasses.replace(new[other], weights=tuple(weights))
     return Fused(moved, new, folded)
 
 
@@ -154,13 +145,12 @@ def grouped(fitted: Fitted, config: DecoderConfig) -> Fitted:
     smoothing, stay as they are.
     """
     first, *others = fitted.transform.flat_links()
-    kv_heads, side = config.num_key_value_heads, config.head_dim
-    width = config.num_attention_heads * side
+    width = config.num_attention_heads * config.head_dim
     channels = first.as_channels(width)
     if channels is None or not (channels.in_place and np.all(channels.divisor > 0)):
         return fitted
-    scale = channels.divisor
-    heads = np.log(scale[:width].astype(np.float64)).reshape(kv_heads, -1, side)
+    shape, scale = (config.num_key_value_heads, -1, config.head_dim), channels.divisor
+    heads = np.log(scale[:width].astype(np.float64)).reshape(shape)
     mean = np.exp(np.broadcast_to(heads.mean(axis=1, keepdims=True), heads.shape))
     shared = np.concatenate([mean.ravel(), scale[width:]]).astype(np.float32)
     transform = _chained([Smooth(jnp.asarray(shared)), *others])
@@ -184,15 +174,11 @@ def _chained(transforms: Sequence[Transform]) -> Transform:
     return Chain(tuple(transforms)) if transforms else Identity()
 
 
-def _float32(array: Float[Array | np.ndarray, "..."]) -> Float[Array, "..."]:
-    return jnp.asarray(array).astype(jnp.float32)
-
-
-def _move_rows(parameters: Parameters, name: str, rows: Channels) -> None:
+def _move_rows(parameters: dict[str, Any], name: str, rows: Channels) -> None:
     """Moves what comes out of a norm, or of a linear: its rows and its bias."""
-    parameters[name] = rows.activations(_float32(parameters[name]).T).T
+    parameters[name] = rows.activations(jnp.asarray(parameters[name], jnp.float32).T).T
     if (bias := f"{name}.bias") in parameters:
-        parameters[bias] = rows.activations(_float32(parameters[bias]))
+        parameters[bias] = rows.activations(jnp.asarray(parameters[bias], jnp.float32))
 
 
 def _of_value_heads(config: DecoderConfig, channels: Channels) -> Channels | None:

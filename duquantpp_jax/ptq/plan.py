@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from duquantpp_jax.core import Fitted, Format, Needs, Recipe
-from duquantpp_jax.models import LINEARS, SITE_WEIGHTS, SITES, DecoderConfig, layer_prefix
-from duquantpp_jax.models.parameters import LAYER, parameter_shapes
+from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
+from duquantpp_jax.models.parameters import LAYER, LINEARS, layer_prefix, parameter_shapes
 from duquantpp_jax.ptq.site import QuantizedLinear
 
 
@@ -22,7 +22,7 @@ class Plan:
     Attributes:
       recipes: The method of each site.
       include: Patterns of the linears that are quantized, such as `*.mlp.*` or `model.layers.3.*`.
-      exclude: Of those, the ones that are left in float.
+      exclude: Patterns of those among them that are left in float.
       pad: Widen inputs that blocks do not divide, with zeros (exact).
       seed: For fits that draw random numbers.
       sequential: Calibrate each layer on what the quantized layers before it give.

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from duquantpp_jax.core import Format, MXArray
-from duquantpp_jax.models import SITES, layer_prefix
 from duquantpp_jax.models.layers import matmul
+from duquantpp_jax.models.parameters import SITES, layer_prefix
 from duquantpp_jax.ptq.fuse import online_cost
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import QuantizedSite, layer_of, pad_channels, quantize_input
@@ -22,13 +22,14 @@ def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[st
     """A row for each quantized linear of a layer, as report.json has it (docs/quantize.md)."""
     report = []
     for site, sample in layer.samples.items():
-        inside = plan.names(site, number)
-        weights = tuple(layer.parameters[name].astype(jnp.float32) for name in inside)
+        names = plan.names(site, number)
+        weights = tuple(layer.parameters[name].astype(jnp.float32) for name in names)
         rounded = tuple(q for q in layer.sites[site].weights if isinstance(q, MXArray))
         quantized = dataclasses.replace(layer.sites[site], weights=rounded)
         format = plan.recipes[site].activation_format
         energies = sensitivity(sample, weights, quantized, format=format)
         online = online_cost(quantized.transform, sample.shape[-1])
+        linears = zip(names, rounded, energies, strict=True)
         report += [
             {
                 "linear": layer_prefix(number) + name,
@@ -38,9 +39,7 @@ def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[st
                 "online_multiply_adds": online.multiply_adds,
                 "online_bytes": online.bytes,
             }
-            for name, q, (signal, error, weight_error) in zip(
-                inside, rounded, energies, strict=True
-            )
+            for name, q, (signal, error, weight_error) in linears
         ]
     return report
 
@@ -48,9 +47,7 @@ def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[st
 def costs_by_site(state: State) -> dict[str, dict[str, float]]:
     """What moving the inputs of each site costs while the model runs.
 
-    Returns:
-      For each site `multiply_adds` for each value of its input, mean over layers, and `bytes` of
-      all layers' arrays.
+    `multiply_adds` are for each value of its input, mean over layers; `bytes` are of all layers.
     """
     runs = state if isinstance(state, tuple) else (state,)
     found = {}

@@ -12,7 +12,6 @@ with Q the activation format. `quantize_linear` does one site, the walk (walk.py
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -64,9 +63,7 @@ def quantize_linear(
     """Moves and rounds the linears of one site.
 
     Args:
-      weights: Of the linears that share the input.
       stats: Of the input, before it is moved.
-      fitted: What `fit_linear` gave, or any other.
       moved: Of the input as the linear will see it, moved and quantized (a second calibration),
         for roundings that need it; else what `stats` say of the moved input.
     """
@@ -100,11 +97,6 @@ def _move_and_round(
 def layer_of(stacked: Any, layer: int) -> Any:
     """One layer's slice of a pytree whose arrays have a leading layer axis."""
     return jax.tree.map(lambda leaf: leaf[layer], stacked)
-
-
-def join_layers(layers: Iterable[Any]) -> Any:
-    """Pytrees of single layers as one, their arrays with a leading layer axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
 @dataclasses.dataclass(frozen=True)

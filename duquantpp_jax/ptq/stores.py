@@ -4,8 +4,7 @@
 
 for an orthogonal H, so that rotating costs no accuracy by itself. Keys have a few large channels
 that are the same at every position; H = Hadamard / sqrt(d) spreads them over the head before they
-are rounded. MX blocks lie along each head's channels, so a token is held the same whether it comes
-alone or with others.
+are rounded. MX blocks lie along each head's channels.
 
 Source: Ashkboos et al., QuaRot (arXiv:2404.00456), section 4, for rotated keys; OCP Microscaling
 Formats v1.0 for the blocks.
@@ -42,8 +41,7 @@ the largest of a block saturates at 448 whenever it lies in (448, 512) times its
 
 
 def store(name: str, head_dim: int, *, rotate_keys: bool = False) -> Store:
-    """The store of a name in `FORMATS`; `rotate_keys` rotates queries and keys by a Hadamard matrix
-    of side head_dim.
+    """The store of a name in `FORMATS`; `rotate_keys` rotates queries and keys by H.
 
     Raises:
       ValueError: An unknown name, or a head that the format's blocks or the matrix do not fit.

@@ -141,14 +141,11 @@ class Turn:
         if self.values is not None:
             side, kv_heads = config.head_dim, config.num_key_value_heads
             group = config.num_attention_heads // kv_heads
-            heads = [
-                rotation(self.values, side, self.seed, 1, number, head) for head in range(kv_heads)
-            ]
+            place = self.values, side, self.seed, 1, number
+            heads = [rotation(*place, head) for head in range(kv_heads)]
             _rows(turned, _VALUE, *heads)
-            columns = [
-                _columns(turned[_OUT][:, first * side : (first + 1) * side], heads[first // group])
-                for first in range(config.num_attention_heads)
-            ]
+            parts = np.split(turned[_OUT], config.num_attention_heads, axis=1)
+            columns = [_columns(part, heads[head // group]) for head, part in enumerate(parts)]
             turned[_OUT] = np.concatenate(columns, axis=1)
         return {n: array.astype(parameters[n].dtype, copy=False) for n, array in turned.items()}
 

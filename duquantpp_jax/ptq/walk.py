@@ -29,29 +29,22 @@ from jaxtyping import Array, Float, Float32, Integer
 
 from duquantpp_jax.core import Fitted, Needs, Stats
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder
-from duquantpp_jax.models.parameters import LAYER
-from duquantpp_jax.ptq.calibration import (
-    Hidden,
-    Parameters,
-    calibrate_layer,
-    embed,
-    keep,
-    layers_of,
-)
+from duquantpp_jax.models.layers import join_layers
+from duquantpp_jax.models.parameters import LAYER, Parameters
+from duquantpp_jax.ptq.calibration import Hidden, calibrate_layer, embed, keep, layers_of
 from duquantpp_jax.ptq.fuse import fuse_layer, grouped
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import (
     QuantizedLinear,
     QuantizedSite,
     fit_linear,
-    join_layers,
     layer_of,
     quantize_linear,
 )
 from duquantpp_jax.transforms.basic import Identity
 
 Progress = Callable[[str], None]
-"""Called with what is being done, whenever a part of it is done."""
+"""Called with what is being done, after each batch, fit and rounding."""
 
 State = dict[str, QuantizedSite] | tuple[dict[str, QuantizedSite], ...]
 """The sites of all layers: stacked, or, where layers differ in what is quantized, stacked in runs.
@@ -83,10 +76,8 @@ def quantize_layer(
     """Quantizes a layer and takes the hidden states through it.
 
     Args:
-      parameters: Of the layer, in any float type.
       hidden: Input hidden states, as `streams` has them; overwritten with the layer's output. None
         if `stats` suffice.
-      progress: Called after each batch, fit and rounding.
       stats: Of the float inputs of its sites; without them the layer is calibrated.
     """
     parameters = {name: jnp.asarray(array) for name, array in parameters.items()}
@@ -157,9 +148,7 @@ def fit_layer(
 ) -> dict[str, Fitted]:
     """What moves each site of a layer: fitted by its recipe, or given by the plan.
 
-    Args:
-      stats: Of the float inputs of its sites; may hold more than the fits need.
-      progress: Called after each fit.
+    `stats` are of the float inputs of its sites, and may hold more than the fits need.
     """
     fits = {}
     for site in plan.widths(number):
@@ -178,9 +167,7 @@ def fit_layer(
 def fit_decoder(plan: Plan, model: Decoder, stats: Mapping[str, Stats]) -> dict[str, Fitted]:
     """What the recipes fit at every site of a model in memory, stacked over layers.
 
-    Args:
-      plan: What is done. Every layer must have the same sites to quantize.
-      stats: As `calibrate` gives them, stacked over layers.
+    Every layer must have the same sites to quantize; `stats` are those of `calibrate`.
     """
     numbered = enumerate(layers_of(model))
     layers = [fit_layer(plan, n, parameters, layer_of(stats, n)) for n, parameters in numbered]
@@ -201,7 +188,6 @@ def quantize_decoder(
       tokens: Of the calibration; every position is an input.
       stats: As `calibrate` gives them for these tokens, stacked over layers; without them layers
         are calibrated. What they hold beyond the plan's needs changes nothing.
-      progress: As of `quantize_layer`.
 
     Returns:
       A decoder with the linear and the state that it is called with, as `load_quantized` gives
@@ -213,8 +199,7 @@ def quantize_decoder(
     plan.check()
     if plan.sequential and stats is not None:
         raise ValueError("a sequential plan calibrates on the quantized layers: give no stats")
-    layers = range(plan.config.num_hidden_layers)
-    runs = stats is None or any(plan.rounding_needs(number) for number in layers)
+    runs = stats is None or plan.passes > 1
     hidden = streams(plan, embed(model, tokens)) if runs else None
     sites, moved = [], []
     for number, parameters in enumerate(layers_of(model)):
@@ -259,4 +244,4 @@ def _round_site(
 
 
 def _weights(parameters: Parameters, names: Iterable[str]) -> tuple[Float32[Array, "_ k"], ...]:
-    return tuple(jnp.asarray(parameters[name]).astype(jnp.float32) for name in names)
+    return tuple(jnp.asarray(parameters[name], jnp.float32) for name in names)

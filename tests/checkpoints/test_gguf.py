@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from duquantpp_jax.checkpoints.gguf import read_contents
-from duquantpp_jax.checkpoints.hugging_face import headers, load_tokenizer
+from duquantpp_jax.checkpoints.hugging_face import load_tokenizer
+from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.shards import read_stored
 from tests.checkpoints.spoiling import refusal
 from tests.goldens.llama_cpp import KINDS, weights, write
@@ -104,7 +105,7 @@ def test_a_lie_in_the_header_is_refused_in_one_line_at_once(case, tmp_path):
 def said_of(path):
     """Why a file is refused; None where it is read to the end."""
     try:
-        read = headers(path)
+        read = Checkpoint(path)
         list(read_stored(read.found, read.places))
         load_tokenizer(path)
         read.source.companions()["tokenizer_config.json"]()
@@ -156,7 +157,7 @@ def test_nan_in_a_block_names_the_tensor(tmp_path):
     content = bytearray(path.read_bytes())
     content[where : where + 2] = b"\x00\x7e"
     path.write_bytes(content)
-    read = headers(path)
+    read = Checkpoint(path)
     message = refusal(lambda: list(read_stored(read.found, read.places)))
     assert "model.layers.1.mlp.up_proj.weight" in message
     assert "NaN" in message

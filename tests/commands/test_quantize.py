@@ -141,6 +141,18 @@ def test_it_goes_on_from_the_last_layer_with_all_before_it_and_its_hidden_states
     assert states is None or np.all(states == first)
 
 
+def test_one_process_writes_a_directory_and_removes_what_none_is_writing(tmp_path):
+    left = tmp_path / ".tmpabcdef"
+    for path in (tmp_path / "quantization.json", left):
+        path.touch()
+    with writer.only_writer(tmp_path):
+        assert not left.exists()
+        left.touch()
+        with pytest.raises(ValueError, match="by another process"):
+            writer.only_writer(tmp_path).__enter__()
+        assert left.exists()
+
+
 class Killed(BaseException):
     """In place of a signal: nothing after it runs, not even what tidies up."""
 

@@ -88,7 +88,7 @@ def test_the_protocol_gives_the_rows_of_the_test_bed(data):
     from duquantpp_jax.checkpoints import load_tokenizer
 
     tokenizer = load_tokenizer(data / "models/gutenberg-27m")
-    rows = rows_of_text(read_text(data / "text/gutenberg_valid.txt"), tokenizer, 0).take(512)
+    rows = rows_of_text(read_text(data / "text/gutenberg_valid.txt"), tokenizer, 0)
     counts = np.bincount(rows.documents[:128])
     assert counts.tolist() == [8] * 16  # 128 rows are 8 rows of each of 16 books
-    assert len(rows.documents) == 512
+    assert len(rows.documents) >= 512

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt16
 
-from duquantpp_jax.checkpoints.hugging_face import load as _load
+from duquantpp_jax.checkpoints.lazy import load as _load
 from duquantpp_jax.models.decoder import Decoder
 
 
