@@ -228,11 +228,8 @@ def _outside(kind: str, name: str, noun: type, about: str) -> Any:
 
 
 def import_modules(names: Iterable[str]) -> None:
-    """Imports modules, whose transforms and formats can be read from files from then on.
-
-    Raises:
-      ValueError: One of them cannot be imported.
-    """
+    """Imports modules, whose transforms and formats can be read from files from then on; ValueError
+    if one cannot be imported."""
     for name in names:
         _imported(name, f"--import {name}")
 
@@ -248,11 +245,7 @@ def _imported(module: str, wanted: str) -> Any:
 
 
 def known(kind: str, name: str, names: Iterable[str]) -> str:
-    """`name`, if it is one of `names`.
-
-    Raises:
-      ValueError: It is not; says the nearest one, or all.
-    """
+    """`name`, if it is one of `names`; else ValueError, which says the nearest of them, or all."""
     names = list(names)
     if name in names:
         return name

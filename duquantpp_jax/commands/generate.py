@@ -66,16 +66,9 @@ def continued(options: GenerateOptions) -> str:
             f"tokens of prompt this model has {room} of its {config.max_position_embeddings} "
             "positions left"
         )
-    new, count = generate(
-        model,
-        jnp.asarray([prompt], jnp.int32),
-        jax.random.key(options.seed),
-        store=store,
-        new=options.max_new_tokens,
-        linear=linear,
-        state=state,
-        sampling=sampling,
-    )
+    ids, key = jnp.asarray([prompt], jnp.int32), jax.random.key(options.seed)
+    how = {"store": store, "new": options.max_new_tokens, "sampling": sampling}
+    new, count = generate(model, ids, key, linear=linear, state=state, **how)
     if new[0, count[0] - 1] < 0:
         raise ValueError(
             f"the model gave NaN for token {count[0]} after the prompt: no text is printed"

@@ -42,17 +42,10 @@ def remembering_interrupts() -> Iterator[None]:
 @contextlib.contextmanager
 def progress_bar() -> Iterator[Step]:
     """A bar on stderr if that is a terminal; call it with a description, steps done, all steps."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
-    with bar:
+    what, count = TextColumn("{task.description}"), TextColumn("{task.completed}/{task.total}")
+    columns = (what, BarColumn(), count, TimeElapsedColumn(), TimeRemainingColumn())
+    hidden = not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as bar:
         task = bar.add_task("loading", total=None)
 
         def step(what: str, done: int, total: int) -> None:

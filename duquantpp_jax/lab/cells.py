@@ -93,13 +93,9 @@ class Cell:
         """The recipe that this cell measures; None if linears stay in float."""
         if self.format == FLOAT and self.weight_format is self.activation_format is None:
             return None
-        return recipe(
-            self.fit or (self.recipe if self.fits is None else "rtn"),  # given fits replace it
-            self.format,
-            self.rounding,
-            weight_format=self.weight_format,
-            activation_format=self.activation_format,
-        )
+        fit = self.fit or (self.recipe if self.fits is None else "rtn")  # given fits replace it
+        sides = {"weight_format": self.weight_format, "activation_format": self.activation_format}
+        return recipe(fit, self.format, self.rounding, **sides)
 
     @property
     def format_label(self) -> str:

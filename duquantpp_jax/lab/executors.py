@@ -75,11 +75,9 @@ class Processes:
 
 def gpus(devices: int | None = None) -> Processes:
     """One worker for each NVIDIA GPU that this process may see, for `devices` at most."""
+    present = [str(i) for i, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
     visible = os.environ.get(VISIBLE)
-    if visible is None:
-        names = [str(i) for i, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
-    else:
-        names = [name for name in visible.split(",") if name]
+    names = present if visible is None else [name for name in visible.split(",") if name]
     if not names:
         raise ValueError("no NVIDIA GPU is visible: choose --executor processes")
     return Processes(len(names[:devices]), tuple(names[:devices]))

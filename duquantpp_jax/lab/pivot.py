@@ -44,10 +44,8 @@ class Layout:
 
     def place(self, cell: Cell) -> tuple[str, str]:
         """The cell's row and column."""
-        row, column = (
-            str(getattr(cell, label)) if isinstance(label, str) else label(cell)
-            for label in (self.rows, self.columns)
-        )
+        labels = (self.rows, self.columns)
+        row, column = (str(getattr(cell, n)) if isinstance(n, str) else n(cell) for n in labels)
         return row, column
 
 
@@ -79,8 +77,7 @@ def _pivot(cells: list[Cell], outcome: Outcome, layout: Layout) -> Pivot:
         else:
             about = {"row": row, "column": column, "seed": cell.seed}
             failed.append(about | {"error": outcome.errors[cell]})
-    places = map(layout.place, cells)
-    rows, columns = (list(dict.fromkeys(names)) for names in zip(*places, strict=True))
+    rows, columns = (list(dict.fromkeys(n)) for n in zip(*map(layout.place, cells), strict=True))
     if (baseline := layout.baseline) is not None and baseline not in rows:
         raise ValueError(
             f"the baseline {baseline} is no row of the table: choose one of {', '.join(rows)}"

@@ -20,8 +20,9 @@ from flax import struct
 from jaxtyping import Array, Float, Float32, Int, Key
 
 from duquantpp_jax.core import Format
-from duquantpp_jax.learning.moves import Learned, LearnResult, Moves, SitesObjective
+from duquantpp_jax.learning.moves import Learned, Moves, SitesObjective
 from duquantpp_jax.learning.site import relative_error
+from duquantpp_jax.learning.training import Trained
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig, dense
 from duquantpp_jax.models.layers import layer, window
 from duquantpp_jax.transforms.block import BlockAffine
@@ -65,7 +66,7 @@ def learn_blocks(
     batch_rows: int = 4,
     checkpoint: Path | None = None,
     **options: Any,
-) -> Iterator[LearnResult]:
+) -> Iterator[Trained]:
     """Learns block after block, and yields the result of each.
 
     Args:
@@ -95,12 +96,13 @@ def learn_blocks(
         given = tuple(_run(objective, found.learned, hidden, batch_rows) for hidden in given)
 
 
-def stack_blocks(learned: Sequence[LearnResult]) -> LearnResult:
+def stack_blocks(learned: Sequence[Trained]) -> Trained:
     """What `learn_blocks` gave: fits stacked over layers, losses as means over blocks."""
     fits = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(found.fits for found in learned))
     checks = np.mean([found.history for found in learned], axis=0)
     history = [(int(step), float(loss), float(held_out)) for step, loss, held_out in checks]
-    return LearnResult(fits, float(np.mean([found.start_loss for found in learned])), history)
+    start_loss = float(np.mean([found.start_loss for found in learned]))
+    return Trained(None, start_loss, history, fits)
 
 
 def _run(

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Key
 
 from duquantpp_jax.core import Fitted, Format, Weights
 from duquantpp_jax.learning.quantizer import integer, learnable_quantize, product
-from duquantpp_jax.learning.training import Objective, Rows, train
+from duquantpp_jax.learning.training import Objective, Rows, Trained, train
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.learned import (
     PARAMETRIZATIONS,
@@ -231,16 +231,6 @@ class LearningLinear:
         return transform, x, rounded
 
 
-class LearnResult(NamedTuple):
-    """Fits by site, and how they were learned, as of `Trained`; `learned` is None where several
-    runs have made them."""
-
-    fits: dict[str, Fitted]
-    start_loss: float
-    history: list[tuple[int, float, float]]
-    learned: dict[str, Learned] | None = None
-
-
 @struct.dataclass
 class SitesObjective(Objective):
     """An objective of what moves at some sites, which all learn together.
@@ -278,7 +268,7 @@ class SitesObjective(Objective):
         *,
         learned: dict[str, Learned] | None = None,
         **options: Any,
-    ) -> LearnResult:
+    ) -> Trained:
         """Minimises it by `training.train`.
 
         Args:
@@ -289,7 +279,7 @@ class SitesObjective(Objective):
         learned = learned or {site: moves.init(start[site], weights[site]) for site in start}
         found = train(self, learned, rows, held_out, key, **options)
         fits = {s: moves.fitted(start[s], moved, weights[s]) for s, moved in found.learned.items()}
-        return LearnResult(fits, found.start_loss, found.history, found.learned)
+        return found._replace(fits=fits)
 
 
 def _clamped(

@@ -24,9 +24,9 @@ from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.core import Fitted, Recipe
 from duquantpp_jax.learning.blocks import learn_blocks, stack_blocks
 from duquantpp_jax.learning.model import at_rates, learn_model
-from duquantpp_jax.learning.moves import PARTS, LearnResult, moves_named
+from duquantpp_jax.learning.moves import PARTS, moves_named
 from duquantpp_jax.learning.site import FitLearned, start_of
-from duquantpp_jax.learning.training import warmed_cosine
+from duquantpp_jax.learning.training import Trained, warmed_cosine
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.calibration import calibrate_layer
 from duquantpp_jax.ptq.plan import Plan
@@ -66,10 +66,7 @@ class Optimizer:
     name: str
 
     def __call__(self, schedule: optax.Schedule) -> optax.GradientTransformation:
-        rates = {
-            part: lambda count, factor=factor: factor * schedule(count)
-            for part, factor in FACTORS.items()
-        }
+        rates = {p: lambda count, factor=f: factor * schedule(count) for p, f in FACTORS.items()}
         return at_rates(rates, OPTIMIZERS[self.name]())
 
 
@@ -123,7 +120,7 @@ def learn(
     *,
     place: Path,
     report: Report = lambda *_: None,
-) -> LearnResult:
+) -> Trained:
     """Learns fits for a model.
 
     Args:
@@ -152,7 +149,7 @@ def learn(
         fit = FitLearned(moves, fit, **settings)
     plan = Plan.of(checkpoint.config, dataclasses.replace(recipe, fit=fit), seed=how.seed)
     if how.through == "site":
-        return LearnResult(_learn_sites(plan, checkpoint, calibration, place, report), 0.0, [])
+        return Trained(None, 0.0, [], _learn_sites(plan, checkpoint, calibration, place, report))
     settings |= {"optimizer": optimizer(warmed_cosine(how.rate, count))}
     settings |= {"batch_rows": how.batch_rows}
     formats = (recipe.activation_format, recipe.weight_format)
@@ -166,7 +163,7 @@ def learn(
             report=lambda step, _, loss: report(f"held-out KL {loss:.5f}", step, count),
             **settings,
         )  # fmt: skip
-    done: list[LearnResult] = []
+    done: list[Trained] = []
 
     def say(step: int, _: float, loss: float) -> None:
         what = f"block {len(done) + 1} of {layers}: held-out {loss:.5f}"

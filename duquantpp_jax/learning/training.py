@@ -21,6 +21,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, Integer, Key
 
+from duquantpp_jax.core import Fitted
 from duquantpp_jax.learning import state as states
 
 Rows = Any
@@ -51,12 +52,19 @@ class Progress:
 
 
 class Trained(NamedTuple):
-    """The parameters with the least held-out loss, this loss before the first step, and of every
-    check (step, training loss since the last, held-out loss)."""
+    """The result of training.
+
+    Attributes:
+      learned: The parameters with the least held-out loss; None where several runs gave theirs.
+      start_loss: Held-out loss before the first step.
+      history: (step, training loss since the last, held-out loss) of every check.
+      fits: By site, where sites have learned (`SitesObjective.learn`).
+    """
 
     learned: Any
     start_loss: float
     history: list[tuple[int, float, float]]
+    fits: dict[str, Fitted] = {}  # noqa: RUF012
 
 
 def train(
@@ -85,14 +93,9 @@ def train(
       ValueError: Too few rows, or none held out; a checkpoint of other settings.
     """
     objective, learned, rows = jax.tree.map(jnp.asarray, (objective, learned, rows))
-    state = Progress(
-        step=jnp.int32(0),
-        learned=learned,
-        optimizer=optimizer.init(learned),
-        best=learned,
-        best_loss=jnp.float32(held_out_loss(objective, learned, held_out, batch_rows)),
-    )
-    start_loss, history = float(state.best_loss), []
+    best_loss = jnp.float32(held_out_loss(objective, learned, held_out, batch_rows))
+    state = Progress(jnp.int32(0), learned, optimizer.init(learned), learned, best_loss)
+    start_loss, history = float(best_loss), []
     settings = {}
     if checkpoint is not None:
         settings = {
@@ -130,11 +133,7 @@ def warmed_cosine(rate: float, steps: int) -> optax.Schedule:
 
 
 def held_out_loss(objective: Objective, learned: Any, rows: Rows, batch_rows: int) -> float:
-    """Mean of the objective over all rows.
-
-    Raises:
-      ValueError: There are no rows.
-    """
+    """Mean of the objective over all rows; ValueError if there are none."""
     count = _count(rows)
     if not count:
         raise ValueError("no rows are held out: give some to choose the best step by")

@@ -163,12 +163,10 @@ class FitInTurn:
 
     @property
     def needs(self) -> Needs:
-        """The needs of all the fits together."""
         return functools.reduce(operator.or_, (fit.needs for fit in self.fits), Needs.NOTHING)
 
     @property
     def draws(self) -> bool:
-        """Whether any of the fits draws random numbers."""
         return any(getattr(fit, "draws", False) for fit in self.fits)
 
     def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:

@@ -1,11 +1,14 @@
 """Transforms that move each block of channels by a matrix of its own, or all by one.
 
-    BlockRotation   x'_b = x_b R_b        w'_b = w_b R_b            R_b orthogonal
-    BlockAffine     x'_b = x_b A_b        w'_b = w_b A_b^-T
+    BlockRotation       x'_b = x_b R_b    w'_b = w_b R_b      R_b orthogonal
+    BlockAffine         x'_b = x_b A_b    w'_b = w_b A_b^-T
+    KroneckerRotation   x'_b = x_b R      w'_b = w_b R        R = F_1 x ... x F_m, orthogonal
 
 where x_b are the channels of block b. The side of the matrices is the rotation size; DuQuant++'s
 claim is that it should equal the block size of the format.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +126,50 @@ class BlockAffine(Transform):
 
     def as_blocks(self, width: int, size: int) -> Blocks | None:
         return _of_side(size, width, self.matrices, self.inverses)
+
+
+@struct.dataclass
+class KroneckerRotation(Transform):
+    """T = blockdiag(R, ..., R), R = F_1 x ... x F_m the Kronecker product of orthogonal factors.
+
+    With the channels of a block as an array of m axes, each factor acts on an axis of its own: that
+    takes as many multiply-adds a value as the sides of the factors add up to, not their product.
+    For a Hadamard matrix of side 2^n, a product of n matrices of side 2, this is the fast
+    Walsh-Hadamard transform; a factor joins several of its stages, to suit matrix units.
+    """
+
+    factors: tuple[Float[Array, "*layers _ _"], ...]
+
+    @property
+    def size(self) -> int:
+        """The rotation size r."""
+        return math.prod(factor.shape[-1] for factor in self.factors)
+
+    def activations(self, x: Float[Array, "*tokens k"]) -> Float[Array, "*tokens k"]:
+        if x.shape[-1] % (after := self.size):
+            raise ValueError(
+                f"a Kronecker product of side {after} moves any multiple of {after} channels: "
+                f"got {x.shape[-1]}"
+            )
+        moved = x
+        for factor in self.factors:
+            after //= factor.shape[-1]
+            moved = moved.reshape(-1, factor.shape[-1], after)
+            moved = jnp.einsum("bia,ij->bja", moved, factor, precision=jax.lax.Precision.HIGHEST)
+        return moved.reshape(x.shape)
+
+    def weights(self, w: Float[Array, "*outputs k"]) -> Float[Array, "*outputs k"]:
+        return self.activations(w)
+
+    def inverse(self) -> Transform:
+        return KroneckerRotation(tuple(factor.mT for factor in self.factors))
+
+    def cost(self, width: int) -> Cost:
+        sides = (factor.shape[-1] for factor in self.factors)
+        return Cost(sum(sides), sum(factor.nbytes for factor in self.factors))
+
+    def as_blocks(self, width: int, size: int) -> Blocks | None:
+        return super().as_blocks(width, size) if self.size <= size else None
 
 
 def lower(transform: Transform, width: int, size: int) -> Transform:

@@ -23,8 +23,7 @@ from jaxtyping import Array, Float
 
 from duquantpp_jax.core import Chain, Fitted, Needs, RandomKey, Recipe, Stats, Weights
 from duquantpp_jax.transforms.basic import Smooth
-from duquantpp_jax.transforms.block import BlockRotation, rotation_size
-from duquantpp_jax.transforms.kronecker import KroneckerRotation
+from duquantpp_jax.transforms.block import BlockRotation, KroneckerRotation, rotation_size
 from duquantpp_jax.transforms.paley import paley
 
 DENSE_SIDE = 128
@@ -106,7 +105,6 @@ class FitHadamard:
 
     @property
     def draws(self) -> bool:
-        """Whether signs are random."""
         return self.random_signs
 
     def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:

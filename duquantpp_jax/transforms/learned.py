@@ -182,8 +182,7 @@ def settled(transform: BlockAffine, parametrization: Parametrization | None) -> 
     if parametrization is not None and parametrization.rotates and off < _DRIFT:
         rotations = polished(matrices)
         return BlockAffine(rotations, rotations.mT)
-    inverses = jnp.asarray(np.linalg.inv(matrices), jnp.float32)
-    return BlockAffine(transform.matrices, inverses)
+    return BlockAffine(transform.matrices, jnp.asarray(np.linalg.inv(matrices), jnp.float32))
 
 
 def _condition(transform: BlockAffine) -> Float[Array, "*layers blocks"]:

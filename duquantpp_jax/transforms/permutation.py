@@ -63,7 +63,6 @@ class FitPermutation:
 
     @property
     def draws(self) -> bool:
-        """Whether `kind` is random."""
         return self.kind == "random"
 
     def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:

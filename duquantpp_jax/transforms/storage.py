@@ -28,7 +28,6 @@ from duquantpp_jax import files
 from duquantpp_jax.core import Fitted, Transform
 
 FORMAT = "duquantpp_jax transforms 1"
-_PACKAGE = __name__.partition(".")[0]
 
 
 def to_arrays(
@@ -140,7 +139,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, Transform | Fitted]:
 
 
 def _name(cls: type) -> str:
-    inside = cls.__module__.partition(".")[0] == _PACKAGE
+    inside = cls.__module__.partition(".")[0] == __name__.partition(".")[0]
     return cls.__qualname__ if inside else f"{cls.__module__}:{cls.__qualname__}"
 
 

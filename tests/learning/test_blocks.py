@@ -126,9 +126,9 @@ def test_blocks_are_asked_for_one_at_a_time_and_a_killed_run_goes_on(model, lear
     with pytest.raises(Killed):  # and within the second
         list(run(report=report, **OPTIONS))
     seen = lambda step, *_: steps.append(step)  # noqa: E731
-    _, (fits, *_) = run(report=seen, **OPTIONS)
+    _, second = run(report=seen, **OPTIONS)
     assert steps == [3, 6]
     for site in SITES:
         np.testing.assert_array_equal(
-            fits[site].transform.matrices, learned.fits[site].transform.matrices[1]
+            second.fits[site].transform.matrices, learned.fits[site].transform.matrices[1]
         )

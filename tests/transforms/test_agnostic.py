@@ -10,11 +10,10 @@ import scipy.stats
 from duquantpp_jax import MXFP4
 from duquantpp_jax.core import Needs
 from duquantpp_jax.recipes import recipe
-from duquantpp_jax.transforms.block import BlockRotation, rotation_size
+from duquantpp_jax.transforms.block import BlockRotation, KroneckerRotation, rotation_size
 from duquantpp_jax.transforms.dct import dct
 from duquantpp_jax.transforms.haar import FitHaar
 from duquantpp_jax.transforms.hadamard import FitHadamard, hadamard, hadamard_factors, sequency
-from duquantpp_jax.transforms.kronecker import KroneckerRotation
 from duquantpp_jax.transforms.paley import paley
 from tests.conftest import stats_of
 

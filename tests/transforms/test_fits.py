@@ -14,8 +14,7 @@ from duquantpp_jax.core import Chain, stack
 from duquantpp_jax.recipes import FITS, recipe
 from duquantpp_jax.transforms import storage
 from duquantpp_jax.transforms.basic import Smooth
-from duquantpp_jax.transforms.block import BlockAffine, BlockRotation
-from duquantpp_jax.transforms.kronecker import KroneckerRotation
+from duquantpp_jax.transforms.block import BlockAffine, BlockRotation, KroneckerRotation
 from experiments.health import health
 from tests.conftest import stats_of
 

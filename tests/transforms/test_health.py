@@ -9,9 +9,8 @@ from flax import struct
 from duquantpp_jax.core import Chain, Cost, Transform
 from duquantpp_jax.recipes import FITS, recipe
 from duquantpp_jax.transforms.basic import Identity, Permute, Smooth
-from duquantpp_jax.transforms.block import BlockAffine, BlockRotation
+from duquantpp_jax.transforms.block import BlockAffine, BlockRotation, KroneckerRotation
 from duquantpp_jax.transforms.hadamard import hadamard, hadamard_factors
-from duquantpp_jax.transforms.kronecker import KroneckerRotation
 from experiments.health import health, matrices
 from tests.conftest import stats_of
 

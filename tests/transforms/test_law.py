@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from duquantpp_jax.core import Transform
 from duquantpp_jax.transforms.basic import Identity, Permute, Smooth
-from duquantpp_jax.transforms.block import BlockAffine, BlockRotation, lower
-from duquantpp_jax.transforms.kronecker import KroneckerRotation
+from duquantpp_jax.transforms.block import BlockAffine, BlockRotation, KroneckerRotation, lower
 
 WIDTH = 64
 
