@@ -30,13 +30,6 @@ class Cost:
     bytes: int = 0
     fuses: bool = False
 
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.multiply_adds + other.multiply_adds,
-            self.bytes + other.bytes,
-            self.fuses and other.fuses,
-        )
-
 
 @dataclasses.dataclass(frozen=True)
 class Channels:
@@ -251,7 +244,10 @@ class Chain(Transform):
         return Chain(tuple(link.inverse() for link in reversed(self.links)))
 
     def cost(self, width: int) -> Cost:
-        return sum((link.cost(width) for link in self.links), Cost(fuses=True))
+        costs = [link.cost(width) for link in self.links]
+        multiply_adds = sum(cost.multiply_adds for cost in costs)
+        size = sum(cost.bytes for cost in costs)
+        return Cost(multiply_adds, size, all(cost.fuses for cost in costs))
 
     def as_channels(self, width: int) -> Channels | None:
         whole = Channels.nothing(width)

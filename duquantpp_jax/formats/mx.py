@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, Int, Key, Shaped, UInt8
+from jaxtyping import Array, Float, Float32, Int, Shaped, UInt8
 
-from duquantpp_jax.core import Element, ElementRounding, Format, MXArray, ScaleRule
+from duquantpp_jax.core import Element, ElementRounding, Format, MXArray, RandomKey, ScaleRule
 from duquantpp_jax.formats import scales as sc
 from duquantpp_jax.formats.elements import E2M1, E2M3, E3M2, E4M3, E5M2, encode
 
@@ -39,7 +39,7 @@ OPTIONS = {
 
 Blocks = Float32[Array, "*blocks size"]
 Clip = Float[Array, "*clips"] | None
-Rng = Key[Array, ""] | None
+Rng = RandomKey | None
 Rounded = tuple[UInt8[Array, "*blocks size"], Shaped[Array, "*blocks"], Array | None]
 """Codes and scales of blocks, and the tensor scale for formats that have it."""
 

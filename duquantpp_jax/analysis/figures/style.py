@@ -108,17 +108,15 @@ def powers_of_two(values: Float[Array | np.ndarray, " n"]) -> tuple[float, float
     positive = positive[positive > 0]
     if not positive.size:
         return 1.0, 2.0
-    low, high = _floor_log2(positive.min()), _ceil_log2(positive.max())
+    floors, ceilings = _exponents(positive)
+    low, high = int(floors.min()), int(ceilings.max())
     return 2.0**low, 2.0 ** max(high, low + 1)
 
 
-def _floor_log2(x: float) -> int:
-    return int(np.frexp(x)[1]) - 1  # exact; np.log2 rounds numbers just below a power of two up
-
-
-def _ceil_log2(x: float) -> int:
+def _exponents(x: Any) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+    """floor(log2 x) and ceil(log2 x), exact: np.log2 rounds up just below a power of two."""
     significand, exponent = np.frexp(x)
-    return int(exponent) - int(significand == 0.5)
+    return exponent.astype(np.int64) - 1, exponent - np.int64(significand == 0.5)
 
 
 def power_of_two(exponent: float, _: int | None = None) -> str:
@@ -128,7 +126,7 @@ def power_of_two(exponent: float, _: int | None = None) -> str:
 
 def log2_ticks(axis: Any, low: float, high: float, most: int = 7) -> None:
     """Sets at most `most` evenly spaced ticks, all at powers of two."""
-    first, last = _ceil_log2(low), _floor_log2(high)
+    (_, last), (first, _) = _exponents([low, high])
     step = -(-(last - first + 1) // most)
     axis.set_major_locator(FixedLocator(list(2.0 ** np.arange(first, last + 1, step))))
     axis.set_major_formatter(LogFormatterMathtext(base=2))
