@@ -59,16 +59,17 @@ class Checkpoint:
         Raises:
           ValueError: A tied head that is stored is not the embedding; or as `layer`.
         """
-        gain, embedding = self._read(NORM), self._read(EMBEDDING)
-        head = self._read(HEAD) if f"{HEAD}.weight" in self.places else embedding
-        if self._tied and not np.array_equal(head, embedding):
+        gain, matrix = self._read(NORM), self._read(EMBEDDING)
+        stored = f"{HEAD}.weight" in self.places
+        if self._tied and stored and not np.array_equal(self._read(HEAD), matrix):
             raise ValueError(
                 f"{self.directory}: lm_head.weight differs from model.embed_tokens.weight, but "
                 "config.json says tie_word_embeddings: it must be false, or the two equal"
             )
-        yield f"{EMBEDDING}.weight", self._turn.outside(self.config, embedding)
+        yield f"{EMBEDDING}.weight", self._turn.outside(self.config, matrix)
         if not self.config.tie_word_embeddings:
-            yield f"{HEAD}.weight", self._turn.outside(self.config, head, gain)
+            matrix = matrix if self._tied else self._read(HEAD)
+            yield f"{HEAD}.weight", self._turn.outside(self.config, matrix, gain)
         yield f"{NORM}.weight", gain if self._turn.stream is None else np.ones_like(gain)
 
     def embed(
