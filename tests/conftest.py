@@ -1,6 +1,7 @@
 """Every test runs under strict dtype promotion; real data comes through DUQUANTPP_DATA."""
 
 import dataclasses
+import gc
 import os
 import pathlib
 import shutil
@@ -37,6 +38,13 @@ def pytest_configure(config):
         os.environ[COMPILED_VARIABLE] = directory.name
     jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED_VARIABLE])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def pytest_collection_finish():
+    """Looks for garbage seldom: tracing makes objects by the million, and nearly all stay alive."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 50, 1000)
 
 
 @pytest.fixture
