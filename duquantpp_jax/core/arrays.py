@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -113,6 +114,7 @@ class Element:
         packed = jax.lax.optimization_barrier(codes[..., 0::2] | codes[..., 1::2] << 4)
         return jax.lax.bitcast_convert_type(packed, self.dtype).reshape(codes.shape)
 
+    @functools.partial(jax.jit, static_argnames="self")
     def codes(self, elements: Shaped[Array, "*shape"]) -> UInt8[Array, "*shape"]:
         """The codes of elements; `elements` may be codes already."""
         if elements.dtype == jnp.uint8:
@@ -125,6 +127,7 @@ class Element:
             return jnp.where(half > 28, half - 28, half // 28) | (wide >> 7 << 3)
         return jax.lax.bitcast_convert_type(elements, jnp.uint8)
 
+    @functools.partial(jax.jit, static_argnames="self")
     def decode(
         self, codes: UInt8[Array, "*shape"], exponent: Int[Array, "*#shape"] | int = 0
     ) -> Float32[Array, "*shape"]:
@@ -234,6 +237,7 @@ class MXArray:
         shape = (*self.scales.shape, self.block_size)
         return self._times_scale(jnp.full(shape, self.element.max, jnp.float32))
 
+    @jax.jit
     def _times_scale(self, blocks: Shaped[Array, "*blocks size"]) -> Float32[Array, "*shape"]:
         """Elements, their codes or float32 numbers, times scale (* tensor_scale)."""
         coded = blocks.dtype == jnp.uint8

@@ -44,6 +44,7 @@ class GPTQ:
         return gptq(w, format, mean_gram(stats, "GPTQ"), self.damping, self.search)
 
 
+@functools.partial(jax.jit, static_argnames=("format", "search"))
 def gptq(
     w: Float[Array, "n k"],
     format: Format,
