@@ -13,11 +13,19 @@ import pytest
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.lab import Cell, executors, records, run
 from duquantpp_jax.lab.executors import Processes, Slurm, gpus
+from tests.conftest import COMPILED_VARIABLE
+
+
+@pytest.fixture(autouse=True)
+def _programs(monkeypatch):
+    """Processes find the programs that this one has compiled."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", os.environ[COMPILED_VARIABLE])
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 @pytest.fixture(scope="module")
 def cells(tiny_directory, tiny_text):
-    given = {"tokens": 4 * TARGETS, "calibration_tokens": 4 * TARGETS, "batch_rows": 4}
+    given = {"tokens": 4 * TARGETS, "calibration_tokens": TARGETS, "batch_rows": 4}
     texts = {"text": tiny_text, "calibration_text": tiny_text}
     return [
         Cell("random_hadamard", model=tiny_directory, seed=seed, **texts, **given)
