@@ -20,10 +20,10 @@ from duquantpp_jax.lab import Cell, records, running
 
 
 def grid(model: Path, text: Path) -> list[Cell]:
-    """Cells that share their programs."""
-    given = {"tokens": TARGETS, "calibration_tokens": TARGETS}
-    texts = {"text": text, "calibration_text": text}
-    return [Cell("random_hadamard", model=model, seed=seed, **texts, **given) for seed in range(24)]
+    """Cells that share their programs, and take few: each turns the float model another way."""
+    given = {"tokens": TARGETS, "rotate_stream": "random_hadamard"}
+    given |= {"model": model, "text": text, "calibration_text": text}
+    return [Cell("turned", "float", seed=seed, **given) for seed in range(24)]
 
 
 def sweep(cells: list[Cell], out: Path, log: Path) -> int:
