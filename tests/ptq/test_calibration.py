@@ -34,7 +34,12 @@ def free_port():
 def one_device(tmp_path_factory):
     file = tmp_path_factory.mktemp("stats") / "one.npz"
     done(run(file, 1))
-    return np.load(file)
+    return load(file)
+
+
+def load(file):
+    with np.load(file) as arrays:
+        return dict(arrays)
 
 
 def assert_same_but_for_the_order_of_sums(found, wanted, devices):
@@ -48,7 +53,7 @@ def assert_same_but_for_the_order_of_sums(found, wanted, devices):
 @pytest.mark.slow
 def test_eight_devices_give_what_one_gives(one_device, tmp_path):
     done(run(tmp_path / "eight.npz", 8))
-    assert_same_but_for_the_order_of_sums(np.load(tmp_path / "eight.npz"), one_device, 8)
+    assert_same_but_for_the_order_of_sums(load(tmp_path / "eight.npz"), one_device, 8)
 
 
 @pytest.mark.slow
@@ -58,7 +63,7 @@ def test_two_processes_give_what_one_gives(one_device, tmp_path):
     workers = [run(file, 2, process, 2, port) for process, file in enumerate(files)]
     for worker in workers:
         done(worker)
-    first, second = map(np.load, files)
+    first, second = map(load, files)
     assert_same_but_for_the_order_of_sums(first, one_device, 4)
     for name in first:  # every process has the whole
         np.testing.assert_array_equal(first[name], second[name])

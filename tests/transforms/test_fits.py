@@ -177,8 +177,8 @@ def test_every_fit_is_stored_and_read_back_bit_for_bit(name):
 @pytest.mark.slow
 @each_fit
 def test_every_fit_on_a_real_models_massive_channel(name, data):
-    maxima = np.load(data / "activations/llama-3.2-1b.channel_absmax.npz")
-    absmax = maxima["model.layers.1.mlp.down_proj"]
+    with np.load(data / "activations/llama-3.2-1b.channel_absmax.npz") as maxima:
+        absmax = maxima["model.layers.1.mlp.down_proj"]
     first = int(np.argmax(absmax)) // WIDTH * WIDTH
     absmax = absmax[first : first + WIDTH]
     assert absmax.max() > 500 * np.median(absmax)
