@@ -22,8 +22,8 @@ Last result, 2026-11-29, SmolLM2-135M, 65,408 targets of 8 development books, H2
   Half of the hypothesis holds: activations cost more than weights, but after a Hadamard matrix
   less, since it adds to the part of the weights; smoothing and WUSH take from both. down_proj,
   before which the massive activations are, is not the worst site: gate and up are, and q, k, v
-  without smoothing. The sites add up to the whole within 14 %. By quarters of the layers the first and
-  the last cost 1.7 to 3 times the third.
+  without smoothing. The sites add up to the whole within 14 %. By quarters of the layers the first
+  and the last cost 1.7 to 3 times the third.
 """
 
 import sys
