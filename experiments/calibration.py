@@ -36,7 +36,7 @@ Last result, 2026-11-25 (commit d3e1111), gutenberg-27m on Gutenberg, 65,408 tar
   .005 of 64 for every method there, WUSH's included.
   On SmolLM2-135M (2026-11-29, 8 development books, H200s, 8,000 characters of each calibration
   book, so without the 130,816 tokens): of 128, 511, 2,044 and 8,176 tokens WUSH has +.080*, +.018,
-  -.008, +.016*, duquantpp -.025, -.033, -.017, -.032*, smooth_hadamard -.020, -.018, -.015, -.006.
+  -.008, +.016*, duquantpp -.025, -.033, -.017, -.031*, smooth_hadamard -.020, -.018, -.015, -.006.
 """
 
 import sys

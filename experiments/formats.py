@@ -38,8 +38,8 @@ Last result, 2026-11-25 (commit 94b2184), gutenberg-27m on Gutenberg, 65,408 tar
   (-.0050).
   On SmolLM2-135M (2026-11-29, 8 development books, H200s, seed 0), KL of plain rounding, and what
   block_hadamard, smooth and smooth_hadamard add: mxfp4 even in blocks of 32 1.094, -.158 -.275
-  -.610; nvfp4 .442, +.238 -.151 -.100; nvfp4 4/6 .422, +.119 -.165 -.152; mxfp6 e2m3 .059, -.012
-  -.016 -.033; mxfp6 e3m2 .153, +.016 -.005 -.056; mxfp8 e4m3 .034, +.008 -.000 -.010. With
+  -.610; nvfp4 .442, +.238 -.151 -.100; nvfp4 4/6 .421, +.119 -.165 -.152; mxfp6 e2m3 .059, -.012
+  -.015 -.033; mxfp6 e3m2 .153, +.016 -.005 -.056; mxfp8 e4m3 .034, +.008 -.000 -.010. With
   smoothing before it a rotation helps in wide elements too; in nvfp4 it does not.
 """
 

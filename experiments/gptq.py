@@ -23,10 +23,11 @@ Last result, 2026-11-25 (commit bf5fc7c), 65,408 targets, H100s (results/grid_gp
   Hadamard once GPTQ rounds the weights; only WUSH under even stays ahead, and on WikiText-2 nothing
   does. Having no rotation costs more with GPTQ than without. On the embedded model all but rtn,
   smooth and haar are within .005 of block_hadamard.
-  On SmolLM2-135M (2026-11-29, 8 development books, H200s) the hypothesis holds and the order stays:
-  with GPTQ, floor / even, rtn +.502 / +.500, smooth_hadamard -.028 / -.089, duquantpp -.028 (not
-  significant) / -.033, duquantpp_released -.066 / -.069, wush -.107 / -.133; to nearest +.419 /
-  +.158, -.441 / -.452, -.415 / -.455, -.410 / -.448, -.553 / -.594.
+  On SmolLM2-135M (2026-11-29, 8 development books, H200s) the hypothesis holds; WUSH stays ahead,
+  Hadamard behind what is smoothed: with GPTQ, floor / even, rtn +.502 / +.500, smooth_hadamard
+  -.028 / -.089, duquantpp -.028 (not significant) / -.033, duquantpp_released -.066 / -.069, wush
+  -.107 / -.133; to nearest +.419 / +.158, -.441 / -.452, -.415 / -.455, -.410 / -.448, -.553 /
+  -.594.
 """
 
 import sys

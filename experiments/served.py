@@ -18,11 +18,11 @@ Last result, 2026-11-29, SmolLM2-135M, 65,408 targets of 8 development books, H2
     rceil      .997   1.025  1.031  1.006       .300   .294   .311   .292
     mse        .895   .913   .918   .902        .292   .278   .292   .274
     ceil       1.351  1.391  1.447  1.403       .364   .351   .370   .354
-  with intervals of +- .010 to .022 and +- .003 to .007 on differences. The hypothesis is half
+  with intervals of +- .009 to .033 and +- .003 to .012 on differences. The hypothesis is half
   right: mixing costs nothing, but the sides are far from equal. The rule of weights is worth more,
   and costs nothing to serve, for weights are stored with their scales: a runtime that has rceil
   should get weights by mse (.918, not 1.031; .292, not .311). Activations want even or mse (with
-  Hadamard and weights to nearest floor is level with them). With Hadamard and GPTQ KL and NLL
+  Hadamard and weights to nearest floor is as good or better). With Hadamard and GPTQ KL and NLL
   disagree: weights under even and activations under rceil have a KL .003 lower than floor has on
   both and an NLL .020 +- .008 higher.
 """

@@ -91,7 +91,7 @@ class Bench:
         if plan:
             fits, fit_seconds, calibration, stats = self._fit(cell, plan, start)
             chosen = {"include": cell.include, "exclude": cell.exclude}
-            if chosen != {"include": ("*",), "exclude": ()}:  # fitted on these linears alone
+            if not cell.fits and (cell.include, cell.exclude) != (("*",), ()):  # fit these alone
                 fits = None
             given = dataclasses.replace(plan, fits=fits, **chosen)
             predictor = Predictor(*quantize_decoder(given, start, calibration, stats=stats))
