@@ -66,7 +66,7 @@ class Quantized:
       job: What was done.
 
     Raises:
-      ValueError: The directory is none, is not finished, or was written by a newer version.
+      ValueError: There is none, it is not finished, or was written by a newer version.
     """
 
     def __init__(self, directory: str | os.PathLike[str]):

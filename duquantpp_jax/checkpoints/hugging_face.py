@@ -32,7 +32,7 @@ _HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 class Place(NamedTuple):
-    """The parameter that a tensor fills, at which index (its layer or ...), in what shape."""
+    """The parameter that a tensor fills, at which index (its layer, or Ellipsis), in what shape."""
 
     key: str
     index: Any

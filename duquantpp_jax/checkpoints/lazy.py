@@ -48,24 +48,14 @@ class Checkpoint:
         }
 
     def layer(self, number: int) -> dict[str, Float[np.ndarray, "..."]]:
-        """The parameters of a layer, in the type that they are stored in; as `read_stored`."""
+        """The parameters of a layer, as `read_stored` gives them."""
         names = self.layer_tensors(number)
         stored = {names[name]: array for name, array in read_stored(self.found, names)}
         return self._turn.layer(self.config, number, stored)
 
     def outside(self) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
-        """What belongs to no layer, tensor by tensor: embedding, untied head, last norm.
-
-        Raises:
-          ValueError: A tied head that is stored is not the embedding; or as `layer`.
-        """
-        gain, matrix = self._read(NORM), self._read(EMBEDDING)
-        stored = f"{HEAD}.weight" in self.places
-        if self._tied and stored and not np.array_equal(self._read(HEAD), matrix):
-            raise ValueError(
-                f"{self.directory}: lm_head.weight differs from model.embed_tokens.weight, but "
-                "config.json says tie_word_embeddings: it must be false, or the two equal"
-            )
+        """What belongs to no layer, tensor by tensor: embedding, untied head, last norm."""
+        gain, matrix = self._read(NORM), self._embedding()
         yield f"{EMBEDDING}.weight", self._turn.outside(self.config, matrix)
         if not self.config.tie_word_embeddings:
             matrix = matrix if self._tied else self._read(HEAD)
@@ -76,7 +66,7 @@ class Checkpoint:
         self, tokens: Integer[np.ndarray, "rows length"]
     ) -> Float32[np.ndarray, "rows length k"]:
         """The hidden states before the first layer."""
-        embedding = self._turn.outside(self.config, self._read(EMBEDDING))
+        embedding = self._turn.outside(self.config, self._embedding())
         return embedding[tokens].astype(np.float32)
 
     def decoder(self) -> Decoder:
@@ -89,6 +79,16 @@ class Checkpoint:
         for name, array in self.outside():
             arrays[name.removesuffix(".weight")][...] = array
         return Decoder(self.config, {name: jnp.asarray(array) for name, array in arrays.items()})
+
+    def _embedding(self) -> Float[np.ndarray, "vocab k"]:
+        """As stored; raises ValueError if a tied head is stored that differs from it."""
+        matrix, stored = self._read(EMBEDDING), f"{HEAD}.weight" in self.places
+        if self._tied and stored and not np.array_equal(self._read(HEAD), matrix):
+            raise ValueError(
+                f"{self.directory}: lm_head.weight differs from model.embed_tokens.weight, but "
+                "config.json says tie_word_embeddings: it must be false, or the two equal"
+            )
+        return matrix
 
     def _read(self, name: str) -> Float[np.ndarray, "..."]:
         ((_, array),) = read_stored(self.found, [f"{name}.weight"])

@@ -75,7 +75,7 @@ class RowSums(NamedTuple):
 
 
 class _Predicted(NamedTuple):
-    """Of the reference on a batch: log p, its first token, and -log p_target."""
+    """Predictions of the reference on a batch: log p, its first token, and -log p_target."""
 
     log_p: Float[Array, "rows targets vocab"]
     first: Integer[Array, "rows targets"]

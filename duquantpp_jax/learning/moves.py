@@ -269,7 +269,7 @@ class SitesObjective(Objective):
         learned: dict[str, Learned] | None = None,
         **options: Any,
     ) -> Trained:
-        """Minimises it by `training.train`.
+        """Minimises the loss by `training.train`.
 
         Args:
           weights: Of each site, which the fits are for.

@@ -69,7 +69,7 @@ def layer_windows(config: DecoderConfig) -> Int32[np.ndarray, " layers"] | None:
 
 
 def window(config: DecoderConfig, number: int) -> Int32[Array, ""] | None:
-    """That of `layer_windows` for a single layer."""
+    """Positions that a single layer sees, as of `layer_windows`."""
     windows = layer_windows(config)
     return None if windows is None else jnp.asarray(windows[number])
 
@@ -93,7 +93,7 @@ def layer(
       x: The hidden states before the layer, from position `start` on.
       linear, state, store: As in `Decoder.__call__`, for a single layer.
       entries: What a cache holds of the layer.
-      dtype: Of the matrix products. Matrices take it where they are used, to save memory.
+      dtype: Of the matrix products. Matrices are cast where they are used, to save memory.
     """
     outs, eps = {}, config.rms_norm_eps
     positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)

@@ -6,8 +6,8 @@
 
 One compiled program runs a layer and returns the inputs of its sites; another folds the input of
 one site into its Stats. So what is kept of an input never changes its bits. Several devices share
-the rows of a batch; the sums are then added in another order. Under jax.distributed they are those
-of all processes, each of which is called with the same arguments and gets the same result.
+the rows of a batch; the sums are then added in another order. Under jax.distributed all
+processes share the rows: each is called with the same arguments and gets the same result.
 """
 
 import dataclasses

@@ -22,7 +22,7 @@ class Plan:
     Attributes:
       recipes: The method of each site.
       include: Patterns of the linears that are quantized, such as `*.mlp.*` or `model.layers.3.*`.
-      exclude: Patterns of those among them that are left in float.
+      exclude: Patterns of linears among these that are left in float.
       pad: Widen inputs that blocks do not divide, with zeros (exact).
       seed: For fits that draw random numbers.
       sequential: Calibrate each layer on what the quantized layers before it give.

@@ -101,7 +101,7 @@ def gptq(
 
 
 def mean_gram(stats: Stats, who: str) -> Float[Array, "k k"]:
-    """X^T X / tokens; ValueError if the Stats hold no Gram matrix says that `who` needs it."""
+    """X^T X / tokens; if the Stats hold no Gram matrix, ValueError says that `who` needs it."""
     return stats.require(Needs.GRAM, who) / jnp.maximum(stats.count, 1).astype(jnp.float32)
 
 
