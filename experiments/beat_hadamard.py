@@ -19,7 +19,7 @@ Cost: 14 cells, 18 more with all learned fits under both rules; refining 800 ste
 Last result, 2026-11-25 and 2026-11-28, with a bench of its own that also learned from 19,000 rows
   of other books and from what other rows had learned, gutenberg-27m, 261,632 targets, jax 0.11.2 on
   two H100s that 3 to 6 runs shared (a of 2,400 steps and Hadamard refined: two H200s, 2 runs each;
-  results/beat_hadamard_gutenberg27m_512rows.json; the table is in README.md here). Learned on
+  results/beat_hadamard_gutenberg27m_512rows.json; table in results/gutenberg27m.md). Learned on
   21,197 rows (2,197 of the calibration text, 19,000 of books that the model was trained on). KL,
   floor / even, means of three seeds; the difference is to the best method known before, run again
   here with one seed; in brackets that method, and Hadamard with the same treatment (of which row b

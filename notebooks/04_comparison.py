@@ -83,7 +83,7 @@ print(verdict(results))
 # 8 rows little is certain under `floor`, where no recipe has a star. The verdict asks for a star,
 # and of a recipe that draws random numbers for several seeds too. Under `log256` plain rounding is
 # ahead: where scales fit each block closely there is less for a rotation to win. With 128 rows the
-# intervals are four times narrower (README).
+# intervals are four to six times narrower (experiments/results/compare_testbed_128rows.json).
 #
 # ## The picture
 #
