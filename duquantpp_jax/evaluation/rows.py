@@ -100,7 +100,7 @@ def rows_for_targets(rows: Rows, targets: int, source: str) -> Rows:
     if wanted < 1:
         raise ValueError(f"{targets} targets are less than one row: give at least {each}")
     if wanted > have:
-        fewer = f", or, where an option says how many, at most {have} rows" if have else ""
+        fewer = f", or ask for at most {have} rows" if have else ""
         raise ValueError(
             f"{source} has {have} whole rows of {each} targets ({have * each} tokens), but "
             f"{wanted} rows are wanted: give a longer text{fewer}"
