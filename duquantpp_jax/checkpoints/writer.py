@@ -8,7 +8,6 @@ out.)
 """
 
 import contextlib
-import fcntl
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -74,12 +73,14 @@ def only_writer(out: Path) -> Iterator[None]:
     """
     with (out / JOB).open("r+b") as file:
         try:
+            import fcntl  # of POSIX
+
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
                 f"{out} is being written by another process: wait for it, or give another --out"
             ) from None
-        except OSError:  # a file system without locks: they may be another's
+        except (ImportError, OSError):  # no locks here: the files may be another's
             pass
         else:  # safetensors has a temporary name of its own, .tmpXXXXXX
             _remove(out, ".*.safetensors.*", ".*.json.*", ".tmp??????")
