@@ -5,15 +5,5 @@ from duquantpp_jax.checkpoints.hugging_face import load_config, load_tokenizer, 
 from duquantpp_jax.checkpoints.job import Job
 from duquantpp_jax.checkpoints.lazy import load
 
-__all__ = [
-    "Job",
-    "Quantized",
-    "is_quantized",
-    "load",
-    "load_any",
-    "load_config",
-    "load_quantized",
-    "load_tokenizer",
-    "save",
-    "sha256",
-]
+__all__ = ["Job", "Quantized", "is_quantized", "load", "load_any", "load_config", "load_quantized"]
+__all__ += ["load_tokenizer", "save", "sha256"]

@@ -14,25 +14,6 @@ from duquantpp_jax.core.recipe import Fit, Fitted, RandomKey, Recipe, Rounding, 
 from duquantpp_jax.core.stats import Needs, Stats
 from duquantpp_jax.core.transform import Blocks, Chain, Channels, Cost, Transform, diagonal_blocks
 
-__all__ = [
-    "Blocks",
-    "Chain",
-    "Channels",
-    "Cost",
-    "Element",
-    "ElementRounding",
-    "Fit",
-    "Fitted",
-    "Format",
-    "MXArray",
-    "Needs",
-    "RandomKey",
-    "Recipe",
-    "Rounding",
-    "ScaleRule",
-    "Stats",
-    "Transform",
-    "Weights",
-    "diagonal_blocks",
-    "stack",
-]
+__all__ = ["Blocks", "Chain", "Channels", "Cost", "Element", "ElementRounding", "Fit", "Fitted"]
+__all__ += ["Format", "MXArray", "Needs", "RandomKey", "Recipe", "Rounding", "ScaleRule", "Stats"]
+__all__ += ["Transform", "Weights", "diagonal_blocks", "stack"]

@@ -5,20 +5,6 @@ from duquantpp_jax.evaluation.predict import Predictor, Reference, RowSums, kl_d
 from duquantpp_jax.evaluation.rows import PROTOCOLS, Protocol, Rows, read_text, rows_of_text
 from duquantpp_jax.evaluation.sqnr import linear_sqnr, mean_sqnr
 
-__all__ = [
-    "PROTOCOLS",
-    "Estimate",
-    "Predictor",
-    "Protocol",
-    "Reference",
-    "RowSums",
-    "Rows",
-    "clusters",
-    "estimate",
-    "holm",
-    "kl_divergence",
-    "linear_sqnr",
-    "mean_sqnr",
-    "read_text",
-    "rows_of_text",
-]
+__all__ = ["PROTOCOLS", "Estimate", "Predictor", "Protocol", "Reference", "RowSums", "Rows"]
+__all__ += ["clusters", "estimate", "holm", "kl_divergence", "linear_sqnr", "mean_sqnr"]
+__all__ += ["read_text", "rows_of_text"]

@@ -13,18 +13,6 @@ from duquantpp_jax.models.parameters import (
     random_parameters,
 )
 
-__all__ = [
-    "FAMILIES",
-    "SITES",
-    "SITE_WEIGHTS",
-    "Cache",
-    "Decoder",
-    "DecoderConfig",
-    "Linear",
-    "Store",
-    "dense",
-    "empty_cache",
-    "linear_names",
-    "parameter_shapes",
-    "random_parameters",
-]
+__all__ = ["FAMILIES", "SITES", "SITE_WEIGHTS", "Cache", "Decoder", "DecoderConfig", "Linear"]
+__all__ += ["Store", "dense", "empty_cache", "linear_names", "parameter_shapes"]
+__all__ += ["random_parameters"]

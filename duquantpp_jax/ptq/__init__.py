@@ -7,17 +7,6 @@ from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, fit_linear, q
 from duquantpp_jax.ptq.stores import store
 from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder, quantize_layer
 
-__all__ = [
-    "Plan",
-    "QuantizedLinear",
-    "QuantizedSite",
-    "calibrate",
-    "fit_decoder",
-    "fit_linear",
-    "fuse_layer",
-    "online_cost",
-    "quantize_decoder",
-    "quantize_layer",
-    "quantize_linear",
-    "store",
-]
+__all__ = ["Plan", "QuantizedLinear", "QuantizedSite", "calibrate", "fit_decoder", "fit_linear"]
+__all__ += ["fuse_layer", "online_cost", "quantize_decoder", "quantize_layer", "quantize_linear"]
+__all__ += ["store"]

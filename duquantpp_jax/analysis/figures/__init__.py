@@ -9,13 +9,5 @@ from duquantpp_jax.analysis.figures.results import comparison, divergences
 from duquantpp_jax.analysis.figures.style import picture
 from duquantpp_jax.analysis.figures.surface import surface
 
-__all__ = [
-    "amax_map",
-    "code_occupancy",
-    "comparison",
-    "divergences",
-    "picture",
-    "scale_occupancy",
-    "sqnr",
-    "surface",
-]
+__all__ = ["amax_map", "code_occupancy", "comparison", "divergences", "picture", "scale_occupancy"]
+__all__ += ["sqnr", "surface"]
