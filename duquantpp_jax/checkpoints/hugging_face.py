@@ -8,11 +8,13 @@ one line that says what was wrong and what would be right.
 Source: the directory layout that transformers' `save_pretrained` writes.
 """
 
+import functools
 import json
 import os
 import re
+import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -121,6 +123,46 @@ def load_tokenizer(
             "both must come from one model"
         )
     return tokenizer
+
+
+def chat_prompt(directory: str | os.PathLike[str], message: str) -> str:
+    """A user's message in the model's own chat template, up to where the answer begins.
+
+    Raises:
+      ValueError: jinja2 is not installed, there is no template, or it fails in its sandbox.
+
+    Source: transformers 5.24, utils/chat_template_utils.py, for what a template may use.
+    """
+    try:
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise ValueError("--chat needs jinja2: pip install 'duquantpp_jax[chat]'") from None
+
+    def refuse(reason: str) -> NoReturn:
+        raise ValueError(reason)
+
+    companions = source(directory).companions()
+    try:
+        settings = json.loads(companions.get("tokenizer_config.json", lambda: b"{}")())
+        template = settings.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = {each["name"]: each["template"] for each in template}.get("default")
+        if "chat_template.jinja" in companions:
+            template = companions["chat_template.jinja"]().decode()
+        if template is None:
+            refuse("no chat_template.jinja, and no chat_template in tokenizer_config.json")
+        tokens = {name: t for name, t in settings.items() if name.endswith("_token")}
+        tokens = {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items()}
+        blocks = {"trim_blocks": True, "lstrip_blocks": True}
+        made = ImmutableSandboxedEnvironment(**blocks, extensions=["jinja2.ext.loopcontrols"])
+        made.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+        made.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+        said = {"messages": [{"role": "user", "content": message}], "add_generation_prompt": True}
+        return made.from_string(template).render(**tokens, tools=None, documents=None, **said)
+    except Exception as error:  # a template may raise anything
+        raise ValueError(
+            f"{directory} has no chat template that works ({one_line(error)}): leave out --chat"
+        ) from None
 
 
 def sha256(directory: str | os.PathLike[str]) -> str:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from duquantpp_jax.checkpoints import load_any, load_tokenizer
+from duquantpp_jax.checkpoints.hugging_face import chat_prompt
 from duquantpp_jax.commands.evaluate import Flag, Imports
 from duquantpp_jax.models.generation import Sampling, generate
 from duquantpp_jax.ptq import stores as cache
@@ -21,6 +22,8 @@ class GenerateOptions:
     Attributes:
       model: Hugging Face directory, GGUF file or smollm2 (docs/models.md); or a quantized model.
       prompt: Text to continue; the tokenizer may add special tokens.
+      chat: Take the prompt as a message to the model, in its own chat template (extra chat), and
+        print the answer alone.
       bos: Put the model's beginning-of-sequence token before the prompt.
       max_new_tokens: Tokens to generate, unless an end-of-sequence token comes first.
       temperature: 0 takes the likeliest token; 1 draws from the model's distribution.
@@ -34,6 +37,7 @@ class GenerateOptions:
 
     model: Path
     prompt: str
+    chat: Flag = False
     bos: Flag = False
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -46,13 +50,14 @@ class GenerateOptions:
 
 
 def continued(options: GenerateOptions) -> str:
-    """The prompt and its continuation, as text."""
+    """The prompt and its continuation, as text; of a chat the answer alone."""
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     import_modules(options.imports)
     model, linear, state = load_any(options.model)
     config, tokenizer = model.config, load_tokenizer(options.model, model.config)
     store = cache.store(options.cache, config.head_dim, rotate_keys=options.rotate_keys)
-    prompt = tokenizer.encode(options.prompt).ids
+    text = chat_prompt(options.model, options.prompt) if options.chat else options.prompt
+    prompt = tokenizer.encode(text, add_special_tokens=not options.chat).ids
     if options.bos:
         if config.bos_token_id is None:
             raise ValueError(f"{options.model}/config.json names no bos_token_id: leave out --bos")
@@ -73,7 +78,8 @@ def continued(options: GenerateOptions) -> str:
         raise ValueError(
             f"the model gave NaN for token {count[0]} after the prompt: no text is printed"
         )
-    return tokenizer.decode([*prompt, *np.asarray(new[0, : count[0]]).tolist()])
+    answer = np.asarray(new[0, : count[0]]).tolist()
+    return tokenizer.decode(answer if options.chat else [*prompt, *answer])
 
 
 def run(options: GenerateOptions) -> int:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -286,3 +287,52 @@ def test_gutenberg_27m_has_its_known_perplexity(data):
 
     assert rows.shape == (16, 512)
     assert np.exp(nll(model, rows)) == pytest.approx(23.726, abs=0.005)
+
+
+# Chat templates.
+
+TEMPLATE = """{%- for m in messages %}
+  {%- if m.role not in ['user'] %}{{ raise_exception('no ' + m.role) }}{% endif %}
+  {{- bos_token + '<' + m.role + '>' + m.content | trim + eos_token }}
+  {%- continue %}
+{%- endfor %}
+{% if add_generation_prompt and tools is none %}
+<answer>{{ {"é": documents} | tojson }}
+{% endif %}"""
+WRITTEN = '<s><user>a "b"</s><answer>{"é": null}\n'
+"""What transformers 5.24 makes of it."""
+BASE = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
+
+
+@pytest.mark.parametrize("place", ["config", "several", "file"])
+def test_a_message_is_written_as_transformers_writes_it(place, directory):
+    given = {"config": TEMPLATE, "several": [{"name": "default", "template": TEMPLATE}]}
+    fields = BASE | {"chat_template": given.get(place, "another")}
+    (directory / "tokenizer_config.json").write_text(json.dumps(fields))
+    if place == "file":
+        (directory / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    assert checkpoint.chat_prompt(directory, ' a "b"\n') == WRITTEN
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (None, "no chat_template.jinja, and no chat_template in tokenizer_config.json"),
+        ("{{ raise_exception('no\nsystem') }}", r"\(no system\): leave out --chat"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{% for %}", "no chat template that works"),
+        ("{{ 1 / 0 }}", "division by zero"),
+    ],
+)
+def test_a_template_that_does_not_work_is_refused_in_a_line(template, says, directory):
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(ValueError, match=says) as found:
+        checkpoint.chat_prompt(directory, "a")
+    assert "\n" not in str(found.value)
+
+
+def test_a_chat_without_jinja_names_the_extra(directory, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
+    with pytest.raises(ValueError, match=r"pip install 'duquantpp_jax\[chat\]'"):
+        checkpoint.chat_prompt(directory, "a")

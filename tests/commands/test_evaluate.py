@@ -129,7 +129,7 @@ def test_a_quantized_directory_is_taken_like_a_float_one(
 ):
     quantized, out = tmp_path / "quantized", tmp_path / "results.json"
     model = ("--model", str(tiny_directory), "--recipe", "block_hadamard", "--out", str(quantized))
-    assert cli.main(["quantize", *model, "--rows", "4"]) == 0
+    assert cli.main(["quantize", *model, "--rows", "4", "--calibration-text", str(tiny_text)]) == 0
     more = ("--reference", tiny_directory, "--cache", "bf16", "--window", 60, "--tokens", 600)
     assert cli.main(arguments(quantized, tiny_text, *more, "--out", out)) == 0
     results = json.loads(out.read_text())
@@ -182,9 +182,21 @@ def test_generate_prints_the_prompt_and_goes_on(tiny_directory, capsys):
     assert len(said[0]) > len("once upon\n")
 
 
+def test_a_chat_prints_the_answer_alone(directory, capsys):
+    """Of the same tokens: the template adds nothing to the prompt but the letter w."""
+    template = {"chat_template": "{{ messages[0].content }}w"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(template))
+    command = ["generate", "--model", str(directory), "--max-new-tokens", "8", "--prompt"]
+    assert cli.main([*command, "once upon ", "--chat"]) == 0
+    answer = capsys.readouterr().out
+    assert cli.main([*command, "once upon w"]) == 0
+    assert capsys.readouterr().out == f"once upon w{answer}"
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [
+        (("--prompt", "a", "--chat"), "leave out --chat"),
         (("--prompt", ""), "--prompt is empty"),
         (("--prompt", "a", "--max-new-tokens", "4000"), "has 2047 of its 2048 positions left"),
         (("--prompt", "a", "--temperature", "-1"), "temperature of -1"),
