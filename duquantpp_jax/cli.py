@@ -56,12 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> Any:
-    """The options of the chosen command.
-
-    Raises:
-      ValueError: The arguments are wrong; the parser's message as one line.
-      SystemExit: Help was asked for and printed.
-    """
+    """The options of the chosen command; ValueError has the parser's message as one line."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

@@ -186,11 +186,7 @@ def _named(prefix: str, parameters: Mapping[str, np.ndarray]) -> Tensors:
 
 
 def _turned(transform: Transform, width: int, where: str) -> bool:
-    """Whether Hadamard matrices move a site's input; nothing does if not.
-
-    Raises:
-      ValueError: Something else does.
-    """
+    """Whether Hadamard matrices move a site's input; ValueError if anything else does."""
     kinds = ", ".join(type(link).__name__ for link in transform.flat_links())
     if (blocks := transform.as_blocks(width, BLOCK)) is None:
         raise ValueError(

@@ -196,11 +196,7 @@ def _fits(
 def _starts(
     plan: Plan, checkpoint: Checkpoint, tokens: Tokens, size: int
 ) -> Iterator[tuple[Mapping[str, Any], dict[str, BlockAffine]]]:
-    """Parameters and starts of one layer after the other.
-
-    Raises:
-      ValueError: A start holds weights: learning through blocks starts from those of the model.
-    """
+    """Parameters and starts of one layer after the other; a start must not hold weights."""
     for number, (parameters, fits) in enumerate(_fits(plan, checkpoint, tokens)):
         if any(fitted.weights is not None for fitted in fits.values()):
             raise ValueError(

@@ -144,11 +144,7 @@ def _name(cls: type) -> str:
 
 
 def _class(name: str) -> type:
-    """The class of this name among those that are known.
-
-    Raises:
-      ValueError: None is.
-    """
+    """The class of this name among those that are known; ValueError if none is."""
     classes = (*_subclasses(Transform), Fitted)
     known = {_name(cls): cls for cls in classes if cls.__module__ in sys.modules}
     if name not in known:
