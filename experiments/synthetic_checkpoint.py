@@ -5,7 +5,8 @@ where the real one is not at hand: a Hugging Face directory of sharded safetenso
 tensors normal with standard deviation 0.02, norms 1. Its outputs mean nothing; sizes, shapes and
 the work per layer are those of the real one.
 Command: python -m experiments.synthetic_checkpoint [--layers N] [--seed N] --out DIR
-    duquantpp quantize --model DIR --recipe block_hadamard --out OUT
+    duquantpp quantize --model DIR --recipe block_hadamard --calibration-text TEXT --out OUT
+    (TEXT needs a tokenizer.json in DIR; any byte-level one will do)
 Cost: 32 layers are 15 GiB on disk; a shard (one layer, or an embedding) is in memory at a time.
 Last result: 2026-11-25, block_hadamard with RTN, 64 rows of random ids, two layers on two CPU cores
     shared with other work: 277 s of CPU time, peak resident memory 4.8 GiB. One H100, jax 0.11.2,

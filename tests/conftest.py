@@ -19,6 +19,8 @@ from duquantpp_jax.models.parameters import LAYER
 
 DATA_VARIABLE = "DUQUANTPP_DATA"
 COMPILED_VARIABLE = "DUQUANTPP_TEST_COMPILED"
+TEXT = pathlib.Path(__file__).parents[1] / "LICENSE"
+"""A text of 21 rows in bytes, to calibrate on where the text does not matter."""
 
 
 # Here, and not around each test: a compiled program is kept under it, and what fixtures of modules
@@ -36,6 +38,7 @@ def pytest_configure(config):
         directory = tempfile.TemporaryDirectory(prefix="duquantpp-compiled-")
         config.add_cleanup(directory.cleanup)
         os.environ[COMPILED_VARIABLE] = directory.name
+        os.environ["DUQUANTPP_CACHE"] = str(pathlib.Path(directory.name) / "rows")
     jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED_VARIABLE])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -57,12 +57,13 @@ def test_options_hold_where_a_cell_leaves_them_open(tiny_directory, tiny_text, t
     other = tmp_path / "other.txt"
     other.write_text("other", encoding="utf-8")
     options = AblateOptions(
-        tiny_directory, (tiny_text,), calibration_text=(tiny_text, other), tokens=1022
+        tiny_directory, (tiny_text,), (tiny_text, other), tokens=1022, text_key="body"
     )
     cells = grid(cells_of(module, options), options)
     assert len(cells) == 2 * len(module.CELLS)
     assert {cell.calibration_text for cell in cells} == {tiny_text, other}
     assert {(c.model, c.text, c.tokens) for c in cells} == {(tiny_directory, tiny_text, 1022)}
+    assert {cell.text_key for cell in cells} == {"body"}
     given = dataclasses.replace(module.CELLS[0], calibration_text=other)
     assert [c.calibration_text for c in grid([given], options)] == [other]
 

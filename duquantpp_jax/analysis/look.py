@@ -42,8 +42,8 @@ class InspectOptions:
 
     Attributes:
       model: Hugging Face directory, GGUF file or smollm2 (docs/models.md); or a quantized model.
-      text: UTF-8 text that the model runs on, documents separated by <|endoftext|>; without
-        --model, the embedded rows.
+      text: Text that the model runs on, documents separated by <|endoftext|> or lines of a .jsonl
+        file; without --model, the embedded rows.
       tokens: Tokens of the text, cut down to whole rows of 511.
       site: Inputs to show, by the names of their linears, as in 'model.layers.1.*' or
         '*.down_proj', or by attention_in, attention_out, mlp_in, mlp_out; all by default.
@@ -53,6 +53,7 @@ class InspectOptions:
       drop: One element sets a block's scale if the scale would be at least 2^drop times smaller
         without it.
       out: Directory for outliers.json and the figures.
+      text_key: Of the text in a .jsonl file.
       imports: Modules to import first: those of a quantized model's transforms and formats that are
         not of this package.
     """
@@ -66,6 +67,7 @@ class InspectOptions:
     share: float = 0.01
     drop: int = 1
     out: Path = Path("inspect-out")
+    text_key: str = "text"
     imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
 
 
@@ -102,10 +104,8 @@ def inspect(
     directory = options.model or testbed.directory()
     model, linear, state = load_any(directory)
     chosen = _chosen(model.config.num_hidden_layers, options.site)
-    if options.text is None:
-        rows = subject.load_rows(None, None, options.tokens, "calibration")
-    else:
-        rows = subject.text_rows(directory, model.config, options.text, options.tokens)
+    asked = options.text, options.tokens, "calibration", options.text_key
+    rows = subject.load_rows(options.model, *asked, config=model.config)
     moments: dict[str, dict[str, Moments]] = {}
     for first in range(0, len(rows.tokens), BATCH_ROWS):
         batch = rows.tokens[first : first + BATCH_ROWS, :-1]
@@ -144,11 +144,7 @@ def inspect(
 
 
 def _chosen(layers: int, patterns: tuple[str, ...]) -> list[tuple[int, str]]:
-    """Layer and site of every input whose site, or a linear of it, matches a pattern.
-
-    Raises:
-      ValueError: A pattern matches none.
-    """
+    """Layer and site of every input whose site, or a linear of it, matches a pattern."""
     names = {(i, site): (site, *linear_names(site, i)) for i in range(layers) for site in SITES}
     chosen = set()
     for pattern in patterns:

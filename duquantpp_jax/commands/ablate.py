@@ -39,8 +39,9 @@ class AblateOptions:
 
     Attributes:
       model: Hugging Face directory, GGUF file or smollm2; without it, the embedded model.
-      text: UTF-8 texts to evaluate on, each with its own table.
-      calibration_text: UTF-8 texts to calibrate on; every cell that names none runs with each.
+      text: Texts to evaluate on (docs/evaluate.md), each with its own table.
+      calibration_text: Texts to calibrate on; every cell that names none runs with each. model is
+        rows that the model writes itself.
       data: Further data, for files that read some.
       tokens: Targets to evaluate on, over what the cells say.
       formats: Of weights and activations, by the names of duquantpp quantize; every cell that
@@ -55,6 +56,7 @@ class AblateOptions:
       slurm: Parameters of the jobs as NAME=VALUE, e.g. slurm_partition=gpu gpus_per_node=1.
       cache_gib: Bound on the float model's log-probabilities that each process keeps, in GiB.
       out: Directory of the records, a JSON file for each cell; by default ablate-out/NAME of FILE.
+      text_key: Of the text in .jsonl files, over what the cells say.
       table: Print the table, with differences to the file's baseline.
       summary: JSON file to write the table to, small enough to commit.
       report: HTML page to write.
@@ -75,6 +77,7 @@ class AblateOptions:
     slurm: tuple[str, ...] = ()
     cache_gib: float = 2.0
     out: Path | None = None
+    text_key: str | None = None
     table: bool = False
     summary: Path | None = None
     report: Path | None = None
@@ -154,8 +157,10 @@ def cells_of(module: ModuleType, options: AblateOptions) -> list[Cell]:
 
 def grid(cells: Iterable[Cell], options: AblateOptions) -> list[Cell]:
     """The cells, with the options for what they leave open; each configuration once."""
+    over: dict[str, Any] = {"tokens": options.tokens, "text_key": options.text_key}
+    over = {name: value for name, value in over.items() if value}
     complete = [
-        dataclasses.replace(cell, tokens=options.tokens or cell.tokens, **chosen)
+        dataclasses.replace(cell, **over, **chosen)
         for cell in cells
         for chosen in _choices(cell, options)
     ]

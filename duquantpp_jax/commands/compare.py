@@ -57,8 +57,9 @@ class CompareOptions:
     Attributes:
       model: Hugging Face directory, GGUF file or smollm2 (docs/models.md): a Llama, Mistral, Qwen2
         or Qwen3.
-      text: UTF-8 text to evaluate on; documents separated by <|endoftext|>.
-      calibration_text: UTF-8 text to calibrate on; its first 64 rows of 511 tokens are used.
+      text: Text to evaluate on; documents separated by <|endoftext|>, or lines of a .jsonl file.
+      calibration_text: Text to calibrate on, of which the first 64 rows of 511 tokens are used; or
+        model, for rows that the model writes itself, from each seed.
       tokens: Targets to evaluate on, cut down to whole rows of 511.
       recipes: Methods, by their names in duquantpp_jax.recipes.
       fits: Directories that duquantpp learn wrote for this model: a row each, under their names.
@@ -76,6 +77,7 @@ class CompareOptions:
         second row of every method.
       seed: For recipes that draw random numbers, and for refining.
       seeds: Several of them in place of --seed: which (0 1 2), or how many (3).
+      text_key: Of the text in .jsonl files.
       out: Directory for results.json, timings.json and compare.png.
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
@@ -98,6 +100,7 @@ class CompareOptions:
     refine: int = 0
     seed: int = 0
     seeds: tuple[int, ...] | None = None
+    text_key: str = "text"
     out: Path = Path("compare-out")
     imports: Imports = ()
 
@@ -119,7 +122,7 @@ def cells(options: CompareOptions) -> list[Cell]:
             raise ValueError(f"--{name.replace('_', '-')} is empty: name at least one")
     if options.refine < 0:
         raise ValueError(f"--refine {options.refine}: give a number of steps, or 0 for none")
-    same = ("rounding", "model", "text", "calibration_text", "tokens", "pad", "fuse")
+    same = ("rounding", "model", "text", "calibration_text", "text_key", "tokens", "pad", "fuse")
     same += ("rotate_stream", "rotate_values")
     shared = {name: getattr(options, name) for name in same}
     shared |= {"calibration_tokens": CALIBRATION_ROWS * TARGETS, "batch_rows": BATCH_ROWS}

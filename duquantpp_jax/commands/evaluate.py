@@ -45,7 +45,7 @@ class EvaluateOptions:
 
     Attributes:
       model: Hugging Face directory, GGUF file or smollm2 (docs/models.md); or a quantized model.
-      text: UTF-8 text to evaluate on.
+      text: Text to evaluate on, or .jsonl file, each line a document.
       reference: Directory of the model to compare with, usually the float one; it may be the same
         directory, to see what --cache costs.
       protocol: documents (as in compare: documents separated by <|endoftext|>, each cut into rows
@@ -58,6 +58,7 @@ class EvaluateOptions:
       tokens: Targets to evaluate on, cut down to whole rows; by default all.
       cache: Format of the key-value cache: float32, bf16, mxfp8, mxfp4; by default there is none.
       rotate_keys: Rotate keys and queries by a Hadamard matrix before keys are cached.
+      text_key: Of the text in a .jsonl file.
       out: File for the results, as JSON.
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
@@ -72,6 +73,7 @@ class EvaluateOptions:
     tokens: int | None = None
     cache: str | None = None
     rotate_keys: Flag = False
+    text_key: str = "text"
     out: Path | None = None
     imports: Imports = ()
 
@@ -81,7 +83,7 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
     import_modules(options.imports)
     if options.rotate_keys and options.cache is None:
         raise ValueError("--rotate-keys is about cached keys: give --cache too")
-    text = read_text(options.text)
+    text = read_text(options.text, options.text_key)
     predictor = Predictor(*load_any(options.model))
     config = predictor.model.config
     protocol = _protocol(options, config)

@@ -37,8 +37,9 @@ class LearnOptions(LearnSettings):
 
     Attributes:
       model: Hugging Face directory, GGUF file or smollm2; without it, the embedded model.
-      text: UTF-8 text to learn from, documents separated by <|endoftext|>; without --model and
-        --text, the embedded calibration rows.
+      text: Text to learn from, documents separated by <|endoftext|> or lines of a .jsonl file; or
+        model, for rows that the model writes itself; without --model and --text, the embedded
+        calibration rows.
       rows: Rows of 511 targets to take from the text.
       held_out: Rows that choose the best step and are not learned from: a share or a number.
         Through a site, an eighth of its token sample from the other rows chooses instead.
@@ -48,6 +49,7 @@ class LearnOptions(LearnSettings):
       scale_rule: For formats with a scale rule whose name gives none.
       measure: Print the held-out KL at the start and at the end, with the whole model in memory.
       overwrite: Start anew if --out holds other fits.
+      text_key: Of the text in a .jsonl file.
       out: Directory for the fits.
     """
 
@@ -61,6 +63,7 @@ class LearnOptions(LearnSettings):
     scale_rule: str = "floor"
     measure: bool = True
     overwrite: bool = False
+    text_key: str = "text"
     out: Path = Path("fits")
 
 
@@ -71,7 +74,10 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
       OSError: A file cannot be written; progress is kept.
     """
     if options.model is not None and options.text is None:
-        raise ValueError("--model needs --text: text of the kind that the model was trained on")
+        raise ValueError(
+            "--model needs --text: text of the kind that the model was trained on, or model for "
+            "rows that it writes itself"
+        )
     files.check_writable(options.out)
     options.check()
     weight, activation = (
@@ -79,8 +85,8 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
         for name in (options.weight_formats, options.activation_formats)
     )
     method = recipe(options.start, weight_format=weight, activation_format=activation)
-    tokens = load_rows(options.model, options.text, options.rows * TARGETS, "calibration").tokens
-    tokens = np.asarray(tokens, np.int32)
+    wanted = options.rows * TARGETS, "calibration", options.text_key, options.seed
+    tokens = np.asarray(load_rows(options.model, options.text, *wanted).tokens, np.int32)
     rows, held_out = split(tokens, options.held_out)
     directory = options.model or testbed.directory()
     how = [field.name for field in dataclasses.fields(LearnSettings)]

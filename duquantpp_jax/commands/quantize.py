@@ -11,7 +11,7 @@ from jaxtyping import Integer
 from rich.console import Console
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints import load_config, testbed, writer
+from duquantpp_jax.checkpoints import testbed, writer
 from duquantpp_jax.checkpoints.directory import JOB, REPORT, is_quantized, layer_file, read_layer
 from duquantpp_jax.checkpoints.directory import read_about as read_about_layer
 from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about
@@ -22,6 +22,7 @@ from duquantpp_jax.checkpoints.writer import REFINED, begin, finish, write_layer
 from duquantpp_jax.commands.evaluate import Imports
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.commands.sizes import dry_line, formats_of, quantized_line, table
+from duquantpp_jax.evaluation.own_text import MODEL
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import environment, load_rows, model_and_hash
 from duquantpp_jax.learning import refine as refining
@@ -56,11 +57,11 @@ class QuantizeOptions:
       rounding: How moved weights are rounded.
       scale_rule: How a block's scale is chosen where a format has scale rules and its name says
         none: floor, ceil, even, rceil, mse; for mxfp4 also log256, fp32.
-      calibration_text: UTF-8 text to calibrate on, documents separated by <|endoftext|>; without
-        it random token ids (or, without --model, the embedded rows).
-      seed: For random ids, and for recipes that draw.
-      rows: Rows of 511 tokens to calibrate on (of random ids 512, or what the model has positions
-        for).
+      calibration_text: Text to calibrate on, documents separated by <|endoftext|> or lines of a
+        .jsonl file; without it model: rows that the model writes itself, with all of it in memory
+        (or, without --model, the embedded rows).
+      seed: For rows that the model writes, and for recipes that draw.
+      rows: Rows of 511 tokens to calibrate on.
       include: Linears to quantize, by name, as in '*.mlp.*'.
       exclude: Linears among them to leave in float.
       formats: Of weights and activations: mxfp4, mxfp6, mxfp8, nvfp4, .. of duquantpp_jax.recipes,
@@ -79,6 +80,7 @@ class QuantizeOptions:
         model in memory, on the calibration text. Weights stay as they are.
       dry_run: Print sizes, memory and time; write nothing.
       overwrite: Start anew if --out holds another quantized model.
+      text_key: Of the text in a .jsonl file.
       out: Directory for the quantized model.
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
@@ -104,8 +106,14 @@ class QuantizeOptions:
     refine: int = 0
     dry_run: bool = False
     overwrite: bool = False
+    text_key: str = "text"
     out: Path = Path("quantized")
     imports: Imports = ()
+
+    @property
+    def text(self) -> Path | None:
+        """The text to calibrate on; None is the embedded one."""
+        return self.calibration_text or (self.model and MODEL)
 
 
 def quantize(options: QuantizeOptions, progress: Step = lambda *_: None) -> dict[str, Any]:
@@ -114,6 +122,8 @@ def quantize(options: QuantizeOptions, progress: Step = lambda *_: None) -> dict
     Raises:
       OSError: A file cannot be written; the finished layers are kept.
     """
+    if options.text == MODEL:
+        dry_run(options)  # refuses bad input before rows are written
     job, checkpoint, plan, tokens = _planned(options)
     if not begin(options.out, job, overwrite=options.overwrite):
         with writer.only_writer(options.out):
@@ -126,7 +136,7 @@ def quantize(options: QuantizeOptions, progress: Step = lambda *_: None) -> dict
 
 def dry_run(options: QuantizeOptions) -> dict[str, Any]:
     """The cost of the job, as `estimate` gives it; writes nothing."""
-    *_, plan, tokens = _planned(options)
+    *_, plan, tokens = _planned(dataclasses.replace(options, dry_run=True))
     return estimate(plan, *tokens.shape)
 
 
@@ -187,7 +197,7 @@ def check_out(options: QuantizeOptions) -> None:
 
 
 def calibration_tokens(options: QuantizeOptions) -> tuple[Tokens, str]:
-    """The rows to calibrate on, every position an input, and their source."""
+    """Inputs to calibrate on, in a dry run zeros for what the model would write; their source."""
     if options.refine < 0:
         raise ValueError(f"--refine {options.refine}: give a number of steps, or 0 for none")
     if options.rows < 1 or (options.rows < 2 and options.refine):
@@ -195,19 +205,11 @@ def calibration_tokens(options: QuantizeOptions) -> tuple[Tokens, str]:
         raise ValueError(f"--rows {options.rows}: calibrate on at least {least}")
     if options.seed < 0:
         raise ValueError(f"--seed {options.seed}: give a number from 0 on")
-    if options.calibration_text is None and options.model is not None:
-        if options.refine:
-            raise ValueError("--refine learns from text, not random ids: give --calibration-text")
-        config = load_config(options.model)
-        random = np.random.default_rng(options.seed)
-        length = min(TARGETS + 1, config.max_position_embeddings)
-        tokens = random.integers(0, config.vocab_size, (options.rows, length), np.int32)
-        if config.bos_token_id is not None:
-            tokens[:, 0] = config.bos_token_id
-        return tokens, "random ids"
-    targets = options.rows * TARGETS
-    rows = load_rows(options.model, options.calibration_text, targets, "calibration")
-    text = options.calibration_text
+    text = options.text
+    if text == MODEL and options.dry_run:
+        return np.zeros((options.rows, TARGETS), np.int32), str(text)
+    asked = text, options.rows * TARGETS, "calibration", options.text_key, options.seed
+    rows = load_rows(options.model, *asked)
     return rows.tokens[:, :-1], "embedded rows" if text is None else text.name
 
 
@@ -263,6 +265,8 @@ def run(options: QuantizeOptions) -> int:
         console.print(table(found["linears"]), dry_line(found))
         if options.refine:
             print("Refining is not counted: it holds the whole model and its gradients in memory.")
+        if options.text == MODEL:
+            print("Calibration rows are not counted: the whole model writes them, in memory.")
         return 0
     with progress_bar() as progress:
         done = quantize(options, progress)

@@ -3,12 +3,14 @@
 A row is `window` ids of text, after a beginning-of-sequence token (BOS) if the protocol has one.
 All tokens of a row but the last are inputs, all but the first are targets. The protocols are:
 
-    documents   The file is split exactly at <|endoftext|>. Each document is encoded as a whole and
-                cut into rows. Rows are taken round robin (the first of every document, then the
-                second of every document, ...), so any prefix covers all documents evenly. As in
-                `compare`: 511 ids after a BOS, so 511 inputs predict 511 targets.
-    stream      The file is encoded as a whole and cut into rows. As in papers: 2048 ids without a
-                BOS, so 2047 inputs predict 2047 targets.
+    documents   The file is split exactly at <|endoftext|>; of a .jsonl file each line is a
+                document. Each document is encoded as a whole and cut into rows. Rows are taken
+                round robin (the first of every document, then the second of every document, ...),
+                so any prefix covers all documents evenly. As in `compare`: 511 ids after a BOS, so
+                511 inputs predict 511 targets.
+    stream      The file, or the lines of a .jsonl file joined by blank lines, is encoded as a whole
+                and cut into rows. As in papers: 2048 ids without a BOS, so 2047 inputs predict 2047
+                targets.
 
 Nothing is stripped, no special tokens are added, and an incomplete last row is dropped.
 
@@ -17,7 +19,11 @@ tokenizer call may put a BOS before the whole text; here there is none.
 """
 
 import dataclasses
+import gzip
+import json
+import lzma
 import os
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +35,8 @@ from tokenizers import Tokenizer
 SEPARATOR = "<|endoftext|>"
 TARGETS = 511
 """Targets of a row of `compare`."""
+_PACKED = {b"\x1f\x8b": gzip.decompress, b"\xfd7zXZ\x00": lzma.decompress}
+"""By the first bytes of a file, with which no UTF-8 text begins."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,24 +66,65 @@ class Rows(NamedTuple):
         return self.tokens.shape[1] - 1
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a file; raises ValueError if it cannot be read or is not UTF-8."""
+def read_text(path: str | os.PathLike[str], key: str = "text") -> str | list[str]:
+    """The text of a file, or the documents of a .jsonl file: in each line the string under `key`.
+
+    Files that gzip or xz packed are unpacked, and a byte-order mark is skipped.
+
+    Raises:
+      ValueError: It cannot be read or unpacked, is not UTF-8, or a line has no such string.
+    """
     try:
-        return Path(path).read_bytes().decode("utf-8")
+        content = Path(path).read_bytes()
+        unpack = next((u for magic, u in _PACKED.items() if content.startswith(magic)), bytes)
+        text = unpack(content).decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 (byte {error.start} is {error.object[error.start]:#04x}): "
             "convert the text to UTF-8"
         ) from None
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} cannot be unpacked ({error}): fetch it again") from None
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror}): give a text file") from None
+    kind = [end for end in Path(path).suffixes if end not in (".gz", ".xz")][-1:]
+    return _documents(text, path, key) if kind == [".jsonl"] else text
+
+
+def _documents(text: str, path: str | os.PathLike[str], key: str) -> list[str]:
+    documents = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            if not isinstance(fields := json.loads(line), dict):
+                raise TypeError(f"it is a {type(fields).__name__}")
+            strings = {n: v for n, v in fields.items() if isinstance(v, str)}
+            strings.get(key, "").encode()  # half of a surrogate pair is no text
+        except (ValueError, RecursionError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is no JSON object of UTF-8 strings "
+                f'({getattr(error, "msg", error)}): give a document a line, {{"text": "..."}}'
+            ) from None
+        if key not in strings:
+            raise ValueError(
+                f"{path}, line {number}: no string under {key!r}, but under "
+                f"{', '.join(strings) or 'nothing':.200}: give --text-key"
+            )
+        documents.append(strings[key])
+    return documents
 
 
 def rows_of_text(
-    text: str, tokenizer: Tokenizer, bos: int | None, protocol: Protocol = PROTOCOLS["documents"]
+    text: str | list[str],
+    tokenizer: Tokenizer,
+    bos: int | None,
+    protocol: Protocol = PROTOCOLS["documents"],
 ) -> Rows:
-    """All whole rows of a text; `bos` is the beginning-of-sequence token."""
-    window, texts = protocol.window, [text] if protocol.stream else text.split(SEPARATOR)
+    """All whole rows of what `read_text` gives; `bos` is the beginning-of-sequence token."""
+    window, texts = protocol.window, text.split(SEPARATOR) if isinstance(text, str) else text
+    if protocol.stream:
+        texts = [text if isinstance(text, str) else "\n\n".join(text)]
     encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
     documents = [np.asarray(encoding.ids, np.int32) for encoding in encoded]
     before = np.asarray([bos] if protocol.bos else [], np.int32)

@@ -12,6 +12,7 @@ import numpy as np
 import duquantpp_jax
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load_config, load_tokenizer, sha256, testbed
+from duquantpp_jax.evaluation.own_text import MODEL, own_rows
 from duquantpp_jax.evaluation.rows import TARGETS, Rows, read_text, rows_for_targets, rows_of_text
 from duquantpp_jax.models import DecoderConfig
 
@@ -32,34 +33,39 @@ def check_texts(model: Path | None, text: Path | None, calibration_text: Path | 
     if model is not None and (missing := [name for name, value in given.items() if not value]):
         raise ValueError(
             f"--model needs {' and '.join(missing)}: text of the kind that the model was trained "
-            "on, to evaluate and to calibrate with"
+            "on, to evaluate and to calibrate with (or --calibration-text model: rows that it "
+            "writes itself)"
         )
 
 
 def load_rows(
-    model: Path | None, text: Path | None, targets: int, use: Literal["evaluation", "calibration"]
+    model: Path | None,
+    text: Path | None,
+    targets: int,
+    use: Literal["evaluation", "calibration"],
+    key: str = "text",
+    seed: int = 0,
+    config: DecoderConfig | None = None,
 ) -> Rows:
-    """The first rows of a text in a model's tokens; without a text, of the embedded rows.
+    """The first rows of a text in a model's tokens, by the protocol of `compare`.
+
+    Args:
+      text: None for the embedded rows; to calibrate also `MODEL`, what the model itself writes.
+      targets: Cut down to whole rows.
+      key, seed: Of a text in a .jsonl file, and of what the model writes.
+      config: Of a model that is quantized already.
 
     Raises:
-      ValueError: As `text_rows`, and where the model has no configuration.
+      ValueError: The text cannot be read or is too short, or the model does not take such rows.
     """
     if text is None:
         embedded = {"evaluation": testbed.evaluation_rows, "calibration": testbed.calibration_rows}
         tokens = embedded[use]()
         return rows_for_targets(Rows(tokens, np.arange(len(tokens))), targets, "the embedded text")
-    directory = model or testbed.directory()
-    return text_rows(directory, load_config(directory), text, targets)
-
-
-def text_rows(directory: Path, config: DecoderConfig, text: Path, targets: int) -> Rows:
-    """The first rows of a text by the protocol of `compare`; `targets` is cut down to whole rows.
-
-    Raises:
-      ValueError: The text cannot be read or is too short, or the model does not take such rows.
-    """
-    content, bos = read_text(text), config.bos_token_id
-    if bos is None:
+    own = text == MODEL and use == "calibration"
+    content, directory = "" if own else read_text(text, key), model or testbed.directory()
+    config = config or load_config(directory)
+    if config.bos_token_id is None:
         raise ValueError(
             f"{directory}/config.json names no bos_token_id, which stands before every row: "
             "add the token that the model saw at the start of its text"
@@ -69,12 +75,17 @@ def text_rows(directory: Path, config: DecoderConfig, text: Path, targets: int) 
             f"{directory} has {config.max_position_embeddings} positions, and rows here have "
             f"{TARGETS} inputs: duquantpp evaluate takes shorter ones (--window)"
         )
-    rows = rows_of_text(content, load_tokenizer(directory, config), bos)
+    if own:
+        tokens = own_rows(directory, max(1, targets // TARGETS), seed)
+        return rows_for_targets(Rows(tokens, np.arange(len(tokens))), targets, str(text))
+    rows = rows_of_text(content, load_tokenizer(directory, config), config.bos_token_id)
     return rows_for_targets(rows, targets, str(text))
 
 
 def name_and_hash(path: Path | None) -> dict[str, str]:
-    """Name and SHA-256 of a text for results; None is the embedded text."""
+    """Name and SHA-256 of a text for results; None is the embedded text; `MODEL` has no hash."""
+    if path == MODEL:
+        return {"name": str(MODEL)}
     path = path or testbed.directory() / "tokens.npz"
     return {"name": path.name, "sha256": files.sha256(path)}
 

@@ -10,7 +10,6 @@ alone share compiled code, too.
 import dataclasses
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ from duquantpp_jax.checkpoints.fits import load_fits
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.core import Fitted, Needs, Stats
 from duquantpp_jax.evaluation import Predictor, Reference, RowSums, mean_sqnr
+from duquantpp_jax.evaluation.own_text import MODEL
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import check_texts, load_rows
 from duquantpp_jax.lab.cells import Cell
@@ -80,7 +80,7 @@ class Bench:
         began = time.perf_counter()
         of_model, of_rows, _ = _keys(cell)
         model, start, plan = self._start(cell)
-        rows = self._latest("rows", of_rows, lambda: load_rows(*of_rows, "evaluation"))
+        rows = self._latest("rows", of_rows, lambda: load_rows(*of_rows))
         size, bound = cell.batch_rows, self._cache_bytes
         reference = self._latest(
             "reference",
@@ -176,10 +176,12 @@ def order(cells: list[Cell]) -> list[Cell]:
     return sorted(cells, key=key)  # stable: cells of one fit stay in the order given
 
 
-def _keys(cell: Cell) -> tuple[Any, tuple[Path | None, Path | None, int], Any]:
+def _keys(cell: Cell) -> tuple[Any, Any, Any]:
     """All that decides the cell's model, its evaluation rows and its calibration rows."""
-    calibration = cell.model, cell.calibration_text, cell.calibration_tokens
-    return (cell.model, cell.change), (cell.model, cell.text, cell.tokens), calibration
+    rows = cell.model, cell.text, cell.tokens, "evaluation", cell.text_key
+    seed = cell.seed if cell.calibration_text == MODEL else 0
+    calibration = cell.model, cell.calibration_text, cell.calibration_tokens, cell.text_key, seed
+    return (cell.model, cell.change), rows, calibration
 
 
 def _model(cell: Cell) -> Decoder:
@@ -196,5 +198,6 @@ def _calibration(cell: Cell) -> Integer[np.ndarray, "rows length"]:
             f"{wanted} calibration tokens are not whole rows: give a multiple of {TARGETS}, "
             "or fewer for the start of one row"
         )
-    rows = load_rows(cell.model, cell.calibration_text, max(wanted, TARGETS), "calibration")
+    asked = max(wanted, TARGETS), "calibration", cell.text_key, cell.seed
+    rows = load_rows(cell.model, cell.calibration_text, *asked)
     return rows.tokens[:, : min(wanted, TARGETS)]

@@ -21,6 +21,7 @@ from duquantpp_jax.checkpoints import sha256 as model_sha256
 from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.checkpoints.fits import other_formats, read_about
 from duquantpp_jax.core import Element, Fit, Format, Recipe, Rounding
+from duquantpp_jax.evaluation.own_text import MODEL
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.formats.tensors import ELEMENTS
 from duquantpp_jax.models import Decoder, Store
@@ -51,7 +52,8 @@ class Cell:
       change: Called with the float model before anything else; its result is the float model. A
         frozen dataclass, so that it has a name and numbers.
       model: Hugging Face directory; None is the embedded model.
-      text, calibration_text: UTF-8 files; None is what the package embeds.
+      text, calibration_text: Text or .jsonl files (docs/evaluate.md); None is what the package
+        embeds. To calibrate, "model" is rows that the model, as it is stored, writes itself.
       tokens: Targets to evaluate on, cut down to whole rows of 511.
       calibration_tokens: Inputs from the start of the calibration text: whole rows of 511, or the
         start of one row.
@@ -62,6 +64,7 @@ class Cell:
       rotate_stream, rotate_values: By what the model is turned before it is quantized, as of
         `ptq.stream.Turn`; it is compared with the float model as it is.
       refine: Steps that the transforms learn after rounding, as in `learning.refine`.
+      text_key: Of the text in .jsonl files.
     """
 
     recipe: str
@@ -88,6 +91,7 @@ class Cell:
     rotate_stream: str | None = None
     rotate_values: str | None = None
     refine: int = 0
+    text_key: str = "text"
 
     def method(self) -> Recipe | None:
         """The recipe that this cell measures; None if linears stay in float."""
@@ -111,8 +115,8 @@ class Cell:
     @property
     def draws(self) -> bool:
         """Whether random numbers are drawn, so that the result depends on the seed."""
-        method = self.method()
-        return self.turn.draws or (method is not None and (method.draws or self.refine > 0))
+        method, drawn = self.method(), self.refine > 0 or self.calibration_text == MODEL
+        return self.turn.draws or (method is not None and (method.draws or drawn))
 
     @property
     def turn(self) -> stream.Turn:
@@ -152,7 +156,7 @@ class Cell:
           ValueError: A name is unknown, a file is missing, or a part is not a frozen dataclass of
             plain values.
         """
-        method = self.method()
+        method, own = self.method(), self.calibration_text == MODEL
         found = {
             "schema": SCHEMA,
             "method": canonical(method),
@@ -161,7 +165,7 @@ class Cell:
             "change": canonical(self.change),
             "model": _model_hash(self.model),
             "text": _text_hash(self.text),
-            "calibration_text": _text_hash(self.calibration_text),
+            "calibration_text": str(MODEL) if own else _text_hash(self.calibration_text),
             "rows": self.tokens // TARGETS,
             "calibration_tokens": self.calibration_tokens,
             "batch_rows": self.batch_rows,
@@ -172,6 +176,7 @@ class Cell:
         later = {"fuse": self.fuse, "rotate_stream": turn.stream, "rotate_values": turn.values}
         later |= {"refine": self.refine, "fits": self.fits and self._about_fits()["sha256"]}
         later |= {"include": self.include != ("*",) and self.include, "exclude": self.exclude}
+        later |= {"text_key": self.text_key != "text" and self.text_key}
         return found | {name: canonical(value) for name, value in later.items() if value}
 
     @functools.cached_property

@@ -17,7 +17,7 @@ from duquantpp_jax.models import SITES
 from duquantpp_jax.transforms.block import BlockAffine, BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard
 from tests.commands.test_quantize import assert_one_line
-from tests.conftest import byte_tokenizer, tiny_decoder
+from tests.conftest import TEXT, byte_tokenizer, tiny_decoder
 from tests.decompress import assert_equal, by_numpy, dequantized, tensors_of
 from tests.transforms.test_law import Stranger
 
@@ -25,7 +25,7 @@ RUN = jax.jit(lambda model, tokens: model(tokens)[0])
 
 
 def quantized(model, out, **more):
-    quantize(QuantizeOptions(model=model, out=out, rows=4, **more))
+    quantize(QuantizeOptions(model=model, out=out, rows=4, calibration_text=TEXT, **more))
     return out
 
 

@@ -4,11 +4,12 @@ import pytest
 
 from duquantpp_jax.checkpoints import save
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
-from tests.conftest import byte_tokenizer, tiny_decoder
+from tests.conftest import TEXT, byte_tokenizer, tiny_decoder
 
 
 def options_of(model, out, **more):
-    return QuantizeOptions(**{"model": model, "out": out, "rows": 4, **more})
+    given = {"model": model, "out": out, "rows": 4, "calibration_text": TEXT}
+    return QuantizeOptions(**given | more)
 
 
 def contents(directory):

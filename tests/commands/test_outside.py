@@ -20,6 +20,7 @@ from duquantpp_jax.core import Fitted
 from duquantpp_jax.lab import Cell
 from duquantpp_jax.models import SITES
 from tests import outside_parts
+from tests.conftest import TEXT
 from tests.transforms.test_adding import NAME, PAGE, example
 
 IMPORT = ("--import", "my_parts")
@@ -52,8 +53,8 @@ def elsewhere(tmp_path_factory):
 def quantized(elsewhere, tiny_directory):
     """The tiny model, quantized by all three."""
     out = elsewhere / "quantized"
-    more = ("--formats", "my_parts:GRID", "--rows", 2, "--out", out)
-    assert run("quantize", "--model", tiny_directory, *PARTS, *more) == 0
+    more = ("--formats", "my_parts:GRID", "--rows", 2, "--calibration-text", TEXT)
+    assert run("quantize", "--model", tiny_directory, *PARTS, *more, "--out", out) == 0
     forget()
     return out
 
@@ -147,7 +148,7 @@ def test_fits_of_a_module_are_read_once_it_is_given(
     about |= {"formats": {"weight": "mxfp4:floor", "activation": "mxfp4:floor"}}
     fits.save_fits(tmp_path / "fits", mirrors, about)
     words = ("--model", tiny_directory, "--fits", tmp_path / "fits", "--rows", 2)
-    words = (*words, "--out", tmp_path / "q")
+    words = (*words, "--calibration-text", TEXT, "--out", tmp_path / "q")
     del my_parts
     forget()
     assert run("quantize", *words) == 2

@@ -14,8 +14,9 @@ from duquantpp_jax.commands.quantize import calibration_tokens, job_of, quantize
 from duquantpp_jax.models import Decoder
 from duquantpp_jax.ptq.walk import quantize_decoder
 from tests.commands.conftest import contents, options_of
-from tests.conftest import byte_tokenizer, tiny_decoder
+from tests.conftest import TEXT, byte_tokenizer, tiny_decoder
 
+ROWS = ["--rows", "4", "--calibration-text", str(TEXT)]
 TOKENS = np.asarray(jax.random.randint(jax.random.key(4), (2, 24), 0, 257))
 RUN = jax.jit(lambda model, tokens, state, linear: model(tokens, linear, state)[0],
               static_argnames="linear")  # fmt: skip
@@ -81,7 +82,7 @@ def test_another_job_is_not_mixed_into_a_directory_unless_it_is_overwritten(
     out = tmp_path / "q"
     quantize(options_of(three_layers, out))
     before = contents(out)
-    arguments = ["quantize", "--model", str(three_layers), "--out", str(out), "--rows", "4"]
+    arguments = ["quantize", "--model", str(three_layers), "--out", str(out), *ROWS]
     assert_one_line(cli.main([*arguments, "--seed", "1"]), capsys, "was begun with seed 0, not 1")
     assert contents(out) == before
     (out / "notes").write_text("mine")
@@ -129,7 +130,7 @@ def test_a_width_off_the_block_is_refused_and_padded_on_demand(tmp_path, capsys)
     odd = tiny_decoder(num_hidden_layers=3, intermediate_size=88)
     save(odd, byte_tokenizer().to_str(), tmp_path / "odd")
     arguments = ["quantize", "--model", str(tmp_path / "odd"), "--out", str(tmp_path / "q")]
-    arguments += ["--rows", "4"]
+    arguments += ROWS
     says = "model.layers.0.mlp.down_proj has input width 88"
     assert_one_line(cli.main(arguments), capsys, says)
     assert cli.main([*arguments, "--pad"]) == 0
@@ -149,11 +150,11 @@ def test_a_quantized_model_is_refused_where_a_float_one_is_wanted(quantized, tmp
 
 
 def test_activations_that_overflow_name_the_layer_and_give_no_text(tmp_path, capsys):
-    model = tiny_decoder(num_hidden_layers=1, max_position_embeddings=32)
+    model = tiny_decoder(num_hidden_layers=1)
     grown = {n: 1e30 * a if "mlp" in n else a for n, a in model.parameters().items()}
     save(Decoder(model.config, grown), byte_tokenizer().to_str(), tmp_path / "m")
     command = ["--model", str(tmp_path / "m")]
-    more = ["--recipe", "identity", "--rows", "1", "--out", str(tmp_path / "q")]
+    more = [*ROWS, "--recipe", "identity", "--out", str(tmp_path / "q")]
     assert cli.main(["quantize", *command, *more]) == 2
     assert "layer 1 of 1 gives NaN or Inf" in capsys.readouterr().err
     assert cli.main(["generate", *command, "--prompt", "a", "--max-new-tokens", "2"]) == 2
@@ -175,7 +176,7 @@ def test_a_full_disk_is_one_line_and_the_finished_layers_are_kept(
     three_layers, quantized, tmp_path, monkeypatch, capsys
 ):
     arguments = ["quantize", "--model", str(three_layers), "--out", str(tmp_path / "q")]
-    arguments += ["--rows", "4", "--recipe", "smooth_hadamard", "--rounding", "gptq"]
+    arguments += [*ROWS, "--recipe", "smooth_hadamard", "--rounding", "gptq"]
 
     def full(tensors, path, metadata):
         if "layer-00001" in str(path):

@@ -1,5 +1,8 @@
 """The protocol: documents, rows of 511 targets, round robin."""
 
+import gzip
+import json
+import lzma
 import time
 
 import numpy as np
@@ -73,6 +76,50 @@ def test_too_few_or_too_many_targets_are_refused(there, targets, message):
     have = Rows(np.zeros((there, TARGETS + 1), np.int32), np.arange(there))
     with pytest.raises(ValueError, match=message):
         rows_for_targets(have, targets, "text")
+
+
+PLAIN = "\ufeffone\u2028<|endoftext|>ü\n"
+BODIES = [n * "ü<|endoftext|>\n" for n in (1, 2)]
+LINES = "\ufeff" + "\n".join(json.dumps({"id": 3, "body": body}) for body in BODIES) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "pack"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress)]
+)
+def test_a_text_is_the_same_packed_and_with_a_byte_order_mark(end, pack, tmp_path):
+    for name, text in (("a.txt", PLAIN), ("a.jsonl", LINES)):
+        (tmp_path / (name + end)).write_bytes(pack(text.encode()))
+    assert read_text(tmp_path / f"a.txt{end}") == PLAIN[1:]
+    assert read_text(tmp_path / f"a.jsonl{end}", "body") == BODIES
+
+
+def test_a_line_is_a_document_and_a_stream_has_blank_lines_between_them():
+    lines = ["a<|endoftext|>b", "c"]
+    tokenizer, short = byte_tokenizer(), Protocol(stream=False, window=1, bos=False)
+    assert rows_of_text(lines, tokenizer, None, short).documents.tolist() == [0, 1, *[0] * 14]
+    stream = Protocol(stream=True, window=6, bos=False)
+    ids = tokenizer.encode("\n\n".join(lines)).ids
+    assert rows_of_text(lines, tokenizer, None, stream).tokens[-1].tolist() == ids[12:18]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"text": "a"}\n\n{"text": "b"', r"t.jsonl, line 3 is no JSON object .*\(Expecting"),
+        (b'["a"]', r"line 1 is no JSON object .* \(it is a list\): give a document a line"),
+        (b'{"text": "\\ud800"}', "line 1 is no JSON object .*surrogates"),
+        (b"[" * 100_000, "line 1 is no JSON object .*recursion"),
+        (b'{"body": "a", "id": 7, "url": "b"}', "no string under 'text', but under body, url: "),
+        (b'{"text": ["a"]}', "no string under 'text', but under nothing"),
+        (gzip.compress(b"text")[:-9], "t.jsonl cannot be unpacked .*: fetch it again"),
+        (lzma.compress(b"text")[:-9], "t.jsonl cannot be unpacked .*: fetch it again"),
+    ],
+    ids=range(8),
+)  # fmt: skip
+def test_what_is_no_text_is_refused_with_its_file_and_line(content, says, tmp_path):
+    (tmp_path / "t.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        read_text(tmp_path / "t.jsonl")
 
 
 def test_text_that_is_not_utf8_or_not_there_is_refused(tmp_path):

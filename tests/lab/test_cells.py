@@ -12,6 +12,7 @@ from duquantpp_jax.checkpoints import sha256 as model_sha256
 from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.commands.ablate import AblateOptions, grid
 from duquantpp_jax.core import ScaleRule
+from duquantpp_jax.evaluation.own_text import MODEL
 from duquantpp_jax.formats import MXFP4, NVFP4
 from duquantpp_jax.lab.cells import Cell, canonical
 from duquantpp_jax.ptq.stores import HeadStore
@@ -68,6 +69,7 @@ CHANGES = {
     "fuse": True,
     "rotate_stream": "hadamard",
     "rotate_values": "random_orthogonal",
+    "text_key": "body",
 }
 
 
@@ -108,6 +110,11 @@ def test_everything_that_decides_the_result_changes_the_name(field):
 def test_every_field_is_named_or_a_place_of_contents():
     fields = {field.name for field in dataclasses.fields(Cell)}
     assert fields == set(CHANGES) | {"model", "text", "calibration_text", "fits"}
+
+
+def test_rows_that_the_model_writes_change_the_name_and_have_no_file():
+    cell = Cell("rtn", calibration_text=MODEL)
+    assert cell.configuration() == Cell("rtn").configuration() | {"calibration_text": "model"}
 
 
 def test_numbers_inside_parts_change_the_name():

@@ -115,7 +115,6 @@ def test_it_makes_good_what_rounding_has_done_and_keeps_clips_and_scale_offsets(
         ({"activation_formats": ("mlp_in=mxfp6",)}, "one format for the activations"),
         ({"rows": 1}, "at least two rows"),
         ({"refine": -1}, "--refine -1"),
-        ({"calibration_text": None}, "give --calibration-text"),
     ],
 )
 def test_what_cannot_be_refined_is_refused_in_a_line(

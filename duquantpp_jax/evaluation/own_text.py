@@ -1,0 +1,57 @@
+"""Rows that the float model writes itself, to calibrate on where there is no text.
+
+    x_0 = BOS,    x_t ~ p(x_t | x_0 .. x_t-1),    t = 1 .. 511
+
+An end of sequence ends no row: the model goes on, as it did in training. Rows are written BATCH at
+a time, however many are asked for, so a row depends on the model, the seed and its number alone.
+Batches are kept under these names in $DUQUANTPP_CACHE, else in ~/.cache/duquantpp_jax.
+
+Source: Liu et al., LLM-QAT: Data-Free Quantization Aware Training (arXiv:2305.17888), section 3.1.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Int32
+
+from duquantpp_jax import files
+from duquantpp_jax.checkpoints import load, sha256
+from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.models import Decoder, dense
+from duquantpp_jax.models.generation import Sampling, generate
+from duquantpp_jax.ptq import stores
+
+MODEL = Path("model")
+"""The name of these rows where a calibration text is asked for."""
+BATCH = 16
+
+
+def own_rows(directory: Path, rows: int, seed: int) -> Int32[np.ndarray, "rows length"]:
+    """BOS and 511 ids each, drawn at temperature 1; raises ValueError as `load`, and for NaN."""
+    place = os.environ.get("DUQUANTPP_CACHE") or os.path.expanduser("~/.cache/duquantpp_jax")
+    name, model, batches = f"{sha256(directory)}-{seed}", functools.cache(load), []
+    for number in range(-(-rows // BATCH)):
+        path = Path(place, f"{name}-{number}.safetensors")
+        if path.is_file():
+            batches.append(files.read_tensors(path)[0]["tokens"])
+            continue
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        batches.append(_written(model(directory), key))
+        with contextlib.suppress(OSError):  # rows that cannot be kept are written again
+            files.write_tensors(path, {"tokens": batches[-1]}, {})
+    return np.concatenate(batches)[:rows]
+
+
+def _written(model: Decoder, key: jax.Array) -> Int32[np.ndarray, "batch length"]:
+    model.config = dataclasses.replace(model.config, eos_token_id=None)
+    begin = np.full((BATCH, 1), model.config.bos_token_id, np.int32)
+    how = {"store": stores.store("float32", model.config.head_dim), "linear": dense}
+    new, _ = generate(model, begin, key, new=TARGETS, sampling=Sampling(1.0), **how)
+    if np.min(new) < 0:
+        raise ValueError("the model gave NaN where it wrote rows to calibrate on: give a text")
+    return np.concatenate([begin, new], axis=1)
