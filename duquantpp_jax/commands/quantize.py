@@ -124,6 +124,7 @@ def quantize(options: QuantizeOptions, progress: Step = lambda *_: None) -> dict
     """
     if options.text == MODEL:
         dry_run(options)  # refuses bad input before rows are written
+        progress("the model writes its calibration rows", 0, options.rows)
     job, checkpoint, plan, tokens = _planned(options)
     if not begin(options.out, job, overwrite=options.overwrite):
         with writer.only_writer(options.out):

@@ -109,7 +109,7 @@ def _documents(text: str, path: str | os.PathLike[str], key: str) -> list[str]:
         if key not in strings:
             raise ValueError(
                 f"{path}, line {number}: no string under {key!r}, but under "
-                f"{', '.join(strings) or 'nothing':.200}: give --text-key"
+                f"{', '.join(strings) or 'nothing':.200}: name the text's by --text-key"
             )
         documents.append(strings[key])
     return documents

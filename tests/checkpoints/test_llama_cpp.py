@@ -24,6 +24,7 @@ from duquantpp_jax.checkpoints import (
     save,
     sha256,
 )
+from duquantpp_jax.checkpoints.hugging_face import chat_prompt
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.cli import main
 from duquantpp_jax.models import Decoder
@@ -253,6 +254,8 @@ def test_a_model_quantized_from_a_file_is_complete(tiny, tiny_text, tmp_path, ca
         "eos_token": "<|im_end|>",
         "chat_template": "{{ messages }}",
     }
+    message = "[{'role': 'user', 'content': 'hi'}]"
+    assert chat_prompt(tiny, "hi") == chat_prompt(out, "hi") == message
     assert fields["generation_config"] == {"bos_token_id": 1, "eos_token_id": 2}
     assert fields["report"]["float_bytes"] == tiny.stat().st_size
     on = ("--text", tiny_text, "--tokens", 511, "--out", tmp_path / "r.json")
