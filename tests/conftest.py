@@ -39,6 +39,8 @@ def pytest_configure(config):
         config.add_cleanup(directory.cleanup)
         os.environ[COMPILED_VARIABLE] = directory.name
         os.environ["DUQUANTPP_CACHE"] = str(pathlib.Path(directory.name) / "rows")
+        # The workers use all cores; NumPy's BLAS would add threads that wait for them, busily.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED_VARIABLE])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
