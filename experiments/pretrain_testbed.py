@@ -44,7 +44,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from duquantpp_jax.checkpoints import load, save
 from duquantpp_jax.files import to_json, write_whole
-from duquantpp_jax.models import Decoder, DecoderConfig, dense, parameter_shapes, random_parameters
+from duquantpp_jax.models import Decoder, DecoderConfig, dense, parameter_shapes
 
 END, ROW = "<|endoftext|>", 512
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "safetensors")
@@ -117,6 +117,24 @@ def row_losses(model: Decoder, rows: Array) -> tuple[Float32[Array, "rows 511"],
     return nll, -jnp.sum(jnp.exp(logits) * logits, axis=-1)
 
 
+def initial(config: DecoderConfig, key: PRNGKeyArray) -> dict[str, Float32[Array, "..."]]:
+    """Initial parameters: norms are 1, the rest is normal.
+
+    The standard deviation is 0.02, divided by sqrt(2 layers) for the two matrices that write to
+    the residual stream. Source: Radford et al., GPT-2 (2019), section 2.3.
+    """
+    shapes = parameter_shapes(config)
+    parameters = {}
+    for own_key, name in zip(jax.random.split(key, len(shapes)), shapes, strict=True):
+        if name.endswith("norm"):
+            parameters[name] = jnp.ones(shapes[name], jnp.float32)
+            continue
+        residual = name.endswith(("o_proj", "down_proj"))
+        std = 0.02 / np.sqrt(2 * config.num_hidden_layers) if residual else 0.02
+        parameters[name] = jnp.float32(std) * jax.random.normal(own_key, shapes[name], jnp.float32)
+    return parameters
+
+
 def train(
     run: Pretrain, config: DecoderConfig, books: list[np.ndarray], unseen: np.ndarray
 ) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -153,7 +171,7 @@ def train(
         return parameters, state, total + value, done + 1
 
     feed, evaluate = batches(books, run.batch_rows, run.seed), jax.jit(loss)
-    parameters = random_parameters(config, jax.random.key(run.seed))
+    parameters = initial(config, jax.random.key(run.seed))
     carry = (parameters, optimizer.init(parameters), jnp.zeros(()), jnp.zeros((), jnp.int32))
     curve, every, begin = [], max(1, run.steps // run.records), time.perf_counter()
     for i in range(1, run.steps + 1):

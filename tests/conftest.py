@@ -9,12 +9,13 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from duquantpp_jax.checkpoints import save, testbed
 from duquantpp_jax.core import Needs, Stats
-from duquantpp_jax.models import Decoder, DecoderConfig, random_parameters
+from duquantpp_jax.models import Decoder, DecoderConfig, parameter_shapes
 from duquantpp_jax.models.parameters import LAYER
 
 DATA_VARIABLE = "DUQUANTPP_DATA"
@@ -95,11 +96,21 @@ TINY = DecoderConfig(
 
 
 def tiny_decoder(**changes) -> Decoder:
-    """A random decoder, its weights large enough that its outputs are not all alike."""
+    """A random decoder, its weights large enough that its outputs are not all alike.
+
+    NumPy draws them: JAX would compile a program for every shape.
+    """
     config = dataclasses.replace(TINY, **changes)
-    parameters = random_parameters(config, jax.random.key(1))
-    grown = {n: a if n.endswith("norm") else 8 * a for n, a in parameters.items()}
-    return Decoder(config, grown)
+    random = np.random.default_rng(1)
+    parameters = {}
+    for name, shape in parameter_shapes(config).items():
+        if name.endswith(("norm", ".bias")):
+            array = np.full(shape, name.endswith("norm"), np.float32)
+        else:
+            size = 0.08 if name.endswith(("o_proj", "down_proj")) else 0.16
+            array = size * random.standard_normal(shape, np.float32)
+        parameters[name] = jnp.asarray(array)
+    return Decoder(config, parameters)
 
 
 def byte_tokenizer() -> Tokenizer:

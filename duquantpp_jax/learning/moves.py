@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Key
 
-from duquantpp_jax.core import Fitted, Format, Weights
+from duquantpp_jax.core import Fitted, Format, Transform, Weights
 from duquantpp_jax.learning.quantizer import integer, learnable_quantize, product
 from duquantpp_jax.learning.training import Objective, Rows, Trained, train
 from duquantpp_jax.transforms.block import BlockAffine
@@ -110,7 +110,7 @@ class Moves:
         """What has been learned, as a fit gives it; of one site or of all layers stacked."""
         transform = settled(self.moved_transform(start, learned), self.transform)
 
-        def back(start: BlockAffine, t: BlockAffine, learned: Learned, ws: Weights) -> Weights:
+        def back(start: BlockAffine, t: Transform, learned: Learned, ws: Weights) -> Weights:
             if self.weights == "given" and self.weight_clip is None:
                 return _plus(ws, learned.weights)
             moved = self.moved_weights(start, t, learned, ws)
@@ -134,7 +134,7 @@ class Moves:
         return self.transform.transform(start, learned.transform)
 
     def moved_weights(
-        self, start: BlockAffine, transform: BlockAffine, learned: Learned, weights: Weights
+        self, start: BlockAffine, transform: Transform, learned: Learned, weights: Weights
     ) -> Weights:
         """clamp(W')."""
         match self.weights:

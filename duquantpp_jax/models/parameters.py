@@ -1,14 +1,12 @@
-"""The parameters of a decoder: their names in a checkpoint, shapes, and initial values.
+"""The parameters of a decoder: their names in a checkpoint, and shapes.
 
 A *site* is an input of linears; several weights may share it.
 """
 
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32, PRNGKeyArray
+from jaxtyping import Array, Float
 
 from duquantpp_jax.models.config import DecoderConfig
 
@@ -76,21 +74,3 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes[HEAD] = (config.vocab_size, hidden)
     return shapes
-
-
-def random_parameters(config: DecoderConfig, key: PRNGKeyArray) -> dict[str, Float32[Array, "..."]]:
-    """Initial parameters for training: norms are 1, biases 0, the rest is normal.
-
-    The standard deviation is 0.02, divided by sqrt(2 layers) for the two matrices that write to
-    the residual stream. Source: Radford et al., GPT-2 (2019), section 2.3.
-    """
-    shapes = parameter_shapes(config)
-    parameters = {}
-    for own_key, name in zip(jax.random.split(key, len(shapes)), shapes, strict=True):
-        if name.endswith(("norm", ".bias")):
-            parameters[name] = jnp.full(shapes[name], name.endswith("norm"), jnp.float32)
-            continue
-        residual = name.endswith(("o_proj", "down_proj"))
-        std = 0.02 / np.sqrt(2 * config.num_hidden_layers) if residual else 0.02
-        parameters[name] = jnp.float32(std) * jax.random.normal(own_key, shapes[name], jnp.float32)
-    return parameters

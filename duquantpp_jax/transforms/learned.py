@@ -5,6 +5,7 @@ With M0 the matrix where learning starts, and all parameters zero there,
     expm          R = M0 expm(A - A^T)                       orthogonal where M0 is
     cayley        R = M0 (I - K)^-1 (I + K),  K = A - A^T    orthogonal where M0 is
                     = M0 (2 (I - K)^-1 - I)
+    smooth        R = diag(exp(d)) M0 (I - K)^-1 (I + K),    d the diagonal of A; diag folds
     affine        M = M0 + D                                 its inverse by solving
     affine_expm   M = expm(S) M0                             M^-1 = M0^-1 expm(-S)
     affine_lu     M = M0 (I + L) diag(exp(d)) (I + U)        L, U strictly triangular
@@ -28,7 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from duquantpp_jax.core import Transform
+from duquantpp_jax.core import Chain, Transform
+from duquantpp_jax.transforms.basic import Smooth
 from duquantpp_jax.transforms.block import BlockAffine, polished
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -48,7 +50,7 @@ class Parametrization(abc.ABC):
 
     names: ClassVar[tuple[str, ...]]
     rotates = False
-    """Whether it is a rotation wherever the start is one."""
+    """Whether it is a rotation, maybe of scaled channels, wherever the start is one."""
 
     def init(self, start: BlockAffine) -> Parameters:
         """The parameters of `start` itself: zeros."""
@@ -101,6 +103,19 @@ class Cayley(Parametrization):
         return _rotated(start, 2 * inverse(eye - k) - eye)
 
 
+class SmoothCayley(Parametrization):
+    """R = diag(exp(d)) M0 (I - K)^-1 (I + K), d the diagonal of A."""
+
+    names = ("a",)
+    rotates = True
+
+    def transform(self, start: BlockAffine, parameters: Parameters) -> BlockAffine:
+        rotated = Cayley().transform(start, parameters)
+        scale = jnp.exp(jnp.diagonal(parameters["a"], axis1=-2, axis2=-1))
+        matrices = scale[..., :, None] * rotated.matrices
+        return BlockAffine(matrices, rotated.inverses / scale[..., None, :])
+
+
 class Affine(Parametrization):
     """M = M0 + D."""
 
@@ -142,6 +157,7 @@ class AffineLU(Parametrization):
 PARAMETRIZATIONS: dict[str, Parametrization] = {
     "expm": Expm(),
     "cayley": Cayley(),
+    "smooth_rotation": SmoothCayley(),
     "affine": Affine(),
     "affine_expm": AffineExpm(),
     "affine_lu": AffineLU(),
@@ -174,14 +190,23 @@ def check_condition(start: BlockAffine, max_condition: float) -> None:
         )
 
 
-def settled(transform: BlockAffine, parametrization: Parametrization | None) -> BlockAffine:
-    """What has been learned, exact to float32; see the top of this file."""
+def settled(transform: BlockAffine, parametrization: Parametrization | None) -> Transform:
+    """What has been learned, exact to float32; see the top of this file.
+
+    Rotations that scale channels first, diag(1 / s) R, are a Smooth, which folds, and R.
+    """
     matrices = np.asarray(transform.matrices, np.float64)
-    eye = np.eye(matrices.shape[-1])
-    off = np.abs(matrices @ matrices.mT - eye).max()
-    if parametrization is not None and parametrization.rotates and off < _DRIFT:
-        rotations = polished(matrices)
-        return BlockAffine(rotations, rotations.mT)
+    if parametrization is not None and parametrization.rotates:
+        lengths = np.linalg.norm(matrices, axis=-1, keepdims=True)
+        scales = bool(np.abs(lengths - 1).max() >= _DRIFT)
+        unit = matrices / lengths if scales else matrices
+        if np.abs(unit @ unit.mT - np.eye(unit.shape[-1])).max() < _DRIFT:
+            rotations = polished(unit)
+            rotation = BlockAffine(rotations, rotations.mT)
+            if not scales:
+                return rotation
+            smooth = Smooth(jnp.asarray(1 / lengths.reshape(*lengths.shape[:-3], -1), jnp.float32))
+            return Chain((smooth, rotation))
     return BlockAffine(transform.matrices, jnp.asarray(np.linalg.inv(matrices), jnp.float32))
 
 

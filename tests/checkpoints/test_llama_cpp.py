@@ -272,7 +272,7 @@ def test_compare_generate_and_inspect_take_a_file(tiny, tiny_text, tmp_path, cap
     texts = ("--text", tiny_text, "--tokens", 511)
     both = (*texts, "--calibration-text", tiny_text)
     monkeypatch.setattr("duquantpp_jax.commands.compare.CALIBRATION_ROWS", 2)
-    recipes = ("--recipes", "identity", "--out", tmp_path / "c")
+    recipes = ("--recipes", "identity", "--formats", "even", "--out", tmp_path / "c")
     assert "tiny.gguf" in run(capsys, "compare", "--model", tiny, *both, *recipes)
     run(capsys, "generate", "--model", tiny, "--prompt", "the", "--max-new-tokens", 2)
     run(capsys, "inspect", "--model", tiny, *texts, "--site", "mlp_in", "--out", tmp_path / "i")

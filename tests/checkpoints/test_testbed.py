@@ -121,11 +121,11 @@ def test_the_experiment_runs_at_toy_size(tmp_path):
         kv_heads=1,
         vocab_size=300,
         unseen_books=2,
-        unseen_rows=4,
+        unseen_rows=2,
         batch_rows=2,
         steps=4,
         evaluation_rows=2,
-        calibration_rows=1,
+        calibration_rows=2,
     )
     with jax.numpy_dtype_promotion("standard"):  # optax's Adam raises a float to an int32 power
         result = pretrain_testbed.main(toy, tmp_path, tmp_path / "out")

@@ -102,6 +102,19 @@ def test_what_is_settled_is_exact_to_float32():
     assert np.abs(product - np.eye(8)).max() < 2e-7
 
 
+def test_a_rotation_of_scaled_channels_is_settled_as_scales_that_fold_and_a_rotation():
+    parametrization = PARAMETRIZATIONS["smooth_rotation"]
+    learned = parametrization.transform(_start(), _moved(parametrization, 0.1))
+    found = settled(learned, parametrization)
+    smooth, rotation = found.links
+    assert smooth.cost(24).fuses
+    assert float(np.abs(np.log(smooth.scale)).max()) > 0.05
+    r = np.asarray(rotation.matrices, np.float64)
+    assert np.abs(r @ r.mT - np.eye(8)).max() < 2e-7
+    x = jnp.eye(24)
+    np.testing.assert_allclose(found.activations(x), learned.activations(x), atol=1e-6)
+
+
 def test_inverses_and_their_derivative_are_those_of_lapack():
     m = jax.random.normal(jax.random.key(3), (5, 8, 8)).at[0, 0, 0].set(0.0)  # wants a pivot
     g = jax.random.normal(jax.random.key(4), m.shape)
