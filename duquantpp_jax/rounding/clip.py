@@ -17,6 +17,7 @@ scales as in `scale_offset` of core/arrays.py.
 import dataclasses
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -51,13 +52,16 @@ class Search:
         """The moved weight with the least error of all candidates, its elements as codes; `given`
         are other options of `Format.quantize`."""
         kind = jnp.int32 if self.option == "scale_offset" else jnp.float32
-        best = format.encode(w, **given)
-        least = self._error(w, best, importance)
-        for candidate in self.candidates[1:]:
-            other = format.encode(w, **given, **{self.option: jnp.asarray(candidate, kind)})
+        first = format.encode(w, **given)
+
+        def better(kept: tuple[MXArray, Array], value: Array) -> tuple[tuple[MXArray, Array], None]:
+            best, least = kept
+            other = format.encode(w, **given, **{self.option: value})
             error = self._error(w, other, importance)
-            better = error < least
-            least, best = jnp.where(better, error, least), other.where(better, best)
+            return (other.where(error < least, best), jnp.minimum(error, least)), None
+
+        start = first, self._error(w, first, importance)
+        (best, _), _ = jax.lax.scan(better, start, jnp.asarray(self.candidates[1:], kind))
         return best
 
     def _error(self, w: Array, q: MXArray, importance: Importance) -> Float[Array, "n _"]:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duquantpp_jax.checkpoints import load, load_any, testbed
+from duquantpp_jax.checkpoints import load, load_any, sha256
+from duquantpp_jax.checkpoints.fits import load_fits, save_fits
 from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.commands import quantize as command
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
@@ -27,10 +28,29 @@ class Killed(Exception):
     """Stands for whatever ends a run."""
 
 
+@pytest.fixture(scope="module")
+def clipped(tiny_directory, tiny_text, tmp_path_factory):
+    """Fits that hold a clip and a scale offset of each block, and the rows they were made from."""
+    rows = load_rows(tiny_directory, tiny_text, 4 * TARGETS, "calibration").tokens[:, :-1]
+    model, out = load(tiny_directory), tmp_path_factory.mktemp("fits") / "fits"
+    plan = Plan.of(model.config, recipe("smooth_hadamard"))
+    fits = fit_decoder(plan, model, calibrate(model, rows, plan.widths(0)))
+    for site, fitted in fits.items():
+        blocks = 2, plan.widths(0)[site] // 32
+        fits[site] = dataclasses.replace(fitted, clip=jnp.full(blocks, 0.9, jnp.float32),
+                                         scale_offset=jnp.zeros(blocks, jnp.int32))  # fmt: skip
+    about = {"model": {"name": "tiny", "sha256": sha256(tiny_directory)}}
+    about |= {"formats": {"weight": "mxfp4:floor", "activation": "mxfp4:floor"}}
+    save_fits(out, fits, about)
+    return out, rows
+
+
 def test_a_refined_cell_measures_what_quantize_refine_writes_killed_and_resumed(
-    tiny_directory, tiny_text, tmp_path, monkeypatch
+    tiny_directory, tiny_text, tmp_path, monkeypatch, clipped
 ):
-    options = QuantizeOptions(model=tiny_directory, recipe="smooth_hadamard", rows=4, refine=3,
+    """And it makes good what rounding has done, and keeps clips and scale offsets."""
+    fits, rows = clipped
+    options = QuantizeOptions(model=tiny_directory, fits=fits, rows=4, refine=3,
                               calibration_text=tiny_text, out=tmp_path / "out")  # fmt: skip
 
     def killing(what, *_):
@@ -56,53 +76,34 @@ def test_a_refined_cell_measures_what_quantize_refine_writes_killed_and_resumed(
     assert read_json(options.out / "report.json")["linears"][0]["online_multiply_adds"] >= 32
 
     model, state = load(tiny_directory), load_any(options.out)
-    cell = Cell("smooth_hadamard", model=tiny_directory, text=tiny_text, refine=3, tokens=TARGETS,
-                calibration_text=tiny_text, calibration_tokens=4 * TARGETS)  # fmt: skip
-    rows = load_rows(tiny_directory, tiny_text, 4 * TARGETS, "calibration").tokens[:, :-1]
-    plan = Plan.of(model.config, cell.method())
+    calibration = {"calibration_text": tiny_text, "calibration_tokens": 4 * TARGETS}
+    given = {"model": tiny_directory, "text": tiny_text, "tokens": TARGETS} | calibration
+    cell = Cell("clipped", fits=fits, refine=3, **given)
+    plan = Plan.of(model.config, cell.method(), fits=load_fits(fits, sha256(tiny_directory))[0])
     plain = quantize_decoder(plan, model, rows)[2]
-    refined = refitted(plain, refine(plan, model, plain, rows, 3))
+    losses = []
+    found = refine(plan, model, plain, rows, 3, report=lambda *said: losses.append(said))
+    refined = refitted(plain, found)
     for site, quantized in refined.items():
         for a, b in zip(*map(jax.tree.leaves, (quantized, state[2][site])), strict=True):
             np.testing.assert_array_equal(a, b)
         assert quantized.weights == plain[site].weights
-    found = Reference(
-        Predictor(model), load_rows(tiny_directory, tiny_text, TARGETS, "evaluation").tokens
-    )
+        assert 0 < np.abs(quantized.clip - 0.9).max() < 0.1
+        assert quantized.scale_offset.shape == plain[site].scale_offset.shape
+    evaluated = load_rows(tiny_directory, tiny_text, TARGETS, "evaluation").tokens
+    found = Reference(Predictor(model), evaluated)
     kl = found.row_sums(Predictor(*state)).kl
     np.testing.assert_allclose(kl, Bench().run(cell).sums.kl, rtol=0, atol=1e-6 * TARGETS)
-    assert cell.row == "smooth_hadamard, refined 3 steps"
+    assert cell.row == "clipped, refined 3 steps"
 
-
-@pytest.mark.slow
-def test_it_makes_good_what_rounding_has_done_and_keeps_clips_and_scale_offsets():
-    model, rows = load(testbed.directory()), testbed.calibration_rows()[:20, :64]
-    plan = Plan.of(model.config, recipe("block_hadamard", "floor"))
-    calibration = rows[:16, :-1]
-    fits = fit_decoder(plan, model, calibrate(model, calibration, plan.widths(0)))
-    blocks = {site: fitted.transform.links[1].matrices.shape[:2] for site, fitted in fits.items()}
-    fits = {
-        site: dataclasses.replace(fitted, clip=jnp.full(blocks[site], 0.9, jnp.float32),
-                                  scale_offset=jnp.zeros(blocks[site], jnp.int32))
-        for site, fitted in fits.items()
-    }  # fmt: skip
-    state = quantize_decoder(dataclasses.replace(plan, fits=fits), model, calibration)[2]
-    losses = []
-    fits = refine(
-        plan, model, state, rows, 8, check_every=4, report=lambda *said: losses.append(said)
+    held_out = Reference(Predictor(model), rows[-1:])
+    before, after = (
+        held_out.row_sums(Predictor(model, plan.linear, sites)).kl.sum() / (TARGETS - 1)
+        for sites in (plain, refined)
     )
-    refined = refitted(state, fits)
-    reference = Reference(Predictor(model), rows[-2:])
-
-    def kl(state):
-        return reference.row_sums(Predictor(model, plan.linear, state)).kl.sum() / (2 * 63)
-
-    best = min(loss for _, _, loss in losses)
-    assert best < kl(state)
-    assert kl(refined) == pytest.approx(best, rel=0.05)
-    for site, quantized in refined.items():
-        assert quantized.weights == state[site].weights
-        assert 0 < np.abs(quantized.clip - 0.9).max() < 0.1
+    ((_, _, loss),) = losses
+    assert loss < before
+    assert after == pytest.approx(loss, rel=0.05)
 
 
 @pytest.mark.parametrize(
