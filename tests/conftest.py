@@ -175,3 +175,8 @@ def stats_of(x, needs=Needs.GRAM | Needs.POSITIONS) -> Stats:
     rows, length, width = x.shape
     empty = Stats.init(width, rows, length, sample_limit=rows * length, needs=needs)
     return empty.update(x, jnp.int32(0))
+
+
+def heavy_tails(freedom, shape, seed=0) -> jax.Array:
+    """Numbers of Student's t distribution, from NumPy: JAX compiles one second for each shape."""
+    return jnp.asarray(np.random.default_rng(seed).standard_t(freedom, shape), jnp.float32)

@@ -15,14 +15,13 @@ from duquantpp_jax.transforms.dct import dct
 from duquantpp_jax.transforms.haar import FitHaar
 from duquantpp_jax.transforms.hadamard import FitHadamard, hadamard, hadamard_factors, sequency
 from duquantpp_jax.transforms.paley import paley
-from tests.conftest import stats_of
+from tests.conftest import heavy_tails, stats_of
 
 KEY = jax.random.key(3)
 
 
 def _fit(fit, width, key=KEY):
-    x = jax.random.normal(jax.random.key(0), (1, 8, width))
-    stats = stats_of(x, Needs.NOTHING)
+    stats = stats_of(jnp.ones((1, 8, width)), Needs.NOTHING)
     return fit((jnp.ones((2, width)),), stats, recipe("rtn", "floor"), key).transform
 
 
@@ -69,11 +68,11 @@ def test_sides_without_a_known_matrix_name_the_nearest(size, says):
 def test_the_fast_path_equals_the_matrix(size):
     factors = hadamard_factors(size)
     assert np.prod([len(f) for f in factors]) == size
-    x = jax.random.normal(KEY, (5, 2 * size))
+    x = jnp.asarray(np.random.default_rng(size).normal(size=(5, 2 * size)), jnp.float32)
     fast = KroneckerRotation(factors).activations(x)
     dense = BlockRotation(hadamard(size)[None]).activations(x)
     # Each side sums at most `size` products, rounded once each: a few standard deviations.
-    bound = 6 * np.sqrt(size) * 2.0**-24 * float(jnp.max(jnp.abs(x)))
+    bound = 6 * np.sqrt(size) * 2.0**-24 * np.abs(x).max()
     np.testing.assert_allclose(fast, dense, atol=bound)
 
 
@@ -105,7 +104,7 @@ def test_random_signs_differ_by_block_and_follow_the_key():
 def test_random_signs_at_full_width_are_those_of_the_matrix():
     fast = _fit(FitHadamard(size=256, random_signs=True), 512)
     signs = jnp.sign(fast.links[0].scale)
-    x = jax.random.normal(KEY, (3, 512))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 512)), jnp.float32)
     dense = BlockRotation(signs.reshape(2, 256, 1) * hadamard(256))
     np.testing.assert_allclose(fast.activations(x), dense.activations(x), atol=1e-5)
     assert set(np.unique(signs)) == {-1.0, 1.0}
@@ -121,7 +120,7 @@ def test_sequency_order_sorts_sylvesters_rows_by_their_changes_of_sign(size):
 
 @pytest.mark.slow
 def test_sequency_within_the_block_rounds_as_the_natural_order_does():
-    x = jax.random.t(KEY, 3.0, (50, 64))
+    x = heavy_tails(3.0, (50, 64))
     error = {}
     for order in ("natural", "sequency"):
         moved = _fit(FitHadamard(order=order), 64).activations(x)
@@ -131,7 +130,7 @@ def test_sequency_within_the_block_rounds_as_the_natural_order_does():
 
 @pytest.mark.parametrize("size", [1, 8, 32])
 def test_the_dct_is_that_of_scipy(size):
-    x = np.asarray(jax.random.normal(KEY, (4, size)), np.float64)
+    x = np.random.default_rng(size).normal(size=(4, size))
     wanted = scipy.fft.dct(x, type=2, norm="ortho", axis=-1)
     np.testing.assert_allclose(x @ np.asarray(dct(size), np.float64), wanted, atol=1e-6)
 

@@ -10,15 +10,13 @@ from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.basic import FitSmooth, _smooth_scale
 from duquantpp_jax.transforms.pca import FitPca
 from duquantpp_jax.transforms.wush import FitWush, damped_moments
-from tests.conftest import stats_of
+from tests.conftest import heavy_tails, stats_of
 
 KEY = jax.random.key(3)
 
 
 def _site(width=64):
-    x = jax.random.t(jax.random.key(0), 4.0, (4, 64, width)) * jnp.exp(
-        jax.random.normal(jax.random.key(1), (width,))
-    )
+    x = heavy_tails(4.0, (4, 64, width)) * jnp.exp(jax.random.normal(jax.random.key(1), (width,)))
     keys = jax.random.split(jax.random.key(2), 2)
     return (jax.random.normal(keys[0], (48, width)), jax.random.normal(keys[1], (16, width))), x
 
