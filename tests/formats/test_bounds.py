@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.formats import NVFP4, FP32Scale, FPQuant, Log256
-from tests.formats.test_mx import EVERY_FORMAT, FORMATS
+from tests.formats.test_mx import COUNT, EVERY_FORMAT, FORMATS
 
 seeds = st.integers(0, 2**32 - 1)
 BOUNDED = (*oracle.AMAX_RULES, ScaleRule.RCEIL_FLOAT)
@@ -32,7 +32,7 @@ def error_bound(rule: ScaleRule, element) -> float:
 @settings(max_examples=40, deadline=None)
 @given(seeds, st.sampled_from(BOUNDED), st.sampled_from(FORMATS))
 def test_error_is_within_the_bound_of_the_rule(seed, rule, make):
-    x = np.random.default_rng(seed).standard_t(3, (64, 32)).astype(np.float32)
+    x = np.random.default_rng(seed).standard_t(3, (COUNT, 32)).astype(np.float32)
     format = make(scale_rule=rule)
     error = np.abs(np.asarray(format.fake_quantize(x), np.float64) - x)
     bound = error_bound(rule, format.element) * (1 + (rule is ScaleRule.RCEIL_FLOAT) * 2.0**-22)
@@ -52,7 +52,7 @@ def test_the_bound_of_the_rule_is_reached(make, rule):
 @given(seeds)
 def test_error_is_at_most_a_fifth_of_the_largest_of_the_block(seed):
     # 2.5 becomes 2 or 3. A block's scale, rounded to E4M3, cuts off at most 1 of 17 where normal.
-    x = np.random.default_rng(seed).standard_t(3, (64, 16)).astype(np.float32)
+    x = np.random.default_rng(seed).standard_t(3, (COUNT, 16)).astype(np.float32)
     error = np.abs(np.asarray(NVFP4().fake_quantize(x), np.float64) - x)
     bound = (1 + 2.0**-22) / 5 * np.abs(x).max(axis=-1, keepdims=True).astype(np.float64)
     assert (error <= bound).all()
@@ -62,7 +62,7 @@ def test_error_is_at_most_a_fifth_of_the_largest_of_the_block(seed):
 @given(seeds, st.sampled_from((FP32Scale(), FPQuant())))
 def test_scales_without_saturation_lose_at_most_a_fifth_of_the_largest(seed, format):
     # amax / scale lies in [3, 6] (fp32: 6), where 2.5 becomes 2 and 5 becomes 4.
-    x = np.random.default_rng(seed).standard_t(3, (64, 32)).astype(np.float32)
+    x = np.random.default_rng(seed).standard_t(3, (COUNT, 32)).astype(np.float32)
     error = np.abs(np.asarray(format.fake_quantize(x), np.float64) - x)
     bound = (1 + 2.0**-22) / 5 * np.abs(x).max(axis=-1, keepdims=True).astype(np.float64)
     assert (error <= bound).all()
@@ -71,7 +71,7 @@ def test_scales_without_saturation_lose_at_most_a_fifth_of_the_largest(seed, for
 @settings(max_examples=20, deadline=None)
 @given(seeds)
 def test_log256_loses_no_more_than_rounding_or_one_step_of_its_grid(seed):
-    x = np.random.default_rng(seed).standard_t(3, (64, 32)).astype(np.float32)
+    x = np.random.default_rng(seed).standard_t(3, (COUNT, 32)).astype(np.float32)
     amax = np.abs(x).max(axis=-1, keepdims=True).astype(np.float64)
     step = 1 - (amax.min() / amax.max()) ** (1 / 255)
     error = np.abs(np.asarray(Log256().fake_quantize(x), np.float64) - x)
