@@ -134,7 +134,8 @@ def test_killed_before_it_drops_old_hidden_states_it_drops_them_later(
 @pytest.mark.slow
 def test_killed_sequential_goes_on_from_what_the_quantized_layers_gave(three_layers, tmp_path):
     """Ten times, at random steps of writing; once without the hidden states that it had stored."""
-    whole = options_of(three_layers, tmp_path / "whole", sequential=True, rounding="asymmetric")
+    few = {"include": ("*.o_proj", "*.down_proj"), "rounding": "asymmetric", "sequential": True}
+    whole = options_of(three_layers, tmp_path / "whole", **few)
     quantize(whole)
     options = dataclasses.replace(whole, out=tmp_path / "q")
     kills, moments, dropped = 0, random.Random(0), []

@@ -17,8 +17,14 @@ from duquantpp_jax.rounding.gptq import damped, gptq, weighted_error
 from tests.conftest import stats_of
 
 KEY = jax.random.key(0)
-W = jax.random.normal(KEY, (16, 96)) * jnp.exp(jax.random.normal(jax.random.key(1), (16, 96)))
-X = jax.random.normal(jax.random.key(2), (4, 50, 96)) * jnp.exp(jnp.linspace(-2, 2, 96))
+RANDOM = np.random.default_rng(0)
+W, X = (
+    jnp.asarray(a, jnp.float32)
+    for a in (
+        RANDOM.standard_normal((24, 96)) * np.exp(RANDOM.standard_normal((24, 96))),
+        RANDOM.standard_normal((4, 50, 96)) * np.exp(np.linspace(-2, 2, 96)),
+    )
+)
 # A continuous scale leaves clipping the most to find; FLOOR saturates by itself.
 SEARCHES = {
     "clip": (Search(), FP32Scale()),
@@ -35,7 +41,7 @@ def errors(q, per):
     """Weighted squared error of each block or row, in float64."""
     h = np.mean(np.square(np.asarray(X, np.float64)), axis=(0, 1))
     off = np.asarray(W, np.float64) - np.asarray(q.dequantize(), np.float64)
-    blocks = (h * off**2).reshape(16, -1, q.block_size).sum(axis=-1)
+    blocks = (h * off**2).reshape(len(W), -1, q.block_size).sum(axis=-1)
     return blocks if per == "block" else blocks.sum(axis=-1, keepdims=True)
 
 

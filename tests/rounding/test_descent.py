@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,20 +11,18 @@ from duquantpp_jax.formats import MXFP4, NVFP4, FP32Scale, Log256
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.rounding.descent import descend
 from duquantpp_jax.rounding.gptq import damped, gptq, weighted_error
+from tests.rounding import test_gptq
 
 
 def _case():
-    random = np.random.default_rng(0)
-    x = random.standard_normal((300, 64)) @ random.standard_normal((64, 64))
-    w = jnp.asarray(random.standard_normal((12, 64)), jnp.float32)
-    gram = jnp.asarray(x.T @ x / len(x), jnp.float32)
+    w, gram, _ = test_gptq._case(mix=1.0)  # in the shapes that GPTQ is compiled for there
     return w, gram, damped(gram, 0.01)
 
 
 @pytest.mark.slow
 def test_no_pass_raises_the_error():
     w, gram, h = _case()
-    rounded = jax.jit(lambda w, gram: gptq(w, MXFP4(), gram))(w, gram)
+    rounded = gptq(w, MXFP4(), gram)
     before = np.asarray(weighted_error(w, rounded, h))
     for passes in (1, 3):
         after = np.asarray(weighted_error(w, descend(w, rounded, h, passes), h))
@@ -37,7 +34,7 @@ def test_no_pass_raises_the_error():
 @pytest.mark.parametrize("format", [NVFP4(), FP32Scale(), Log256()], ids=lambda f: type(f).__name__)
 def test_descent_by_its_name_is_no_worse_than_gptq_under_other_formats(format):
     w, gram, h = _case()
-    empty = Stats.init(64, 1, 1)
+    empty = Stats.init(96, 1, 1)
     stats = dataclasses.replace(empty, gram=gram, count=jnp.int32(1))
     by_gptq, by_descent = (
         weighted_error(w, recipe("rtn", "floor", name).rounding(w, format, stats), h)
