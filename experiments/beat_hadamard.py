@@ -15,7 +15,7 @@ Command: duquantpp ablate experiments/beat_hadamard.py --table [--model DIR --te
   weights --steps 1600) and both_RULE (--moves affine weights --steps 1500), with --model DIR --text
   FILE --rows N. Statistics for rounding come from 64 calibration rows, of refined cells from all
   that they learn from: 2,048 rows, or those of the embedded model.
-Cost: 14 cells, 22 more with all learned fits under both rules; refining 800 steps on one H100 for
+Cost: 14 cells, 28 more with all learned fits under both rules; refining 800 steps on one H100 for
   gutenberg-27m is about 60 ms a step, a minute or two to compile.
 Last result, 2026-11-25 and 2026-11-28, with a bench of its own that also learned from 19,000 rows
   of other books and from what other rows had learned, gutenberg-27m, 261,632 targets, jax 0.11.2 on
@@ -129,10 +129,10 @@ REFINE_ROWS = {False: 64, True: 2048}
 """Rows that refined cells are calibrated on and learn from, without --model and with it."""
 ROUNDINGS = (("rtn", 0), ("gptq", 0), ("descent", 0), ("asymmetric_descent", 0), ("descent", STEPS))
 LEARNED = {
-    "affine": (("rtn", 0), ("descent", 0), ("asymmetric_descent", 0), ("descent", STEPS)),
-    "smooth_rotation": (("rtn", 0), ("descent", 0)),
+    "affine": (*ROUNDINGS[:3], ("asymmetric_descent", 0), ("descent", STEPS)),
+    "smooth_rotation": ROUNDINGS[:3],
     "affine_blocks": (("rtn", 0),),
-    "weights": (("rtn", 0),),
+    "weights": ROUNDINGS[:2],
     "both": (("rtn", 0),),
 }
 """Of each learned row, how its weights are rounded and for how many steps it is refined."""

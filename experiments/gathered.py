@@ -46,9 +46,9 @@ import optax
 from jaxtyping import Array, Float
 
 from duquantpp_jax.commands.ablate import AblateOptions, main
-from duquantpp_jax.commands.learn import load_rows
 from duquantpp_jax.core import Fit, Fitted, Needs, RandomKey, Recipe, Stats, Weights, stack
 from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.evaluation.subject import load_rows
 from duquantpp_jax.lab import Cell
 from duquantpp_jax.models import SITE_WEIGHTS, Decoder
 from duquantpp_jax.models.layers import matmul
@@ -94,16 +94,18 @@ class Gathered:
     Attributes:
       start: The first R1; see the top of this file.
       steps: Of learning, from there.
-      model, text: Whose rows of calibration text it is chosen on.
+      model, text, text_key: Whose rows of which calibration text it is chosen on.
     """
 
     start: Start
     steps: int = 0
     model: Path | None = None
     text: Path | None = None
+    text_key: str = "text"
 
     def __call__(self, model: Decoder) -> Decoder:
-        rows = load_rows(self.model, self.text, ROWS_SEEN * TARGETS, "calibration").tokens
+        asked = self.text, ROWS_SEEN * TARGETS, "calibration", self.text_key
+        rows = load_rows(self.model, *asked).tokens
         old = {name: np.asarray(a, np.float64) for name, a in model.parameters().items()}
         x, w = _moments(model, old, np.asarray(rows, np.int32)[:, :-1])
         rotation = np.asarray(_learned(self._start(x, w), x, w, self.steps), np.float64)
@@ -212,7 +214,7 @@ def _turned(
 
 FITS: dict[str, Fit] = {
     "wush": FitWush(),
-    "smooth_hadamard": FitInTurn((FitSmooth(0.7), FitHadamard())),
+    "smooth_hadamard at .7": FitInTurn((FitSmooth(0.7), FitHadamard())),
     "zigzag by largest magnitude, wush": FitInTurn((FitPermutation("zigzag"), FitWush())),
     "zigzag by energy, wush": FitInTurn((FitEnergy("zigzag"), FitWush())),
     "equal energy, wush": FitInTurn((FitEnergy("equal"), FitWush())),
@@ -226,14 +228,15 @@ BASELINE = "wush"
 
 
 def CELLS(options: AblateOptions) -> Iterator[Cell]:
-    """The grid, with each R1 chosen on the calibration text that is given."""
-    text = options.calibration_text[0] if options.calibration_text else None
+    """The grid, with each R1 chosen on the first calibration text that is given."""
+    texts = options.calibration_text or (None,)
+    found = {"model": options.model, "text": texts[0], "text_key": options.text_key}
     for rule in ("floor", "even"):
         for name, fit in FITS.items():
             yield Cell(name, rule, fit=fit)
-            if name in ("wush", "smooth_hadamard"):
+            if name in ("wush", "smooth_hadamard at .7"):
                 for turn in TURNS:
-                    change = dataclasses.replace(turn, model=options.model, text=text)
+                    change = dataclasses.replace(turn, **found)
                     yield Cell(name, rule, fit=fit, change=change)
 
 

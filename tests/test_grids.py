@@ -74,7 +74,7 @@ def test_beat_hadamard_has_a_row_for_each_way_to_round_the_fits_that_are_there(t
         (tmp_path / name).mkdir()
     cells = [c for c in cells_of(module, AblateOptions(data=tmp_path)) if c.fits]
     rows = {(module.ROWS(cell), cell.format, cell.fits.name) for cell in cells}
-    assert len(rows) == 5
+    assert len(rows) == 7
     assert ("affine, descent, refined 800 steps", "floor", "affine_floor") in rows
     assert ("weights", "even", "weights_even") in rows
 

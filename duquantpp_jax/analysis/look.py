@@ -104,7 +104,8 @@ def inspect(
     directory = options.model or testbed.directory()
     model, linear, state = load_any(directory)
     chosen = _chosen(model.config.num_hidden_layers, options.site)
-    asked = options.text, options.tokens, "calibration", options.text_key
+    use = "evaluation" if options.text else "calibration"
+    asked = options.text, options.tokens, use, options.text_key
     rows = subject.load_rows(options.model, *asked, config=model.config)
     moments: dict[str, dict[str, Moments]] = {}
     for first in range(0, len(rows.tokens), BATCH_ROWS):

@@ -151,8 +151,8 @@ def chat_prompt(directory: str | os.PathLike[str], message: str) -> str:
             template = companions["chat_template.jinja"]().decode()
         if template is None:
             refuse("no chat_template.jinja, and no chat_template in tokenizer_config.json")
-        tokens = {name: t for name, t in settings.items() if name.endswith("_token")}
-        tokens = {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items()}
+        tokens = {n: t["content"] if isinstance(t, dict) else t for n, t in settings.items()
+                  if n.endswith("_token") and isinstance(t, (str, dict))}  # fmt: skip
         blocks = {"trim_blocks": True, "lstrip_blocks": True}
         made = ImmutableSandboxedEnvironment(**blocks, extensions=["jinja2.ext.loopcontrols"])
         made.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)

@@ -117,6 +117,7 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
         "environment": environment(),
         "options": {
             "text": name_and_hash(options.text),
+            "text_key": options.text_key,
             "protocol": options.protocol,
             "window": protocol.window,
             "bos": protocol.bos,

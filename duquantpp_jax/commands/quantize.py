@@ -11,7 +11,7 @@ from jaxtyping import Integer
 from rich.console import Console
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints import testbed, writer
+from duquantpp_jax.checkpoints import load_config, testbed, writer
 from duquantpp_jax.checkpoints.directory import JOB, REPORT, is_quantized, layer_file, read_layer
 from duquantpp_jax.checkpoints.directory import read_about as read_about_layer
 from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about
@@ -24,7 +24,7 @@ from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.commands.sizes import dry_line, formats_of, quantized_line, table
 from duquantpp_jax.evaluation.own_text import MODEL
 from duquantpp_jax.evaluation.rows import TARGETS
-from duquantpp_jax.evaluation.subject import environment, load_rows, model_and_hash
+from duquantpp_jax.evaluation.subject import check_rows, environment, load_rows, model_and_hash
 from duquantpp_jax.learning import refine as refining
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.estimate import estimate
@@ -123,7 +123,7 @@ def quantize(options: QuantizeOptions, progress: Step = lambda *_: None) -> dict
       OSError: A file cannot be written; the finished layers are kept.
     """
     if options.text == MODEL:
-        dry_run(options)  # refuses bad input before rows are written
+        _planned(dataclasses.replace(options, dry_run=True))  # refuses most bad input first
         progress("the model writes its calibration rows", 0, options.rows)
     job, checkpoint, plan, tokens = _planned(options)
     if not begin(options.out, job, overwrite=options.overwrite):
@@ -208,6 +208,7 @@ def calibration_tokens(options: QuantizeOptions) -> tuple[Tokens, str]:
         raise ValueError(f"--seed {options.seed}: give a number from 0 on")
     text = options.text
     if text == MODEL and options.dry_run:
+        check_rows(directory := Path(options.model or "."), load_config(directory))
         return np.zeros((options.rows, TARGETS), np.int32), str(text)
     asked = text, options.rows * TARGETS, "calibration", options.text_key, options.seed
     rows = load_rows(options.model, *asked)

@@ -2,9 +2,9 @@
 
     x_0 = BOS,    x_t ~ p(x_t | x_0 .. x_t-1),    t = 1 .. 511
 
-An end of sequence ends no row: the model goes on, as it did in training. Rows are written BATCH at
-a time, however many are asked for, so a row depends on the model, the seed and its number alone.
-Batches are kept under these names in $DUQUANTPP_CACHE, else in ~/.cache/duquantpp_jax.
+An end of sequence ends no row: the model goes on, as in training. Rows are written BATCH at a time,
+however many are asked for: on one machine a row depends on model, seed and number alone. Batches
+are kept by these in $DUQUANTPP_CACHE, else ~/.cache/duquantpp_jax, and read as they are.
 
 Source: Liu et al., LLM-QAT: Data-Free Quantization Aware Training (arXiv:2305.17888), section 3.1.
 """
@@ -37,7 +37,7 @@ def own_rows(directory: Path, rows: int, seed: int) -> Int32[np.ndarray, "rows l
     name, model, batches = f"{sha256(directory)}-{seed}", functools.cache(load), []
     for number in range(-(-rows // BATCH)):
         path = Path(place, f"{name}-{number}.safetensors")
-        if path.is_file():
+        if os.path.isfile(path):
             batches.append(files.read_tensors(path)[0]["tokens"])
             continue
         key = jax.random.fold_in(jax.random.key(seed), number)

@@ -66,8 +66,8 @@ class Rows(NamedTuple):
         return self.tokens.shape[1] - 1
 
 
-def read_text(path: str | os.PathLike[str], key: str = "text") -> str | list[str]:
-    """The text of a file, or the documents of a .jsonl file: in each line the string under `key`.
+def read_text(path: str | os.PathLike[str], text_key: str = "text") -> str | list[str]:
+    """The text of a file, or the documents of a .jsonl file: of each line the string of the key.
 
     Files that gzip or xz packed are unpacked, and a byte-order mark is skipped.
 
@@ -87,11 +87,15 @@ def read_text(path: str | os.PathLike[str], key: str = "text") -> str | list[str
         raise ValueError(f"{path} cannot be unpacked ({error}): fetch it again") from None
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror}): give a text file") from None
-    kind = [end for end in Path(path).suffixes if end not in (".gz", ".xz")][-1:]
-    return _documents(text, path, key) if kind == [".jsonl"] else text
+    return _documents(text, path, text_key) if is_lines(path) else text
 
 
-def _documents(text: str, path: str | os.PathLike[str], key: str) -> list[str]:
+def is_lines(path: str | os.PathLike[str]) -> bool:
+    """Whether each line of the file is a document, by its name: .jsonl, packed or not."""
+    return [s for s in Path(path).suffixes if s not in (".gz", ".xz")][-1:] == [".jsonl"]
+
+
+def _documents(text: str, path: str | os.PathLike[str], text_key: str) -> list[str]:
     documents = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -100,18 +104,18 @@ def _documents(text: str, path: str | os.PathLike[str], key: str) -> list[str]:
             if not isinstance(fields := json.loads(line), dict):
                 raise TypeError(f"it is a {type(fields).__name__}")
             strings = {n: v for n, v in fields.items() if isinstance(v, str)}
-            strings.get(key, "").encode()  # half of a surrogate pair is no text
+            strings.get(text_key, "").encode()  # half of a surrogate pair is no text
         except (ValueError, RecursionError, TypeError) as error:
             raise ValueError(
                 f"{path}, line {number} is no JSON object of UTF-8 strings "
                 f'({getattr(error, "msg", error)}): give a document a line, {{"text": "..."}}'
             ) from None
-        if key not in strings:
+        if text_key not in strings:
             raise ValueError(
-                f"{path}, line {number}: no string under {key!r}, but under "
-                f"{', '.join(strings) or 'nothing':.200}: name the text's by --text-key"
+                f"{path}, line {number}: no string under {text_key!r}, but under "
+                f"{', '.join(strings) or 'no other key':.200}: name the text's by --text-key"
             )
-        documents.append(strings[key])
+        documents.append(strings[text_key])
     return documents
 
 

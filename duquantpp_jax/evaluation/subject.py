@@ -43,7 +43,7 @@ def load_rows(
     text: Path | None,
     targets: int,
     use: Literal["evaluation", "calibration"],
-    key: str = "text",
+    text_key: str = "text",
     seed: int = 0,
     config: DecoderConfig | None = None,
 ) -> Rows:
@@ -52,7 +52,7 @@ def load_rows(
     Args:
       text: None for the embedded rows; to calibrate also `MODEL`, what the model itself writes.
       targets: Cut down to whole rows.
-      key, seed: Of a text in a .jsonl file, and of what the model writes.
+      text_key, seed: Of a text in a .jsonl file, and of what the model writes.
       config: Of a model that is quantized already.
 
     Raises:
@@ -63,8 +63,18 @@ def load_rows(
         tokens = embedded[use]()
         return rows_for_targets(Rows(tokens, np.arange(len(tokens))), targets, "the embedded text")
     own = text == MODEL and use == "calibration"
-    content, directory = "" if own else read_text(text, key), model or testbed.directory()
+    content, directory = "" if own else read_text(text, text_key), model or testbed.directory()
     config = config or load_config(directory)
+    check_rows(directory, config)
+    if own:
+        tokens = own_rows(directory, max(1, targets // TARGETS), seed)
+        return rows_for_targets(Rows(tokens, np.arange(len(tokens))), targets, str(text))
+    rows = rows_of_text(content, load_tokenizer(directory, config), config.bos_token_id)
+    return rows_for_targets(rows, targets, str(text))
+
+
+def check_rows(directory: Path, config: DecoderConfig) -> None:
+    """Raises ValueError if a model does not take rows of BOS and 510 tokens."""
     if config.bos_token_id is None:
         raise ValueError(
             f"{directory}/config.json names no bos_token_id, which stands before every row: "
@@ -75,11 +85,6 @@ def load_rows(
             f"{directory} has {config.max_position_embeddings} positions, and rows here have "
             f"{TARGETS} inputs: duquantpp evaluate takes shorter ones (--window)"
         )
-    if own:
-        tokens = own_rows(directory, max(1, targets // TARGETS), seed)
-        return rows_for_targets(Rows(tokens, np.arange(len(tokens))), targets, str(text))
-    rows = rows_of_text(content, load_tokenizer(directory, config), config.bos_token_id)
-    return rows_for_targets(rows, targets, str(text))
 
 
 def name_and_hash(path: Path | None) -> dict[str, str]:

@@ -176,7 +176,7 @@ def order(cells: list[Cell]) -> list[Cell]:
     return sorted(cells, key=key)  # stable: cells of one fit stay in the order given
 
 
-def _keys(cell: Cell) -> tuple[Any, Any, Any]:
+def _keys(cell: Cell) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:
     """All that decides the cell's model, its evaluation rows and its calibration rows."""
     rows = cell.model, cell.text, cell.tokens, "evaluation", cell.text_key
     seed = cell.seed if cell.calibration_text == MODEL else 0

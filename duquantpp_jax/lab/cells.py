@@ -20,9 +20,10 @@ from duquantpp_jax import files
 from duquantpp_jax.checkpoints import sha256 as model_sha256
 from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.checkpoints.fits import other_formats, read_about
+from duquantpp_jax.checkpoints.source import PACKAGES
 from duquantpp_jax.core import Element, Fit, Format, Recipe, Rounding
 from duquantpp_jax.evaluation.own_text import MODEL
-from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.evaluation.rows import TARGETS, is_lines
 from duquantpp_jax.formats.tensors import ELEMENTS
 from duquantpp_jax.models import Decoder, Store
 from duquantpp_jax.ptq import stream
@@ -208,7 +209,8 @@ def canonical(value: Any) -> Any:
         case Mapping():
             return {str(key): canonical(item) for key, item in value.items()}
         case Path():
-            return _text_hash(value)
+            hashed = _model_hash if value.is_dir() or str(value) in PACKAGES else _text_hash
+            return str(MODEL) if value == MODEL else hashed(value)
         case np.dtype():
             return value.name
         case type():
@@ -236,7 +238,7 @@ def _model_hash(model: Path | None) -> str:
 def _text_hash(text: Path | None) -> str:
     path = text or testbed.directory() / "tokens.npz"
     try:
-        return _hashed(files.sha256, path)
+        return _hashed(files.sha256, path) + (" by lines" if is_lines(path) else "")
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror}): give a text file") from None
 

@@ -76,9 +76,9 @@ class LearnSettings:
 
     Attributes:
       start: What learning starts from, by its name in duquantpp_jax.recipes.
-      moves: What moves: rotation, smooth_rotation (scales of channels, which fold, as well),
-        affine (or expm, cayley, affine_expm, affine_lu), weights or weights_moved, scale_offset,
-        clip or clip_site, weight_clip or weight_clip_site.
+      moves: What moves: rotation, smooth_rotation (and scales, which fold if it starts from a
+        rotation, smoothed or not), affine (or expm, cayley, affine_expm, affine_lu), weights or
+        weights_moved, scale_offset, clip or clip_site, weight_clip or weight_clip_site.
       through: What the loss is taken through: each site alone, one block after the other (only one
         is in memory), or the whole model.
       steps: Updates; through site or block, of each of them.

@@ -57,8 +57,8 @@ class Search:
         def better(kept: tuple[MXArray, Array], value: Array) -> tuple[tuple[MXArray, Array], None]:
             best, least = kept
             other = format.encode(w, **given, **{self.option: value})
-            error = self._error(w, other, importance)
-            return (other.where(error < least, best), jnp.minimum(error, least)), None
+            less = (error := self._error(w, other, importance)) < least
+            return (other.where(less, best), jnp.where(less, error, least)), None
 
         start = first, self._error(w, first, importance)
         (best, _), _ = jax.lax.scan(better, start, jnp.asarray(self.candidates[1:], kind))

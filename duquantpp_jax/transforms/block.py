@@ -185,8 +185,7 @@ def lower(transform: Transform, width: int, size: int) -> Transform:
 
 
 def _of_side(size: int, width: int, *sides: Float[Array, "blocks r r"]) -> Blocks | None:
-    """Matrices of side r and their inverses as block-diagonal ones of side `size`; None if r does
-    not divide it."""
+    """Matrices, and inverses, as block-diagonal ones of side `size`; None if it is no multiple."""
     count, side, _ = sides[0].shape
     if size % side or width % size:
         return None

@@ -5,7 +5,7 @@ With M0 the matrix where learning starts, and all parameters zero there,
     expm          R = M0 expm(A - A^T)                       orthogonal where M0 is
     cayley        R = M0 (I - K)^-1 (I + K),  K = A - A^T    orthogonal where M0 is
                     = M0 (2 (I - K)^-1 - I)
-    smooth        R = diag(exp(d)) M0 (I - K)^-1 (I + K),    d the diagonal of A; diag folds
+    smooth_rotation   diag(exp(d)) M0 (I - K)^-1 (I + K),    d the diagonal of A
     affine        M = M0 + D                                 its inverse by solving
     affine_expm   M = expm(S) M0                             M^-1 = M0^-1 expm(-S)
     affine_lu     M = M0 (I + L) diag(exp(d)) (I + U)        L, U strictly triangular
@@ -49,8 +49,8 @@ class Parametrization(abc.ABC):
     """A map from unconstrained arrays to the matrices of the blocks."""
 
     names: ClassVar[tuple[str, ...]]
-    rotates = False
-    """Whether it is a rotation, maybe of scaled channels, wherever the start is one."""
+    rotates = scales = False
+    """Whether it is a rotation wherever the start is one; whether that of scaled channels."""
 
     def init(self, start: BlockAffine) -> Parameters:
         """The parameters of `start` itself: zeros."""
@@ -107,13 +107,12 @@ class SmoothCayley(Parametrization):
     """R = diag(exp(d)) M0 (I - K)^-1 (I + K), d the diagonal of A."""
 
     names = ("a",)
-    rotates = True
+    rotates = scales = True
 
     def transform(self, start: BlockAffine, parameters: Parameters) -> BlockAffine:
         rotated = Cayley().transform(start, parameters)
-        scale = jnp.exp(jnp.diagonal(parameters["a"], axis1=-2, axis2=-1))
-        matrices = scale[..., :, None] * rotated.matrices
-        return BlockAffine(matrices, rotated.inverses / scale[..., None, :])
+        scale = jnp.exp(jnp.diagonal(parameters["a"], axis1=-2, axis2=-1))[..., None]
+        return BlockAffine(scale * rotated.matrices, rotated.inverses / scale.mT)
 
 
 class Affine(Parametrization):
@@ -191,22 +190,17 @@ def check_condition(start: BlockAffine, max_condition: float) -> None:
 
 
 def settled(transform: BlockAffine, parametrization: Parametrization | None) -> Transform:
-    """What has been learned, exact to float32; see the top of this file.
-
-    Rotations that scale channels first, diag(1 / s) R, are a Smooth, which folds, and R.
-    """
+    """What has been learned, exact to float32; diag(1 / s) R as a Smooth, which folds, and R."""
     matrices = np.asarray(transform.matrices, np.float64)
     if parametrization is not None and parametrization.rotates:
         lengths = np.linalg.norm(matrices, axis=-1, keepdims=True)
-        scales = bool(np.abs(lengths - 1).max() >= _DRIFT)
+        scales = parametrization.scales or bool(np.abs(lengths - 1).max() >= _DRIFT)
         unit = matrices / lengths if scales else matrices
         if np.abs(unit @ unit.mT - np.eye(unit.shape[-1])).max() < _DRIFT:
             rotations = polished(unit)
             rotation = BlockAffine(rotations, rotations.mT)
-            if not scales:
-                return rotation
-            smooth = Smooth(jnp.asarray(1 / lengths.reshape(*lengths.shape[:-3], -1), jnp.float32))
-            return Chain((smooth, rotation))
+            divisor = jnp.asarray(1 / lengths.reshape(*lengths.shape[:-3], -1), jnp.float32)
+            return Chain((Smooth(divisor), rotation)) if scales else rotation
     return BlockAffine(transform.matrices, jnp.asarray(np.linalg.inv(matrices), jnp.float32))
 
 

@@ -293,7 +293,7 @@ def test_gutenberg_27m_has_its_known_perplexity(data):
 
 TEMPLATE = """{%- for m in messages %}
   {%- if m.role not in ['user'] %}{{ raise_exception('no ' + m.role) }}{% endif %}
-  {{- bos_token + '<' + m.role + '>' + m.content | trim + eos_token }}
+  {{- bos_token ~ pad_token + '<' + m.role + '>' + m.content | trim + eos_token }}
   {%- continue %}
 {%- endfor %}
 {% if add_generation_prompt and tools is none %}
@@ -301,7 +301,7 @@ TEMPLATE = """{%- for m in messages %}
 {% endif %}"""
 WRITTEN = '<s><user>a "b"</s><answer>{"é": null}\n'
 """What transformers 5.24 makes of it."""
-BASE = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}
+BASE = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "pad_token": None}
 
 
 @pytest.mark.parametrize("place", ["config", "several", "file"])

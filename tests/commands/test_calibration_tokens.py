@@ -75,5 +75,6 @@ def test_bad_options_are_refused_before_the_model_writes(tiny_directory, tmp_pat
 )
 def test_a_model_that_takes_no_such_rows_writes_none(changes, says, tmp_path):
     save(tiny_decoder(**changes), byte_tokenizer().to_str(), tmp_path / "m")
-    with pytest.raises(ValueError, match=says):
-        calibration_tokens(QuantizeOptions(tmp_path / "m", rows=2))
+    for dry in (False, True):
+        with pytest.raises(ValueError, match=says):
+            calibration_tokens(QuantizeOptions(tmp_path / "m", rows=2, dry_run=dry))

@@ -46,6 +46,7 @@ def test_results_keep_their_contract(results):
     assert results["clusters"] == {"unit": "document", "count": 10}
     assert results["options"] | {"text": None} == {
         "text": None,
+        "text_key": "text",
         "protocol": "documents",
         "window": 60,
         "bos": True,

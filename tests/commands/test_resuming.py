@@ -134,7 +134,7 @@ def test_killed_before_it_drops_old_hidden_states_it_drops_them_later(
 @pytest.mark.slow
 def test_killed_sequential_goes_on_from_what_the_quantized_layers_gave(three_layers, tmp_path):
     """Ten times, at random steps of writing; once without the hidden states that it had stored."""
-    few = {"include": ("*.o_proj", "*.down_proj"), "rounding": "asymmetric", "sequential": True}
+    few = {"include": ("*.o_proj", "*.mlp.*"), "rounding": "asymmetric", "sequential": True}
     whole = options_of(three_layers, tmp_path / "whole", **few)
     quantize(whole)
     options = dataclasses.replace(whole, out=tmp_path / "q")

@@ -28,13 +28,20 @@ def test_rows_have_the_entropy_that_the_model_says(tiny_directory):
     assert np.abs(difference.mean()) < 4 * difference.std() / np.sqrt(difference.size) < 0.15
 
 
-def test_a_row_depends_on_the_model_the_seed_and_its_number_alone(tiny_directory, monkeypatch):
+def test_a_row_depends_on_the_model_the_seed_and_its_number_alone(
+    tiny_directory, tmp_path, monkeypatch
+):
     many = own_rows(tiny_directory, BATCH + 1, 1)
     assert len({row.tobytes() for row in many}) == BATCH + 1
     assert (own_rows(tiny_directory, 1, 2) != many[:1])[:, 1:].mean() > 0.5
-    with monkeypatch.context() as patch:  # kept rows need no model
-        patch.setattr(own_text, "load", lambda _: 1 / 0)
-        np.testing.assert_array_equal(own_rows(tiny_directory, 3, 1), many[:3])
+    monkeypatch.setenv("DUQUANTPP_CACHE", str(tmp_path))  # where none is kept
+    np.testing.assert_array_equal(own_rows(tiny_directory, 3, 1), many[:3])
+
+
+def test_rows_that_are_kept_need_no_model(tiny_directory, monkeypatch):
+    wanted = own_rows(tiny_directory, 4, 1)
+    monkeypatch.setattr(own_text, "load", lambda _: 1 / 0)
+    np.testing.assert_array_equal(own_rows(tiny_directory, 3, 1), wanted[:3])
 
 
 def test_an_end_of_sequence_ends_no_row_and_what_cannot_be_kept_is_written(

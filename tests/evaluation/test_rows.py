@@ -110,7 +110,7 @@ def test_a_line_is_a_document_and_a_stream_has_blank_lines_between_them():
         (b'{"text": "\\ud800"}', "line 1 is no JSON object .*surrogates"),
         (b"[" * 100_000, "line 1 is no JSON object .*recursion"),
         (b'{"body": "a", "id": 7, "url": "b"}', "no string under 'text', but under body, url: "),
-        (b'{"text": ["a"]}', "no string under 'text', but under nothing"),
+        (b'{"text": ["a"]}', "no string under 'text', but under no other key"),
         (gzip.compress(b"text")[:-9], "t.jsonl cannot be unpacked .*: fetch it again"),
         (lzma.compress(b"text")[:-9], "t.jsonl cannot be unpacked .*: fetch it again"),
     ],

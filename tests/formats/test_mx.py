@@ -346,9 +346,12 @@ def test_jit_eager_and_vmap_agree_bit_for_bit(make, rule):
     with jax.disable_jit():
         assert_same(format.quantize(x), q)
     assert_same(jax.jit(jax.vmap(format.quantize))(x), q)
-    if rule is ScaleRule.FLOOR:  # each by itself
-        assert_same(jax.jit(format.quantize)(x), q)
-        assert_same(jax.vmap(format.quantize)(x), q)
+    if rule is ScaleRule.FLOOR:  # each by itself, and rows of several blocks
+        wide = x.reshape(-1, 64)
+        q_wide = format.quantize(wide)
+        assert_same(jax.jit(format.quantize)(wide), q_wide)
+        assert_same(jax.vmap(format.quantize)(wide), q_wide)
+        np.testing.assert_array_equal(q_wide.codes().reshape(x.shape), q.codes())
     np.testing.assert_array_equal(jax.jit(MXArray.dequantize)(q), q.dequantize())
     np.testing.assert_array_equal(jax.vmap(MXArray.dequantize)(q), q.dequantize())
 

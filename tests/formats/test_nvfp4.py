@@ -172,8 +172,7 @@ def test_options_without_use_are_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("four_over_six", [False, True])
 def test_jit_eager_and_vmap_agree_bit_for_bit(four_over_six):
-    # Blocks of 32, on which test_mx.py compiles most of the operations that run one by one.
-    format = NVFP4(four_over_six=four_over_six, block_size=32)
+    format = NVFP4(four_over_six=four_over_six)
     x = jnp.asarray(blocks_of(2 * COUNT).reshape(COUNT, 32))
     q = format.quantize(x)
     with jax.disable_jit():

@@ -52,10 +52,10 @@ def _divergence(model, format, state, rows):
 @pytest.mark.parametrize(
     ("moves", "rate"),
     [
-        (Moves(PARAMETRIZATIONS["affine"], weights="moved", through_amax=True), 1e-3),
-        (Moves(PARAMETRIZATIONS["cayley"], weights="given", scale_offset=True), 1e-4),
+        (Moves(PARAMETRIZATIONS["affine"], through_amax=True), 1e-3),
+        (Moves(PARAMETRIZATIONS["smooth_rotation"], weights="moved", scale_offset=True), 1e-4),
     ],
-    ids=["affine and weights moved", "rotation and weights given"],
+    ids=["affine", "rotation, scales and weights"],
 )
 def test_held_out_loss_falls_and_the_best_is_kept(model, moves, rate):
     rows = testbed.calibration_rows()[:20, :64]

@@ -104,8 +104,7 @@ def test_gptq_lowers_the_error_of_the_output_and_never_raises_that_of_a_row(form
 
 @pytest.mark.parametrize("rule", [ScaleRule.FLOOR, ScaleRule.EVEN])
 def test_rows_that_the_loop_makes_worse_are_rounded_to_nearest_and_only_they(rule):
-    """Inputs that are almost white leave little to gain: the loop harms 2 of these 24
-    rows, or 1.
+    """Inputs that are almost white leave little to gain: the loop harms 1 or 2 of these 24 rows.
 
     Of them elements and scales are those of nearest rounding, scaled blocks apart or not.
     """

@@ -113,6 +113,8 @@ def test_a_rotation_of_scaled_channels_is_settled_as_scales_that_fold_and_a_rota
     assert np.abs(r @ r.mT - np.eye(8)).max() < 2e-7
     x = jnp.eye(24)
     np.testing.assert_allclose(found.activations(x), learned.activations(x), atol=1e-6)
+    # Layers are stacked: where nothing was learned the form is the same.
+    assert len(settled(_start(), parametrization).links) == 2
 
 
 def test_inverses_and_their_derivative_are_those_of_lapack():
