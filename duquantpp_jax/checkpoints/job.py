@@ -59,11 +59,7 @@ class Job:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Job":
-        """What `to_dict` gave.
-
-        Raises:
-          ValueError: Fields are missing or unknown.
-        """
+        """What `to_dict` gave; raises ValueError if fields are missing or unknown."""
         names = {field.name for field in dataclasses.fields(cls)}
         later = names & vars(cls).keys()  # have a default: older jobs lack them
         if not isinstance(fields, Mapping) or set(fields) | later != names:

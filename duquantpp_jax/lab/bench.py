@@ -72,11 +72,7 @@ class Bench:
         return self._kept[what][1]
 
     def run(self, cell: Cell) -> Found:
-        """Measures one cell.
-
-        Raises:
-          ValueError: Bad input, or a result that is NaN or Inf; one line.
-        """
+        """Measures one cell; raises ValueError for bad input, or a result that is NaN or Inf."""
         began = time.perf_counter()
         of_model, of_rows, _ = _keys(cell)
         model, start, plan = self._start(cell)

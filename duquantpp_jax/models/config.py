@@ -195,21 +195,28 @@ def _architecture(fields: Mapping[str, Any]) -> str:
 
 
 def _without_rope_parameters(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The fields in the layout of transformers 4: rope_parameters of transformers 5 is unpacked."""
+    """The fields in the layout of transformers 4: rope_parameters of transformers 5 is unpacked.
+
+    As in transformers, rope_scaling comes before rope_parameters, and what stands inside before
+    what stands outside.
+    """
     fields = dict(fields)
-    if (nested := fields.pop("rope_parameters", None)) is not None:
-        if not isinstance(nested, dict):
-            raise ValueError(
-                f"config.json: rope_parameters = {read.short(nested)} is not an object: "
-                'it must look like {"rope_type": "default", "rope_theta": 10000.0}'
-            )
-        fields |= {n: nested[n] for n in ("rope_theta", "partial_rotary_factor") if n in nested}
-        if nested.get("rope_type", "default") != "default":
-            fields["rope_scaling"] = nested
-    scaling = fields.get("rope_scaling")
+    nested, scaling = fields.pop("rope_parameters", None), fields.get("rope_scaling")
+    if nested is not None and not isinstance(nested, dict):
+        raise ValueError(
+            f"config.json: rope_parameters = {read.short(nested)} is not an object: "
+            'it must look like {"rope_type": "default", "rope_theta": 10000.0}'
+        )
+    scaling = fields["rope_scaling"] = scaling or nested or None
     if isinstance(scaling, dict):
-        if scaling.get("rope_theta") is not None:  # as transformers: before the one outside
-            fields["rope_theta"] = scaling["rope_theta"]
-        if scaling.get("rope_type", scaling.get("type")) == "default":
+        inside = ("rope_theta", "partial_rotary_factor")
+        fields |= {name: scaling[name] for name in inside if scaling.get(name) is not None}
+        given = {n for n, v in scaling.items() if v is not None}
+        if scaling.get("rope_type", scaling.get("type", "default")) == "default":
             fields["rope_scaling"] = None
+            if unknown := given - {"rope_type", "type", *inside}:
+                raise ValueError(
+                    f"config.json: {min(unknown)} = {read.short(scaling[min(unknown)])} is not "
+                    f"supported in rope_scaling of type default: it may have {' and '.join(inside)}"
+                )
     return fields

@@ -144,7 +144,9 @@ def read_scaling(fields: Mapping[str, Any], max_positions: int) -> Scaling | Non
                 f"config.json: {extra} = {read.short(value)} is not supported in rope_scaling of "
                 f"type {name}: it may have {', '.join(known)}"
             )
-    given = {"original_max_position_embeddings": max_positions} | given
+    length = "original_max_position_embeddings"  # transformers prefers the one outside
+    given = {length: max_positions} | given
+    given |= {} if fields.get(length) is None else {length: fields[length]}
     values = {
         name: _READERS.get(field.type, read.positive)(given, name)
         for name, field in known.items()

@@ -118,11 +118,7 @@ def save(path: str | os.PathLike[str], transforms: Mapping[str, Transform | Fitt
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, Transform | Fitted]:
-    """Reads the transforms that `save` wrote.
-
-    Raises:
-      ValueError: The file is not one of those.
-    """
+    """Reads the transforms that `save` wrote; raises ValueError if the file is none of those."""
     tensors, metadata = files.read_tensors(pathlib.Path(path))
     if metadata.get("format") != FORMAT:
         raise ValueError(

@@ -142,3 +142,13 @@ def test_a_directory_without_config_is_refused(tmp_path):
     assert "has no config.json" in refusal(lambda: load(tmp_path))
     assert "is not a directory" in refusal(lambda: load(tmp_path / "absent"))
     assert "has no config.json" in refusal(lambda: sha256(tmp_path))
+
+
+def test_of_two_scalings_and_two_lengths_those_are_taken_that_transformers_takes():
+    fields, linear = TINY.to_dict(), {"type": "linear", "factor": 2.0}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    both = DecoderConfig.from_dict(fields | {"rope_scaling": linear, "rope_parameters": yarn})
+    assert both == DecoderConfig.from_dict(fields | {"rope_scaling": linear})
+    outside = {"rope_scaling": yarn, "original_max_position_embeddings": 32}
+    scaling = DecoderConfig.from_dict(fields | outside).rope_scaling
+    assert scaling.original_max_position_embeddings == 32

@@ -28,11 +28,7 @@ Columns = Literal[1, 2]
 
 
 def width(columns: int) -> float:
-    """Width of a figure in inches.
-
-    Raises:
-      ValueError: Not 1 or 2 columns.
-    """
+    """Width of a figure in inches; raises ValueError for other than 1 or 2 columns."""
     if columns not in (1, 2):
         raise ValueError(f"columns = {columns}: a figure is 1 or 2 columns wide")
     return 3.5 if columns == 1 else 7.2
