@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options = _parse(sys.argv[1:] if arguments is None else arguments)
             run = next(run for kind, run in COMMANDS.values() if type(options) is kind)
             return run(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, OverflowError) as error:
         print("duquantpp: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -66,11 +66,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str,
 
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """All tensors of a safetensors file, and its metadata.
-
-    Raises:
-      ValueError: The file is not a safetensors file.
-    """
+    """All tensors of a safetensors file, and its metadata; raises ValueError if it is none."""
     try:
         with safe_open(path, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

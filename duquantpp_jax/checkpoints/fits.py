@@ -61,11 +61,7 @@ def read_about(directory: Path, model_sha256: str | None = None) -> dict[str, An
 
 
 def load_fits(directory: Path, model_sha256: str) -> tuple[dict[str, Fitted], dict[str, Any]]:
-    """Fits of a model, and what fits.json says of them.
-
-    Raises:
-      ValueError: As `read_about`, or the files are broken.
-    """
+    """Fits of a model, and what fits.json says; raises ValueError as `read_about`, or if broken."""
     about = read_about(directory, model_sha256)
     fits = storage.load(directory / ARRAYS)
     if digest(fits) != about.get("sha256"):

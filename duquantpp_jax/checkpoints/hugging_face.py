@@ -158,7 +158,8 @@ def chat_prompt(directory: str | os.PathLike[str], message: str) -> str:
         made.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         made.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
         said = {"messages": [{"role": "user", "content": message}], "add_generation_prompt": True}
-        return made.from_string(template).render(**tokens, tools=None, documents=None, **said)
+        text = made.from_string(template).render(**tokens, tools=None, documents=None, **said)
+        return text.encode().decode()  # half of a surrogate pair is no text
     except Exception as error:  # a template may raise anything
         raise ValueError(
             f"{directory} has no chat template that works ({one_line(error)}): leave out --chat"

@@ -88,6 +88,9 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
     wanted = options.rows * TARGETS, "calibration", options.text_key, options.seed
     tokens = np.asarray(load_rows(options.model, options.text, *wanted).tokens, np.int32)
     rows, held_out = split(tokens, options.held_out)
+    if len(rows) < options.batch_rows and options.through != "site":
+        raise ValueError(f"{len(rows)} rows are less than a batch: give more --rows or less "
+                         f"--batch-rows than {options.batch_rows}")  # fmt: skip
     directory = options.model or testbed.directory()
     how = [field.name for field in dataclasses.fields(LearnSettings)]
     counts = {"rows": len(rows), "held_out": len(held_out)}
@@ -108,7 +111,8 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
     if options.measure:
         report("measuring", options.steps, options.steps)
         kl = held_out_kl(load(directory), method, found.fits, rows, held_out, options.seed)
-    about = asked | {"start_loss": found.start_loss, "history": found.history, "held_out_kl": kl}
+    history = [[x if np.isfinite(x) else None for x in check] for check in found.history]
+    about = asked | {"start_loss": found.start_loss, "history": history, "held_out_kl": kl}
     save_fits(options.out, found.fits, about)
     shutil.rmtree(place)
     return read_about(options.out)

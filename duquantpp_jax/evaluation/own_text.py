@@ -20,9 +20,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints import load, sha256
+from duquantpp_jax.checkpoints import load, load_config, sha256
 from duquantpp_jax.evaluation.rows import TARGETS
-from duquantpp_jax.models import Decoder, dense
+from duquantpp_jax.models import Decoder, DecoderConfig, dense
 from duquantpp_jax.models.generation import Sampling, generate
 from duquantpp_jax.ptq import stores
 
@@ -35,16 +35,27 @@ def own_rows(directory: Path, rows: int, seed: int) -> Int32[np.ndarray, "rows l
     """BOS and 511 ids each, drawn at temperature 1; raises ValueError as `load`, and for NaN."""
     place = os.environ.get("DUQUANTPP_CACHE") or os.path.expanduser("~/.cache/duquantpp_jax")
     name, model, batches = f"{sha256(directory)}-{seed}", functools.cache(load), []
+    config = load_config(directory)
     for number in range(-(-rows // BATCH)):
         path = Path(place, f"{name}-{number}.safetensors")
-        if os.path.isfile(path):
-            batches.append(files.read_tensors(path)[0]["tokens"])
-            continue
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        batches.append(_written(model(directory), key))
-        with contextlib.suppress(OSError):  # rows that cannot be kept are written again
-            files.write_tensors(path, {"tokens": batches[-1]}, {})
+        if (batch := _kept(path, config)) is None:
+            key = jax.random.fold_in(jax.random.key(seed), number)
+            batch = _written(model(directory), key)
+            with contextlib.suppress(OSError):  # rows that cannot be kept are written again
+                files.write_tensors(path, {"tokens": batch}, {})
+        batches.append(batch)
     return np.concatenate(batches)[:rows]
+
+
+def _kept(path: Path, config: DecoderConfig) -> Int32[np.ndarray, "batch length"] | None:
+    """The rows of a file; None where there is no file, or one of no such rows."""
+    try:
+        tokens = files.read_tensors(path)[0]["tokens"]
+    except (OSError, ValueError, KeyError):
+        return None
+    right = (tokens.dtype, tokens.shape) == (np.int32, (BATCH, TARGETS + 1))
+    right = right and (tokens[:, 0] == config.bos_token_id).all() and tokens.min() >= 0
+    return tokens if right and tokens.max() < config.vocab_size else None
 
 
 def _written(model: Decoder, key: jax.Array) -> Int32[np.ndarray, "batch length"]:

@@ -46,11 +46,7 @@ def multiply_blocks(
 
 
 def rotation_size(size: int | None, width: int) -> int:
-    """The rotation size for a width; None is the whole width.
-
-    Raises:
-      ValueError: It does not divide the width.
-    """
+    """The rotation size for a width, None the whole; raises ValueError unless it divides it."""
     size = width if size is None else size
     if size < 1 or width % size:
         fits = max(d for d in range(1, min(max(size, 1), width) + 1) if width % d == 0)
