@@ -14,7 +14,7 @@ FLOORS = (
     "formats",
     "transforms models",
     "rounding kernels",
-    "learning.quantizer learning.moves learning.training learning.state learning.site",
+    "learning.straight_through learning.moves learning.training learning.state learning.site",
     "recipes",
     "ptq",
     "checkpoints",

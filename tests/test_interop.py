@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.checkpoints.test_exports import exported, quantized
+from tests.checkpoints.test_layouts import exported, quantized
 from tests.decompress import assert_equal, by_library, dequantized
 
 pytest.importorskip("compressed_tensors", reason="needs the extra interop")

@@ -25,11 +25,12 @@ from rich.console import Console
 
 from duquantpp_jax import files
 from duquantpp_jax.commands.progress import progress_bar
-from duquantpp_jax.lab import report, running, table
+from duquantpp_jax.lab import running, table
 from duquantpp_jax.lab.cells import DEFAULT_FORMAT, SCHEMA, Cell
 from duquantpp_jax.lab.executors import Processes, Slurm, gpus
 from duquantpp_jax.lab.pivot import COMPARED, Layout, pivots
 from duquantpp_jax.lab.running import Executor
+from duquantpp_jax.lab.webpage import webpage
 from duquantpp_jax.recipes import known
 
 
@@ -135,7 +136,7 @@ def _run(module: ModuleType, options: AblateOptions) -> int:
         summary = {"schema": SCHEMA, "grid": name, "tables": found}
         files.write_whole(options.summary, files.to_json(summary))
     if options.report:
-        page = report.page(name, module.__doc__ or "", found, outcome)
+        page = webpage(name, module.__doc__ or "", found, outcome)
         files.write_whole(options.report, page.encode())
     for cell, error in outcome.errors.items():
         print(f"failed: {cell.labels()}: {error}", file=sys.stderr)

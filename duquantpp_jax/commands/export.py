@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from duquantpp_jax.checkpoints.exports import write_export
+from duquantpp_jax.checkpoints.layouts import write_export
 from duquantpp_jax.commands.evaluate import Imports
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.recipes import import_modules

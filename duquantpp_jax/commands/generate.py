@@ -10,7 +10,7 @@ import numpy as np
 from duquantpp_jax.checkpoints import load_any, load_tokenizer
 from duquantpp_jax.checkpoints.hugging_face import chat_prompt
 from duquantpp_jax.commands.evaluate import Flag, Imports
-from duquantpp_jax.models.generation import Sampling, generate
+from duquantpp_jax.models.sampling import Sampling, generate
 from duquantpp_jax.ptq import stores as cache
 from duquantpp_jax.recipes import import_modules
 

@@ -23,7 +23,7 @@ from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load, load_config, sha256
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.models import Decoder, DecoderConfig, dense
-from duquantpp_jax.models.generation import Sampling, generate
+from duquantpp_jax.models.sampling import Sampling, generate
 from duquantpp_jax.ptq import stores
 
 MODEL = Path("model")

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Integer, Key
 from duquantpp_jax.core import Format, Weights
 from duquantpp_jax.evaluation.predict import Predictor, kl_divergence
 from duquantpp_jax.learning.moves import PARTS, Learned, Moves, SitesObjective
-from duquantpp_jax.learning.quantizer import product
+from duquantpp_jax.learning.straight_through import product
 from duquantpp_jax.learning.training import Trained
 from duquantpp_jax.models import Decoder, dense
 from duquantpp_jax.transforms.block import BlockAffine

@@ -6,7 +6,7 @@
     weights = "given"    W' = (W + D) T^-T, D learned: a moving T rounds every weight anew
     weights = "moved"    W' = W T0^-T + D, D learned in the moved space: T moves the input alone
 
-Q rounds in the forward pass and lets gradients through (quantizer.py). Clips are learned as their
+Q rounds in the forward pass and lets gradients through (straight_through.py). Clips are learned as
 logarithms, one for each block of channels or one for the site. That of the activations is the
 format's: larger numbers saturate. That of the weights clamps each row's part of a block to the clip
 times its largest magnitude, so that any rounding may follow.
@@ -22,7 +22,7 @@ from flax import struct
 from jaxtyping import Array, Float, Key
 
 from duquantpp_jax.core import Fitted, Format, Transform, Weights
-from duquantpp_jax.learning.quantizer import integer, learnable_quantize, product
+from duquantpp_jax.learning.straight_through import integer, learnable_quantize, product
 from duquantpp_jax.learning.training import Objective, Rows, Trained, train
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.learned import (

@@ -323,6 +323,7 @@ def test_a_message_is_written_as_transformers_writes_it(place, directory):
         ("{{ messages.append(1) }}", "unsafe"),
         ("{% for %}", "no chat template that works"),
         ("{{ 1 / 0 }}", "division by zero"),
+        ("\ud800", "surrogates not allowed"),
     ],
 )
 def test_a_template_that_does_not_work_is_refused_in_a_line(template, says, directory):

@@ -84,6 +84,12 @@ def test_killed_and_resumed_it_writes_the_same_fits(options, tmp_path, through):
         assert {leaf.shape[0] for leaf in jax.tree.leaves(fitted)} == {2}
 
 
+def test_rows_that_fill_no_batch_are_refused_before_anything_is_written(options):
+    with pytest.raises(ValueError, match="4 rows are less than a batch: give more --rows"):
+        learn_fits(dataclasses.replace(options, batch_rows=9))
+    assert not options.out.exists()
+
+
 def test_it_prints_the_held_out_kl_of_the_start_and_the_end(options, capsys):
     words = [
         *("learn", "--model", options.model, "--text", options.text, "--rows", "6"),

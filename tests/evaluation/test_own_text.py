@@ -5,8 +5,9 @@ import json
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save
 
-from duquantpp_jax.checkpoints import load
+from duquantpp_jax.checkpoints import load, sha256
 from duquantpp_jax.evaluation import own_text
 from duquantpp_jax.evaluation.own_text import BATCH, own_rows
 from duquantpp_jax.evaluation.rows import TARGETS
@@ -42,6 +43,17 @@ def test_rows_that_are_kept_need_no_model(tiny_directory, monkeypatch):
     wanted = own_rows(tiny_directory, 4, 1)
     monkeypatch.setattr(own_text, "load", lambda _: 1 / 0)
     np.testing.assert_array_equal(own_rows(tiny_directory, 3, 1), wanted[:3])
+
+
+def test_kept_rows_that_are_none_are_written_again(tiny_directory, tmp_path, monkeypatch):
+    wanted = own_rows(tiny_directory, BATCH, 1)
+    monkeypatch.setenv("DUQUANTPP_CACHE", str(tmp_path))
+    monkeypatch.setattr(own_text, "_written", lambda model, key: wanted)
+    kept = tmp_path / f"{sha256(tiny_directory)}-1-0.safetensors"
+    for spoiled in (wanted[:, ::-1], wanted[:2], wanted - wanted - 1, wanted * 2.0, None):
+        kept.write_bytes(b"" if spoiled is None else save({"tokens": spoiled.copy()}))
+        np.testing.assert_array_equal(own_rows(tiny_directory, BATCH, 1), wanted)
+        np.testing.assert_array_equal(load_file(kept)["tokens"], wanted)
 
 
 def test_an_end_of_sequence_ends_no_row_and_what_cannot_be_kept_is_written(

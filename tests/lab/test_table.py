@@ -10,8 +10,9 @@ import pytest
 
 from duquantpp_jax.evaluation.intervals import estimate, holm
 from duquantpp_jax.evaluation.rows import TARGETS
-from duquantpp_jax.lab import Cell, Outcome, report, table
+from duquantpp_jax.lab import Cell, Outcome, table
 from duquantpp_jax.lab.pivot import Layout, pivots
+from duquantpp_jax.lab.webpage import webpage
 
 ROWS = 12
 
@@ -233,7 +234,7 @@ class _Page(html.parser.HTMLParser):
 
 def test_a_page_stands_alone_and_shows_every_entry(outcome):
     found = pivots(outcome, LAYOUT)
-    page = report.page("grid", "Is <this> a question?", found, outcome)
+    page = webpage("grid", "Is <this> a question?", found, outcome)
     parsed = _Page()
     parsed.feed(page)
     assert (parsed.tags["table"], parsed.tags["svg"]) == (1, 1)
@@ -248,6 +249,6 @@ def test_a_page_stands_alone_and_shows_every_entry(outcome):
 
 def test_a_page_of_a_grid_without_results_says_so():
     outcome = Outcome({}, {Cell("broken", "floor"): "ValueError: no"})
-    page = report.page("grid", "", pivots(outcome, Layout()), outcome)
+    page = webpage("grid", "", pivots(outcome, Layout()), outcome)
     assert "no cell is finished" in page
     assert "ValueError: no" in page

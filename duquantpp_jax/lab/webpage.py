@@ -36,7 +36,7 @@ document.querySelectorAll("th").forEach(th => th.addEventListener("click", () =>
 """
 
 
-def page(name: str, about: str, pivots: list[Pivot], outcome: Outcome) -> str:
+def webpage(name: str, about: str, pivots: list[Pivot], outcome: Outcome) -> str:
     """The HTML of the page; `about` is the question of the grid, from the docstring of its file."""
     parts = ("cell", "subject", "configuration")
     configurations = [{n: record[n] for n in parts} for record in outcome.records.values()]

@@ -52,7 +52,7 @@ def test_packed_weights_decode_to_those_of_the_model(tiny_directory, tmp_path):
 def test_smoothing_is_folded_into_norms_and_hadamard_matrices_are_seen_in_strangers(
     tiny_directory, tmp_path
 ):
-    from duquantpp_jax.checkpoints.exports import pack_layer
+    from duquantpp_jax.checkpoints.layouts import pack_layer
 
     model = Quantized(quantized(tiny_directory, tmp_path / "q", recipe="smooth"))
     parameters, sites = model.layer(0)

@@ -7,7 +7,7 @@ import pytest
 
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.formats import MXFP4
-from duquantpp_jax.learning.quantizer import learnable_quantize
+from duquantpp_jax.learning.straight_through import learnable_quantize
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from duquantpp_jax.models import Decoder, dense, empty_cache
-from duquantpp_jax.models.generation import Sampling, draw, generate
+from duquantpp_jax.models.sampling import Sampling, draw, generate
 from duquantpp_jax.ptq import stores as cache
 from tests.conftest import tiny_decoder
 
