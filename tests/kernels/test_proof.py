@@ -101,9 +101,28 @@ def test_every_linear_of_llama_3_8b_is_a_case():
     assert {(m, n, k) for n, k in LLAMA_3_8B.values() for m in TOKENS} <= shapes
 
 
+@pytest.fixture(scope="module")
+def proved():
+    """The records of every kernel and case, compiled once."""
+    return [*proof.prove(proof.Options())]
+
+
+def of(records, text):
+    """The records that `only` chooses by this text."""
+    return [r for r in records if text.lower() in f"{r.kernel} {r.case} {r.label}".lower()]
+
+
 @needs_wheels
-def test_the_kernels_of_each_format_hold_on_blackwell():
-    records = [*proof.prove(proof.Options(only="8192x8192x8192"))]
+@pytest.mark.slow
+def test_every_kernel_and_case_holds_on_blackwell(proved):
+    assert [dataclasses.asdict(r) for r in proved if r.failures] == []
+    assert len(proved) >= 54
+
+
+@needs_wheels
+@pytest.mark.slow
+def test_the_kernels_of_each_format_hold_on_blackwell(proved):
+    records = of(proved, "8192x8192x8192")
     assert {r.instruction for r in records} == {"UTCOMMA", "UTCOMMA.4X", "UTCQMMA"}
     for each in records:
         assert each.failures == []
@@ -113,8 +132,11 @@ def test_the_kernels_of_each_format_hold_on_blackwell():
 
 
 @needs_wheels
-def test_rotate_quantize_holds_and_passes_over_memory_once():
-    for each in proof.prove(proof.Options(only="16384x8192 R")):
+@pytest.mark.slow
+def test_rotate_quantize_holds_and_passes_over_memory_once(proved):
+    records = of(proved, "16384x8192 R")
+    assert records
+    for each in records:
         assert each.failures == []
         assert each.other_kernels == 1  # the two parts of R, 2 MB
         assert each.instructions["F2FP.SATFINITE.E2M1.F32.PACK_AB_MERGE_C"] == 64  # 128 a row
@@ -127,15 +149,8 @@ def test_the_rule_that_tries_three_scales_fits_into_registers():
 
 
 @needs_wheels
-def test_a_mapped_quantized_linear_is_these_two_kernels():
-    first, second = proof.prove(proof.Options(only="quantized_linear"))
+@pytest.mark.slow
+def test_a_mapped_quantized_linear_is_these_two_kernels(proved):
+    first, second = of(proved, "quantized_linear")
     assert (first.instruction, second.instruction) == ("UTCHMMA", "UTCOMMA")
     assert first.failures == second.failures == []
-
-
-@needs_wheels
-@pytest.mark.slow
-def test_every_kernel_and_case_holds_on_blackwell():
-    records = [*proof.prove(proof.Options())]
-    assert [dataclasses.asdict(r) for r in records if r.failures] == []
-    assert len(records) >= 54
