@@ -208,7 +208,7 @@ def calibration_tokens(options: QuantizeOptions) -> tuple[Tokens, str]:
         raise ValueError(f"--seed {options.seed}: give a number from 0 on")
     text = options.text
     if text == MODEL and options.dry_run:
-        check_rows(directory := Path(options.model or "."), load_config(directory))
+        check_rows(directory := options.model or testbed.directory(), load_config(directory))
         return np.zeros((options.rows, TARGETS), np.int32), str(text)
     asked = text, options.rows * TARGETS, "calibration", options.text_key, options.seed
     rows = load_rows(options.model, *asked)

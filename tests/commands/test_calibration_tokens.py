@@ -78,3 +78,8 @@ def test_a_model_that_takes_no_such_rows_writes_none(changes, says, tmp_path):
     for dry in (False, True):
         with pytest.raises(ValueError, match=says):
             calibration_tokens(QuantizeOptions(tmp_path / "m", rows=2, dry_run=dry))
+
+
+def test_the_embedded_model_can_write_its_rows_too():
+    options = QuantizeOptions(calibration_text=MODEL, rows=2, dry_run=True)
+    assert calibration_tokens(options)[0].shape == (2, TARGETS)
