@@ -89,8 +89,8 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
     tokens = np.asarray(load_rows(options.model, options.text, *wanted).tokens, np.int32)
     rows, held_out = split(tokens, options.held_out)
     if len(rows) < options.batch_rows and options.through != "site":
-        raise ValueError(f"{len(rows)} rows are less than a batch: give more --rows or less "
-                         f"--batch-rows than {options.batch_rows}")  # fmt: skip
+        batch = f"a batch of {options.batch_rows}: give more --rows, or fewer --batch-rows"
+        raise ValueError(f"{len(rows)} rows are less than {batch}")
     directory = options.model or testbed.directory()
     how = [field.name for field in dataclasses.fields(LearnSettings)]
     counts = {"rows": len(rows), "held_out": len(held_out)}

@@ -4,7 +4,7 @@
 
 An end of sequence ends no row: the model goes on, as in training. Rows are written BATCH at a time,
 however many are asked for: on one machine a row depends on model, seed and number alone. Batches
-are kept by these in $DUQUANTPP_CACHE, else ~/.cache/duquantpp_jax, and read as they are.
+are kept in $DUQUANTPP_CACHE, else ~/.cache/duquantpp_jax, and not written a second time.
 
 Source: Liu et al., LLM-QAT: Data-Free Quantization Aware Training (arXiv:2305.17888), section 3.1.
 """

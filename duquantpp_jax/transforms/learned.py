@@ -50,7 +50,7 @@ class Parametrization(abc.ABC):
 
     names: ClassVar[tuple[str, ...]]
     rotates = scales = False
-    """Whether it is a rotation wherever the start is one; whether that of scaled channels."""
+    """Whether a start that rotates still does, and whether channels are scaled before it."""
 
     def init(self, start: BlockAffine) -> Parameters:
         """The parameters of `start` itself: zeros."""
@@ -104,7 +104,7 @@ class Cayley(Parametrization):
 
 
 class SmoothCayley(Parametrization):
-    """R = diag(exp(d)) M0 (I - K)^-1 (I + K), d the diagonal of A."""
+    """M = diag(exp(d)) M0 (I - K)^-1 (I + K), d the diagonal of A."""
 
     names = ("a",)
     rotates = scales = True

@@ -85,7 +85,7 @@ def test_killed_and_resumed_it_writes_the_same_fits(options, tmp_path, through):
 
 
 def test_rows_that_fill_no_batch_are_refused_before_anything_is_written(options):
-    with pytest.raises(ValueError, match="4 rows are less than a batch: give more --rows"):
+    with pytest.raises(ValueError, match="4 rows are less than a batch of 9: give more --rows"):
         learn_fits(dataclasses.replace(options, batch_rows=9))
     assert not options.out.exists()
 
