@@ -93,14 +93,14 @@ def sha256(path: Path) -> str:
 def check_writable(directory: Path) -> None:
     """Checks that files can be written to a directory that need not exist yet.
 
-    Writes and removes a temporary directory in it, or in its nearest existing parent.
+    Opens a file without a name in it, or in its nearest existing parent: a kill leaves nothing.
 
     Raises:
       ValueError: They cannot be written.
     """
     place = next(path for path in (directory, *directory.parents) if path.exists())
     try:
-        with tempfile.TemporaryDirectory(prefix=".writable.", dir=place):
+        with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         said = f"cannot write to {directory} ({error.strerror}): give another --out"
