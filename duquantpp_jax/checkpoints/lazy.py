@@ -36,7 +36,7 @@ class Checkpoint:
 
     def size(self) -> int:
         """Bytes of the files that hold the weights."""
-        files = {tensor.shard for tensor in self.found.values()}
+        files = {tensor.shard for tensor in self.source.tensors().values()}
         return sum(path.stat().st_size for path in files)
 
     def layer_tensors(self, number: int) -> dict[str, str]:

@@ -126,7 +126,7 @@ def _opened(shard: Path) -> Any:
 
 
 def read_stored(
-    found: Mapping[str, Stored], names: Iterable[str]
+    found: Mapping[str, Any], names: Iterable[str]
 ) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
     """The named tensors as they are stored, shard by shard; raises ValueError for NaN and Inf."""
     for name in sorted(names, key=lambda name: (found[name].shard, name)):

@@ -4,6 +4,8 @@
     R(x)_{i+d/2}  = x_{i + d/2} cos(p w_i) + x_i sin(p w_i)
     a_p           = sum_s softmax_s(q_p k_s / sqrt(d)) v_s               over p - window < s <= p
 
+A head may have a sink: one more logit in its softmax, which has no value.
+
 Source: Su et al., RoFormer (arXiv:2104.09864), in the half-rotation layout of Hugging Face
 checkpoints; Ainslie et al., GQA (arXiv:2305.13245); Jiang et al., Mistral 7B (arXiv:2310.06825),
 section 2, for the window.
@@ -37,12 +39,14 @@ def causal_attention(
     v: Float[Array, "rows keys kv_heads head_dim"],
     positions: Int32[Array, " length"],
     window: Int32[Array, ""] | None,
+    sinks: Float[Array, "kv_heads groups"] | None = None,
 ) -> Float[Array, "rows length kv_heads groups head_dim"]:
     """softmax(q k^T / sqrt(d)) v over the keys up to the query; softmax in float32.
 
     Args:
       positions: Of the queries; keys and values are at positions 0, 1, ...
       window: Number of keys that a query sees, its own last; None for all.
+      sinks: The logit of each head's sink.
     """
     scores = jnp.einsum(
         "rqhgd,rkhd->rhgqk", q, k, precision=HIGHEST, preferred_element_type=jnp.float32
@@ -52,5 +56,9 @@ def causal_attention(
     if window is not None:
         visible &= keys > positions[:, None] - window
     scores = jnp.where(visible, scores / np.float32(q.shape[-1] ** 0.5), -jnp.inf)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks[..., None, None], (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([sink.astype(jnp.float32), scores], axis=-1)
     weights = jax.nn.softmax(scores)
+    weights = weights if sinks is None else weights[..., 1:]
     return jnp.einsum("rhgqk,rkhd->rqhgd", weights.astype(v.dtype), v, precision=HIGHEST)

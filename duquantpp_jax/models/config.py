@@ -34,6 +34,9 @@ class DecoderConfig:
       sliding_window: Positions that a layer with a window sees, the query's own among them.
       layer_types: "sliding_attention" or "full_attention" for each layer; None where all layers
         are alike.
+      num_experts: In every layer, each of `intermediate_size`; 0 where the MLP is a single one.
+      num_experts_per_tok: Experts that a token goes to.
+      norm_topk_prob: Whether the weights of their outputs add up to 1.
     """
 
     hidden_size: int
@@ -55,6 +58,14 @@ class DecoderConfig:
     qk_norm: bool = False
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    norm_topk_prob: bool = True
+
+    @property
+    def family(self) -> Family:
+        """What sets the architecture apart."""
+        return FAMILIES[self.architecture]
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
@@ -100,9 +111,21 @@ class DecoderConfig:
         for name, linears in family.biases_if.items():
             biases += linears if read.boolean(fields, name, False) else ()
         window, layer_types = _windows(fields, family, layers)
+        width, experts = "intermediate_size", {}
+        if family.experts is not None:
+            names = (family.experts.count, "num_local_experts")  # transformers 5 saves the latter
+            name = next((name for name in names if name in fields), names[0])
+            width, count = family.experts.width, read.integer(fields, name)
+            experts = {"num_experts": count, "norm_topk_prob": True}
+            experts["num_experts_per_tok"] = read.integer(
+                fields, "num_experts_per_tok", below=count + 1
+            )
+            if "norm_topk_prob" in family.defaults:
+                experts["norm_topk_prob"] = read.boolean(fields, "norm_topk_prob")
         return cls(
+            **experts,
             hidden_size=hidden,
-            intermediate_size=read.integer(fields, "intermediate_size"),
+            intermediate_size=read.integer(fields, width),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
@@ -124,16 +147,24 @@ class DecoderConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of a config.json from which `from_dict` makes this configuration."""
-        family = FAMILIES[self.architecture]
+        family = self.family
         derived = ("architecture", "biases", "qk_norm", "sliding_window", "layer_types")
-        fields = {n: v for n, v in vars(self).items() if n not in derived}
+        of_experts = ("num_experts", "num_experts_per_tok", "norm_topk_prob")
+        fields = {n: v for n, v in vars(self).items() if n not in (*derived, *of_experts)}
+        if family.experts is not None:
+            fields |= {name: getattr(self, name) for name in of_experts[1:]}
+            fields[family.experts.count] = self.num_experts
+            fields[family.experts.width] = self.intermediate_size
         fields["rope_scaling"] = write_scaling(self.rope_scaling)
+        if self.rope_scaling is None and "rope_scaling" in family.defaults:
+            fields["rope_scaling"] = {"rope_type": "default"}
         for name, linears in family.biases_if.items():
             fields[name] = set(linears) <= set(self.biases)
         if family.windows != "none":
             fields["sliding_window"] = self.sliding_window
-        if family.windows == "listed":
+        if family.windows in ("used", "listed"):
             fields["use_sliding_window"] = self.sliding_window is not None
+        if family.windows in ("listed", "alternating"):
             fields["layer_types"] = self.layer_types or (FULL,) * self.num_hidden_layers
         return {
             "architectures": [self.architecture],
@@ -154,10 +185,15 @@ def _windows(
     window = read.integer(fields, "sliding_window") if given else None
     if family.windows == "all":
         return window, None
-    if not read.boolean(fields, "use_sliding_window", False):
+    alternating = family.windows == "alternating"
+    if not alternating and not read.boolean(fields, "use_sliding_window", False):
         window = None
+    if family.windows == "used":
+        return window, None
     types = fields.get("layer_types")
-    if types is None:
+    if types is None and alternating:
+        types = [(SLIDING, FULL)[layer % 2] for layer in range(layers)]
+    elif types is None:
         first = fields["max_window_layers"] and read.integer(fields, "max_window_layers")
         types = [FULL if layer < first else SLIDING for layer in range(layers)]
     elif types != [FULL] * layers:
@@ -166,7 +202,7 @@ def _windows(
             raise ValueError(
                 f"config.json: layer_types = {read.short(types)} is not supported: it must name "
                 f"{FULL} or {SLIDING} for each of {layers} layers, and the latter needs "
-                "use_sliding_window and a sliding_window"
+                f"{'' if alternating else 'use_sliding_window and '}a sliding_window"
             )
     return (window, tuple(types)) if window is not None and SLIDING in types else (None, None)
 
@@ -207,7 +243,10 @@ def _without_rope_parameters(fields: Mapping[str, Any]) -> Mapping[str, Any]:
             f"config.json: rope_parameters = {read.short(nested)} is not an object: "
             'it must look like {"rope_type": "default", "rope_theta": 10000.0}'
         )
-    scaling = fields["rope_scaling"] = scaling or nested or None
+    if scaling := scaling or nested or None:
+        fields["rope_scaling"] = scaling
+    else:  # the family may have one
+        fields.pop("rope_scaling", None)
     if isinstance(scaling, dict):
         inside = ("rope_theta", "partial_rotary_factor")
         fields |= {name: scaling[name] for name in inside if scaling.get(name) is not None}

@@ -10,6 +10,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from duquantpp_jax.models import gpt_oss, mixtral, qwen3_moe
+from duquantpp_jax.models.experts import Activation, Experts, swiglu
+
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _ATTENTION = (*_QKV, "self_attn.o_proj")
 _MLP = ("mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -27,8 +30,12 @@ class Family:
       biases: Linears that always have a bias.
       biases_if: Linears that have a bias where this field of config.json is true.
       qk_norm: Whether each head's query and key are RMS-normed before the rotation.
-      windows: Which layers have the sliding window of config.json: none, all, or those that
-        `layer_types` lists (without it, those from `max_window_layers` on).
+      windows: Which layers have the sliding window of config.json: none, all, all where
+        `use_sliding_window` says so ("used"), or those that `layer_types` lists: without it those
+        from `max_window_layers` on ("listed"), or every other one ("alternating").
+      activation: Of the MLP.
+      experts: How the MLP is a mixture of experts; None where it is not.
+      sinks: Whether each head of attention has a sink.
     """
 
     model_type: str
@@ -37,7 +44,10 @@ class Family:
     biases: tuple[str, ...] = ()
     biases_if: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     qk_norm: bool = False
-    windows: Literal["none", "all", "listed"] = "none"
+    windows: Literal["none", "all", "used", "listed", "alternating"] = "none"
+    activation: Activation = swiglu
+    experts: Experts | None = None
+    sinks: bool = False
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -61,13 +71,39 @@ FAMILIES: Mapping[str, Family] = {
         qk_norm=True,
         windows="listed",
     ),
+    "MixtralForCausalLM": Family(
+        "mixtral",
+        only={**_ALL, "attention_bias": False, "mlp_bias": False, "layer_types": None},
+        defaults={"num_key_value_heads": 8, "rope_theta": 1e6},
+        windows="all",
+        experts=mixtral.EXPERTS,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        only={**_ALL, "mlp_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        defaults={"num_key_value_heads": 4, "sliding_window": 4096, "norm_topk_prob": False},
+        biases_if={"attention_bias": _ATTENTION},
+        qk_norm=True,
+        windows="used",
+        experts=qwen3_moe.EXPERTS,
+    ),
+    "GptOssForCausalLM": Family(
+        "gpt_oss",
+        only={**_ALL, "swiglu_alpha": gpt_oss.ALPHA, "swiglu_limit": gpt_oss.LIMIT},
+        defaults=gpt_oss.DEFAULTS,
+        biases=("mlp.router", *_MLP),
+        biases_if={"attention_bias": _ATTENTION},
+        windows="alternating",
+        activation=gpt_oss.clamped_swiglu,
+        experts=gpt_oss.EXPERTS,
+        sinks=True,
+    ),
 }
 """Families by their name in `architectures` of config.json."""
 
-_EXPERTS = "a mixture of experts, each of which sees only the tokens routed to it"
+_EXPERTS = "a mixture of experts that this decoder does not have"
 REFUSED: Mapping[str, str] = {
     "moe": _EXPERTS,
-    "mixtral": _EXPERTS,
     "gemma": "a Gemma, whose norms, activation and softcapping this decoder does not have",
 }
 """Why architectures are refused, by a part of their name."""

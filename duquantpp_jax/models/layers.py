@@ -9,12 +9,14 @@ With RMSNorm n(x) = x / sqrt(mean(x^2) + eps) * g, a layer is
     x        += linear("mlp_out", silu(gate) * up, (Wdown,))
 
 Families (families.py) add to it: biases of linears, a norm of each head's q and k before R, a mask
-that hides all but the last positions.
+that hides all but the last positions, sinks of attention, another activation, and experts
+(experts.py), of whose linears each token meets a few.
 
 Source: Touvron et al., LLaMA (arXiv:2302.13971); Shazeer, GLU variants (arXiv:2002.05202); Yang et
 al., Qwen2 (arXiv:2407.10671) and Qwen3 (arXiv:2505.09388) technical reports for biases and norms.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -28,19 +30,30 @@ from jaxtyping import Array, Float, Float32, Int32
 from duquantpp_jax.models.attention import HIGHEST, causal_attention, rotary
 from duquantpp_jax.models.cache import Store
 from duquantpp_jax.models.config import FULL, SLIDING, DecoderConfig
-from duquantpp_jax.models.parameters import ATTENTION_NORM, HEAD_NORMS, MLP_NORM, SITE_WEIGHTS
+from duquantpp_jax.models.experts import Routed, route
+from duquantpp_jax.models.parameters import (
+    ATTENTION_NORM,
+    HEAD_NORMS,
+    MLP_NORM,
+    ROUTER,
+    SINKS,
+    SITE_WEIGHTS,
+)
 from duquantpp_jax.models.rope import rotary_frequencies
 
-Linear = Callable[[str, Array, tuple[Array, ...], Any], tuple[tuple[Array, ...], Any]]
+Linear = Callable[[str, Any, tuple[Array, ...], Any], tuple[tuple[Array, ...], Any]]
 """`linear(site, x, weights, state) -> (an output per weight, out)`; see `Decoder.__call__`."""
 
 
-def matmul(x: Float[Array, "*tokens k"], w: Float[Array, "n k"]) -> Float[Array, "*tokens n"]:
-    """x W^T at the highest precision."""
+def matmul(x: Float[Array, "*tokens k"] | Routed, w: Float[Array, "..."]) -> Array:
+    """x W^T for W [n, k] at the highest precision; for routed inputs W [experts, n, k] is a stack
+    of experts."""
+    if isinstance(x, Routed):
+        return x.matmul(w)
     return jnp.einsum("...k,nk->...n", x, w, precision=HIGHEST)
 
 
-def dense(site: str, x: Array, weights: tuple[Array, ...], state: Any) -> tuple[Any, None]:
+def dense(site: str, x: Array | Routed, weights: tuple[Array, ...], state: Any) -> tuple[Any, None]:
     """The float linear: x W^T for each weight W [out, in]."""
     return tuple(matmul(x, w) for w in weights), None
 
@@ -95,14 +108,17 @@ def layer(
       entries: What a cache holds of the layer.
       dtype: Of the matrix products. Matrices are cast where they are used, to save memory.
     """
-    outs, eps = {}, config.rms_norm_eps
+    outs, eps, act = {}, config.rms_norm_eps, config.family.activation
     positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)
 
-    def at(site: str, x: Array) -> list[Array]:
+    def at(site: str, x: Array | Routed) -> list[Array]:
         names = SITE_WEIGHTS[site]
         weights = tuple(parameters[name].astype(dtype) for name in names)
         ys, outs[site] = linear(site, x.astype(dtype), weights, state[site])
-        pairs = zip(ys, (parameters.get(f"{name}.bias") for name in names), strict=True)
+        biases = [parameters.get(f"{name}.bias") for name in names]
+        if isinstance(x, Routed):
+            biases = [None if bias is None else bias[x.expert] for bias in biases]
+        pairs = zip(ys, biases, strict=True)
         return [y if bias is None else y + bias.astype(y.dtype) for y, bias in pairs]
 
     projected = at("attention_in", rms_norm(x, parameters[ATTENTION_NORM], eps))
@@ -114,11 +130,20 @@ def layer(
             put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
             entries = jax.tree.map(put, entries, new)
         k, v = map(store.decode, entries or new)
-    a = causal_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype), positions, window)
+    sinks = parameters[SINKS].reshape(q.shape[2:4]) if config.family.sinks else None
+    given = q.astype(dtype), k.astype(dtype), v.astype(dtype)
+    a = causal_attention(*given, positions, window, sinks)
     (y,) = at("attention_out", a.reshape(*x.shape[:2], -1))
     x = x + y.astype(jnp.float32)
-    up, gate = at("mlp_in", rms_norm(x, parameters[MLP_NORM], eps))
-    (y,) = at("mlp_out", jax.nn.silu(gate) * up)
+    h, scores = rms_norm(x, parameters[MLP_NORM], eps), None
+    if config.num_experts:
+        router = parameters[ROUTER], parameters.get(f"{ROUTER}.bias"), config.num_experts_per_tok
+        h, scores = route(h, *router, renormalized=config.norm_topk_prob)
+    up, gate = at("mlp_in", h)
+    h = dataclasses.replace(h, x=act(gate, up)) if isinstance(h, Routed) else act(gate, up)
+    (y,) = at("mlp_out", h)
+    if scores is not None:
+        y = jnp.einsum("...ck,...c->...k", y.astype(jnp.float32), scores, precision=HIGHEST)
     return x + y.astype(jnp.float32), outs, entries
 
 

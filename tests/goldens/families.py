@@ -1,6 +1,6 @@
 """Golden logits: small random checkpoints of each family as the transformers library computes them.
 
-    python tests/goldens/families.py        pip install torch==2.13.0 transformers==5.24.0
+    python tests/goldens/families.py        pip install torch==2.14.1 transformers==5.24.0
 
 writes tests/goldens/families.npz: for each case its logits and its config.json as the library saves
 it, and the versions in the array `about`. Weights are not kept: `weights` makes them again from
@@ -8,7 +8,7 @@ their names, so that the file is small; the test writes them to a directory and 
 
 A case is a config.json, half of them as transformers 4 lays it out. All linears that can have a
 bias have a random one, norms are random, rotary scaling bends frequencies within the 40 positions,
-and they lie beyond every sliding window.
+and they lie beyond every sliding window. Every expert gets several tokens in every layer.
 """
 
 import json
@@ -39,6 +39,28 @@ _LLAMA = {**_SIZES, "architectures": ["LlamaForCausalLM"], "model_type": "llama"
 _MISTRAL = {**_SIZES, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 _QWEN2 = {**_SIZES, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 _QWEN3 = {**_SIZES, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16}
+_MOE = {"num_experts_per_tok": 2, "max_position_embeddings": 64}
+_MIXTRAL = {**_SIZES, **_MOE, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+_QWEN3_MOE = {
+    **_SIZES,
+    **_MOE,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "head_dim": 16,
+    "num_experts": 5,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+}
+_GPT_OSS = {
+    **_SIZES,
+    **_MOE,
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 3,
+    "sliding_window": 6,
+}
 _LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -90,18 +112,44 @@ CASES: dict[str, dict] = {
         "sliding_window": 6,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "mixtral": {**_MIXTRAL, "num_local_experts": 4, "sliding_window": 7, "rope_theta": 1e4},
+    "qwen 3 moe": {**_QWEN3_MOE, "tie_word_embeddings": True, "norm_topk_prob": True},
+    "qwen 3 moe, window": {
+        **_QWEN3_MOE,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    "gpt-oss": {
+        **_GPT_OSS,
+        "rope_theta": 150.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 4.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    },
 }
 
 
 def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Tensors by their names, float32: norms about 1, biases about 0, matrices that keep size."""
+    """Tensors by their names, float32: norms about 1, biases about 0, matrices that keep size.
+
+    Those of gate_up_proj are larger, so that a clamp at 7 clamps, and biases of routers and of what
+    routers read are smaller, so that tokens do not all go one way.
+    """
     made = {}
     for name, shape in shapes.items():
         x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
         if name.endswith("norm.weight"):
             x = 1 + x / 4
-        elif not name.endswith(".bias"):
-            x = x / math.sqrt(shape[-1])
+        elif not name.endswith(("bias", "sinks")):
+            x = x / math.sqrt(shape[-1]) * (6 if "gate_up_proj" in name else 1)
+        elif name.endswith(("router.bias", "down_proj_bias")):
+            x = x / 8
         made[name] = x.astype(np.float32)
     return made
 
@@ -115,20 +163,27 @@ def _logits(config: dict) -> tuple[np.ndarray, str, list]:
     """Logits, config.json as the library saves it, and names and shapes of the tensors."""
     import torch
     import transformers
+    from safetensors.numpy import load_file, save_file
 
     with tempfile.TemporaryDirectory() as place:
         pathlib.Path(place, "config.json").write_text(json.dumps(config))
         read = transformers.AutoConfig.from_pretrained(place)
-        model = transformers.AutoModelForCausalLM.from_config(read, attn_implementation="eager")
-        model = model.float().eval()
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        state = {name: torch.from_numpy(w) for name, w in weights(shapes).items()}
-        missing = model.load_state_dict(state, strict=False).missing_keys
-        assert set(missing) <= {"lm_head.weight"}, missing
+        transformers.AutoModelForCausalLM.from_config(read).save_pretrained(place)
+        saved = pathlib.Path(place, "config.json").read_text()
+        file = pathlib.Path(place, "model.safetensors")
+        shapes = {name: tensor.shape for name, tensor in load_file(file).items()}
+        save_file(weights(shapes), file, {"format": "pt"})
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            output_loading_info=True,
+        )
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys")), info
         with torch.no_grad():
-            logits = model(torch.from_numpy(tokens())).logits
-        model.config.save_pretrained(place)
-        return logits.numpy(), pathlib.Path(place, "config.json").read_text(), list(shapes.items())
+            logits = model.eval()(torch.from_numpy(tokens())).logits
+        return logits.numpy(), saved, list(shapes.items())
 
 
 def main() -> None:

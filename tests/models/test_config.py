@@ -13,12 +13,12 @@ CONFIGS = {
         ["GPT2LMHeadModel", "use LlamaForCausalLM"],
     ),
     "experts": (
-        {"architectures": ["MixtralForCausalLM"]},
-        ["MixtralForCausalLM", "a mixture of experts", "use LlamaForCausalLM"],
+        {"architectures": ["Qwen2MoeForCausalLM"]},
+        ["Qwen2MoeForCausalLM", "a mixture of experts", "use LlamaForCausalLM"],
     ),
     "more experts": (
-        {"architectures": ["Qwen3MoeForCausalLM"]},
-        ["Qwen3MoeForCausalLM", "a mixture of experts"],
+        {"architectures": ["PhiMoEForCausalLM"]},
+        ["PhiMoEForCausalLM", "a mixture of experts"],
     ),
     "Gemma": ({"architectures": ["Gemma2ForCausalLM"]}, ["Gemma2ForCausalLM", "softcapping"]),
     "no architecture": ({"architectures": ...}, ["architectures", "LlamaForCausalLM"]),

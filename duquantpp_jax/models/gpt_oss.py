@@ -1,0 +1,57 @@
+"""gpt-oss: a clamped SwiGLU, biases of router and experts, a sink a head, YaRN, windows in turn.
+
+    act(g, u) = g' sigma(1.702 g') (u' + 1)       g' = min(g, 7),  u' = clip(u, -7, 7)
+
+The attention of a head may go to its sink, a logit without a value (attention.py). Gate and up of
+an expert are the even and the odd outputs of one matrix in a checkpoint.
+
+Source: OpenAI, gpt-oss-120b and gpt-oss-20b model card (arXiv:2508.10925), and its `config.json`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from duquantpp_jax.models.experts import Experts, In
+
+ALPHA, LIMIT = 1.702, 7.0
+
+EXPERTS = Experts(
+    count="num_local_experts",
+    width="intermediate_size",
+    stored={
+        "mlp.gate_proj.weight": In("mlp.experts.gate_up_proj", 0, 2, transposed=True),
+        "mlp.up_proj.weight": In("mlp.experts.gate_up_proj", 1, 2, transposed=True),
+        "mlp.down_proj.weight": In("mlp.experts.down_proj", transposed=True),
+        "mlp.gate_proj.bias": In("mlp.experts.gate_up_proj_bias", 0, 2),
+        "mlp.up_proj.bias": In("mlp.experts.gate_up_proj_bias", 1, 2),
+        "mlp.down_proj.bias": In("mlp.experts.down_proj_bias"),
+    },
+)
+
+DEFAULTS: Mapping[str, Any] = {
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "rope_theta": 150000.0,
+    "attention_bias": True,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+}
+"""Fields that config.json may lack."""
+
+
+def clamped_swiglu(gate: Float[Array, "*tokens k"], up: Float[Array, "*tokens k"]) -> Array:
+    """act(g, u) at the top of this file."""
+    limit = np.asarray(LIMIT, gate.dtype)
+    gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return gate * jax.nn.sigmoid(np.asarray(ALPHA, gate.dtype) * gate) * (up + 1)

@@ -1,0 +1,17 @@
+"""Qwen3 with experts in every layer; norm_topk_prob says whether their weights add up to 1.
+
+Source: Yang et al., Qwen3 technical report (arXiv:2505.09388); tensor names of its checkpoints.
+"""
+
+from duquantpp_jax.models.experts import Experts, In
+
+EXPERTS = Experts(
+    count="num_experts",
+    width="moe_intermediate_size",
+    stored={
+        "mlp.router.weight": In("mlp.gate.weight"),
+        "mlp.gate_proj.weight": In("mlp.experts.*.gate_proj.weight"),
+        "mlp.down_proj.weight": In("mlp.experts.*.down_proj.weight"),
+        "mlp.up_proj.weight": In("mlp.experts.*.up_proj.weight"),
+    },
+)
