@@ -113,6 +113,21 @@ def tiny_decoder(**changes) -> Decoder:
     return Decoder(config, parameters)
 
 
+def mixture(architecture: str, **changes) -> Decoder:
+    """A random decoder of this family with two of four experts a token, and random biases."""
+    counts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+    fields = {**TINY.to_dict(), "architectures": [architecture], "sliding_window": 12}
+    config = DecoderConfig.from_dict({**fields, **counts, **changes})
+    parameters = random_parameters(config, jax.random.key(1))
+    keys = dict(zip(parameters, jax.random.split(jax.random.key(2), len(parameters)), strict=True))
+    for name, array in parameters.items():
+        if not name.endswith("norm"):
+            bias = name.endswith(".bias")
+            noise = jax.random.normal(keys[name], array.shape, jnp.float32) if bias else array
+            parameters[name] = noise / 8 if bias else 8 * array
+    return Decoder(config, parameters)
+
+
 def byte_tokenizer() -> Tokenizer:
     """One token a byte, and 256 for the separator."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

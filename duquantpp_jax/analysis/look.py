@@ -25,7 +25,8 @@ from duquantpp_jax.core import MXArray
 from duquantpp_jax.evaluation import subject
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.models import SITES, Decoder, Linear, linear_names
-from duquantpp_jax.ptq.site import QuantizedSite, pad_channels
+from duquantpp_jax.models.experts import Routed
+from duquantpp_jax.ptq.site import QuantizedSite, move_input, pad_channels
 from duquantpp_jax.ptq.walk import State
 from duquantpp_jax.recipes import import_modules
 
@@ -172,17 +173,19 @@ def _run(
     """
     runs = (state,) if isinstance(state, dict) else state or ()
 
-    def look(site: str, x: Array) -> Any:
+    def look(site: str, x: Any) -> Any:
+        if isinstance(x, Routed):  # the inputs of a row's experts count as rows
+            x = jnp.moveaxis(x.x, 2, 1).reshape(-1, x.x.shape[1], x.x.shape[-1])
         if isinstance(wanted, Thresholds):
             return observe(x, wanted)
         return x if site == wanted else ()
 
-    def observed(site: str, x: Array, weights: tuple[Array, ...], state: Any) -> Any:
+    def observed(site: str, x: Any, weights: tuple[Array, ...], state: Any) -> Any:
         ys, _ = linear(site, x, weights, state)
         found = {"input": look(site, x)}
         if isinstance(state, QuantizedSite):
             widths = [w.shape[-1] for w in state.weights if isinstance(w, MXArray)]
-            moved = state.transform.activations(pad_channels(x, widths[0])) if widths else x
+            moved = move_input(pad_channels(x, widths[0]), state.transform) if widths else x
             widest = max(w.shape[-1] for run in runs for w in run[site].weights)
             found["moved"] = look(site, pad_channels(moved, widest))
         return ys, found

@@ -36,7 +36,14 @@ from duquantpp_jax.checkpoints.source import CONFIG, Directory
 from duquantpp_jax.core import Fitted
 from duquantpp_jax.formats.tensors import from_tensors
 from duquantpp_jax.models import Decoder, DecoderConfig, Linear, dense
-from duquantpp_jax.models.parameters import LAYER, LINEARS, SITE_WEIGHTS, SITES, layer_prefix
+from duquantpp_jax.models.parameters import (
+    LAYER,
+    LINEARS,
+    SITE_WEIGHTS,
+    SITES,
+    layer_prefix,
+    tensor_name,
+)
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
 from duquantpp_jax.ptq.walk import State, stack_layers
@@ -152,7 +159,7 @@ def read_layer(path: Path) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSi
         )
         sites[site] = QuantizedSite(fitted.transform, weights, fitted.clip, fitted.scale_offset)
     names = {name: name.removeprefix(prefix).removesuffix(".weight") for name in tensors}
-    own = (name for name in names if name.endswith((".weight", ".bias")))
+    own = (name for name in names if name == prefix + tensor_name(names[name]))
     return {names[n]: tensors[n] for n in own if names[n] not in LINEARS}, sites
 
 

@@ -61,7 +61,8 @@ def tensors_of(config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> dict
     """The tensors of a model as a checkpoint has them."""
     made = dict(tensors)
     for name, at, stored in _stored(config):
-        array = made.pop(name)
+        if (array := made.pop(name, None)) is None:  # of another layer
+            continue
         if "*" in at.tensor:
             made |= dict(zip(stored, array, strict=True))
             continue

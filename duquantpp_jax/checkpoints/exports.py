@@ -21,9 +21,11 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jaxtyping import Array, Float
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import Quantized
+from duquantpp_jax.checkpoints.experts import tensors_of
 from duquantpp_jax.checkpoints.source import Directory
 from duquantpp_jax.checkpoints.writer import Progress, write_rest, write_tensors
 from duquantpp_jax.core import MXArray, Transform
@@ -31,6 +33,7 @@ from duquantpp_jax.formats import E2M1
 from duquantpp_jax.formats.tensors import pack_codes
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
 from duquantpp_jax.models.parameters import layer_prefix, tensor_name
+from duquantpp_jax.ptq.experts import by_expert
 from duquantpp_jax.ptq.fuse import NORMS, split
 from duquantpp_jax.ptq.plan import linear_shapes
 from duquantpp_jax.ptq.site import QuantizedSite
@@ -102,6 +105,11 @@ def write_export(
 
 
 def _check_formats(model: Quantized) -> None:
+    if model.config.num_experts:
+        raise ValueError(
+            f"{PACKED} of a {model.config.architecture} is not written: its experts have "
+            "transforms of their own; export --format dequantized"
+        )
     for name in model.job.weight_formats.values():
         if name.partition(":")[0] != "mxfp4":
             raise ValueError(f"{PACKED} holds MXFP4 weights: this model has weights in {name}")
@@ -171,14 +179,18 @@ def dequantize_layer(
 ) -> Layer:
     """A layer of the float model in bfloat16, with its rounded weights moved back."""
     prefix, shapes = layer_prefix(number), linear_shapes(config)
-    tensors = {}
+    tensors: Tensors = {}
     for site in SITES:
-        back = sites[site].transform.inverse()
         for name, weight in zip(SITE_WEIGHTS[site], sites[site].weights, strict=True):
             if isinstance(weight, MXArray):
-                weight = back.weights(weight.dequantize())[:, : shapes[name][1]]
+                moved = by_expert(config, site, _moved_back, sites[site].transform, weight)
+                weight = moved[..., : shapes[name][1]]
             tensors[f"{prefix}{name}.weight"] = np.asarray(weight).astype(ml_dtypes.bfloat16)
-    return Layer(tensors | _named(prefix, parameters), [], [])
+    return Layer(tensors_of(config, tensors | _named(prefix, parameters)), [], [])
+
+
+def _moved_back(transform: Transform, weight: MXArray) -> Float[Array, "n k"]:
+    return transform.inverse().weights(weight.dequantize())
 
 
 def _named(prefix: str, parameters: Mapping[str, np.ndarray]) -> Tensors:

@@ -26,7 +26,13 @@ from duquantpp_jax.checkpoints.shards import INDEX, one_line, read_json
 from duquantpp_jax.checkpoints.source import CONFIG, Source
 from duquantpp_jax.core import Fitted, MXArray
 from duquantpp_jax.formats.tensors import to_tensors
-from duquantpp_jax.models.parameters import SITE_WEIGHTS, SITES, layer_prefix, linear_names
+from duquantpp_jax.models.parameters import (
+    SITE_WEIGHTS,
+    SITES,
+    layer_prefix,
+    linear_names,
+    tensor_name,
+)
 from duquantpp_jax.ptq.calibration import BATCH_ROWS
 from duquantpp_jax.ptq.fuse import online_cost
 from duquantpp_jax.ptq.plan import Plan
@@ -117,8 +123,7 @@ def write_layers(
                 f"{what} gives NaN or Inf on the calibration rows: the float model overflows "
                 "in float32, and cannot be calibrated on them"
             )
-        names = {inside: name for name, inside in checkpoint.layer_tensors(number).items()}
-        tensors, about = layer_tensors(number, names, layer)
+        tensors, about = layer_tensors(number, layer)
         about = {"schema": SCHEMA, "job": job.to_dict(), **about}
         about["report"] = report_layer(plan, number, layer)
         write_tensors(out / layer_file(number), tensors, about)
@@ -129,13 +134,9 @@ def write_layers(
 
 
 def layer_tensors(
-    number: int, names: Mapping[str, str], layer: QuantizedLayer
+    number: int, layer: QuantizedLayer
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors of a layer's file, and what its metadata says besides schema and job.
-
-    Args:
-      names: The tensor name of each parameter inside the layer.
-    """
+    """The tensors of a layer's file, and what its metadata says besides schema and job."""
     arrays, (tensors, structures) = {}, _moves(number, layer.sites)
     kept = dict(layer.parameters)
     for site in SITES:
@@ -144,7 +145,8 @@ def layer_tensors(
                 packed, arrays[name] = to_tensors(layer_prefix(number) + name, weight)
                 tensors |= packed
                 del kept[name]
-    tensors |= {names[name]: np.asarray(array) for name, array in kept.items()}
+    prefix = layer_prefix(number)
+    tensors |= {prefix + tensor_name(name): np.asarray(array) for name, array in kept.items()}
     return tensors, {"layer": number, "arrays": arrays, "sites": structures}
 
 

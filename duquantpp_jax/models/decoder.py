@@ -87,7 +87,7 @@ class Decoder(nnx.Module):
             named[HEAD] = self.head[...]
         return {name: named[name] for name in parameter_shapes(self.config)}
 
-    def weights(self, site: str) -> tuple[Float32[Array, "layers out in"], ...]:
+    def weights(self, site: str) -> tuple[Float32[Array, "layers *experts out in"], ...]:
         """The weights that share the input of a site, all layers stacked."""
         return tuple(self.layers[name][...] for name in SITE_WEIGHTS[site])
 

@@ -92,14 +92,15 @@ class Routed:
 
     def each(self, of_expert: Callable[[Any, Array], Array], stacked: Any) -> Routed:
         """The inputs after `of_expert(part, x)`, with each expert's part of a stacked pytree."""
-        count = jax.tree.leaves(stacked)[0].shape[0]
+        if not (leaves := jax.tree.leaves(stacked)):
+            return self.replace(x=of_expert(stacked, self.x))  # type: ignore[attr-defined]
 
         def step(moved: Array, scanned: Any) -> tuple[Array, None]:
             number, part = scanned
             own = (self.expert == number)[..., None]
             return jnp.where(own, of_expert(part, self.x), moved), None
 
-        numbers = jnp.arange(count, dtype=self.expert.dtype)
+        numbers = jnp.arange(len(leaves[0]), dtype=self.expert.dtype)
         shape = jax.eval_shape(of_expert, jax.tree.map(lambda a: a[0], stacked), self.x)
         x, _ = jax.lax.scan(step, jnp.zeros(shape.shape, shape.dtype), (numbers, stacked))
         return self.replace(x=x)  # type: ignore[attr-defined]

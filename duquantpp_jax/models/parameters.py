@@ -45,6 +45,11 @@ def linear_names(site: str, layer: int) -> tuple[str, ...]:
     return tuple(layer_prefix(layer) + name for name in SITE_WEIGHTS[site])
 
 
+def expert_name(name: str, expert: int) -> str:
+    """Name of an expert's linear, e.g. `mlp.experts.5.down_proj` for `mlp.down_proj`."""
+    return name.replace("mlp.", f"mlp.experts.{expert}.")
+
+
 def tensor_name(parameter: str) -> str:
     """Checkpoint name of a parameter's tensor: biases and sinks have it in their name."""
     return parameter if parameter.endswith((".bias", SINKS)) else f"{parameter}.weight"

@@ -30,7 +30,7 @@ import numpy as np
 
 from duquantpp_jax.core import Chain, Channels, Cost, Fitted, Transform
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
-from duquantpp_jax.models.parameters import ATTENTION_NORM, MLP_NORM, Parameters
+from duquantpp_jax.models.parameters import ATTENTION_NORM, MLP_NORM, Parameters, experts
 from duquantpp_jax.transforms.basic import Identity, Smooth
 
 NORMS: Mapping[str, str] = {"attention_in": ATTENTION_NORM, "mlp_in": MLP_NORM}
@@ -112,8 +112,11 @@ class Folding(NamedTuple):
 def split(config: DecoderConfig, site: str, transform: Transform, width: int) -> Folding:
     """The first links of a site's transform, as far as they fold, and the rest.
 
-    The transform is of one layer, and the width that of the input before zeros widen it.
+    The transform is of one layer, and the width that of the input before zeros widen it. Nothing
+    folds into what experts share.
     """
+    if experts(config, site):
+        return Folding(Identity(), (), transform)
     chain = _moving_links(transform, width)
     moves: list[tuple[Channels, dict[str, Channels]]] = []
     for _, channels in chain:

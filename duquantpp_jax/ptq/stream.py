@@ -118,6 +118,11 @@ class Turn:
             rotation(self.values, config.head_dim, self.seed, 0)
         if self.stream is None:
             return config
+        if config.num_experts:
+            raise ValueError(
+                f"the stream of a {config.architecture} is not rotated: its routers read it too; "
+                "rotate the values alone"
+            )
         rotation(self.stream, config.hidden_size, self.seed)
         return dataclasses.replace(config, tie_word_embeddings=False)
 
