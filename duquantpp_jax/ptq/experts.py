@@ -2,7 +2,8 @@
 
 Stats of an expert are of the tokens that it gets. An expert that got fewer than FEWEST has too few
 for a Gram matrix, or for a maximum: it takes the layer's, in which all experts are pooled. Counts
-and sums add up, maxima are the largest, and the token sample is drawn evenly from the samples.
+and sums add up, maxima are the largest, and the token sample is drawn evenly from the samples. A
+sample that has room left repeats its tokens, for fits that hold the last of them out.
 """
 
 import dataclasses
@@ -37,20 +38,19 @@ def parts_of(count: int, *stacked: Any) -> list[tuple[Any, ...]]:
 
 
 def pooled(config: DecoderConfig, site: str, stats: Stats) -> Stats:
-    """The Stats with those of the layer for experts that saw too few tokens."""
-    seen = np.asarray(stats.count)
-    if not experts(config, site) or not (short := seen < FEWEST).any():
+    """The Stats with those of the layer for experts that saw too few tokens; samples are full."""
+    if not experts(config, site):
         return stats
+    seen, samples = np.asarray(stats.count), np.asarray(stats.sample)
+    room, few = samples.shape[1], seen < FEWEST
+    kept = [x[: -(-n // stats.stride)] for x, n in zip(samples, seen, strict=True)]
+    every = np.concatenate(kept)
+    drawn = [every if short else own for own, short in zip(kept, few, strict=True)]
+    full = np.stack([tokens[np.arange(room) * len(tokens) // room] for tokens in drawn])
     whole = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stats)
-    room = stats.sample.shape[1]
-    counts = np.minimum(-(-seen // stats.stride), room)
-    kept = np.concatenate([x[:n] for x, n in zip(np.asarray(stats.sample), counts, strict=True)])
-    spaced = np.arange(room) * len(kept) // room
-    whole = dataclasses.replace(
-        whole, sample=jnp.asarray(kept[spaced]), absmax=jnp.max(stats.absmax, axis=0)
-    )
+    whole = dataclasses.replace(whole, absmax=jnp.max(stats.absmax, axis=0))
 
     def chosen(own: jax.Array, shared: jax.Array) -> jax.Array:
-        return jnp.where(short.reshape(-1, *[1] * shared.ndim), shared, own)
+        return jnp.where(few.reshape(-1, *[1] * shared.ndim), shared, own)
 
-    return jax.tree.map(chosen, stats, whole)
+    return dataclasses.replace(jax.tree.map(chosen, stats, whole), sample=jnp.asarray(full))

@@ -133,8 +133,11 @@ def test_an_expert_with_few_tokens_takes_the_layers_stats(model, stats, monkeypa
     assert {row.tobytes() for row in drawn} <= tokens
     assert (np.abs(drawn).max(axis=1) > 0).all()
     for e in set(range(len(counts))) - {few}:
-        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(own), strict=True):
-            np.testing.assert_array_equal(a[e], b[e])
+        for name in ("count", "absmax", "gram", "position_sum"):
+            np.testing.assert_array_equal(getattr(found, name)[e], getattr(own, name)[e])
+        assert (np.abs(np.asarray(found.sample[e])).max(axis=1) > 0).all()
+        drawn = {row.tobytes() for row in np.asarray(found.sample[e])}
+        assert drawn == {row.tobytes() for row in np.asarray(own.sample[e]) if row.any()}
 
 
 def test_the_report_has_a_row_for_each_expert_and_says_who_took_the_layers_stats(model):
