@@ -30,10 +30,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
-from duquantpp_jax.checkpoints.lazy import load
+from duquantpp_jax.checkpoints.lazy import Checkpoint
+from duquantpp_jax.checkpoints.packed import load_packed
 from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.checkpoints.source import CONFIG, Directory
-from duquantpp_jax.core import Fitted
+from duquantpp_jax.core import Fitted, Format
 from duquantpp_jax.formats.tensors import from_tensors
 from duquantpp_jax.models import Decoder, DecoderConfig, Linear, dense
 from duquantpp_jax.models.parameters import (
@@ -179,10 +180,26 @@ def load_quantized(directory: str | os.PathLike[str]) -> tuple[Decoder, Quantize
     return decoder, quantized.plan.linear, stack_layers(layers)
 
 
-def load_any(directory: str | os.PathLike[str]) -> tuple[Decoder, Linear, Any]:
-    """A float or a quantized model: the decoder, the `linear` that it calls, and its state.
+def load_any(
+    directory: str | os.PathLike[str], activation_format: Format | None = None
+) -> tuple[Decoder, Linear, Any]:
+    """A float, quantized or packed model: the decoder, the `linear` it calls, and its state.
+
+    Args:
+      activation_format: Of the inputs of packed weights, which are used as stored.
 
     Raises:
-      ValueError: As `load` and `Quantized`.
+      ValueError: As `load` and `Quantized`; or a format is given and no weight is packed.
     """
-    return load_quantized(directory) if is_quantized(directory) else (load(directory), dense, None)
+    if is_quantized(directory) and activation_format is None:
+        return load_quantized(directory)
+    if not is_quantized(directory):
+        checkpoint = Checkpoint(directory)
+        if checkpoint.packed:
+            return load_packed(checkpoint, activation_format)
+        if activation_format is None:
+            return checkpoint.decoder(), dense, None
+    raise ValueError(
+        f"--activation-format is for packed weights, which {directory} does not have: leave it "
+        "out, or quantize the model"
+    )

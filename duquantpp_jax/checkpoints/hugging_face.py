@@ -22,14 +22,13 @@ from safetensors.numpy import save as serialize
 from tokenizers import Tokenizer
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints.experts import View, stored_shapes, tensors_of, views
+from duquantpp_jax.checkpoints.experts import View, tensors_of, unpacked, views, wanted
 from duquantpp_jax.checkpoints.shards import SINGLE, Stored, one_line
 from duquantpp_jax.checkpoints.source import CONFIG, TOKENIZER, Source, source
 from duquantpp_jax.models.config import DecoderConfig
 from duquantpp_jax.models.decoder import Decoder
 from duquantpp_jax.models.parameters import parameter_shapes, tensor_name
 
-_DTYPES = ("BF16", "F16", "F32")
 # Rotary frequencies are derived from rope_theta; old checkpoints store them all the same.
 _HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -46,7 +45,7 @@ def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
     """The configuration that config.json or a GGUF file states; ValueError says what is wrong."""
     fields = source(directory).fields()
     try:
-        return DecoderConfig.from_dict(fields)
+        return DecoderConfig.from_dict(unpacked(fields))
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
 
@@ -68,8 +67,8 @@ def headers(
         found.setdefault("model.embed_tokens.weight", found["lm_head.weight"])
         shapes["lm_head"] = shapes["model.embed_tokens"]  # some writers store the tied head too
     places = _places(config, shapes)
-    wanted = stored_shapes(config, {name: place.shape for name, place in places.items()})
-    for name, shape in wanted.items():
+    right = wanted(config, {name: place.shape for name, place in places.items()}, found)
+    for name, (shape, _) in right.items():
         if name not in found:
             near = next((n for n in found if n.endswith(name) or name.endswith(n)), None)
             near = near or next((n for n in found if n.endswith(name.split(".", 1)[1])), None)
@@ -80,19 +79,19 @@ def headers(
     for name, tensor in found.items():
         if _HARMLESS.fullmatch(name):
             continue
-        if name not in wanted:
+        if name not in right:
             raise ValueError(
                 f"tensor {name!r} has no place in a {config.architecture} of "
                 f"{config.num_hidden_layers} layers: config.json must belong to these weights"
             )
-        if tensor.shape != wanted[name]:
+        shape, dtypes = right[name]
+        if tensor.shape != shape:
             raise ValueError(
-                f"tensor {name} has shape {list(tensor.shape)}: "
-                f"config.json asks for {list(wanted[name])}"
+                f"tensor {name} has shape {list(tensor.shape)}: config.json asks for {list(shape)}"
             )
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in dtypes:
             raise ValueError(
-                f"tensor {name} has dtype {tensor.dtype}: it must be one of {', '.join(_DTYPES)}"
+                f"tensor {name} has dtype {tensor.dtype}: it must be one of {', '.join(dtypes)}"
             )
     return model, config, views(config, found), places
 

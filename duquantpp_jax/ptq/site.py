@@ -107,17 +107,17 @@ class QuantizedLinear:
     """The `linear` of a quantized model: y = Q(transform.activations(x)) @ W^.T.
 
     Attributes:
-      activation_formats: Q, of all sites, or of each as (site, format).
+      activation_formats: Q, of all sites, or of each as (site, format); None to quantize none.
     """
 
-    activation_formats: Format | tuple[tuple[str, Format], ...]
+    activation_formats: Format | tuple[tuple[str, Format], ...] | None
 
     def __call__(
         self, site: str, x: Array | Routed, weights: tuple[Array, ...], state: QuantizedSite
     ) -> tuple[tuple[Array, ...], None]:
         formats, rounded = self.activation_formats, x
         if widths := [w.shape[-1] for w in state.weights if isinstance(w, MXArray)]:
-            format = formats if isinstance(formats, Format) else dict(formats)[site]
+            format = dict(formats)[site] if isinstance(formats, tuple) else formats
             rounded = self.quantized(pad_channels(x, widths[0]), state, format)
         return tuple(
             matmul(rounded, w.dequantize())
@@ -126,8 +126,10 @@ class QuantizedLinear:
             for w in state.weights
         ), None
 
-    def quantized(self, x: Any, state: QuantizedSite, format: Format) -> Any:
+    def quantized(self, x: Any, state: QuantizedSite, format: Format | None) -> Any:
         """Q(transform.activations(x)) in float32, x as wide as the weights."""
+        if format is None:
+            return move_input(x, state.transform)
         return quantize_input(x, state, format)
 
 

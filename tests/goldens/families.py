@@ -61,6 +61,7 @@ _GPT_OSS = {
     "num_experts_per_tok": 3,
     "sliding_window": 6,
 }
+_MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
 _LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -132,7 +133,27 @@ CASES: dict[str, dict] = {
             "original_max_position_embeddings": 32,
         },
     },
+    "gpt-oss, mxfp4": {
+        **_GPT_OSS,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "quantization_config": _MXFP4,
+    },
 }
+
+
+def packed(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The same with experts in MXFP4: [experts, in, out] as blocks and scales of [.., out, in]."""
+    made = {}
+    for name, shape in shapes.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            scales = (shape[0], shape[2], shape[1] // 32)
+            made |= {f"{name}_blocks": (*scales, 16), f"{name}_scales": scales}
+        else:
+            made[name] = shape
+    return made
 
 
 def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
@@ -143,7 +164,12 @@ def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """
     made = {}
     for name, shape in shapes.items():
-        x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        if name.endswith(("_blocks", "_scales")):
+            first, last = (0, 255) if name.endswith("_blocks") else (122, 126)
+            made[name] = rng.integers(first, last, shape, np.uint8, endpoint=True)
+            continue
+        x = rng.standard_normal(shape)
         if name.endswith("norm.weight"):
             x = 1 + x / 4
         elif not name.endswith(("bias", "sinks")):
@@ -166,12 +192,16 @@ def _logits(config: dict) -> tuple[np.ndarray, str, list]:
     from safetensors.numpy import load_file, save_file
 
     with tempfile.TemporaryDirectory() as place:
-        pathlib.Path(place, "config.json").write_text(json.dumps(config))
+        file, fields = (pathlib.Path(place, n) for n in ("model.safetensors", "config.json"))
+        plain = {name: value for name, value in config.items() if name != "quantization_config"}
+        fields.write_text(json.dumps(plain))
         read = transformers.AutoConfig.from_pretrained(place)
         transformers.AutoModelForCausalLM.from_config(read).save_pretrained(place)
-        saved = pathlib.Path(place, "config.json").read_text()
-        file = pathlib.Path(place, "model.safetensors")
+        saved = fields.read_text()
         shapes = {name: tensor.shape for name, tensor in load_file(file).items()}
+        if plain != config:
+            shapes = packed(shapes)
+            fields.write_text(json.dumps(config))
         save_file(weights(shapes), file, {"format": "pt"})
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             place,
