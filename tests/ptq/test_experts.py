@@ -15,7 +15,6 @@ from duquantpp_jax.ptq.experts import pooled
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.report import costs_by_site, report_layer
 from duquantpp_jax.ptq.site import fit_linear, layer_of, quantize_linear
-from duquantpp_jax.ptq.stream import Turn
 from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder, quantize_layer
 from duquantpp_jax.recipes import recipe
 from tests.conftest import mixture, stats_of
@@ -168,8 +167,6 @@ def test_what_experts_do_not_have_is_refused(model):
     plan = Plan.of(model.config, recipe("rtn", "floor", "asymmetric"))
     with pytest.raises(ValueError, match="not for experts"):
         plan.check()
-    with pytest.raises(ValueError, match="routers read it too"):
-        Turn(stream="hadamard").config(model.config)
 
 
 def test_a_mask_leaves_tokens_out_of_stats():
