@@ -21,6 +21,7 @@ from jaxtyping import Array
 from duquantpp_jax.analysis import contents as holds
 from duquantpp_jax.analysis.outliers import Moments, Thresholds, observe, statistics
 from duquantpp_jax.checkpoints import Quantized, is_quantized, load_any, testbed
+from duquantpp_jax.checkpoints.packed import said
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.evaluation import subject
 from duquantpp_jax.evaluation.rows import TARGETS
@@ -45,6 +46,8 @@ class InspectOptions:
       model: Hugging Face directory, GGUF file or smollm2 (docs/models.md); or a quantized model.
       text: Text that the model runs on, documents separated by <|endoftext|> or lines of a .jsonl
         file; without --model, the embedded rows.
+      activation_format: Of the inputs of packed weights, which are used as they are stored; without
+        it these inputs are not quantized.
       tokens: Tokens of the text, cut down to whole rows of 511.
       site: Inputs to show, by the names of their linears, as in 'model.layers.1.*' or
         '*.down_proj', or by attention_in, attention_out, mlp_in, mlp_out; all by default.
@@ -61,6 +64,7 @@ class InspectOptions:
 
     model: Path | None = None
     text: Path | None = None
+    activation_format: str | None = None
     tokens: int = 16 * TARGETS
     site: tuple[str, ...] = ("*",)
     block_size: int = 32
@@ -103,7 +107,7 @@ def inspect(
     if options.model is not None and options.text is None:
         raise ValueError("--model needs --text: text of the kind that the model was trained on")
     directory = options.model or testbed.directory()
-    model, linear, state = load_any(directory)
+    model, linear, state = load_any(directory, options.activation_format)
     chosen = _chosen(model.config.num_hidden_layers, options.site)
     use = "evaluation" if options.text else "calibration"
     asked = options.text, options.tokens, use, options.text_key
@@ -131,6 +135,7 @@ def inspect(
         "schema": 1,
         "model": subject.model_and_hash(options.model),
         "tokens": rows.tokens[:, :-1].size,
+        "packed": said(linear),
         "text": None if options.text is None else subject.name_and_hash(options.text),
         "thresholds": dataclasses.asdict(thresholds),
         "sites": sites,

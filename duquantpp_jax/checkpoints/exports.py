@@ -8,6 +8,7 @@ compressed-tensors   its mxfp4-pack-quantized: of W^ [n, k] the codes, two a byt
     the input. Whatever else moves an input it cannot express, and is refused.
 dequantized          every weight moved back through its transform, W = W^ T, and rounded to
     bfloat16; activations are not quantized.
+gpt-oss              experts as packed MXFP4 (gpt_oss.py).
 
 Source: the library compressed-tensors 0.20: compressors/mxfp4, quantization/quant_config.py and
 transform/.
@@ -24,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints import Quantized
+from duquantpp_jax.checkpoints import Quantized, gpt_oss
 from duquantpp_jax.checkpoints.experts import tensors_of
 from duquantpp_jax.checkpoints.source import Directory
 from duquantpp_jax.checkpoints.writer import Progress, write_rest, write_tensors
@@ -43,6 +44,7 @@ PACKED = "mxfp4-pack-quantized"
 BLOCK = 32
 
 Tensors = dict[str, np.ndarray]
+Layout = Literal["compressed-tensors", "dequantized", "gpt-oss"]
 
 
 class Layer(NamedTuple):
@@ -60,7 +62,7 @@ class Layer(NamedTuple):
 
 def write_export(
     directory: Path,
-    format: Literal["compressed-tensors", "dequantized"],
+    format: Layout,
     out: Path,
     progress: Progress = lambda *_: None,
 ) -> list[str]:
@@ -78,6 +80,8 @@ def write_export(
     packed = format == "compressed-tensors"
     if packed:
         _check_formats(model)
+    if own := format == "gpt-oss":
+        gpt_oss.check(model)
     convert = pack_layer if packed else dequantize_layer
     count = model.config.num_hidden_layers
     places: dict[str, str] = {}
@@ -92,7 +96,10 @@ def write_export(
 
         for number in range(count):
             progress(f"layer {number + 1} of {count}", number, count)
-            layer = convert(model.config, number, *model.layer(number))
+            if own:
+                layer = Layer(*gpt_oss.pack_layer(model, number, _turned), [])
+            else:
+                layer = convert(model.config, number, *model.layer(number))
             write(number, layer.tensors)
             rotated += layer.rotated
             floats += layer.floats
@@ -100,15 +107,17 @@ def write_export(
         fields = dict(model.fields)
         if packed:
             fields["quantization_config"] = quantization_config(model, rotated, floats)
+        elif own:
+            fields["quantization_config"] = gpt_oss.quantization_config(_scheme(rotated))
         write_rest(partial, places, {}, Directory(model.directory), fields)
-    return _notes(model, packed, rotated)
+    return _notes(model, format, rotated)
 
 
 def _check_formats(model: Quantized) -> None:
     if model.config.num_experts:
         raise ValueError(
             f"{PACKED} of a {model.config.architecture} is not written: its experts have "
-            "transforms of their own; export --format dequantized"
+            "transforms of their own; export --format dequantized, or gpt-oss for a gpt-oss"
         )
     for name in model.job.weight_formats.values():
         if name.partition(":")[0] != "mxfp4":
@@ -252,9 +261,6 @@ def quantization_config(model: Quantized, rotated: list[str], floats: list[str])
             "output_activations": None,
             "format": PACKED,
         }
-    online = {"targets": rotated, "location": "input", "inverse": False, "ignore": []}
-    scheme = {"type": "hadamard", "apply": [online], "head_dim": BLOCK}
-    scheme |= {"randomize": False, "requires_grad": False}
     return {
         "quant_method": "compressed-tensors",
         "format": PACKED,
@@ -263,17 +269,27 @@ def quantization_config(model: Quantized, rotated: list[str], floats: list[str])
         "ignore": ["lm_head", *floats],
         "kv_cache_scheme": None,
         "sparsity_config": {},
-        "transform_config": {"config_groups": {"hadamard": scheme}} if rotated else {},
+        "transform_config": {"config_groups": _scheme(rotated)} if rotated else {},
     }
 
 
-def _notes(model: Quantized, packed: bool, rotated: list[str]) -> list[str]:
-    if not packed:
+def _scheme(rotated: list[str]) -> dict[str, Any] | None:
+    """The groups of a transform_config."""
+    if not rotated:
+        return None
+    online = {"targets": rotated, "location": "input", "inverse": False, "ignore": []}
+    scheme = {"type": "hadamard", "apply": [online], "head_dim": BLOCK}
+    return {"hadamard": scheme | {"randomize": False, "requires_grad": False}}
+
+
+def _notes(model: Quantized, format: Layout, rotated: list[str]) -> list[str]:
+    if format == "dequantized":
         return [
             "Weights were moved back through their transforms and rounded to bfloat16.",
             "Activations are not quantized in this layout; the quantized model's are.",
         ]
-    notes = [f"Weights are {PACKED}, bit for bit those of the quantized model."]
+    layout = PACKED if format == "compressed-tensors" else "MXFP4 in the layout of gpt-oss"
+    notes = [f"Weights are {layout}, bit for bit those of the quantized model."]
     if formats := sorted(set(model.job.activation_formats.values()) - {"bf16"}):
         notes.append(
             "Activations are quantized by the reader, with its own scale rule; this model was "

@@ -12,10 +12,11 @@ import numpy as np
 from duquantpp_jax.checkpoints.experts import BLOCK, rotated, stored_name
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.core import Format, Transform
-from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder
+from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder, Linear
 from duquantpp_jax.models.parameters import LAYER, LINEARS, layer_prefix, tensor_name
 from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
 from duquantpp_jax.ptq.walk import State, stack_layers
+from duquantpp_jax.recipes import format_name
 from duquantpp_jax.transforms.basic import Identity
 from duquantpp_jax.transforms.block import BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard
@@ -48,6 +49,19 @@ def load_packed(
     parameters = {name: jnp.asarray(array.astype(np.float32)) for name, array in arrays.items()}
     decoder = Decoder(config, parameters, linears=False)
     return decoder, QuantizedLinear(activation_format), stack_layers(layers)
+
+
+def said(linear: Linear) -> str | None:
+    """How a packed model is used, in a sentence; None of a model that is not packed.
+
+    Args:
+      linear: That it is called with, of `load_any`.
+    """
+    if not isinstance(linear, QuantizedLinear) or isinstance(linear.activation_formats, tuple):
+        return None
+    format = linear.activation_formats
+    seen = "not quantized" if format is None else f"in {format_name(format)}"
+    return f"packed weights as they are stored (mxfp4), their inputs {seen}"
 
 
 def _transform(checkpoint: Checkpoint, number: int, site: str) -> Transform:

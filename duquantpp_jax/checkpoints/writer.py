@@ -123,7 +123,8 @@ def write_layers(
                 f"{what} gives NaN or Inf on the calibration rows: the float model overflows "
                 "in float32, and cannot be calibrated on them"
             )
-        tensors, about = layer_tensors(number, layer)
+        stored = checkpoint.layer_as_stored(number)[1] if checkpoint.packed else {}
+        tensors, about = layer_tensors(number, layer, stored)
         about = {"schema": SCHEMA, "job": job.to_dict(), **about}
         about["report"] = report_layer(plan, number, layer)
         write_tensors(out / layer_file(number), tensors, about)
@@ -134,20 +135,28 @@ def write_layers(
 
 
 def layer_tensors(
-    number: int, layer: QuantizedLayer
+    number: int, layer: QuantizedLayer, stored: Mapping[str, MXArray]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The tensors of a layer's file, and what its metadata says besides schema and job."""
-    arrays, (tensors, structures) = {}, _moves(number, layer.sites)
-    kept = dict(layer.parameters)
+    """The tensors of a layer's file, and what its metadata says besides schema and job.
+
+    Args:
+      stored: Weights that were packed; where they are not quantized, they are kept so.
+    """
+    prefix, (tensors, structures) = layer_prefix(number), _moves(number, layer.sites)
+    kept, weights = dict(layer.parameters), {}
     for site in SITES:
-        for name, weight in zip(SITE_WEIGHTS[site], layer.sites[site].weights, strict=True):
-            if isinstance(weight, MXArray):
-                packed, arrays[name] = to_tensors(layer_prefix(number) + name, weight)
-                tensors |= packed
-                del kept[name]
-    prefix = layer_prefix(number)
+        weights |= zip(SITE_WEIGHTS[site], layer.sites[site].weights, strict=True)
+    quantized = {name: w for name, w in weights.items() if isinstance(w, MXArray)}
+    about: dict[str, Any] = {"layer": number, "sites": structures}
+    as_stored = {name: array for name, array in stored.items() if name not in quantized}
+    for key, packed in {"arrays": quantized, "stored": as_stored}.items():
+        about[key] = {}
+        for name, array in packed.items():
+            added, about[key][name] = to_tensors(prefix + name, array)
+            tensors |= added
+            del kept[name]
     tensors |= {prefix + tensor_name(name): np.asarray(array) for name, array in kept.items()}
-    return tensors, {"layer": number, "arrays": arrays, "sites": structures}
+    return tensors, about
 
 
 def write_refined(path: Path, sites: Mapping[str, QuantizedSite]) -> None:
@@ -233,6 +242,7 @@ def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
         "bytes": total,
         "float_bytes": checkpoint.size(),
         **({"untied_head": True} if untied else {}),
+        **({"requantized": True} if checkpoint.packed else {}),
         "linears": rows,
     }
     files.write_whole(out / REPORT, files.to_json(report))

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load_any, load_tokenizer
+from duquantpp_jax.checkpoints.packed import said
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.evaluation import Predictor, Reference, RowSums, clusters, estimate, rows_of_text
 from duquantpp_jax.evaluation.rows import PROTOCOLS, Protocol, Rows, read_text, rows_for_targets
@@ -46,6 +47,8 @@ class EvaluateOptions:
     Attributes:
       model: Hugging Face directory, GGUF file or smollm2 (docs/models.md); or a quantized model.
       text: Text to evaluate on, or .jsonl file, each line a document.
+      activation_format: Of the inputs of packed weights, which are used as they are stored; without
+        it these inputs are not quantized.
       reference: Directory of the model to compare with, usually the float one; it may be the same
         directory, to see what --cache costs.
       protocol: documents (as in compare: documents separated by <|endoftext|>, each cut into rows
@@ -65,6 +68,7 @@ class EvaluateOptions:
 
     model: Path
     text: Path
+    activation_format: str | None = None
     reference: Path | None = None
     protocol: str = "documents"
     window: int | None = None
@@ -84,7 +88,7 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
     if options.rotate_keys and options.cache is None:
         raise ValueError("--rotate-keys is about cached keys: give --cache too")
     text = read_text(options.text, options.text_key)
-    predictor = Predictor(*load_any(options.model))
+    predictor = Predictor(*load_any(options.model, options.activation_format))
     config = predictor.model.config
     protocol = _protocol(options, config)
     tokenizer = load_tokenizer(options.model, config)
@@ -95,6 +99,7 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
     reference = None
     if options.reference is not None:
         same = options.reference.resolve() == options.model.resolve()
+        same = same and options.activation_format is None
         reference = predictor if same else Predictor(*load_any(options.reference))
         if (size := reference.model.config.vocab_size) != config.vocab_size:
             raise ValueError(
@@ -123,6 +128,7 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
             "bos": protocol.bos,
             "cache": options.cache,
             "rotate_keys": options.rotate_keys,
+            "packed": said(predictor.linear),
         },
         "model": model_and_hash(options.model),
         "reference": options.reference and model_and_hash(options.reference),
@@ -180,6 +186,7 @@ def summary(results: dict[str, Any]) -> tuple[str, Table]:
     chosen, clusters = results["options"], results["clusters"]
     cached = f", cache in {chosen['cache']}" if chosen["cache"] else ""
     cached += ", keys rotated" if chosen["rotate_keys"] else ""
+    cached += f", {chosen['packed']}" if chosen["packed"] else ""
     said = (
         f"{results['model']['name']}{cached}: {results['targets']:,} targets of "
         f"{chosen['text']['name']}, {chosen['protocol']}, windows of {chosen['window']} "

@@ -1,6 +1,7 @@
 """`duquantpp generate`: a float or quantized model continues a text."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 
 from duquantpp_jax.checkpoints import load_any, load_tokenizer
 from duquantpp_jax.checkpoints.hugging_face import chat_prompt
+from duquantpp_jax.checkpoints.packed import said
 from duquantpp_jax.commands.evaluate import Flag, Imports
 from duquantpp_jax.models.generation import Sampling, generate
 from duquantpp_jax.ptq import stores as cache
@@ -24,6 +26,8 @@ class GenerateOptions:
       prompt: Text to continue; the tokenizer may add special tokens.
       chat: Take the prompt as a message to the model, in its own chat template (extra chat), and
         print the answer alone.
+      activation_format: Of the inputs of packed weights, which are used as they are stored; without
+        it these inputs are not quantized.
       bos: Put the model's beginning-of-sequence token before the prompt.
       max_new_tokens: Tokens to generate, unless an end-of-sequence token comes first.
       temperature: 0 takes the likeliest token; 1 draws from the model's distribution.
@@ -38,6 +42,7 @@ class GenerateOptions:
     model: Path
     prompt: str
     chat: Flag = False
+    activation_format: str | None = None
     bos: Flag = False
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -53,7 +58,9 @@ def continued(options: GenerateOptions) -> str:
     """The prompt and its continuation, as text; of a chat the answer alone."""
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     import_modules(options.imports)
-    model, linear, state = load_any(options.model)
+    model, linear, state = load_any(options.model, options.activation_format)
+    if (used := said(linear)) is not None:
+        print(f"{options.model}: {used}", file=sys.stderr)
     config, tokenizer = model.config, load_tokenizer(options.model, model.config)
     store = cache.store(options.cache, config.head_dim, rotate_keys=options.rotate_keys)
     text = chat_prompt(options.model, options.prompt) if options.chat else options.prompt

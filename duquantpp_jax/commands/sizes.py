@@ -64,6 +64,7 @@ def quantized_line(report: Mapping[str, Any]) -> str:
         f"{job['model']['name']}: {turned}{job['recipe']}, {job['rounding']}; weights "
         f"{weights}, activations {activations}; calibrated on "
         f"{calibration['rows']} rows of {calibration['length']} tokens ({calibration['source']}). "
+        f"{'Packed weights were decoded and rounded again. ' if report.get('requantized') else ''}"
         f"{'The tied head became a matrix of its own. ' if report.get('untied_head') else ''}"
         f"{report['float_bytes'] / MIB:.1f} MiB became {report['bytes'] / MIB:.1f} MiB."
         + (f" {few} of {len(stacks)} experts saw few tokens and took their layer's." if few else "")

@@ -3,14 +3,16 @@
     python tests/goldens/families.py        pip install torch==2.14.1 transformers==5.24.0
 
 writes tests/goldens/families.npz: for each case its logits and its config.json as the library saves
-it, and the versions in the array `about`. Weights are not kept: `weights` makes them again from
-their names, so that the file is small; the test writes them to a directory and loads that.
+it, for mixtures what their first down_proj decodes to, and the versions in the array `about`.
+Weights are not kept: `weights` makes them again from their names, so that the file is small; the
+test writes them to a directory and loads that.
 
 A case is a config.json, half of them as transformers 4 lays it out. All linears that can have a
 bias have a random one, norms are random, rotary scaling bends frequencies within the 40 positions,
 and they lie beyond every sliding window. Every expert gets several tokens in every layer.
 """
 
+import hashlib
 import json
 import math
 import pathlib
@@ -185,8 +187,9 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(0, _SIZES["vocab_size"], (1, LENGTH))
 
 
-def _logits(config: dict) -> tuple[np.ndarray, str, list]:
-    """Logits, config.json as the library saves it, and names and shapes of the tensors."""
+def _logits(config: dict) -> tuple[np.ndarray, str, list, str]:
+    """Logits, config.json as the library saves it, names and shapes of the tensors, and SHA-256 of
+    a matrix of experts as the library has it in memory, in float32."""
     import torch
     import transformers
     from safetensors.numpy import load_file, save_file
@@ -213,7 +216,9 @@ def _logits(config: dict) -> tuple[np.ndarray, str, list]:
         assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys")), info
         with torch.no_grad():
             logits = model.eval()(torch.from_numpy(tokens())).logits
-        return logits.numpy(), saved, list(shapes.items())
+        experts = getattr(model.model.layers[0].mlp, "experts", None)
+        matrix = b"" if experts is None else experts.down_proj.detach().numpy().tobytes()
+        return logits.numpy(), saved, list(shapes.items()), hashlib.sha256(matrix).hexdigest()
 
 
 def main() -> None:
@@ -222,9 +227,11 @@ def main() -> None:
 
     arrays = {}
     for name, config in CASES.items():
-        logits, saved, shapes = _logits(config)
+        logits, saved, shapes, digest = _logits(config)
         arrays |= {f"{name}: logits": logits, f"{name}: config": np.array(saved)}
         arrays[f"{name}: shapes"] = np.array(json.dumps(shapes))
+        if "experts" in str(config):
+            arrays[f"{name}: down_proj"] = np.array(digest)
     about = f"torch {torch.__version__}, transformers {transformers.__version__}"
     np.savez_compressed(PLACE, about=np.array(about), **arrays)
     print(about, f"{PLACE.stat().st_size} bytes")
