@@ -131,7 +131,7 @@ def unpacked(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     return fields
 
 
-def rotated(fields: Mapping[str, Any]) -> frozenset[str]:
+def moved_online(fields: Mapping[str, Any]) -> frozenset[str]:
     """The stored weights whose inputs a Hadamard matrix moves, in blocks, by a transform_config.
 
     Raises:

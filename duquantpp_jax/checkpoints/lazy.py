@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Integer
 
-from duquantpp_jax.checkpoints.experts import rotated
+from duquantpp_jax.checkpoints.experts import moved_online
 from duquantpp_jax.checkpoints.hugging_face import headers
 from duquantpp_jax.checkpoints.shards import read_stored
 from duquantpp_jax.core import MXArray
@@ -59,7 +59,7 @@ class Checkpoint:
 
     def layer(self, number: int) -> dict[str, Float[np.ndarray, "..."]]:
         """The parameters of a layer, as `read_stored` gives them; packed ones are decoded."""
-        if rotated(self.source.fields()):
+        if moved_online(self.source.fields()):
             raise ValueError(
                 f"{self.directory} has weights for inputs that Hadamard matrices move: "
                 "give the model that they were made from"

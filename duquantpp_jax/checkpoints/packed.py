@@ -9,7 +9,7 @@ a weight, in blocks of 32.
 import jax.numpy as jnp
 import numpy as np
 
-from duquantpp_jax.checkpoints.experts import BLOCK, rotated, stored_name
+from duquantpp_jax.checkpoints.experts import BLOCK, moved_online, stored_name
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.core import Format, Transform
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder, Linear
@@ -67,7 +67,7 @@ def said(linear: Linear) -> str | None:
 def _transform(checkpoint: Checkpoint, number: int, site: str) -> Transform:
     """What moves the input of a site, the same for all experts."""
     tensor = layer_prefix(number) + tensor_name(SITE_WEIGHTS[site][0])
-    if stored_name(checkpoint.config, tensor) not in rotated(checkpoint.source.fields()):
+    if stored_name(checkpoint.config, tensor) not in moved_online(checkpoint.source.fields()):
         return Identity()
     shape = (checkpoint.config.num_experts, 1, BLOCK, BLOCK)
     return BlockRotation(jnp.broadcast_to(hadamard(BLOCK), shape))
