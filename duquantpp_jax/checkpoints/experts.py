@@ -5,7 +5,7 @@
     model.layers.3.mlp.experts.gate_up_proj_blocks and _scales, odd rows  ->  the same
 
 A view has a shard, a shape and a dtype, and `read`, as a tensor has; nothing is read before that.
-Which tensor has what is said by the family (`models.experts.In`). A tensor T may be packed MXFP4,
+Which tensor has what is said by the family (`families.base.In`). A tensor T may be packed MXFP4,
 
     T_blocks   uint8 [experts, out, in / 32, 16]     two codes of E2M1 a byte, lower index low
     T_scales   uint8 [experts, out, in / 32]         E8M0
@@ -27,7 +27,8 @@ from duquantpp_jax.checkpoints.shards import Stored
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.formats.tensors import from_tensors
 from duquantpp_jax.models.config import DecoderConfig
-from duquantpp_jax.models.experts import In
+from duquantpp_jax.models.families import FAMILIES
+from duquantpp_jax.models.families.base import In
 from duquantpp_jax.models.parameters import layer_prefix
 
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -146,7 +147,7 @@ def moved_online(fields: Mapping[str, Any]) -> frozenset[str]:
 
 def _stored(config: DecoderConfig) -> Iterator[tuple[str, In, list[str]]]:
     """Name of each tensor that is stored otherwise, where it is, and the names there."""
-    experts = config.family.experts
+    experts = FAMILIES[config.architecture].experts
     for number in range(config.num_hidden_layers):
         prefix = layer_prefix(number)
         for name, at in ({} if experts is None else experts.stored).items():

@@ -15,9 +15,8 @@ of Experts (arXiv:2401.04088), section 2.1.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,43 +25,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int
 
 from duquantpp_jax.models.attention import HIGHEST
-
-Activation = Callable[[Array, Array], Array]
-"""The activation of an MLP, of (gate, up)."""
-
-
-def swiglu(gate: Float[Array, "*tokens k"], up: Float[Array, "*tokens k"]) -> Array:
-    """silu(gate) up."""
-    return jax.nn.silu(gate) * up
-
-
-class In(NamedTuple):
-    """The tensor of a checkpoint that a parameter is in.
-
-    Attributes:
-      tensor: Its name inside a layer; a star stands for the number of the expert.
-      first, step: Its rows that are the parameter's: first, first + step, ...
-      transposed: Whether the tensor is [experts, in, out]; its columns are then meant by rows.
-    """
-
-    tensor: str
-    first: int = 0
-    step: int = 1
-    transposed: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Experts:
-    """How a family has its experts.
-
-    Attributes:
-      count, width: Fields of config.json: how many experts there are, and their intermediate size.
-      stored: Where a checkpoint has the tensors that it does not have by their names here.
-    """
-
-    count: str
-    width: str
-    stored: Mapping[str, In]
 
 
 @struct.dataclass

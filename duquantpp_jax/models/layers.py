@@ -8,7 +8,7 @@ With RMSNorm n(x) = x / sqrt(mean(x^2) + eps) * g, a layer is
     up, gate  = linear("mlp_in", n2(x), (Wup, Wgate))
     x        += linear("mlp_out", silu(gate) * up, (Wdown,))
 
-Families (families.py) add to it: biases of linears, a norm of each head's q and k before R, a mask
+Families (families/) add to it: biases of linears, a norm of each head's q and k before R, a mask
 that hides all but the last positions, sinks of attention, another activation, and experts
 (experts.py), of whose linears each token meets a few.
 
@@ -31,6 +31,7 @@ from duquantpp_jax.models.attention import HIGHEST, causal_attention, rotary
 from duquantpp_jax.models.cache import Store
 from duquantpp_jax.models.config import FULL, SLIDING, DecoderConfig
 from duquantpp_jax.models.experts import Routed, route
+from duquantpp_jax.models.families.gpt_oss import clamped_swiglu
 from duquantpp_jax.models.parameters import (
     ATTENTION_NORM,
     HEAD_NORMS,
@@ -43,6 +44,12 @@ from duquantpp_jax.models.rope import rotary_frequencies
 
 Linear = Callable[[str, Any, tuple[Array, ...], Any], tuple[tuple[Array, ...], Any]]
 """`linear(site, x, weights, state) -> (an output per weight, out)`; see `Decoder.__call__`."""
+
+ACTIVATIONS: Mapping[str, Callable[[Array, Array], Array]] = {
+    "silu": lambda gate, up: jax.nn.silu(gate) * up,
+    "clamped_swiglu": clamped_swiglu,
+}
+"""The activations of an MLP, of (gate, up), by their names in a configuration."""
 
 
 def matmul(x: Float[Array, "*tokens k"] | Routed, w: Float[Array, "..."]) -> Array:
@@ -126,7 +133,7 @@ def layer(
       entries: What a cache holds of the layer.
       dtype: Of the matrix products. Matrices are cast where they are used, to save memory.
     """
-    outs, eps, act = {}, config.rms_norm_eps, config.family.activation
+    outs, eps, act = {}, config.rms_norm_eps, ACTIVATIONS[config.activation]
     positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)
 
     def at(site: str, x: Array | Routed) -> list[Array]:
@@ -148,7 +155,7 @@ def layer(
             put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
             entries = jax.tree.map(put, entries, new)
         k, v = map(store.decode, entries or new)
-    sinks = parameters[SINKS].reshape(q.shape[2:4]) if config.family.sinks else None
+    sinks = parameters[SINKS].reshape(q.shape[2:4]) if config.sinks else None
     given = q.astype(dtype), k.astype(dtype), v.astype(dtype)
     a = causal_attention(*given, positions, where.window, sinks)
     (y,) = at("attention_out", a.reshape(*x.shape[:2], -1))

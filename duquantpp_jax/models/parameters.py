@@ -85,7 +85,7 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
             layer[name] = (config.num_experts, *layer[name])
         layer[ROUTER] = (config.num_experts, hidden)
     layer |= {f"{name}.bias": layer[name][:-1] for name in config.biases}
-    if config.family.sinks:
+    if config.sinks:
         layer[SINKS] = (config.num_attention_heads,)
     if config.qk_norm:
         layer |= dict.fromkeys(HEAD_NORMS, (config.head_dim,))

@@ -11,7 +11,7 @@ import pytest
 from duquantpp_jax.checkpoints import load
 from duquantpp_jax.models import Decoder, DecoderConfig, dense
 from duquantpp_jax.models.experts import Routed, route
-from duquantpp_jax.models.gpt_oss import LIMIT
+from duquantpp_jax.models.families.gpt_oss import LIMIT
 from duquantpp_jax.models.rope import Yarn
 from tests.goldens import families
 from tests.models.test_families import directory_of
