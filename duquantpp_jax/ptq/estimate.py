@@ -56,16 +56,16 @@ def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
             flops += count * (2.0 * width**3 + 6.0 * outputs * width**2) * twice
             kept = min(-(-tokens * used[names[0]] // count), SAMPLE_LIMIT)
             layer_stats += 4.0 * count * (kept * width + grams * width**2)
-            largest = max(largest, outputs * width)
+            # Of a linear in float32 before and after moving, and codes; of a stack once more.
+            largest = max(largest, (14 + 5 * count * (count > 1)) * outputs * width)
         stats_bytes = max(stats_bytes, layer_stats)
     hidden = 4.0 * tokens * config.hidden_size * (1 + plan.compares)
     scores = 4.0 * BATCH_ROWS * config.num_attention_heads * length**2
     chosen = max(1, config.num_experts_per_tok)
     activations = 4.0 * BATCH_ROWS * length * config.intermediate_size * chosen
     embedding = 2.0 * config.vocab_size * config.hidden_size
-    # A layer in bf16, read and on the device; of its largest site float32 copies before and after
-    # moving, and codes.
-    working = 4.0 * parameters + 14.0 * largest + stats_bytes + 3 * (scores + activations)
+    # A layer in bf16, read and on the device, and what its largest site takes.
+    working = 4.0 * parameters + largest + stats_bytes + 3 * (scores + activations)
     return {
         "linears": linears,
         "bytes": sum(linear["bytes"] for linear in linears),

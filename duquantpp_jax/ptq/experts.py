@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
 from duquantpp_jax.core import Stats
 from duquantpp_jax.models import DecoderConfig
@@ -34,7 +35,13 @@ def parts_of(count: int, *stacked: Any) -> list[tuple[Any, ...]]:
     """The part of each of `count` experts of stacked pytrees; of none, the pytrees themselves."""
     if not count:
         return [stacked]
-    return [jax.tree.map(lambda leaf: leaf[e], stacked) for e in range(count)]  # noqa: B023
+    return [_part(stacked, np.int32(expert)) for expert in range(count)]
+
+
+@jax.jit
+def _part(stacked: Any, expert: Int[np.ndarray, ""]) -> Any:
+    """One program for all experts: an index that is a constant would compile one for each."""
+    return jax.tree.map(lambda leaf: leaf[expert], stacked)
 
 
 def pooled(config: DecoderConfig, site: str, stats: Stats) -> Stats:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from duquantpp_jax.checkpoints import load
-from duquantpp_jax.models import Decoder, DecoderConfig, dense
+from duquantpp_jax.models import Decoder, DecoderConfig, dense, empty_cache
 from duquantpp_jax.models.experts import Routed, route
 from duquantpp_jax.models.families.gpt_oss import LIMIT
 from duquantpp_jax.models.rope import Yarn
+from duquantpp_jax.ptq.stores import store
+from tests.conftest import mixture
 from tests.goldens import families
 from tests.models.test_families import directory_of
 
@@ -107,3 +109,14 @@ def test_a_gpt_oss_that_does_not_say_has_yarn_and_a_window_in_every_other_layer(
     plain = config("gpt-oss", rope_scaling=None, rope_parameters={"rope_type": "default"})
     assert plain.rope_scaling is None
     assert DecoderConfig.from_dict(plain.to_dict()) == plain
+
+
+def test_a_cache_gives_what_all_positions_at_once_give():
+    model = mixture("GptOssForCausalLM", sliding_window=5)
+    tokens = jnp.asarray(np.arange(24).reshape(2, 12) * 7 % 257)
+    wanted, _ = jax.jit(Decoder.__call__)(model, tokens)
+    cache = empty_cache(model.config, store("float32", 16), 2, 12)
+    extend = jax.jit(Decoder.extend)
+    first, cache = extend(model, tokens[:, :8], cache)
+    rest, cache = extend(model, tokens[:, 8:], cache)
+    np.testing.assert_allclose(jnp.concatenate([first, rest], 1), wanted, rtol=1e-4, atol=1e-4)

@@ -23,9 +23,9 @@ TOKENS = np.asarray(jax.random.randint(jax.random.key(3), (8, 32), 0, 257))
 NEEDS = Needs.GRAM | Needs.POSITIONS
 
 
-@pytest.fixture(scope="module", params=["MixtralForCausalLM", "GptOssForCausalLM"])
-def model(request):
-    return mixture(request.param)
+@pytest.fixture(scope="module")
+def model():
+    return mixture("GptOssForCausalLM")
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +63,11 @@ def test_stats_of_an_expert_are_of_the_tokens_it_gets(stats, inputs):
             np.testing.assert_allclose(sums, tokens.sum(axis=0), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["rtn", "block_hadamard", "duquantpp", "wush"])
-@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
+@pytest.mark.parametrize(
+    ("name", "rounding"),
+    [("rtn", "rtn"), ("duquantpp", "rtn"), ("wush", "rtn"), ("block_hadamard", "gptq")],
+)
 def test_an_expert_is_quantized_as_a_linear_alone_would_be(model, stats, name, rounding):
-    if rounding == "gptq" and name == "duquantpp":
-        pytest.skip("as block_hadamard")
     method = recipe(name, "floor", rounding)
     plan = Plan.of(model.config, method, include=("*.mlp.*",))
     _, linear, state = quantize_decoder(plan, model, TOKENS, stats=stats)
