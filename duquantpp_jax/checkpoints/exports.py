@@ -206,17 +206,17 @@ def _named(prefix: str, parameters: Mapping[str, np.ndarray]) -> Tensors:
     return {prefix + tensor_name(name): array for name, array in parameters.items()}
 
 
-def _turned(transform: Transform, width: int, where: str) -> bool:
+def _turned(transform: Transform, width: int, where: str, layout: str = PACKED) -> bool:
     """Whether Hadamard matrices move a site's input; ValueError if anything else does."""
     kinds = ", ".join(type(link).__name__ for link in transform.flat_links())
     if (blocks := transform.as_blocks(width, BLOCK)) is None:
         raise ValueError(
             f"{where}: its input is moved online by {kinds}, whose as_blocks gives no matrix for "
-            f"each block of {BLOCK}: {PACKED} has nothing else; export --format dequantized"
+            f"each block of {BLOCK}: {layout} has nothing else; export --format dequantized"
         )
     if blocks.divisor is not None and np.any(np.asarray(blocks.divisor) != 1):
         raise ValueError(
-            f"{where}: its input is divided online by {kinds}, which {PACKED} cannot express: "
+            f"{where}: its input is divided online by {kinds}, which {layout} cannot express: "
             "quantize again with --fuse, which folds smoothing, or export --format dequantized"
         )
     if blocks.matrices is None:
@@ -224,7 +224,7 @@ def _turned(transform: Transform, width: int, where: str) -> bool:
     if np.any(np.asarray(blocks.matrices) != np.asarray(hadamard(BLOCK))):
         raise ValueError(
             f"{where}: its input is rotated online by matrices that are not Hadamard's, which "
-            f"{PACKED} cannot express: export --format dequantized, or quantize with identity or "
+            f"{layout} cannot express: export --format dequantized, or quantize with identity or "
             "block_hadamard"
         )
     return True

@@ -25,27 +25,29 @@ from duquantpp_jax.core import MXArray
 from duquantpp_jax.models import SITE_WEIGHTS
 from duquantpp_jax.models.parameters import EXPERT_SITES, LINEARS, layer_prefix, tensor_name
 from duquantpp_jax.ptq.experts import parts_of
+from duquantpp_jax.ptq.fuse import moving
 from duquantpp_jax.ptq.plan import linear_shapes
 
+LAYOUT = "the layout of gpt-oss"
 FLOATS = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 
 
 def check(model: Quantized) -> None:
     """Raises ValueError if the layout cannot hold the model."""
     if model.config.architecture != "GptOssForCausalLM":
-        raise ValueError(f"a {model.config.architecture} has no layout of gpt-oss: choose another")
+        raise ValueError(f"a {model.config.architecture} has not {LAYOUT}: choose another")
     plan, layers = model.plan, range(model.config.num_hidden_layers)
     for site, weights in SITE_WEIGHTS.items():
         names = [plan.names(site, number) for number in layers]
         if site not in EXPERT_SITES and any(names):
             raise ValueError(
-                f"the layout of gpt-oss holds {weights[0]} in float, and this model has it "
+                f"{LAYOUT} holds {weights[0]} in float, and this model has it "
                 "quantized: quantize with --include '*.mlp.*'"
             )
         if any(0 < len(chosen) < len(weights) for chosen in names):
-            raise ValueError(f"the layout of gpt-oss has {' and '.join(weights)} in one tensor")
+            raise ValueError(f"{LAYOUT} has {' and '.join(weights)} in one tensor")
         if site in EXPERT_SITES and not model.job.weight_formats[site].startswith("mxfp4:"):
-            raise ValueError("the layout of gpt-oss holds MXFP4 weights: quantize into mxfp4")
+            raise ValueError(f"{LAYOUT} holds MXFP4 weights: quantize into mxfp4")
 
 
 def pack_layer(
@@ -65,7 +67,7 @@ def pack_layer(
         if codes is None or scales is None:
             continue
         if BLOCK * scales.shape[-1] != shapes[name][1]:
-            raise ValueError(f"{prefix}{name} was padded, which the layout of gpt-oss has not")
+            raise ValueError(f"{prefix}{name} was padded, which {LAYOUT} has not")
         tensors[tensor_name(prefix + name) + BLOCKS] = codes.reshape(*scales.shape, BLOCK // 2)
         tensors[tensor_name(prefix + name) + SCALES] = scales
     for site in EXPERT_SITES:
@@ -74,7 +76,8 @@ def pack_layer(
             continue
         width, where = shapes[names[0]][1], f"{prefix}{site}"
         parts = parts_of(config.num_experts, state.transform)
-        if len(found := {turned(part, width, where) for (part,) in parts}) > 1:
+        found = {turned(moving(part, width), width, where, LAYOUT) for (part,) in parts}
+        if len(found) > 1:
             raise ValueError(f"{where}: the inputs of some experts are moved, those of others not")
         if True in found:
             rotated.append(stored_name(config, tensor_name(prefix + names[0])))

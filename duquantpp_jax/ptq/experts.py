@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from duquantpp_jax.core import Stats
 from duquantpp_jax.models import DecoderConfig
@@ -39,7 +39,7 @@ def parts_of(count: int, *stacked: Any) -> list[tuple[Any, ...]]:
 
 
 @jax.jit
-def _part(stacked: Any, expert: Int[np.ndarray, ""]) -> Any:
+def _part(stacked: Any, expert: Int[Array | np.ndarray, ""]) -> Any:
     """One program for all experts: an index that is a constant would compile one for each."""
     return jax.tree.map(lambda leaf: leaf[expert], stacked)
 

@@ -162,7 +162,12 @@ def grouped(fitted: Fitted, config: DecoderConfig) -> Fitted:
 
 def online_cost(transform: Transform, width: int) -> Cost:
     """What moving a site's input costs while the model runs; of one layer, after folding."""
-    return _chained([link for link, _ in _moving_links(transform, width)]).cost(width)
+    return moving(transform, width).cost(width)
+
+
+def moving(transform: Transform, width: int) -> Transform:
+    """The transform of one layer without the links that leave an input as it is."""
+    return _chained([link for link, _ in _moving_links(transform, width)])
 
 
 def _moving_links(transform: Transform, width: int) -> list[tuple[Transform, Channels | None]]:

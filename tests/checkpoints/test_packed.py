@@ -16,9 +16,6 @@ from duquantpp_jax.checkpoints.experts import tensors_of
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
-from duquantpp_jax.core import ScaleRule
-from duquantpp_jax.formats import MXFP4
-from duquantpp_jax.formats.tensors import pack_codes
 from duquantpp_jax.models import Decoder
 from tests.conftest import byte_tokenizer, mixture
 from tests.goldens import families
@@ -31,20 +28,19 @@ TOKENS = jnp.asarray(np.arange(40).reshape(2, 20) * 7 % 257)
 
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory):
-    """A tiny gpt-oss in MXFP4; its scales are those of CEIL, which FLOOR would not choose."""
+    """A tiny gpt-oss whose experts are random codes, under scales that FLOOR would not choose."""
     place, model = tmp_path_factory.mktemp("models") / "packed", mixture("GptOssForCausalLM")
-    tensors = {}
+    random, tensors = np.random.default_rng(0), {}
     for name, array in model.parameters().items():
-        name = name if name.endswith((".bias", "sinks")) else f"{name}.weight"
-        for number in range(2) if "*" in name else [0]:
-            own, x = name.replace("*", str(number)), array[number] if "*" in name else array
-            if any(part in name for part in EXPERTS) and name.endswith("weight"):
-                q = MXFP4(scale_rule=ScaleRule.CEIL).quantize(x)
-                codes = pack_codes(np.asarray(q.codes()), 4)
-                tensors[f"{own}_blocks"] = codes.reshape(*q.scales.shape, 16)
-                tensors[f"{own}_scales"] = np.asarray(q.scale_bytes())
+        own = name if name.endswith((".bias", "sinks")) else f"{name}.weight"
+        for number in range(2) if "*" in name else [None]:
+            at = own.replace("*", str(number))
+            if name.endswith(EXPERTS):
+                scales = (*array.shape[1:-1], array.shape[-1] // 32)
+                tensors[f"{at}_blocks"] = random.integers(0, 256, (*scales, 16), np.uint8)
+                tensors[f"{at}_scales"] = random.integers(122, 125, scales, np.uint8)
             else:
-                tensors[own] = np.asarray(x)
+                tensors[at] = np.asarray(array if number is None else array[number])
     place.mkdir()
     tensors = tensors_of(model.config, tensors)
     save_file({n: np.ascontiguousarray(a) for n, a in tensors.items()}, place / "model.safetensors")
@@ -165,6 +161,18 @@ def test_a_moved_model_is_exported_in_its_own_layout_and_read_back(packed, optio
     np.testing.assert_allclose(RUN(again, TOKENS, asked, stored)[0], wanted, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="give the model that they were made from"):
         load(tmp_path / "e")
+
+
+def test_experts_that_are_rounded_but_not_moved_need_no_transform(packed, options, tmp_path):
+    quantize(options(packed, tmp_path / "q", recipe="rtn", rows=1))
+    notes = export(ExportOptions(tmp_path / "q", "gpt-oss", out=tmp_path / "e"))
+    assert "online" not in " ".join(notes)
+    fields = json.loads((tmp_path / "e" / "config.json").read_text())["quantization_config"]
+    assert "transform_config" not in fields
+    # Under FLOOR many scales are others, and all numbers are the same.
+    wanted, found = load(packed).parameters(), load(tmp_path / "e").parameters()
+    for name in EXPERTS:
+        np.testing.assert_array_equal(*(p[f"model.layers.*.{name}"] for p in (wanted, found)))
 
 
 def test_what_is_left_alone_keeps_its_bits(packed, options, tmp_path):

@@ -86,7 +86,7 @@ def test_weights_moved_back_are_near_the_float_ones(options, report, tmp_path):
     ("words", "says"),
     [
         (["export", "--out", "e"], "export --format dequantized, or gpt-oss"),
-        (["export", "--out", "e", "--format", "gpt-oss"], "has no layout of gpt-oss"),
+        (["export", "--out", "e", "--format", "gpt-oss"], "has not the layout of gpt-oss"),
     ],
 )
 def test_a_layout_that_cannot_hold_it_is_refused(options, report, words, says, capsys):
