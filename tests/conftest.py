@@ -118,13 +118,10 @@ def mixture(architecture: str, **changes) -> Decoder:
     counts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
     fields = {**TINY.to_dict(), "architectures": [architecture], "sliding_window": 12}
     config = DecoderConfig.from_dict({**fields, **counts, **changes})
-    parameters = random_parameters(config, jax.random.key(1))
-    keys = dict(zip(parameters, jax.random.split(jax.random.key(2), len(parameters)), strict=True))
+    parameters, random = tiny_decoder(**vars(config)).parameters(), np.random.default_rng(2)
     for name, array in parameters.items():
-        if not name.endswith("norm"):
-            bias = name.endswith(".bias")
-            noise = jax.random.normal(keys[name], array.shape, jnp.float32) if bias else array
-            parameters[name] = noise / 8 if bias else 8 * array
+        if name.endswith(".bias"):
+            parameters[name] = jnp.asarray(random.standard_normal(array.shape, np.float32) / 8)
     return Decoder(config, parameters)
 
 
