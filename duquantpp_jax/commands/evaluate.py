@@ -47,8 +47,6 @@ class EvaluateOptions:
     Attributes:
       model: Hugging Face directory, GGUF file or smollm2 (docs/models.md); or a quantized model.
       text: Text to evaluate on, or .jsonl file, each line a document.
-      activation_format: Of the inputs of packed weights, which are used as they are stored; without
-        it these inputs are not quantized.
       reference: Directory of the model to compare with, usually the float one; it may be the same
         directory, to see what --cache costs.
       protocol: documents (as in compare: documents separated by <|endoftext|>, each cut into rows
@@ -62,13 +60,14 @@ class EvaluateOptions:
       cache: Format of the key-value cache: float32, bf16, mxfp8, mxfp4; by default there is none.
       rotate_keys: Rotate keys and queries by a Hadamard matrix before keys are cached.
       text_key: Of the text in a .jsonl file.
+      activation_format: Of the inputs of packed weights, which are used as they are stored; without
+        it these inputs are not quantized.
       out: File for the results, as JSON.
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
 
     model: Path
     text: Path
-    activation_format: str | None = None
     reference: Path | None = None
     protocol: str = "documents"
     window: int | None = None
@@ -78,6 +77,7 @@ class EvaluateOptions:
     cache: str | None = None
     rotate_keys: Flag = False
     text_key: str = "text"
+    activation_format: str | None = None
     out: Path | None = None
     imports: Imports = ()
 

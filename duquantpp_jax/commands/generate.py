@@ -26,8 +26,6 @@ class GenerateOptions:
       prompt: Text to continue; the tokenizer may add special tokens.
       chat: Take the prompt as a message to the model, in its own chat template (extra chat), and
         print the answer alone.
-      activation_format: Of the inputs of packed weights, which are used as they are stored; without
-        it these inputs are not quantized.
       bos: Put the model's beginning-of-sequence token before the prompt.
       max_new_tokens: Tokens to generate, unless an end-of-sequence token comes first.
       temperature: 0 takes the likeliest token; 1 draws from the model's distribution.
@@ -36,13 +34,14 @@ class GenerateOptions:
       seed: For drawing.
       cache: Format of the key-value cache: float32, bf16, mxfp8, mxfp4.
       rotate_keys: Rotate keys and queries by a Hadamard matrix before keys are cached.
+      activation_format: Of the inputs of packed weights, which are used as they are stored; without
+        it these inputs are not quantized.
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
 
     model: Path
     prompt: str
     chat: Flag = False
-    activation_format: str | None = None
     bos: Flag = False
     max_new_tokens: int = 64
     temperature: float = 0.0
@@ -51,6 +50,7 @@ class GenerateOptions:
     seed: int = 0
     cache: str = "bf16"
     rotate_keys: Flag = False
+    activation_format: str | None = None
     imports: Imports = ()
 
 
