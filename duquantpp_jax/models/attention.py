@@ -21,7 +21,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 def rotary(
     x: Float[Array, "rows length *heads head_dim"],
     positions: Int32[Array, " length"],
-    frequencies: Float32[np.ndarray, " pairs"],
+    frequencies: Float32[Array | np.ndarray, " pairs"],
 ) -> Float32[Array, "rows length *heads head_dim"]:
     """R(x): rotates the pair (x_i, x_{i + d/2}) by the angle positions * frequencies_i."""
     angle = positions.astype(jnp.float32)[:, None] * frequencies
@@ -36,7 +36,7 @@ def causal_attention(
     k: Float[Array, "rows keys kv_heads head_dim"],
     v: Float[Array, "rows keys kv_heads head_dim"],
     positions: Int32[Array, " length"],
-    window: Int32[Array, ""] | None,
+    window: Int32[Array | np.ndarray, ""] | None,
 ) -> Float[Array, "rows length kv_heads groups head_dim"]:
     """softmax(q k^T / sqrt(d)) v over the keys up to the query; softmax in float32.
 

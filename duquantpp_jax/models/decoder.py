@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike
 from duquantpp_jax.models.attention import HIGHEST
 from duquantpp_jax.models.cache import Cache, Store
 from duquantpp_jax.models.config import DecoderConfig
-from duquantpp_jax.models.layers import Linear, dense, layer, layer_windows, rms_norm
+from duquantpp_jax.models.layers import Linear, dense, layer, positional, rms_norm
 from duquantpp_jax.models.parameters import (
     EMBEDDING,
     HEAD,
@@ -158,13 +158,13 @@ class Decoder(nnx.Module):
         options: dict[str, Any] = {"start": start, "store": store, "dtype": self.dtype}
 
         def body(x: Array, scanned: Any) -> tuple[Array, Any]:
-            own, states, window, entries = scanned
-            made = layer(config, x, own, window, linear, states, entries=entries, **options)
+            own, states, where, entries = scanned
+            made = layer(config, x, own, where, linear, states, entries=entries, **options)
             return made[0], made[1:]
 
         x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(jnp.float32)
         layers = {name: array[...] for name, array in self.layers.items()}
-        scanned = (layers, layer_windows(config), entries)
+        scanned = (layers, positional(config), entries)
         given, first = [], 0
         for run in runs:
             whole = len(runs) == 1

@@ -17,7 +17,7 @@ al., Qwen2 (arXiv:2407.10671) and Qwen3 (arXiv:2505.09388) technical reports for
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,26 +59,44 @@ def join_layers(layers: Iterable[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
-def layer_windows(config: DecoderConfig) -> Int32[np.ndarray, " layers"] | None:
-    """Positions that each layer sees, the query's own among them; None where all see everything."""
-    if config.sliding_window is None:
-        return None
+class Positional(NamedTuple):
+    """How a layer treats positions, in arrays that the scan over layers reads.
+
+    Attributes:
+      window: Positions that a query sees, its own among them; None where all layers see everything.
+      frequencies: By which queries and keys are rotated.
+      magnitude: Factor on queries and on keys.
+    """
+
+    window: Int32[Array | np.ndarray, "*layers"] | None
+    frequencies: Float32[Array | np.ndarray, "*layers pairs"]
+    magnitude: Float32[Array | np.ndarray, "*layers"]
+
+
+def positional(config: DecoderConfig) -> Positional:
+    """That of all layers, stacked."""
     types = config.layer_types or (SLIDING,) * config.num_hidden_layers
-    seen = {SLIDING: config.sliding_window, FULL: np.iinfo(np.int32).max}
-    return np.asarray([seen[kind] for kind in types], np.int32)
+    scaling, window = config.rope_scaling, config.sliding_window
+    seen = {SLIDING: window, FULL: np.iinfo(np.int32).max}
+    frequencies = rotary_frequencies(config.rope_theta, config.head_dim, scaling)
+    magnitude = 1.0 if scaling is None else scaling.magnitude()
+    return Positional(
+        None if window is None else np.asarray([seen[kind] for kind in types], np.int32),
+        np.stack([frequencies for _ in types]),
+        np.asarray([magnitude for _ in types], np.float32),
+    )
 
 
-def window(config: DecoderConfig, number: int) -> Int32[Array, ""] | None:
-    """Positions that a single layer sees, as of `layer_windows`."""
-    windows = layer_windows(config)
-    return None if windows is None else jnp.asarray(windows[number])
+def positional_of(config: DecoderConfig, number: int) -> Positional:
+    """That of a single layer."""
+    return jax.tree.map(lambda stacked: stacked[number], positional(config))
 
 
 def layer(
     config: DecoderConfig,
     x: Float32[Array, "rows length k"],
     parameters: Mapping[str, Float[Array, "..."]],
-    window: Int32[Array, ""] | None,
+    where: Positional,
     linear: Linear,
     state: Mapping[str, Any],
     *,
@@ -106,7 +124,7 @@ def layer(
         return [y if bias is None else y + bias.astype(y.dtype) for y, bias in pairs]
 
     projected = at("attention_in", rms_norm(x, parameters[ATTENTION_NORM], eps))
-    q, k, v = _heads(config, parameters, positions, *projected)
+    q, k, v = _heads(config, parameters, where, positions, *projected)
     if store is not None:
         q, k = store.move(q), store.move(k)
         new = store.encode(k), store.encode(v.astype(jnp.float32))
@@ -114,7 +132,7 @@ def layer(
             put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
             entries = jax.tree.map(put, entries, new)
         k, v = map(store.decode, entries or new)
-    a = causal_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype), positions, window)
+    a = causal_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype), positions, where.window)
     (y,) = at("attention_out", a.reshape(*x.shape[:2], -1))
     x = x + y.astype(jnp.float32)
     up, gate = at("mlp_in", rms_norm(x, parameters[MLP_NORM], eps))
@@ -125,6 +143,7 @@ def layer(
 def _heads(
     config: DecoderConfig,
     parameters: Mapping[str, Array],
+    where: Positional,
     positions: Int32[Array, " length"],
     q: Float[Array, "rows length queries"],
     k: Float[Array, "rows length keys"],
@@ -137,8 +156,5 @@ def _heads(
     if config.qk_norm:
         gains = (parameters[name] for name in HEAD_NORMS)
         q, k = (rms_norm(*pair, config.rms_norm_eps) for pair in zip((q, k), gains, strict=True))
-    frequencies = rotary_frequencies(config.rope_theta, head_dim, config.rope_scaling)
-    q, k = (rotary(y, positions, frequencies) for y in (q, k))
-    if config.rope_scaling is not None:
-        q, k = (np.float32(config.rope_scaling.magnitude()) * y for y in (q, k))
+    q, k = (rotary(y, positions, where.frequencies) * where.magnitude for y in (q, k))
     return q, k, v

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Float32, Int, Integer
 
 from duquantpp_jax.core import Fitted, Format, Needs, Stats
 from duquantpp_jax.models import SITES, Decoder, DecoderConfig, dense
-from duquantpp_jax.models.layers import join_layers, layer, window
+from duquantpp_jax.models.layers import Positional, join_layers, layer, positional_of
 from duquantpp_jax.models.parameters import Parameters
 from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, pad_channels, quantize_input
 
@@ -109,10 +109,11 @@ def calibrate_layer(
     }
     trees = dict(parameters), stats, fits, rounded or {}
     parameters, stats, fits, sites = spread(trees, mesh)
+    where = positional_of(config, number)
 
     def run(x: Hidden, rounded: Mapping[str, QuantizedSite]) -> tuple[Array, dict[str, Array]]:
         axes = ["rows"] if mesh is not None and len(x) == BATCH_ROWS * mesh.size else []
-        given = spread(x, mesh, *axes), parameters, window(config, number), rounded
+        given = spread(x, mesh, *axes), parameters, where, rounded
         return _run_layer(*given, config=config, linear=linear if rounded else None, mesh=mesh)
 
     for batch in batches(rows, mesh):
@@ -146,7 +147,7 @@ def keep(stats: Stats, needs: Needs) -> Stats:
 def _run_layer(
     x: Float32[Array, "rows length k"],
     parameters: Mapping[str, Float[Array, "..."]],
-    window: Int[Array, ""] | None,
+    where: Positional,
     rounded: Mapping[str, QuantizedSite],
     *,
     config: DecoderConfig,
@@ -161,7 +162,7 @@ def _run_layer(
         return dense(site, x, weights, None)[0], x
 
     sites = {site: rounded.get(site) for site in SITES}
-    y, inputs, _ = layer(config, x, parameters, window, either, sites)
+    y, inputs, _ = layer(config, x, parameters, where, either, sites)
     return replicated(y, mesh), inputs
 
 
