@@ -1,10 +1,10 @@
 """The sizes and constants of a decoder, read from a Hugging Face `config.json` and checked.
 
-families.py says how architectures differ. Each field of config.json that changes the arithmetic is
+families/ says how architectures differ. Each field of config.json that changes the arithmetic is
 a field of `DecoderConfig`, or is refused by name: a wrong rotary scaling or a missing bias would go
 unnoticed as a slightly worse model.
 
-Source: the `config.json` of the architectures in families.py and their documented defaults, in the
+Source: the `config.json` of the architectures in families/ and their documented defaults, in the
 layouts of transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters).
 """
 
@@ -117,29 +117,30 @@ class DecoderConfig:
             architecture=architecture,
             rope_scaling=read_scaling(fields, max_positions),
             biases=biases,
-            qk_norm=family.qk_norm,
             sliding_window=window,
             layer_types=layer_types,
+            **family.layer,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of a config.json from which `from_dict` makes this configuration."""
         family = FAMILIES[self.architecture]
         derived = ("architecture", "biases", "qk_norm", "sliding_window", "layer_types")
-        fields = {n: v for n, v in vars(self).items() if n not in derived}
+        fields = {name: only for name, only in family.only.items() if only is not None}
+        fields |= {n: v for n, v in vars(self).items() if n not in derived}
         fields["rope_scaling"] = write_scaling(self.rope_scaling)
         for name, linears in family.biases_if.items():
             fields[name] = set(linears) <= set(self.biases)
         if family.windows != "none":
             fields["sliding_window"] = self.sliding_window
+        if family.windows in ("listed", "periodic"):
+            fields["layer_types"] = self.layer_types or (FULL,) * self.num_hidden_layers
         if family.windows == "listed":
             fields["use_sliding_window"] = self.sliding_window is not None
-            fields["layer_types"] = self.layer_types or (FULL,) * self.num_hidden_layers
         return {
             "architectures": [self.architecture],
             "model_type": family.model_type,
             **{name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()},
-            "hidden_act": "silu",
             "torch_dtype": "bfloat16",
         }
 
@@ -150,25 +151,29 @@ def _windows(
     """`sliding_window` and `layer_types` of the `DecoderConfig`."""
     if family.windows == "none":
         return None, None
-    given = fields.get("sliding_window") is not None
+    given, types = fields.get("sliding_window") is not None, fields.get("layer_types")
     window = read.integer(fields, "sliding_window") if given else None
     if family.windows == "all":
         return window, None
-    if not read.boolean(fields, "use_sliding_window", False):
+    if family.windows == "listed" and not read.boolean(fields, "use_sliding_window", False):
         window = None
-    types = fields.get("layer_types")
-    if types is None:
+    if types is None and family.windows == "periodic":
+        period = read.integer(fields, "sliding_window_pattern")
+        types = [SLIDING if layer % period else FULL for layer in range(1, layers + 1)]
+    elif types is None:
         first = fields["max_window_layers"] and read.integer(fields, "max_window_layers")
-        types = [FULL if layer < first else SLIDING for layer in range(layers)]
-    elif types != [FULL] * layers:
-        known = isinstance(types, list) and all(kind in (FULL, SLIDING) for kind in types)
-        if not (known and len(types) == layers and window is not None):
-            raise ValueError(
-                f"config.json: layer_types = {read.short(types)} is not supported: it must name "
-                f"{FULL} or {SLIDING} for each of {layers} layers, and the latter needs "
-                "use_sliding_window and a sliding_window"
-            )
-    return (window, tuple(types)) if window is not None and SLIDING in types else (None, None)
+        types = [FULL if layer < first or window is None else SLIDING for layer in range(layers)]
+    if types == [FULL] * layers:
+        return None, None
+    known = isinstance(types, list) and all(kind in (FULL, SLIDING) for kind in types)
+    if not (known and len(types) == layers and window is not None):
+        switch = "use_sliding_window and " if family.windows == "listed" else ""
+        raise ValueError(
+            f"config.json: layer_types = {read.short(types)} is not supported: it must name "
+            f"{FULL} or {SLIDING} for each of {layers} layers, and the latter needs "
+            f"{switch}a sliding_window"
+        )
+    return window, tuple(types)
 
 
 def _architecture(fields: Mapping[str, Any]) -> str:

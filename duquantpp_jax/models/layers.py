@@ -8,7 +8,7 @@ With RMSNorm n(x) = x / sqrt(mean(x^2) + eps) * g, a layer is
     up, gate  = linear("mlp_in", n2(x), (Wup, Wgate))
     x        += linear("mlp_out", silu(gate) * up, (Wdown,))
 
-Families (families.py) add to it: biases of linears, a norm of each head's q and k before R, a mask
+Families (families/) add to it: biases of linears, a norm of each head's q and k before R, a mask
 that hides all but the last positions.
 
 Source: Touvron et al., LLaMA (arXiv:2302.13971); Shazeer, GLU variants (arXiv:2002.05202); Yang et

@@ -1,0 +1,34 @@
+"""Llama, and the families that add to its layer no more than biases, windows, norms of heads.
+
+Source: the configuration classes of transformers 4 and 5 for the architectures named here.
+"""
+
+from collections.abc import Mapping
+
+from duquantpp_jax.models.families.base import ATTENTION, MLP, QKV, Family
+
+_ALL = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
+_QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+
+LLAMA: Mapping[str, Family] = {
+    "LlamaForCausalLM": Family(
+        "llama", only=_ALL, biases_if={"attention_bias": ATTENTION, "mlp_bias": MLP}
+    ),
+    "MistralForCausalLM": Family(
+        "mistral",
+        only={**_ALL, "attention_bias": False, "mlp_bias": False, "layer_types": None},
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        windows="all",
+    ),
+    "Qwen2ForCausalLM": Family(
+        "qwen2", only={**_ALL, "mlp_bias": False}, defaults=_QWEN, biases=QKV, windows="listed"
+    ),
+    "Qwen3ForCausalLM": Family(
+        "qwen3",
+        only={**_ALL, "mlp_bias": False},
+        defaults={**_QWEN, "head_dim": 128},
+        biases_if={"attention_bias": ATTENTION},
+        windows="listed",
+        layer={"qk_norm": True},
+    ),
+}
