@@ -13,6 +13,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from duquantpp_jax.models import fields as read
 from duquantpp_jax.models.families import FAMILIES, REFUSED, Family
 from duquantpp_jax.models.rope import Scaling, read_scaling, write_scaling
@@ -31,6 +34,13 @@ class DecoderConfig:
     Attributes:
       biases: Linears that have a bias, by their name inside a layer.
       qk_norm: Whether each head's query and key are RMS-normed before the rotation.
+      norm_offset: What is added to the weights of norms, before they are multiplied with.
+      post_norms: Whether what attention and the MLP give out is RMS-normed, too.
+      activation: Of the gate, by its name in transformers.
+      embedding_scale: Factor on the embedding of the tokens.
+      query_pre_attn_scalar: Scores are divided by its square root; None for that of head_dim.
+      rope_local_base_freq: The rope_theta, without scaling, of layers with a window; None where it
+        is that of all layers.
       sliding_window: Positions that a layer with a window sees, the query's own among them.
       layer_types: "sliding_attention" or "full_attention" for each layer; None where all layers
         are alike.
@@ -55,6 +65,12 @@ class DecoderConfig:
     qk_norm: bool = False
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    activation: str = "silu"
+    embedding_scale: float = 1.0
+    query_pre_attn_scalar: float | None = None
+    rope_local_base_freq: float | None = None
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
@@ -67,7 +83,7 @@ class DecoderConfig:
         """
         architecture = _architecture(fields)
         family = FAMILIES[architecture]
-        fields = {**family.defaults, **_without_rope_parameters(fields)}
+        fields = {**family.defaults, **_without_rope_parameters(fields, family)}
         for name, only in family.only.items():
             if fields.get(name, only) not in (only, None):
                 raise ValueError(
@@ -109,7 +125,9 @@ class DecoderConfig:
             head_dim=head_dim,
             vocab_size=vocab,
             rms_norm_eps=read.positive(fields, "rms_norm_eps"),
-            rope_theta=read.positive(fields, "rope_theta", cls.rope_theta),
+            rope_theta=read.positive(
+                fields, "rope_theta", family.defaults.get("rope_theta", cls.rope_theta)
+            ),
             tie_word_embeddings=read.boolean(fields, "tie_word_embeddings", False),
             max_position_embeddings=max_positions,
             bos_token_id=read.token(fields.get("bos_token_id"), "bos_token_id", vocab),
@@ -119,15 +137,16 @@ class DecoderConfig:
             biases=biases,
             sliding_window=window,
             layer_types=layer_types,
+            embedding_scale=_root(fields, hidden) if family.scaled_embedding else 1.0,
+            **{name: read.positive(fields, name) for name in family.reads},
             **family.layer,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of a config.json from which `from_dict` makes this configuration."""
         family = FAMILIES[self.architecture]
-        derived = ("architecture", "biases", "qk_norm", "sliding_window", "layer_types")
         fields = {name: only for name, only in family.only.items() if only is not None}
-        fields |= {n: v for n, v in vars(self).items() if n not in derived}
+        fields |= {n: v for n, v in vars(self).items() if n in family.reads or n not in _DERIVED}
         fields["rope_scaling"] = write_scaling(self.rope_scaling)
         for name, linears in family.biases_if.items():
             fields[name] = set(linears) <= set(self.biases)
@@ -137,12 +156,31 @@ class DecoderConfig:
             fields["layer_types"] = self.layer_types or (FULL,) * self.num_hidden_layers
         if family.windows == "listed":
             fields["use_sliding_window"] = self.sliding_window is not None
+        size, scale = self.hidden_size, self.embedding_scale
+        types = (name for name in _DTYPES if _root({"dtype": name}, size) == scale)
         return {
             "architectures": [self.architecture],
             "model_type": family.model_type,
             **{name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()},
-            "torch_dtype": "bfloat16",
+            "torch_dtype": next(types, "bfloat16"),
         }
+
+
+_DERIVED = (
+    *("architecture", "biases", "qk_norm", "sliding_window", "layer_types", "norm_offset"),
+    *("post_norms", "activation", "embedding_scale", "query_pre_attn_scalar"),
+    "rope_local_base_freq",
+)
+"""Fields of a `DecoderConfig` that config.json has under other names, or only in some families."""
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def _root(fields: Mapping[str, Any], hidden_size: int) -> float:
+    """sqrt(hidden_size) in the type of the checkpoint, as transformers multiplies with it."""
+    name = fields.get("dtype", fields.get("torch_dtype"))
+    if name not in _DTYPES:
+        raise read.wrong("torch_dtype", name, f"one of {', '.join(_DTYPES)}")
+    return float(np.asarray(hidden_size**0.5, np.float32).astype(jnp.dtype(name)))
 
 
 def _windows(
@@ -199,7 +237,7 @@ def _architecture(fields: Mapping[str, Any]) -> str:
     return name
 
 
-def _without_rope_parameters(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+def _without_rope_parameters(fields: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
     """The fields in the layout of transformers 4: rope_parameters of transformers 5 is unpacked.
 
     As in transformers, rope_scaling comes before rope_parameters, and what stands inside before
@@ -207,6 +245,23 @@ def _without_rope_parameters(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     fields = dict(fields)
     nested, scaling = fields.pop("rope_parameters", None), fields.get("rope_scaling")
+    if isinstance(nested, dict) and "rope_local_base_freq" in family.reads:
+        local, given = nested.get(SLIDING) or {}, nested
+        nested = nested.get(FULL) or {}
+        known = isinstance(local, dict) and {*local} <= {"rope_type", "rope_theta"}
+        if (
+            {*given} - {FULL, SLIDING}
+            or not known
+            or local.get("rope_type") not in (None, "default")
+        ):
+            raise ValueError(
+                f"config.json: rope_parameters = {read.short(given)} is not supported: it must "
+                f"have {FULL} and {SLIDING}, and the latter rope_type default"
+            )
+        if "rope_theta" in local:
+            fields["rope_local_base_freq"] = local["rope_theta"]
+        if isinstance(scaling, dict) and isinstance(nested, dict):
+            scaling = {**nested, **scaling}
     if nested is not None and not isinstance(nested, dict):
         raise ValueError(
             f"config.json: rope_parameters = {read.short(nested)} is not an object: "

@@ -1,6 +1,6 @@
 """A layer of the decoder, whose linears the caller gives.
 
-With RMSNorm n(x) = x / sqrt(mean(x^2) + eps) * g, a layer is
+With RMSNorm n(x) = x / sqrt(mean(x^2) + eps) * gain, a layer is
 
     q, k, v   = linear("attention_in", n1(x), (Wq, Wk, Wv))
     a         = softmax(R(q) R(k)^T / sqrt(d) + mask) v              (R: rotary positions)
@@ -9,7 +9,7 @@ With RMSNorm n(x) = x / sqrt(mean(x^2) + eps) * g, a layer is
     x        += linear("mlp_out", silu(gate) * up, (Wdown,))
 
 Families (families/) add to it: biases of linears, a norm of each head's q and k before R, a mask
-that hides all but the last positions.
+that hides all but the last positions; norms of what is added to x, another activation than silu.
 
 Source: Touvron et al., LLaMA (arXiv:2302.13971); Shazeer, GLU variants (arXiv:2002.05202); Yang et
 al., Qwen2 (arXiv:2407.10671) and Qwen3 (arXiv:2505.09388) technical reports for biases and norms.
@@ -28,11 +28,17 @@ from jaxtyping import Array, Float, Float32, Int32
 from duquantpp_jax.models.attention import HIGHEST, causal_attention, rotary
 from duquantpp_jax.models.cache import Store
 from duquantpp_jax.models.config import FULL, SLIDING, DecoderConfig
-from duquantpp_jax.models.parameters import ATTENTION_NORM, HEAD_NORMS, MLP_NORM, SITE_WEIGHTS
+from duquantpp_jax.models.parameters import HEAD_NORMS, SITE_WEIGHTS, input_norms, output_norms
 from duquantpp_jax.models.rope import rotary_frequencies
 
 Linear = Callable[[str, Array, tuple[Array, ...], Any], tuple[tuple[Array, ...], Any]]
 """`linear(site, x, weights, state) -> (an output per weight, out)`; see `Decoder.__call__`."""
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+"""Of the gate, by their names in transformers."""
 
 
 def matmul(x: Float[Array, "*tokens k"], w: Float[Array, "n k"]) -> Float[Array, "*tokens n"]:
@@ -46,12 +52,15 @@ def dense(site: str, x: Array, weights: tuple[Array, ...], state: Any) -> tuple[
 
 
 def rms_norm(
-    x: Float[Array, "*tokens k"], gain: Float[Array, " k"], eps: float
+    config: DecoderConfig, x: Float[Array, "*tokens k"], weight: Float[Array, " k"]
 ) -> Float32[Array, "*tokens k"]:
-    """x / sqrt(mean(x^2) + eps) * gain, in float32. Source: arXiv:1910.07467, equation 4."""
+    """x / sqrt(mean(x^2) + eps) * gain, where gain is weight + config.norm_offset, in float32.
+
+    Source: arXiv:1910.07467, equation 4.
+    """
     x = x.astype(jnp.float32)
-    scaled = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return scaled * gain.astype(jnp.float32)
+    scaled = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.rms_norm_eps)
+    return scaled * (weight.astype(jnp.float32) + config.norm_offset)
 
 
 def join_layers(layers: Iterable[Any]) -> Any:
@@ -75,15 +84,17 @@ class Positional(NamedTuple):
 
 def positional(config: DecoderConfig) -> Positional:
     """That of all layers, stacked."""
-    types = config.layer_types or (SLIDING,) * config.num_hidden_layers
-    scaling, window = config.rope_scaling, config.sliding_window
-    seen = {SLIDING: window, FULL: np.iinfo(np.int32).max}
-    frequencies = rotary_frequencies(config.rope_theta, config.head_dim, scaling)
-    magnitude = 1.0 if scaling is None else scaling.magnitude()
+    window, local = config.sliding_window, config.rope_local_base_freq
+    every = FULL if window is None else SLIDING
+    types = config.layer_types or (every,) * config.num_hidden_layers
+    seen = {FULL: np.iinfo(np.int32).max, SLIDING: window}
+    scaled = config.rope_theta, config.rope_scaling
+    turns = {FULL: scaled, SLIDING: scaled if local is None else (local, None)}
+    turned = [turns[kind] for kind in types]
     return Positional(
         None if window is None else np.asarray([seen[kind] for kind in types], np.int32),
-        np.stack([frequencies for _ in types]),
-        np.asarray([magnitude for _ in types], np.float32),
+        np.stack([rotary_frequencies(theta, config.head_dim, by) for theta, by in turned]),
+        np.asarray([1.0 if by is None else by.magnitude() for _, by in turned], np.float32),
     )
 
 
@@ -113,18 +124,20 @@ def layer(
       entries: What a cache holds of the layer.
       dtype: Of the matrix products. Matrices are cast where they are used, to save memory.
     """
-    outs, eps = {}, config.rms_norm_eps
+    outs, before, after = {}, input_norms(config), output_norms(config)
     positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)
 
     def at(site: str, x: Array) -> list[Array]:
         names = SITE_WEIGHTS[site]
+        if site in before:
+            x = rms_norm(config, x, parameters[before[site]])
         weights = tuple(parameters[name].astype(dtype) for name in names)
         ys, outs[site] = linear(site, x.astype(dtype), weights, state[site])
         pairs = zip(ys, (parameters.get(f"{name}.bias") for name in names), strict=True)
-        return [y if bias is None else y + bias.astype(y.dtype) for y, bias in pairs]
+        ys = [y if bias is None else y + bias.astype(y.dtype) for y, bias in pairs]
+        return [rms_norm(config, y, parameters[after[site]]) for y in ys] if site in after else ys
 
-    projected = at("attention_in", rms_norm(x, parameters[ATTENTION_NORM], eps))
-    q, k, v = _heads(config, parameters, where, positions, *projected)
+    q, k, v = _heads(config, parameters, where, positions, *at("attention_in", x))
     if store is not None:
         q, k = store.move(q), store.move(k)
         new = store.encode(k), store.encode(v.astype(jnp.float32))
@@ -132,11 +145,13 @@ def layer(
             put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
             entries = jax.tree.map(put, entries, new)
         k, v = map(store.decode, entries or new)
-    a = causal_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype), positions, where.window)
+    q, k, v = (y.astype(dtype) for y in (q, k, v))
+    scalar = float(config.query_pre_attn_scalar or config.head_dim)
+    a = causal_attention(q, k, v, positions, where.window, scalar)
     (y,) = at("attention_out", a.reshape(*x.shape[:2], -1))
     x = x + y.astype(jnp.float32)
-    up, gate = at("mlp_in", rms_norm(x, parameters[MLP_NORM], eps))
-    (y,) = at("mlp_out", jax.nn.silu(gate) * up)
+    up, gate = at("mlp_in", x)
+    (y,) = at("mlp_out", ACTIVATIONS[config.activation](gate) * up)
     return x + y.astype(jnp.float32), outs, entries
 
 
@@ -155,6 +170,6 @@ def _heads(
     k, v = (y.reshape(*y.shape[:2], kv_heads, head_dim) for y in (k, v))
     if config.qk_norm:
         gains = (parameters[name] for name in HEAD_NORMS)
-        q, k = (rms_norm(*pair, config.rms_norm_eps) for pair in zip((q, k), gains, strict=True))
+        q, k = (rms_norm(config, *pair) for pair in zip((q, k), gains, strict=True))
     q, k = (rotary(y, positions, where.frequencies) * where.magnitude for y in (q, k))
     return q, k, v

@@ -119,7 +119,8 @@ def test_rotary_scaling_is_honoured(keys, wanted, tmp_path):
 
 
 REFUSED = {
-    "gemma3": ({"general__architecture": "gemma3"}, "must be llama or qwen2 or qwen3"),
+    "gemma2": ({"general__architecture": "gemma2"}, "must be llama or qwen2 or qwen3 or gemma3"),
+    "gemma3 without a window": ({"general__architecture": "gemma3"}, "needs a sliding_window"),
     "an architecture that is a list": (
         {"general__architecture": ["llama"]},
         "general.architecture",

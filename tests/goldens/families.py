@@ -1,6 +1,6 @@
 """Golden logits: small random checkpoints of each family as the transformers library computes them.
 
-    python tests/goldens/families.py        pip install torch==2.13.0 transformers==5.24.0
+    python tests/goldens/families.py        pip install torch==2.14.1 transformers==5.24.0
 
 writes tests/goldens/families.npz: for each case its logits and its config.json as the library saves
 it, and the versions in the array `about`. Weights are not kept: `weights` makes them again from
@@ -8,7 +8,8 @@ their names, so that the file is small; the test writes them to a directory and 
 
 A case is a config.json, half of them as transformers 4 lays it out. All linears that can have a
 bias have a random one, norms are random, rotary scaling bends frequencies within the 40 positions,
-and they lie beyond every sliding window.
+and they lie beyond every sliding window. Models run in float32; what a library rounds to the type
+of the checkpoint, as the scale of Gemma's embeddings, is rounded all the same.
 """
 
 import json
@@ -39,6 +40,16 @@ _LLAMA = {**_SIZES, "architectures": ["LlamaForCausalLM"], "model_type": "llama"
 _MISTRAL = {**_SIZES, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 _QWEN2 = {**_SIZES, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 _QWEN3 = {**_SIZES, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16}
+_GEMMA3 = {
+    **{name: value for name, value in _SIZES.items() if name != "hidden_act"},
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 12,
+    "sliding_window": 7,
+    "torch_dtype": "bfloat16",
+}
 _LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -90,6 +101,29 @@ CASES: dict[str, dict] = {
         "sliding_window": 6,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "gemma 3": {
+        **_GEMMA3,
+        "sliding_window_pattern": 2,
+        "rope_theta": 500.0,
+        "rope_local_base_freq": 20.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "gemma 3, untied, with biases, in float32": {
+        **_GEMMA3,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "layer_types": [*["sliding_attention"] * 2, "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+        },
+    },
 }
 
 
@@ -120,6 +154,9 @@ def _logits(config: dict) -> tuple[np.ndarray, str, list]:
         pathlib.Path(place, "config.json").write_text(json.dumps(config))
         read = transformers.AutoConfig.from_pretrained(place)
         model = transformers.AutoModelForCausalLM.from_config(read, attn_implementation="eager")
+        for module in model.modules():
+            if hasattr(module, "embed_scale"):
+                module.embed_scale = module.embed_scale.to(read.dtype)
         model = model.float().eval()
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
         state = {name: torch.from_numpy(w) for name, w in weights(shapes).items()}
