@@ -180,6 +180,17 @@ def test_token_ids_are_those_of_the_transformers_library(pre, tmp_path):
         assert tokenizer.decode(found, skip_special_tokens=False) == text
 
 
+@pytest.mark.parametrize("architecture", goldens.PIECES)
+def test_ids_of_pieces_are_those_of_the_transformers_library(architecture, tmp_path):
+    tokenizer = load_tokenizer(write(tmp_path / "x.gguf", architecture, pre=architecture))
+    for number, text in enumerate(goldens.PIECES_TEXTS):
+        found = tokenizer.encode(text).ids
+        assert found == golden()[f"{architecture} pieces: {number}"].tolist(), text
+        back = tokenizer.decode(found[1:], skip_special_tokens=False)
+        assert back.lstrip() == text.replace("▁", " ").lstrip()
+    assert set(golden()[f"{architecture} pieces: 7"]) & set(range(11, 267))  # bytes
+
+
 def test_splits_differ_where_they_should(tmp_path):
     ids = {}
     for pre in goldens.PRE_TOKENIZERS:
@@ -210,7 +221,8 @@ def test_bos_is_added_where_the_file_says_so(tmp_path):
         ("pre", "tekken", "'tekken' is not supported: use gpt-2"),
         ("pre", None, "None is not supported"),
         ("pre", ["smollm"], "not supported"),
-        ("model", "llama", "'llama' is not supported"),
+        ("model", "t5", "'t5' is not supported: it must be 'gpt2' or 'llama'"),
+        ("model", "llama", "pre-tokenizer 'smollm' is not supported: use default"),
         ("tokens", None, "tokens are missing"),
         ("tokens", 7, "tokens are missing"),
         ("tokens", ["a", "a"], "repeat"),
