@@ -281,7 +281,13 @@ def test_a_model_quantized_from_a_file_is_complete(tiny, tiny_text, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_compare_generate_and_inspect_take_a_file(tiny, tiny_text, tmp_path, capsys, monkeypatch):
+def test_compare_generate_and_inspect_take_a_file(tiny_text, tmp_path, capsys, monkeypatch):
+    """A Gemma 3 of two layers, the second of which sees everything."""
+    few = {
+        name: x for name, x in weights("gemma3", pre="gemma3").items() if name[4:5] not in "23456"
+    }
+    keys = {"block_count": 2, "attention__sliding_window_pattern": 2, "context_length": 1024}
+    tiny = write(tmp_path / "tiny.gguf", "gemma3", pre="gemma3", tensors=few, **keys)
     texts = ("--text", tiny_text, "--tokens", 511)
     both = (*texts, "--calibration-text", tiny_text)
     monkeypatch.setattr("duquantpp_jax.commands.compare.CALIBRATION_ROWS", 2)
