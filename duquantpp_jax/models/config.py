@@ -36,7 +36,7 @@ class DecoderConfig:
       qk_norm: Whether each head's query and key are RMS-normed before the rotation.
       norm_offset: What is added to the weights of norms, before they are multiplied with.
       post_norms: Whether what attention and the MLP give out is RMS-normed, too.
-      activation: Of the gate, by its name in transformers.
+      activation: Of the MLP, by its name in layers.py.
       embedding_scale: Factor on the embedding of the tokens.
       query_pre_attn_scalar: Scores are divided by its square root; None for that of head_dim.
       rope_local_base_freq: The rope_theta, without scaling, of layers with a window; None where it

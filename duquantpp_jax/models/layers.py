@@ -34,11 +34,11 @@ from duquantpp_jax.models.rope import rotary_frequencies
 Linear = Callable[[str, Array, tuple[Array, ...], Any], tuple[tuple[Array, ...], Any]]
 """`linear(site, x, weights, state) -> (an output per weight, out)`; see `Decoder.__call__`."""
 
-ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu,
-    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+ACTIVATIONS: Mapping[str, Callable[[Array, Array], Array]] = {
+    "silu": lambda gate, up: jax.nn.silu(gate) * up,
+    "gelu_pytorch_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
 }
-"""Of the gate, by their names in transformers."""
+"""The activations of an MLP, of (gate, up), by their names in a configuration."""
 
 
 def matmul(x: Float[Array, "*tokens k"], w: Float[Array, "n k"]) -> Float[Array, "*tokens n"]:
@@ -151,7 +151,7 @@ def layer(
     (y,) = at("attention_out", a.reshape(*x.shape[:2], -1))
     x = x + y.astype(jnp.float32)
     up, gate = at("mlp_in", x)
-    (y,) = at("mlp_out", ACTIVATIONS[config.activation](gate) * up)
+    (y,) = at("mlp_out", ACTIVATIONS[config.activation](gate, up))
     return x + y.astype(jnp.float32), outs, entries
 
 
