@@ -24,7 +24,7 @@ def model():
     """With all that layers may differ in: windows, rotary bases."""
     changes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
     changes |= {"sliding_window": 6, "layer_types": ("full_attention", "sliding_attention")}
-    changes |= {"rope_theta": 1000.0, "rope_local_base_freq": 25.0}
+    changes |= {"rope_local_base_freq": 100.0}
     return tiny_decoder(**changes)
 
 
