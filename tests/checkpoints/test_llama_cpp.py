@@ -118,6 +118,19 @@ def test_rotary_scaling_is_honoured(keys, wanted, tmp_path):
     assert load_config(write(tmp_path / "x.gguf", "qwen2", **keys)).rope_scaling == wanted
 
 
+def test_a_gemma3_states_the_bases_and_windows_of_its_layers_and_implies_a_scalar(tmp_path):
+    """Only of 62 layers (27B) it is hidden_size / heads; else the width of a head."""
+    few = {"token_embd.weight": weights("gemma3")["token_embd.weight"]}
+    keys = {"rope__scaling__type": "linear", "rope__scaling__factor": 8.0}
+    keys |= {"rope__freq_base_swa": 50.0, "attention__sliding_window_pattern": 3}
+    config = load_config(write(tmp_path / "x.gguf", "gemma3", tensors=few, **keys))
+    assert (config.rope_scaling, config.rope_local_base_freq) == (LinearScaling(8.0), 50.0)
+    full = [n for n, kind in enumerate(config.layer_types or ()) if kind == "full_attention"]
+    assert (full, config.sliding_window, config.query_pre_attn_scalar) == ([2, 5], 8, 256.0)
+    larger = load_config(write(tmp_path / "y.gguf", "gemma3", tensors=few, block_count=62))
+    assert (larger.query_pre_attn_scalar, larger.rope_local_base_freq) == (32.0, 1e4)
+
+
 REFUSED = {
     "gemma2": ({"general__architecture": "gemma2"}, "must be llama or qwen2 or qwen3 or gemma3"),
     "gemma3 without a window": ({"general__architecture": "gemma3"}, "needs a sliding_window"),
@@ -233,6 +246,22 @@ def test_bos_is_added_where_the_file_says_so(tmp_path):
 )
 def test_a_tokenizer_that_cannot_be_made_is_refused(key, value, said, tmp_path):
     path = write(tmp_path / "x.gguf", **{f"tokenizer__ggml__{key}": value})
+    assert said in refusal(lambda: load_tokenizer(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("scores", None, "lack a type or score"),
+        ("scores", [1.0, 2.0], "lack a type or score"),
+        ("token_type", None, "lack a type or score"),
+        ("unknown_token_id", 10**6, "broken"),
+        ("unknown_token_id", "<unk>", "broken"),
+    ],
+)
+def test_pieces_that_make_no_tokenizer_are_refused(key, value, said, tmp_path):
+    keys = {f"tokenizer__ggml__{key}": value}
+    path = write(tmp_path / "x.gguf", "llama", pre="llama", **keys)
     assert said in refusal(lambda: load_tokenizer(path))
 
 
