@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float
@@ -33,9 +32,9 @@ from duquantpp_jax.core import MXArray, Transform
 from duquantpp_jax.formats import E2M1
 from duquantpp_jax.formats.tensors import pack_codes
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
-from duquantpp_jax.models.parameters import layer_prefix, tensor_name
+from duquantpp_jax.models.parameters import input_norms, layer_prefix, tensor_name
 from duquantpp_jax.ptq.experts import by_expert
-from duquantpp_jax.ptq.fuse import NORMS, split
+from duquantpp_jax.ptq.fuse import moved_gain, split
 from duquantpp_jax.ptq.plan import linear_shapes
 from duquantpp_jax.ptq.site import QuantizedSite
 from duquantpp_jax.transforms.hadamard import hadamard
@@ -148,15 +147,14 @@ def pack_layer(
         width = shapes[SITE_WEIGHTS[site][0]][1]
         folding = split(config, site, sites[site].transform, width)
         turned = _turned(folding.rest, -(-width // BLOCK) * BLOCK, f"{prefix}{site}")
-        if folding.moves and site not in NORMS:
+        if folding.moves and site not in input_norms(config):
             raise ValueError(
                 f"{prefix}{site}: its smoothing has to be folded into the linear before it prior "
                 f"to rounding, and {PACKED} has no online one: quantize again with --fuse"
             )
         for _, made in folding.moves:
             for name, channels in made.items():
-                gain = jnp.asarray(parameters[name]).astype(jnp.float32)
-                parameters[name] = np.asarray(channels.activations(gain))
+                parameters[name] = np.asarray(moved_gain(config, parameters[name], channels))
         for name, weight in zip(SITE_WEIGHTS[site], sites[site].weights, strict=True):
             if not isinstance(weight, MXArray):
                 if folding.moves:

@@ -87,19 +87,20 @@ class Checkpoint:
 
     def outside(self) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
         """What belongs to no layer, tensor by tensor: embedding, untied head, last norm."""
-        gain, matrix = self._read(NORM), self._embedding()
+        norm, matrix = self._read(NORM), self._embedding()
         yield f"{EMBEDDING}.weight", self._turn.outside(self.config, matrix)
         if not self.config.tie_word_embeddings:
             matrix = matrix if self._tied else self._read(HEAD)
-            yield f"{HEAD}.weight", self._turn.outside(self.config, matrix, gain)
-        yield f"{NORM}.weight", gain if self._turn.stream is None else np.ones_like(gain)
+            yield f"{HEAD}.weight", self._turn.outside(self.config, matrix, norm)
+        plain = np.full_like(norm, 1 - self.config.norm_offset)
+        yield f"{NORM}.weight", norm if self._turn.stream is None else plain
 
     def embed(
         self, tokens: Integer[np.ndarray, "rows length"]
     ) -> Float32[np.ndarray, "rows length k"]:
         """The hidden states before the first layer."""
         embedding = self._turn.outside(self.config, self._embedding())
-        return embedding[tokens].astype(np.float32)
+        return embedding[tokens].astype(np.float32) * np.float32(self.config.embedding_scale)
 
     def decoder(self) -> Decoder:
         """The whole model in memory, in float32."""

@@ -2,7 +2,7 @@
 
     R(x)_i        = x_i cos(p w_i) - x_{i + d/2} sin(p w_i)              i < d/2, position p
     R(x)_{i+d/2}  = x_{i + d/2} cos(p w_i) + x_i sin(p w_i)
-    a_p           = sum_s softmax_s(q_p k_s / sqrt(d)) v_s               over p - window < s <= p
+    a_p           = sum_s softmax_s(q_p k_s / sqrt(c)) v_s               over p - window < s <= p
 
 A head may have a sink: one more logit in its softmax, which has no value.
 
@@ -39,13 +39,15 @@ def causal_attention(
     v: Float[Array, "rows keys kv_heads head_dim"],
     positions: Int32[Array, " length"],
     window: Int32[Array | np.ndarray, ""] | None,
+    scalar: float,
     sinks: Float[Array, "kv_heads groups"] | None = None,
 ) -> Float[Array, "rows length kv_heads groups head_dim"]:
-    """softmax(q k^T / sqrt(d)) v over the keys up to the query; softmax in float32.
+    """softmax(q k^T / sqrt(c)) v over the keys up to the query; softmax in float32.
 
     Args:
       positions: Of the queries; keys and values are at positions 0, 1, ...
       window: Number of keys that a query sees, its own last; None for all.
+      scalar: c, which is head_dim in most families.
       sinks: The logit of each head's sink.
     """
     scores = jnp.einsum(
@@ -55,7 +57,7 @@ def causal_attention(
     visible = keys <= positions[:, None]
     if window is not None:
         visible &= keys > positions[:, None] - window
-    scores = jnp.where(visible, scores / np.float32(q.shape[-1] ** 0.5), -jnp.inf)
+    scores = jnp.where(visible, scores / np.float32(scalar**0.5), -jnp.inf)
     if sinks is not None:
         sink = jnp.broadcast_to(sinks[..., None, None], (*scores.shape[:-1], 1))
         scores = jnp.concatenate([sink.astype(jnp.float32), scores], axis=-1)

@@ -13,6 +13,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from duquantpp_jax.models import fields as read
 from duquantpp_jax.models.families import FAMILIES, REFUSED, Family
 from duquantpp_jax.models.rope import Scaling, read_scaling, write_scaling
@@ -31,6 +34,12 @@ class DecoderConfig:
     Attributes:
       biases: Linears that have a bias, by their name inside a layer.
       qk_norm: Whether each head's query and key are RMS-normed before the rotation.
+      norm_offset: What is added to the weights of norms, before they are multiplied with.
+      post_norms: Whether what attention and the MLP give out is RMS-normed, too.
+      embedding_scale: Factor on the embedding of the tokens.
+      query_pre_attn_scalar: Scores are divided by its square root; None for that of head_dim.
+      rope_local_base_freq: The rope_theta, without scaling, of layers with a window; None where it
+        is that of all layers.
       sliding_window: Positions that a layer with a window sees, the query's own among them.
       layer_types: "sliding_attention" or "full_attention" for each layer; None where all layers
         are alike.
@@ -65,6 +74,11 @@ class DecoderConfig:
     norm_topk_prob: bool = True
     activation: str = "silu"
     sinks: bool = False
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    embedding_scale: float = 1.0
+    query_pre_attn_scalar: float | None = None
+    rope_local_base_freq: float | None = None
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
@@ -77,7 +91,7 @@ class DecoderConfig:
         """
         architecture = _architecture(fields)
         family = FAMILIES[architecture]
-        fields = {**family.defaults, **_without_rope_parameters(fields)}
+        fields = {**family.defaults, **_without_rope_parameters(fields, family)}
         for name, only in family.only.items():
             if fields.get(name, only) not in (only, None):
                 raise ValueError(
@@ -131,7 +145,9 @@ class DecoderConfig:
             head_dim=head_dim,
             vocab_size=vocab,
             rms_norm_eps=read.positive(fields, "rms_norm_eps"),
-            rope_theta=read.positive(fields, "rope_theta", cls.rope_theta),
+            rope_theta=read.positive(
+                fields, "rope_theta", family.defaults.get("rope_theta", cls.rope_theta)
+            ),
             tie_word_embeddings=read.boolean(fields, "tie_word_embeddings", False),
             max_position_embeddings=max_positions,
             bos_token_id=read.token(fields.get("bos_token_id"), "bos_token_id", vocab),
@@ -141,6 +157,8 @@ class DecoderConfig:
             biases=biases,
             sliding_window=window,
             layer_types=layer_types,
+            embedding_scale=_root(fields, hidden) if family.scaled_embedding else 1.0,
+            **{name: read.positive(fields, name) for name in family.reads},
             **family.layer,
         )
 
@@ -148,7 +166,7 @@ class DecoderConfig:
         """The fields of a config.json from which `from_dict` makes this configuration."""
         family = FAMILIES[self.architecture]
         fields = {name: only for name, only in family.only.items() if only is not None}
-        fields |= {n: v for n, v in vars(self).items() if n not in _DERIVED}
+        fields |= {n: v for n, v in vars(self).items() if n in family.reads or n not in _DERIVED}
         if family.experts is not None:
             fields |= {n: getattr(self, n) for n in ("num_experts_per_tok", "norm_topk_prob")}
             fields[family.experts.count] = self.num_experts
@@ -164,19 +182,31 @@ class DecoderConfig:
             fields["layer_types"] = self.layer_types or (FULL,) * self.num_hidden_layers
         if family.windows in ("used", "listed"):
             fields["use_sliding_window"] = self.sliding_window is not None
+        size, scale = self.hidden_size, self.embedding_scale
+        types = (name for name in _DTYPES if _root({"dtype": name}, size) == scale)
         return {
             "architectures": [self.architecture],
             "model_type": family.model_type,
             **{name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()},
-            "torch_dtype": "bfloat16",
+            "torch_dtype": next(types, "bfloat16"),
         }
 
 
 _DERIVED = (
-    *("architecture", "biases", "qk_norm", "sliding_window", "layer_types", "activation", "sinks"),
-    *("num_experts", "num_experts_per_tok", "norm_topk_prob"),
+    *("architecture", "biases", "qk_norm", "sliding_window", "layer_types", "norm_offset"),
+    *("post_norms", "activation", "embedding_scale", "query_pre_attn_scalar"),
+    *("rope_local_base_freq", "sinks", "num_experts", "num_experts_per_tok", "norm_topk_prob"),
 )
 """Fields of a `DecoderConfig` that config.json has under other names, or only in some families."""
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def _root(fields: Mapping[str, Any], hidden_size: int) -> float:
+    """sqrt(hidden_size) in the type of the checkpoint, as transformers multiplies with it."""
+    name = fields.get("dtype", fields.get("torch_dtype"))
+    if name not in _DTYPES:
+        raise read.wrong("torch_dtype", name, f"one of {', '.join(_DTYPES)}")
+    return float(np.asarray(hidden_size**0.5, np.float32).astype(jnp.dtype(name)))
 
 
 def _windows(
@@ -236,7 +266,7 @@ def _architecture(fields: Mapping[str, Any]) -> str:
     return name
 
 
-def _without_rope_parameters(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+def _without_rope_parameters(fields: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
     """The fields in the layout of transformers 4: rope_parameters of transformers 5 is unpacked.
 
     As in transformers, rope_scaling comes before rope_parameters, and what stands inside before
@@ -244,6 +274,23 @@ def _without_rope_parameters(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     fields = dict(fields)
     nested, scaling = fields.pop("rope_parameters", None), fields.get("rope_scaling")
+    if isinstance(nested, dict) and "rope_local_base_freq" in family.reads:
+        local, given = nested.get(SLIDING) or {}, nested
+        nested = nested.get(FULL) or {}
+        known = isinstance(local, dict) and {*local} <= {"rope_type", "rope_theta"}
+        if (
+            {*given} - {FULL, SLIDING}
+            or not known
+            or local.get("rope_type") not in (None, "default")
+        ):
+            raise ValueError(
+                f"config.json: rope_parameters = {read.short(given)} is not supported: it must "
+                f"have {FULL} and {SLIDING}, and the latter rope_type default"
+            )
+        if "rope_theta" in local:
+            fields["rope_local_base_freq"] = local["rope_theta"]
+        if isinstance(scaling, dict) and isinstance(nested, dict):
+            scaling = {**nested, **scaling}
     if nested is not None and not isinstance(nested, dict):
         raise ValueError(
             f"config.json: rope_parameters = {read.short(nested)} is not an object: "

@@ -1,6 +1,6 @@
 """A decoder whose linears the caller gives, so that it knows nothing of quantization.
 
-    x = embedding[tokens];    x = layer(x) for every layer (layers.py);    logits = n(x) head^T
+    x = embedding[tokens];   x = layer(x) for every layer (layers.py);    logits = n(x) head^T
 
 A *site* is an input of linears; several weights may share it, and `linear` is called once a site.
 Calibration and quantized evaluation pass another `linear` to the same model. All layers are stacked
@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32, Int32, Integer
 from numpy.typing import DTypeLike
@@ -163,6 +164,7 @@ class Decoder(nnx.Module):
             return made[0], made[1:]
 
         x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(jnp.float32)
+        x = x * np.float32(config.embedding_scale)
         layers = {name: array[...] for name, array in self.layers.items()}
         scanned = (layers, positional(config), entries)
         given, first = [], 0
@@ -175,7 +177,7 @@ class Decoder(nnx.Module):
             given.append(out)
             first += count
         outs, entries = jax.tree.map(lambda *parts: jnp.concatenate(parts), *given)
-        x = rms_norm(x, self.norm[...], config.rms_norm_eps).astype(self.dtype)
+        x = rms_norm(config, x, self.norm[...]).astype(self.dtype)
         head = (self.embedding if self.head is None else self.head)[...].astype(self.dtype)
         logits = jnp.einsum(
             "rlk,vk->rlv", x, head, precision=HIGHEST, preferred_element_type=jnp.float32

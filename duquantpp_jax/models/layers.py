@@ -1,6 +1,6 @@
 """A layer of the decoder, whose linears the caller gives.
 
-With RMSNorm n(x) = x / sqrt(mean(x^2) + eps) * g, a layer is
+With RMSNorm n(x) = x / sqrt(mean(x^2) + eps) * gain, a layer is
 
     q, k, v   = linear("attention_in", n1(x), (Wq, Wk, Wv))
     a         = softmax(R(q) R(k)^T / sqrt(d) + mask) v              (R: rotary positions)
@@ -9,8 +9,8 @@ With RMSNorm n(x) = x / sqrt(mean(x^2) + eps) * g, a layer is
     x        += linear("mlp_out", silu(gate) * up, (Wdown,))
 
 Families (families/) add to it: biases of linears, a norm of each head's q and k before R, a mask
-that hides all but the last positions, sinks of attention, another activation, and experts
-(experts.py), of whose linears each token meets a few.
+that hides all but the last positions, norms of what is added to x, sinks of attention, another
+activation, and experts (experts.py), of whose linears each token meets a few.
 
 Source: Touvron et al., LLaMA (arXiv:2302.13971); Shazeer, GLU variants (arXiv:2002.05202); Yang et
 al., Qwen2 (arXiv:2407.10671) and Qwen3 (arXiv:2505.09388) technical reports for biases and norms.
@@ -33,12 +33,12 @@ from duquantpp_jax.models.config import FULL, SLIDING, DecoderConfig
 from duquantpp_jax.models.experts import Routed, route
 from duquantpp_jax.models.families.gpt_oss import clamped_swiglu
 from duquantpp_jax.models.parameters import (
-    ATTENTION_NORM,
     HEAD_NORMS,
-    MLP_NORM,
     ROUTER,
     SINKS,
     SITE_WEIGHTS,
+    input_norms,
+    output_norms,
 )
 from duquantpp_jax.models.rope import rotary_frequencies
 
@@ -47,6 +47,7 @@ Linear = Callable[[str, Any, tuple[Array, ...], Any], tuple[tuple[Array, ...], A
 
 ACTIVATIONS: Mapping[str, Callable[[Array, Array], Array]] = {
     "silu": lambda gate, up: jax.nn.silu(gate) * up,
+    "gelu_pytorch_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
     "clamped_swiglu": clamped_swiglu,
 }
 """The activations of an MLP, of (gate, up), by their names in a configuration."""
@@ -66,12 +67,15 @@ def dense(site: str, x: Array | Routed, weights: tuple[Array, ...], state: Any) 
 
 
 def rms_norm(
-    x: Float[Array, "*tokens k"], gain: Float[Array, " k"], eps: float
+    config: DecoderConfig, x: Float[Array, "*tokens k"], weight: Float[Array, " k"]
 ) -> Float32[Array, "*tokens k"]:
-    """x / sqrt(mean(x^2) + eps) * gain, in float32. Source: arXiv:1910.07467, equation 4."""
+    """x / sqrt(mean(x^2) + eps) * gain, where gain is weight + config.norm_offset, in float32.
+
+    Source: arXiv:1910.07467, equation 4.
+    """
     x = x.astype(jnp.float32)
-    scaled = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return scaled * gain.astype(jnp.float32)
+    scaled = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.rms_norm_eps)
+    return scaled * (weight.astype(jnp.float32) + config.norm_offset)
 
 
 def join_layers(layers: Iterable[Any]) -> Any:
@@ -95,15 +99,17 @@ class Positional(NamedTuple):
 
 def positional(config: DecoderConfig) -> Positional:
     """That of all layers, stacked."""
-    types = config.layer_types or (SLIDING,) * config.num_hidden_layers
-    scaling, window = config.rope_scaling, config.sliding_window
-    seen = {SLIDING: window, FULL: np.iinfo(np.int32).max}
-    frequencies = rotary_frequencies(config.rope_theta, config.head_dim, scaling)
-    magnitude = 1.0 if scaling is None else scaling.magnitude()
+    window, local = config.sliding_window, config.rope_local_base_freq
+    every = FULL if window is None else SLIDING
+    types = config.layer_types or (every,) * config.num_hidden_layers
+    seen = {FULL: np.iinfo(np.int32).max, SLIDING: window}
+    scaled = config.rope_theta, config.rope_scaling
+    turns = {FULL: scaled, SLIDING: scaled if local is None else (local, None)}
+    turned = [turns[kind] for kind in types]
     return Positional(
         None if window is None else np.asarray([seen[kind] for kind in types], np.int32),
-        np.stack([frequencies for _ in types]),
-        np.asarray([magnitude for _ in types], np.float32),
+        np.stack([rotary_frequencies(theta, config.head_dim, by) for theta, by in turned]),
+        np.asarray([1.0 if by is None else by.magnitude() for _, by in turned], np.float32),
     )
 
 
@@ -133,21 +139,23 @@ def layer(
       entries: What a cache holds of the layer.
       dtype: Of the matrix products. Matrices are cast where they are used, to save memory.
     """
-    outs, eps, act = {}, config.rms_norm_eps, ACTIVATIONS[config.activation]
+    outs, before, after = {}, input_norms(config), output_norms(config)
     positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)
 
     def at(site: str, x: Array | Routed) -> list[Array]:
         names = SITE_WEIGHTS[site]
+        if site in before and not isinstance(x, Routed):
+            x = rms_norm(config, x, parameters[before[site]])
         weights = tuple(parameters[name].astype(dtype) for name in names)
         ys, outs[site] = linear(site, x.astype(dtype), weights, state[site])
         biases = [parameters.get(f"{name}.bias") for name in names]
         if isinstance(x, Routed):
             biases = [None if bias is None else bias[x.expert] for bias in biases]
         pairs = zip(ys, biases, strict=True)
-        return [y if bias is None else y + bias.astype(y.dtype) for y, bias in pairs]
+        ys = [y if bias is None else y + bias.astype(y.dtype) for y, bias in pairs]
+        return [rms_norm(config, y, parameters[after[site]]) for y in ys] if site in after else ys
 
-    projected = at("attention_in", rms_norm(x, parameters[ATTENTION_NORM], eps))
-    q, k, v = _heads(config, parameters, where, positions, *projected)
+    q, k, v = _heads(config, parameters, where, positions, *at("attention_in", x))
     if store is not None:
         q, k = store.move(q), store.move(k)
         new = store.encode(k), store.encode(v.astype(jnp.float32))
@@ -156,17 +164,19 @@ def layer(
             entries = jax.tree.map(put, entries, new)
         k, v = map(store.decode, entries or new)
     sinks = parameters[SINKS].reshape(q.shape[2:4]) if config.sinks else None
-    given = q.astype(dtype), k.astype(dtype), v.astype(dtype)
-    a = causal_attention(*given, positions, where.window, sinks)
+    q, k, v = (y.astype(dtype) for y in (q, k, v))
+    scalar = float(config.query_pre_attn_scalar or config.head_dim)
+    a = causal_attention(q, k, v, positions, where.window, scalar, sinks)
     (y,) = at("attention_out", a.reshape(*x.shape[:2], -1))
     x = x + y.astype(jnp.float32)
-    h, scores = rms_norm(x, parameters[MLP_NORM], eps), None
+    h, scores = x, None
     if config.num_experts:
+        h = rms_norm(config, x, parameters[before["mlp_in"]])
         router = parameters[ROUTER], parameters.get(f"{ROUTER}.bias"), config.num_experts_per_tok
         h, scores = route(h, *router, renormalized=config.norm_topk_prob)
     up, gate = at("mlp_in", h)
-    h = dataclasses.replace(h, x=act(gate, up)) if isinstance(h, Routed) else act(gate, up)
-    (y,) = at("mlp_out", h)
+    act = ACTIVATIONS[config.activation](gate, up)
+    (y,) = at("mlp_out", dataclasses.replace(h, x=act) if isinstance(h, Routed) else act)
     if scores is not None:
         y = jnp.einsum("...ck,...c->...k", y.astype(jnp.float32), scores, precision=HIGHEST)
     return x + y.astype(jnp.float32), outs, entries
@@ -187,6 +197,6 @@ def _heads(
     k, v = (y.reshape(*y.shape[:2], kv_heads, head_dim) for y in (k, v))
     if config.qk_norm:
         gains = (parameters[name] for name in HEAD_NORMS)
-        q, k = (rms_norm(*pair, config.rms_norm_eps) for pair in zip((q, k), gains, strict=True))
+        q, k = (rms_norm(config, *pair) for pair in zip((q, k), gains, strict=True))
     q, k = (rotary(y, positions, where.frequencies) * where.magnitude for y in (q, k))
     return q, k, v

@@ -26,13 +26,25 @@ EXPERT_SITES = ("mlp_in", "mlp_out")
 
 LINEARS = tuple(name for names in SITE_WEIGHTS.values() for name in names)
 
-ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 ROUTER, SINKS = "mlp.router", "self_attn.sinks"
 EMBEDDING, NORM, HEAD, LAYER = "model.embed_tokens", "model.norm", "lm_head", "model.layers.*."
 
 Parameters = Mapping[str, Float[Array | np.ndarray, "..."]]
 """The parameters of one layer in any float type, by name inside it."""
+
+
+def input_norms(config: DecoderConfig) -> dict[str, str]:
+    """The norm of the input of each site that has one."""
+    mlp = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+    return {"attention_in": "input_layernorm", "mlp_in": mlp}
+
+
+def output_norms(config: DecoderConfig) -> dict[str, str]:
+    """The norm of the output of each site that has one."""
+    if not config.post_norms:
+        return {}
+    return {"attention_out": "post_attention_layernorm", "mlp_out": "post_feedforward_layernorm"}
 
 
 def layer_prefix(layer: int) -> str:
@@ -69,17 +81,19 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     layers, hidden, ffn = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     query = config.num_attention_heads * config.head_dim
     key = config.num_key_value_heads * config.head_dim
+    before = input_norms(config)
     layer = {
-        ATTENTION_NORM: (hidden,),
+        before["attention_in"]: (hidden,),
         "self_attn.q_proj": (query, hidden),
         "self_attn.k_proj": (key, hidden),
         "self_attn.v_proj": (key, hidden),
         "self_attn.o_proj": (hidden, query),
-        MLP_NORM: (hidden,),
+        before["mlp_in"]: (hidden,),
         "mlp.up_proj": (ffn, hidden),
         "mlp.gate_proj": (ffn, hidden),
         "mlp.down_proj": (hidden, ffn),
     }
+    layer |= dict.fromkeys(output_norms(config).values(), (hidden,))
     if config.num_experts:
         for name in (name for site in EXPERT_SITES for name in SITE_WEIGHTS[site]):
             layer[name] = (config.num_experts, *layer[name])

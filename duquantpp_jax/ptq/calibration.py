@@ -67,7 +67,8 @@ def embed(model: Decoder, rows: Integer[np.ndarray, "rows length"]) -> Hidden:
     """The hidden states that the first layer reads; raises ValueError unless they are float32."""
     if model.dtype != jnp.float32:
         raise ValueError(f"a model is quantized in float32, not in {model.dtype}: load it so")
-    return np.array(model.embedding[...])[rows]
+    scale = np.float32(model.config.embedding_scale)
+    return np.array(model.embedding[...])[rows] * scale
 
 
 def layers_of(model: Decoder) -> Iterator[dict[str, Float32[Array, "..."]]]:

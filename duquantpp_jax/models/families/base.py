@@ -4,7 +4,7 @@ A family is a file beside this one: the values of a `Family`, by its name in con
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -43,6 +43,25 @@ class Experts:
 
 
 @dataclasses.dataclass(frozen=True)
+class InGGUF:
+    """How llama.cpp stores a family, where that is not as it stores most.
+
+    Attributes:
+      name: general.architecture.
+      tensors: Further tensors of a layer by their names there, with those of Hugging Face.
+      keys: Further keys of the architecture, with the fields of config.json that they give.
+      derived: Fields of config.json that its other fields imply.
+      paired: Whether rows of q and k are in the order of rotary pairs.
+    """
+
+    name: str
+    tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    derived: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _: {}
+    paired: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """How an architecture differs from the others.
 
@@ -57,6 +76,9 @@ class Family:
         listed, those from `max_window_layers` on; if periodic, all but every
         `sliding_window_pattern`-th.
       layer: Fields of `DecoderConfig` that are the same in all models of the family.
+      reads: Further fields of `DecoderConfig` that config.json has, numbers above 0.
+      scaled_embedding: Whether the embedding is multiplied by sqrt(hidden_size).
+      gguf: How llama.cpp stores it; None where that is not known.
       experts: How the MLP is a mixture of experts; None where it is a single one.
     """
 
@@ -67,4 +89,7 @@ class Family:
     biases_if: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     windows: Literal["none", "all", "used", "listed", "periodic"] = "none"
     layer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reads: tuple[str, ...] = ()
+    scaled_embedding: bool = False
+    gguf: InGGUF | None = None
     experts: Experts | None = None

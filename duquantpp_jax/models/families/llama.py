@@ -5,13 +5,16 @@ Source: the configuration classes of transformers 4 and 5 for the architectures 
 
 from collections.abc import Mapping
 
-from duquantpp_jax.models.families.base import ALL, ATTENTION, MLP, QKV, Family
+from duquantpp_jax.models.families.base import ALL, ATTENTION, MLP, QKV, Family, InGGUF
 
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
 
 LLAMA: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(
-        "llama", only=ALL, biases_if={"attention_bias": ATTENTION, "mlp_bias": MLP}
+        "llama",
+        only=ALL,
+        biases_if={"attention_bias": ATTENTION, "mlp_bias": MLP},
+        gguf=InGGUF("llama", paired=True),
     ),
     "MistralForCausalLM": Family(
         "mistral",
@@ -20,7 +23,12 @@ LLAMA: Mapping[str, Family] = {
         windows="all",
     ),
     "Qwen2ForCausalLM": Family(
-        "qwen2", only={**ALL, "mlp_bias": False}, defaults=_QWEN, biases=QKV, windows="listed"
+        "qwen2",
+        only={**ALL, "mlp_bias": False},
+        defaults=_QWEN,
+        biases=QKV,
+        windows="listed",
+        gguf=InGGUF("qwen2"),
     ),
     "Qwen3ForCausalLM": Family(
         "qwen3",
@@ -29,5 +37,6 @@ LLAMA: Mapping[str, Family] = {
         biases_if={"attention_bias": ATTENTION},
         windows="listed",
         layer={"qk_norm": True},
+        gguf=InGGUF("qwen3"),
     ),
 }
