@@ -113,6 +113,18 @@ def tiny_decoder(**changes) -> Decoder:
     return Decoder(config, parameters)
 
 
+def mixture(architecture: str, **changes) -> Decoder:
+    """A random decoder of this family with two of four experts a token, and random biases."""
+    counts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+    fields = {**TINY.to_dict(), "architectures": [architecture], "sliding_window": 12}
+    config = DecoderConfig.from_dict({**fields, **counts, **changes})
+    parameters, random = tiny_decoder(**vars(config)).parameters(), np.random.default_rng(2)
+    for name, array in parameters.items():
+        if name.endswith(".bias"):
+            parameters[name] = jnp.asarray(random.standard_normal(array.shape, np.float32) / 8)
+    return Decoder(config, parameters)
+
+
 def byte_tokenizer() -> Tokenizer:
     """One token a byte, and 256 for the separator."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

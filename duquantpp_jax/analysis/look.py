@@ -21,11 +21,13 @@ from jaxtyping import Array
 from duquantpp_jax.analysis import contents as holds
 from duquantpp_jax.analysis.outliers import Moments, Thresholds, observe, statistics
 from duquantpp_jax.checkpoints import Quantized, is_quantized, load_any, testbed
+from duquantpp_jax.checkpoints.packed import said
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.evaluation import subject
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.models import SITES, Decoder, Linear, linear_names
-from duquantpp_jax.ptq.site import QuantizedSite, pad_channels
+from duquantpp_jax.models.experts import Routed
+from duquantpp_jax.ptq.site import QuantizedSite, move_input, pad_channels
 from duquantpp_jax.ptq.walk import State
 from duquantpp_jax.recipes import import_modules
 
@@ -52,6 +54,8 @@ class InspectOptions:
       share: Share of the channels whose energy is added up, the strongest first.
       drop: One element sets a block's scale if the scale would be at least 2^drop times smaller
         without it.
+      activation_format: Of the inputs of packed weights, which are used as they are stored; without
+        it these inputs are not quantized.
       out: Directory for outliers.json and the figures.
       text_key: Of the text in a .jsonl file.
       imports: Modules to import first: those of a quantized model's transforms and formats that are
@@ -66,6 +70,7 @@ class InspectOptions:
     ratio: float = 10.0
     share: float = 0.01
     drop: int = 1
+    activation_format: str | None = None
     out: Path = Path("inspect-out")
     text_key: str = "text"
     imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
@@ -102,7 +107,7 @@ def inspect(
     if options.model is not None and options.text is None:
         raise ValueError("--model needs --text: text of the kind that the model was trained on")
     directory = options.model or testbed.directory()
-    model, linear, state = load_any(directory)
+    model, linear, state = load_any(directory, options.activation_format)
     chosen = _chosen(model.config.num_hidden_layers, options.site)
     use = "evaluation" if options.text else "calibration"
     asked = options.text, options.tokens, use, options.text_key
@@ -130,6 +135,7 @@ def inspect(
         "schema": 1,
         "model": subject.model_and_hash(options.model),
         "tokens": rows.tokens[:, :-1].size,
+        "packed": said(linear),
         "text": None if options.text is None else subject.name_and_hash(options.text),
         "thresholds": dataclasses.asdict(thresholds),
         "sites": sites,
@@ -172,17 +178,19 @@ def _run(
     """
     runs = (state,) if isinstance(state, dict) else state or ()
 
-    def look(site: str, x: Array) -> Any:
+    def look(site: str, x: Any) -> Any:
+        if isinstance(x, Routed):  # the inputs of a row's experts count as rows
+            x = jnp.moveaxis(x.x, 2, 1).reshape(-1, x.x.shape[1], x.x.shape[-1])
         if isinstance(wanted, Thresholds):
             return observe(x, wanted)
         return x if site == wanted else ()
 
-    def observed(site: str, x: Array, weights: tuple[Array, ...], state: Any) -> Any:
+    def observed(site: str, x: Any, weights: tuple[Array, ...], state: Any) -> Any:
         ys, _ = linear(site, x, weights, state)
         found = {"input": look(site, x)}
         if isinstance(state, QuantizedSite):
             widths = [w.shape[-1] for w in state.weights if isinstance(w, MXArray)]
-            moved = state.transform.activations(pad_channels(x, widths[0])) if widths else x
+            moved = move_input(pad_channels(x, widths[0]), state.transform) if widths else x
             widest = max(w.shape[-1] for run in runs for w in run[site].weights)
             found["moved"] = look(site, pad_channels(moved, widest))
         return ys, found

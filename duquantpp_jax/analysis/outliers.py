@@ -20,6 +20,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
@@ -27,7 +28,7 @@ from jaxtyping import Array, Float, Shaped
 from duquantpp_jax.core import Fitted, Stats
 from duquantpp_jax.formats.division import magnitude_bits, split
 from duquantpp_jax.models import linear_names
-from duquantpp_jax.ptq.site import layer_of
+from duquantpp_jax.models.parameters import expert_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,15 +159,17 @@ def moved_maxima(
     """
     least = np.finfo(np.float32).tiny
     ratio = {
-        (site, layer): float(np.max(maxima) / max(np.median(maxima), least))
+        (site, place): float(np.max(maxima) / max(np.median(maxima), least))
         for site, kept in stats.items()
-        for layer, maxima in enumerate(np.asarray(kept.absmax))
+        for place in np.ndindex(kept.count.shape)  # layer, and expert where there are experts
+        for maxima in [np.asarray(kept.absmax)[place]]
     }
-    site, layer = max(ratio, key=lambda key: ratio[key])
-    sample = stats[site].sample[layer]
-    moved = layer_of(fits[site].transform, layer).activations(sample)
+    site, place = max(ratio, key=lambda key: ratio[key])
+    sample = stats[site].sample[place]
+    moved = jax.tree.map(lambda leaf: leaf[place], fits[site].transform).activations(sample)
     before, after = (np.asarray(jnp.max(jnp.abs(x), axis=0)) for x in (sample, moved))
-    return f"{linear_names(site, layer)[0]} input", before, after
+    name = linear_names(site, place[0])[0]
+    return f"{expert_name(name, *place[1:]) if place[1:] else name} input", before, after
 
 
 def _over(a: float, b: float) -> float | None:

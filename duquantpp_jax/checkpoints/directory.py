@@ -13,6 +13,7 @@ file holds
     model.layers.3.mlp.up_proj.codes, .scales     packed as formats/tensors.py says
     model.layers.3.mlp_in/transform.links.0.scale  what the site's input is moved by, exactly
     model.layers.3.mlp.down_proj.weight            a linear left in float, as it was
+    model.layers.3.mlp.down_proj.codes, .scales    one left packed, as it was
     model.layers.3.input_layernorm.weight          all else, as it was
 
 and in its metadata one entry, a JSON text with the schema, the job, and what it takes to read the
@@ -30,16 +31,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
-from duquantpp_jax.checkpoints.lazy import load
+from duquantpp_jax.checkpoints.lazy import Checkpoint
+from duquantpp_jax.checkpoints.packed import load_packed
 from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.checkpoints.source import CONFIG, Directory
 from duquantpp_jax.core import Fitted
 from duquantpp_jax.formats.tensors import from_tensors
 from duquantpp_jax.models import Decoder, DecoderConfig, Linear, dense
-from duquantpp_jax.models.parameters import LAYER, LINEARS, SITE_WEIGHTS, SITES, layer_prefix
+from duquantpp_jax.models.parameters import (
+    LAYER,
+    LINEARS,
+    SITE_WEIGHTS,
+    SITES,
+    layer_prefix,
+    tensor_name,
+)
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
 from duquantpp_jax.ptq.walk import State, stack_layers
+from duquantpp_jax.recipes import find_format
 from duquantpp_jax.transforms.storage import from_arrays
 
 METHOD = "duquantpp_jax"
@@ -135,8 +145,16 @@ def read_layer(path: Path) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSi
       ValueError: As `read_about`; or its parts do not fit together.
     """
     about = read_about(path)
-    prefix, arrays = layer_prefix(about["layer"]), about["arrays"]
+    prefix, arrays, stored = layer_prefix(about["layer"]), about["arrays"], about.get("stored", {})
     tensors = load_file(path)
+
+    def weight(name: str) -> Any:
+        if name in stored:
+            return from_tensors(prefix + name, stored[name], tensors).dequantize()
+        if name in arrays:
+            return from_tensors(prefix + name, arrays[name], tensors)
+        return jnp.asarray(tensors[f"{prefix}{name}.weight"])
+
     sites = {}
     for site in SITES:
         own = f"{prefix}{site}/"
@@ -144,15 +162,10 @@ def read_layer(path: Path) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSi
         fitted = from_arrays(moved, about["sites"][site])
         if not isinstance(fitted, Fitted):
             raise ValueError(f"{path}: site {site} holds {type(fitted).__name__}, not Fitted")
-        weights = tuple(
-            from_tensors(prefix + name, arrays[name], tensors)
-            if name in arrays
-            else jnp.asarray(tensors[f"{prefix}{name}.weight"])
-            for name in SITE_WEIGHTS[site]
-        )
+        weights = tuple(map(weight, SITE_WEIGHTS[site]))
         sites[site] = QuantizedSite(fitted.transform, weights, fitted.clip, fitted.scale_offset)
     names = {name: name.removeprefix(prefix).removesuffix(".weight") for name in tensors}
-    own = (name for name in names if name.endswith((".weight", ".bias")))
+    own = (name for name in names if name == prefix + tensor_name(names[name]))
     return {names[n]: tensors[n] for n in own if names[n] not in LINEARS}, sites
 
 
@@ -172,10 +185,28 @@ def load_quantized(directory: str | os.PathLike[str]) -> tuple[Decoder, Quantize
     return decoder, quantized.plan.linear, stack_layers(layers)
 
 
-def load_any(directory: str | os.PathLike[str]) -> tuple[Decoder, Linear, Any]:
-    """A float or a quantized model: the decoder, the `linear` that it calls, and its state.
+def load_any(
+    directory: str | os.PathLike[str], activation_format: str | None = None
+) -> tuple[Decoder, Linear, Any]:
+    """A float, quantized or packed model: the decoder, the `linear` it calls, and its state.
+
+    Args:
+      activation_format: Of the inputs of packed weights, which are used as stored, by its name in
+        duquantpp_jax.recipes.
 
     Raises:
-      ValueError: As `load` and `Quantized`.
+      ValueError: As `load` and `Quantized`; or a format is given and no weight is packed.
     """
-    return load_quantized(directory) if is_quantized(directory) else (load(directory), dense, None)
+    if is_quantized(directory) and activation_format is None:
+        return load_quantized(directory)
+    if not is_quantized(directory):
+        checkpoint = Checkpoint(directory)
+        if checkpoint.packed:
+            format = None if activation_format is None else find_format(activation_format)
+            return load_packed(checkpoint, format)
+        if activation_format is None:
+            return checkpoint.decoder(), dense, None
+    raise ValueError(
+        f"--activation-format is for packed weights, which {directory} does not have: leave it "
+        "out, or quantize the model"
+    )

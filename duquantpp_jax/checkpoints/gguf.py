@@ -45,6 +45,7 @@ class Blocks(NamedTuple):
     Attributes:
       kind: Block type, by ggml's name; floats are read as they are, others in float32.
       heads: Of rows in llama.cpp's rotary order; None where rows are in order.
+      less: What `read` subtracts.
     """
 
     shard: Path
@@ -53,6 +54,7 @@ class Blocks(NamedTuple):
     offset: int
     size: int
     heads: int | None = None
+    less: float = 0.0
 
     @property
     def dtype(self) -> str:
@@ -77,6 +79,8 @@ class Blocks(NamedTuple):
                     f"{self.shard} has tensors of block type {self.kind}, which gguf does not "
                     "decode: give a file in another type"
                 ) from None
+        if self.less:
+            array = array - array.dtype.type(self.less)
         if self.heads is not None:
             array = array.reshape(self.heads, -1, 2, *self.shape[1:]).swapaxes(1, 2)
         return np.ascontiguousarray(array).reshape(self.shape)

@@ -22,13 +22,13 @@ from safetensors.numpy import save as serialize
 from tokenizers import Tokenizer
 
 from duquantpp_jax import files
+from duquantpp_jax.checkpoints.experts import View, tensors_of, unpacked, views, wanted
 from duquantpp_jax.checkpoints.shards import SINGLE, Stored, one_line
 from duquantpp_jax.checkpoints.source import CONFIG, TOKENIZER, Source, source
 from duquantpp_jax.models.config import DecoderConfig
 from duquantpp_jax.models.decoder import Decoder
 from duquantpp_jax.models.parameters import parameter_shapes, tensor_name
 
-_DTYPES = ("BF16", "F16", "F32")
 # Rotary frequencies are derived from rope_theta; old checkpoints store them all the same.
 _HARMLESS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
@@ -45,15 +45,17 @@ def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
     """The configuration that config.json or a GGUF file states; ValueError says what is wrong."""
     fields = source(directory).fields()
     try:
-        return DecoderConfig.from_dict(fields)
+        return DecoderConfig.from_dict(unpacked(fields))
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from None
 
 
 def headers(
     directory: str | os.PathLike[str],
-) -> tuple[Source, DecoderConfig, dict[str, Stored], dict[str, Place]]:
+) -> tuple[Source, DecoderConfig, dict[str, Stored | View], dict[str, Place]]:
     """Reads config.json and the headers of the shards: where each tensor lies, and what it fills.
+
+    Tensors have the names of parameters: those of experts are views (experts.py).
 
     Raises:
       ValueError: One line naming the file or tensor, what was wrong and what would be right.
@@ -65,32 +67,33 @@ def headers(
         found.setdefault("model.embed_tokens.weight", found["lm_head.weight"])
         shapes["lm_head"] = shapes["model.embed_tokens"]  # some writers store the tied head too
     places = _places(config, shapes)
-    for name, place in places.items():
+    right = wanted(config, {name: place.shape for name, place in places.items()}, found)
+    for name, (shape, _) in right.items():
         if name not in found:
             near = next((n for n in found if n.endswith(name) or name.endswith(n)), None)
             near = near or next((n for n in found if n.endswith(name.split(".", 1)[1])), None)
             raise ValueError(
                 f"{directory}: tensor {name} is missing{f' (found {near})' if near else ''}: the "
-                f"model that config.json describes has one of shape {list(place.shape)}"
+                f"model that config.json describes has one of shape {list(shape)}"
             )
     for name, tensor in found.items():
         if _HARMLESS.fullmatch(name):
             continue
-        if name not in places:
+        if name not in right:
             raise ValueError(
                 f"tensor {name!r} has no place in a {config.architecture} of "
                 f"{config.num_hidden_layers} layers: config.json must belong to these weights"
             )
-        if tensor.shape != places[name].shape:
+        shape, dtypes = right[name]
+        if tensor.shape != shape:
             raise ValueError(
-                f"tensor {name} has shape {list(tensor.shape)}: "
-                f"config.json asks for {list(places[name].shape)}"
+                f"tensor {name} has shape {list(tensor.shape)}: config.json asks for {list(shape)}"
             )
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in dtypes:
             raise ValueError(
-                f"tensor {name} has dtype {tensor.dtype}: it must be one of {', '.join(_DTYPES)}"
+                f"tensor {name} has dtype {tensor.dtype}: it must be one of {', '.join(dtypes)}"
             )
-    return model, config, found, places
+    return model, config, views(config, found), places
 
 
 def load_tokenizer(
@@ -180,9 +183,11 @@ def save(model: Decoder, tokenizer_json: str, directory: str | os.PathLike[str])
     arrays = {name: np.asarray(array) for name, array in model.parameters().items()}
     with files.new_directory(Path(directory)) as partial:
         tensors = {
-            name: np.ascontiguousarray(arrays[place.key][place.index].astype(ml_dtypes.bfloat16))
+            name: arrays[place.key][place.index].astype(ml_dtypes.bfloat16)
             for name, place in _places(model.config, parameter_shapes(model.config)).items()
         }
+        tensors = tensors_of(model.config, tensors)
+        tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
         config = json.dumps(model.config.to_dict(), indent=1)
         (partial / CONFIG).write_text(config + "\n", encoding="utf-8")
         (partial / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")

@@ -8,6 +8,7 @@ compressed-tensors   its mxfp4-pack-quantized: of W^ [n, k] the codes, two a byt
     the input. Whatever else moves an input it cannot express, and is refused.
 dequantized          every weight moved back through its transform, W = W^ T, and rounded to
     bfloat16; activations are not quantized.
+gpt-oss              experts as packed MXFP4 (gpt_oss.py).
 
 Source: the library compressed-tensors 0.20: compressors/mxfp4, quantization/quant_config.py and
 transform/.
@@ -18,20 +19,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jaxtyping import Array, Float
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints import Quantized
+from duquantpp_jax.checkpoints import Quantized, gpt_oss
+from duquantpp_jax.checkpoints.experts import tensors_of
 from duquantpp_jax.checkpoints.source import Directory
 from duquantpp_jax.checkpoints.writer import Progress, write_rest, write_tensors
 from duquantpp_jax.core import MXArray, Transform
 from duquantpp_jax.formats import E2M1
 from duquantpp_jax.formats.tensors import pack_codes
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
-from duquantpp_jax.models.parameters import layer_prefix, tensor_name
-from duquantpp_jax.ptq.fuse import NORMS, split
+from duquantpp_jax.models.parameters import input_norms, layer_prefix, tensor_name
+from duquantpp_jax.ptq.experts import by_expert
+from duquantpp_jax.ptq.fuse import moved_gain, split
 from duquantpp_jax.ptq.plan import linear_shapes
 from duquantpp_jax.ptq.site import QuantizedSite
 from duquantpp_jax.transforms.hadamard import hadamard
@@ -40,6 +43,7 @@ PACKED = "mxfp4-pack-quantized"
 BLOCK = 32
 
 Tensors = dict[str, np.ndarray]
+Layout = Literal["compressed-tensors", "dequantized", "gpt-oss"]
 
 
 class Layer(NamedTuple):
@@ -57,7 +61,7 @@ class Layer(NamedTuple):
 
 def write_export(
     directory: Path,
-    format: Literal["compressed-tensors", "dequantized"],
+    format: Layout,
     out: Path,
     progress: Progress = lambda *_: None,
 ) -> list[str]:
@@ -75,6 +79,8 @@ def write_export(
     packed = format == "compressed-tensors"
     if packed:
         _check_formats(model)
+    if own := format == "gpt-oss":
+        gpt_oss.check(model)
     convert = pack_layer if packed else dequantize_layer
     count = model.config.num_hidden_layers
     places: dict[str, str] = {}
@@ -89,7 +95,10 @@ def write_export(
 
         for number in range(count):
             progress(f"layer {number + 1} of {count}", number, count)
-            layer = convert(model.config, number, *model.layer(number))
+            if own:
+                layer = Layer(*gpt_oss.pack_layer(model, number, _turned), [])
+            else:
+                layer = convert(model.config, number, *model.layer(number))
             write(number, layer.tensors)
             rotated += layer.rotated
             floats += layer.floats
@@ -97,11 +106,18 @@ def write_export(
         fields = dict(model.fields)
         if packed:
             fields["quantization_config"] = quantization_config(model, rotated, floats)
+        elif own:
+            fields["quantization_config"] = gpt_oss.quantization_config(_scheme(rotated))
         write_rest(partial, places, {}, Directory(model.directory), fields)
-    return _notes(model, packed, rotated)
+    return _notes(model, format, rotated)
 
 
 def _check_formats(model: Quantized) -> None:
+    if model.config.num_experts:
+        raise ValueError(
+            f"{PACKED} of a {model.config.architecture} is not written: its experts have "
+            "transforms of their own; export --format dequantized, or gpt-oss for a gpt-oss"
+        )
     for name in model.job.weight_formats.values():
         if name.partition(":")[0] != "mxfp4":
             raise ValueError(f"{PACKED} holds MXFP4 weights: this model has weights in {name}")
@@ -131,15 +147,14 @@ def pack_layer(
         width = shapes[SITE_WEIGHTS[site][0]][1]
         folding = split(config, site, sites[site].transform, width)
         turned = _turned(folding.rest, -(-width // BLOCK) * BLOCK, f"{prefix}{site}")
-        if folding.moves and site not in NORMS:
+        if folding.moves and site not in input_norms(config):
             raise ValueError(
                 f"{prefix}{site}: its smoothing has to be folded into the linear before it prior "
                 f"to rounding, and {PACKED} has no online one: quantize again with --fuse"
             )
         for _, made in folding.moves:
             for name, channels in made.items():
-                gain = jnp.asarray(parameters[name]).astype(jnp.float32)
-                parameters[name] = np.asarray(channels.activations(gain))
+                parameters[name] = np.asarray(moved_gain(config, parameters[name], channels))
         for name, weight in zip(SITE_WEIGHTS[site], sites[site].weights, strict=True):
             if not isinstance(weight, MXArray):
                 if folding.moves:
@@ -171,31 +186,35 @@ def dequantize_layer(
 ) -> Layer:
     """A layer of the float model in bfloat16, with its rounded weights moved back."""
     prefix, shapes = layer_prefix(number), linear_shapes(config)
-    tensors = {}
+    tensors: Tensors = {}
     for site in SITES:
-        back = sites[site].transform.inverse()
         for name, weight in zip(SITE_WEIGHTS[site], sites[site].weights, strict=True):
             if isinstance(weight, MXArray):
-                weight = back.weights(weight.dequantize())[:, : shapes[name][1]]
+                moved = by_expert(config, site, _moved_back, sites[site].transform, weight)
+                weight = moved[..., : shapes[name][1]]
             tensors[f"{prefix}{name}.weight"] = np.asarray(weight).astype(ml_dtypes.bfloat16)
-    return Layer(tensors | _named(prefix, parameters), [], [])
+    return Layer(tensors_of(config, tensors | _named(prefix, parameters)), [], [])
+
+
+def _moved_back(transform: Transform, weight: MXArray) -> Float[Array, "n k"]:
+    return transform.inverse().weights(weight.dequantize())
 
 
 def _named(prefix: str, parameters: Mapping[str, np.ndarray]) -> Tensors:
     return {prefix + tensor_name(name): array for name, array in parameters.items()}
 
 
-def _turned(transform: Transform, width: int, where: str) -> bool:
+def _turned(transform: Transform, width: int, where: str, layout: str = PACKED) -> bool:
     """Whether Hadamard matrices move a site's input; ValueError if anything else does."""
     kinds = ", ".join(type(link).__name__ for link in transform.flat_links())
     if (blocks := transform.as_blocks(width, BLOCK)) is None:
         raise ValueError(
             f"{where}: its input is moved online by {kinds}, whose as_blocks gives no matrix for "
-            f"each block of {BLOCK}: {PACKED} has nothing else; export --format dequantized"
+            f"each block of {BLOCK}: {layout} has nothing else; export --format dequantized"
         )
     if blocks.divisor is not None and np.any(np.asarray(blocks.divisor) != 1):
         raise ValueError(
-            f"{where}: its input is divided online by {kinds}, which {PACKED} cannot express: "
+            f"{where}: its input is divided online by {kinds}, which {layout} cannot express: "
             "quantize again with --fuse, which folds smoothing, or export --format dequantized"
         )
     if blocks.matrices is None:
@@ -203,7 +222,7 @@ def _turned(transform: Transform, width: int, where: str) -> bool:
     if np.any(np.asarray(blocks.matrices) != np.asarray(hadamard(BLOCK))):
         raise ValueError(
             f"{where}: its input is rotated online by matrices that are not Hadamard's, which "
-            f"{PACKED} cannot express: export --format dequantized, or quantize with identity or "
+            f"{layout} cannot express: export --format dequantized, or quantize with identity or "
             "block_hadamard"
         )
     return True
@@ -240,9 +259,6 @@ def quantization_config(model: Quantized, rotated: list[str], floats: list[str])
             "output_activations": None,
             "format": PACKED,
         }
-    online = {"targets": rotated, "location": "input", "inverse": False, "ignore": []}
-    scheme = {"type": "hadamard", "apply": [online], "head_dim": BLOCK}
-    scheme |= {"randomize": False, "requires_grad": False}
     return {
         "quant_method": "compressed-tensors",
         "format": PACKED,
@@ -251,17 +267,27 @@ def quantization_config(model: Quantized, rotated: list[str], floats: list[str])
         "ignore": ["lm_head", *floats],
         "kv_cache_scheme": None,
         "sparsity_config": {},
-        "transform_config": {"config_groups": {"hadamard": scheme}} if rotated else {},
+        "transform_config": {"config_groups": _scheme(rotated)} if rotated else {},
     }
 
 
-def _notes(model: Quantized, packed: bool, rotated: list[str]) -> list[str]:
-    if not packed:
+def _scheme(rotated: list[str]) -> dict[str, Any] | None:
+    """The groups of a transform_config."""
+    if not rotated:
+        return None
+    online = {"targets": rotated, "location": "input", "inverse": False, "ignore": []}
+    scheme = {"type": "hadamard", "apply": [online], "head_dim": BLOCK}
+    return {"hadamard": scheme | {"randomize": False, "requires_grad": False}}
+
+
+def _notes(model: Quantized, format: Layout, rotated: list[str]) -> list[str]:
+    if format == "dequantized":
         return [
             "Weights were moved back through their transforms and rounded to bfloat16.",
             "Activations are not quantized in this layout; the quantized model's are.",
         ]
-    notes = [f"Weights are {PACKED}, bit for bit those of the quantized model."]
+    layout = PACKED if format == "compressed-tensors" else "MXFP4 in the layout of gpt-oss"
+    notes = [f"Weights are {layout}, bit for bit those of the quantized model."]
     if formats := sorted(set(model.job.activation_formats.values()) - {"bf16"}):
         notes.append(
             "Activations are quantized by the reader, with its own scale rule; this model was "

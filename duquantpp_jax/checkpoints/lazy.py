@@ -9,11 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Integer
 
+from duquantpp_jax.checkpoints.experts import moved_online
 from duquantpp_jax.checkpoints.hugging_face import headers
 from duquantpp_jax.checkpoints.shards import read_stored
+from duquantpp_jax.core import MXArray
 from duquantpp_jax.models import Decoder, parameter_shapes
 from duquantpp_jax.models.parameters import EMBEDDING, HEAD, LAYER, NORM
 from duquantpp_jax.ptq.stream import Turn
+
+LARGEST_SCALE = 252
+"""The last E8M0 byte whose products with elements of E2M1 are all finite in float32."""
 
 
 class Checkpoint:
@@ -36,7 +41,7 @@ class Checkpoint:
 
     def size(self) -> int:
         """Bytes of the files that hold the weights."""
-        files = {tensor.shard for tensor in self.found.values()}
+        files = {tensor.shard for tensor in self.source.tensors().values()}
         return sum(path.stat().st_size for path in files)
 
     def layer_tensors(self, number: int) -> dict[str, str]:
@@ -47,27 +52,55 @@ class Checkpoint:
             if place.key.startswith(LAYER) and place.index == number
         }
 
+    @property
+    def packed(self) -> bool:
+        """Whether it has packed weights."""
+        return any(getattr(tensor, "packed", None) for tensor in self.found.values())
+
     def layer(self, number: int) -> dict[str, Float[np.ndarray, "..."]]:
-        """The parameters of a layer, as `read_stored` gives them."""
+        """The parameters of a layer, as `read_stored` gives them; packed ones are decoded."""
+        if moved_online(self.source.fields()):
+            raise ValueError(
+                f"{self.directory} has weights for inputs that Hadamard matrices move: "
+                "give the model that they were made from"
+            )
         names = self.layer_tensors(number)
         stored = {names[name]: array for name, array in read_stored(self.found, names)}
         return self._turn.layer(self.config, number, stored)
 
+    def layer_as_stored(
+        self, number: int
+    ) -> tuple[dict[str, Float[np.ndarray, "..."]], dict[str, MXArray]]:
+        """The parameters of a layer that are floats, and those that are packed.
+
+        Raises:
+          ValueError: A weight is NaN or Inf.
+        """
+        names, packed = self.layer_tensors(number), {}
+        for name, inside in names.items():
+            if (decode := getattr(self.found[name], "packed", None)) is not None:
+                packed[inside] = decode()
+                if int(packed[inside].scale_bytes().max()) > LARGEST_SCALE:
+                    next(read_stored(self.found, [name]))  # checks the numbers
+        floats = [name for name, inside in names.items() if inside not in packed]
+        return {names[n]: array for n, array in read_stored(self.found, floats)}, packed
+
     def outside(self) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
         """What belongs to no layer, tensor by tensor: embedding, untied head, last norm."""
-        gain, matrix = self._read(NORM), self._embedding()
+        norm, matrix = self._read(NORM), self._embedding()
         yield f"{EMBEDDING}.weight", self._turn.outside(self.config, matrix)
         if not self.config.tie_word_embeddings:
             matrix = matrix if self._tied else self._read(HEAD)
-            yield f"{HEAD}.weight", self._turn.outside(self.config, matrix, gain)
-        yield f"{NORM}.weight", gain if self._turn.stream is None else np.ones_like(gain)
+            yield f"{HEAD}.weight", self._turn.outside(self.config, matrix, norm)
+        plain = np.full_like(norm, 1 - self.config.norm_offset)
+        yield f"{NORM}.weight", norm if self._turn.stream is None else plain
 
     def embed(
         self, tokens: Integer[np.ndarray, "rows length"]
     ) -> Float32[np.ndarray, "rows length k"]:
         """The hidden states before the first layer."""
         embedding = self._turn.outside(self.config, self._embedding())
-        return embedding[tokens].astype(np.float32)
+        return embedding[tokens].astype(np.float32) * np.float32(self.config.embedding_scale)
 
     def decoder(self) -> Decoder:
         """The whole model in memory, in float32."""

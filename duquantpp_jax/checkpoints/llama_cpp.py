@@ -19,14 +19,10 @@ from duquantpp_jax import files
 from duquantpp_jax.checkpoints import bpe
 from duquantpp_jax.checkpoints.gguf import Blocks, read_contents
 from duquantpp_jax.models import parameters
-from duquantpp_jax.models.families import FAMILIES
+from duquantpp_jax.models.families import FAMILIES, InGGUF
 from duquantpp_jax.models.rope import Llama3, rotary_frequencies, write_scaling
 
-ARCHITECTURES = {
-    family.model_type: name
-    for name, family in FAMILIES.items()
-    if family.model_type in ("llama", "qwen2", "qwen3")
-}
+ARCHITECTURES = {f.gguf.name: name for name, f in FAMILIES.items() if f.gguf is not None}
 """general.architecture to the name in config.json."""
 
 _OUTSIDE = {
@@ -35,14 +31,14 @@ _OUTSIDE = {
     "output": parameters.HEAD,
 }
 _OF_LAYER = {
-    "attn_norm": parameters.ATTENTION_NORM,
+    "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": parameters.HEAD_NORMS[0],
     "attn_k_norm": parameters.HEAD_NORMS[1],
-    "ffn_norm": parameters.MLP_NORM,
+    "ffn_norm": "post_attention_layernorm",
     "ffn_up": "mlp.up_proj",
     "ffn_gate": "mlp.gate_proj",
     "ffn_down": "mlp.down_proj",
@@ -65,20 +61,12 @@ _SCALING = {
     "rope.scaling.factor": "factor",
     "rope.scaling.original_context_length": "original_max_position_embeddings",
 }
-_KNOWN = {*_FIELDS, *_SCALING, "vocab_size", "rope.dimension_count", "attention.value_length"}
+_KNOWN = {*_SCALING, "vocab_size", "rope.dimension_count", "attention.value_length"}
 
 
 @functools.lru_cache(maxsize=2)
 def _contents(path: Path, mtime: int, size: int) -> tuple[dict[str, Any], dict[str, Blocks]]:
     return read_contents(path)
-
-
-def _hugging_face(name: str) -> str:
-    """A tensor's name in a Hugging Face checkpoint; unknown names stay."""
-    stem, _, end = name.rpartition(".")
-    if (layer := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)) and layer[2] in _OF_LAYER:
-        return f"model.layers.{layer[1]}.{_OF_LAYER[layer[2]]}.{end}"
-    return f"{_OUTSIDE[stem]}.{end}" if stem in _OUTSIDE else name
 
 
 class GGUFModel:
@@ -94,6 +82,8 @@ class GGUFModel:
         self._name = str(self.keys.get("general.architecture"))
         if self._name not in ARCHITECTURES:
             raise self._refusal("general.architecture", self._name, " or ".join(ARCHITECTURES))
+        self._family = FAMILIES[ARCHITECTURES[self._name]]
+        self._gguf = self._family.gguf or InGGUF(self._name)
         if self.keys.get("split.count", 1) != 1:
             raise ValueError(f"{path} is a part of a model: join it by llama-gguf-split --merge")
 
@@ -108,19 +98,20 @@ class GGUFModel:
 
     def fields(self) -> dict[str, Any]:
         """The config.json; raises ValueError if a key asks for what the decoder does not have."""
+        fields = {**_FIELDS, **self._gguf.keys}
         for name, value in self.keys.items():
             own = name.removeprefix(f"{self._name}.")
-            if own != name and own not in _KNOWN and value not in (0, None):
+            if own != name and own not in {*fields, *_KNOWN} and value not in (0, None):
                 raise self._refusal(name, value, "absent")
-            if own != name and own in _FIELDS and type(value) not in (int, float):
+            if own != name and own in fields and type(value) not in (int, float):
                 raise self._refusal(name, value, "a number")
-        found = {name: self._own(key) for key, name in _FIELDS.items()}
+        found = {name: self._own(key) for key, name in fields.items()}
         heads, width = found["num_attention_heads"], found["hidden_size"]
         head = found["head_dim"] = found["head_dim"] or (heads and width and width // heads)
         for key in ("rope.dimension_count", "attention.value_length"):
             if self._own(key) not in (None, head):
                 raise self._refusal(f"{self._name}.{key}", self._own(key), f"the head's {head}")
-        family, tensors = FAMILIES[ARCHITECTURES[self._name]], self.tensors()
+        family, tensors = self._family, self.tensors()
         found |= {
             name: any(tensor.endswith(f"{linears[0]}.bias") for tensor in tensors)
             for name, linears in family.biases_if.items()
@@ -131,12 +122,13 @@ class GGUFModel:
             "architectures": [ARCHITECTURES[self._name]],
             "model_type": family.model_type,
             **{name: value for name, value in found.items() if value is not None},
+            **self._gguf.derived(found),
             "vocab_size": embedding and embedding.shape[0],
             "tie_word_embeddings": f"{parameters.HEAD}.weight" not in tensors,
             "rope_scaling": self._scaling(found["rope_theta"] or 10000.0, head),
             "bos_token_id": ids["bos"],
             "eos_token_id": [ids["eos"], ids["eot"]] if ids["eot"] is not None else ids["eos"],
-            "hidden_act": "silu",
+            **{name: only for name, only in family.only.items() if only is not None},
             "torch_dtype": "float32",
         }
 
@@ -161,13 +153,26 @@ class GGUFModel:
         """Every tensor but the rotary factors, under the names of a Hugging Face checkpoint."""
         heads, key_heads = self._own("attention.head_count"), self._own("attention.head_count_kv")
         turned = {".q_proj.": heads, ".k_proj.": heads if key_heads is None else key_heads}
-        found = {_hugging_face(n): b for n, b in self._blocks.items() if n != ROPE_FACTORS}
-        if self._name != "llama":
-            return found
-        return {
-            name: blocks._replace(heads=next((n for p, n in turned.items() if p in name), None))
-            for name, blocks in found.items()
-        }
+        offset, found = self._family.layer.get("norm_offset", 0.0), {}
+        for name, blocks in self._blocks.items():
+            if name == ROPE_FACTORS:
+                continue
+            name = self._hugging_face(name)
+            if self._gguf.paired:
+                heads = next((n for part, n in turned.items() if part in name), None)
+                blocks = blocks._replace(heads=heads)
+            if name.endswith("norm.weight"):  # whose gain is stored
+                blocks = blocks._replace(less=offset)
+            found[name] = blocks
+        return found
+
+    def _hugging_face(self, name: str) -> str:
+        """A tensor's name in a Hugging Face checkpoint; unknown names stay."""
+        stem, _, end = name.rpartition(".")
+        layer, named = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem), {**_OF_LAYER, **self._gguf.tensors}
+        if layer and layer[2] in named:
+            return f"model.layers.{layer[1]}.{named[layer[2]]}.{end}"
+        return f"{_OUTSIDE[stem]}.{end}" if stem in _OUTSIDE else name
 
     def sha256(self) -> str:
         """SHA-256 of the file."""

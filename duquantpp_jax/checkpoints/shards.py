@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from safetensors import SafetensorError, safe_open
 
 from duquantpp_jax.checkpoints.gguf import Blocks
@@ -29,7 +29,7 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
 
-    def read(self) -> Float[np.ndarray, "..."]:
+    def read(self) -> Shaped[np.ndarray, "..."]:
         """Maps the file, parses its header, and reads this tensor alone."""
         with _opened(self.shard) as file:
             return file.get_tensor(self.name)
@@ -126,7 +126,7 @@ def _opened(shard: Path) -> Any:
 
 
 def read_stored(
-    found: Mapping[str, Stored], names: Iterable[str]
+    found: Mapping[str, Any], names: Iterable[str]
 ) -> Iterator[tuple[str, Float[np.ndarray, "..."]]]:
     """The named tensors as they are stored, shard by shard; raises ValueError for NaN and Inf."""
     for name in sorted(names, key=lambda name: (found[name].shard, name)):

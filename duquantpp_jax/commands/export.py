@@ -2,9 +2,8 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
 
-from duquantpp_jax.checkpoints.layouts import write_export
+from duquantpp_jax.checkpoints.layouts import Layout, write_export
 from duquantpp_jax.commands.evaluate import Imports
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.recipes import import_modules
@@ -16,14 +15,14 @@ class ExportOptions:
 
     Attributes:
       model: Directory that `duquantpp quantize` wrote.
-      format: compressed-tensors (MXFP4 as vLLM and transformers read it), or dequantized (plain
-        bfloat16, activations not quantized).
+      format: compressed-tensors (MXFP4 as vLLM and transformers read it), dequantized (plain
+        bfloat16, activations not quantized), or gpt-oss (its own layout of MXFP4 experts).
       out: New directory.
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
 
     model: Path
-    format: Literal["compressed-tensors", "dequantized"] = "compressed-tensors"
+    format: Layout = "compressed-tensors"
     out: Path = Path("exported")
     imports: Imports = ()
 

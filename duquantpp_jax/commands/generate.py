@@ -1,6 +1,7 @@
 """`duquantpp generate`: a float or quantized model continues a text."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 
 from duquantpp_jax.checkpoints import load_any, load_tokenizer
 from duquantpp_jax.checkpoints.hugging_face import chat_prompt
+from duquantpp_jax.checkpoints.packed import said
 from duquantpp_jax.commands.evaluate import Flag, Imports
 from duquantpp_jax.models.sampling import Sampling, generate
 from duquantpp_jax.ptq import stores as cache
@@ -32,6 +34,8 @@ class GenerateOptions:
       seed: For drawing.
       cache: Format of the key-value cache: float32, bf16, mxfp8, mxfp4.
       rotate_keys: Rotate keys and queries by a Hadamard matrix before keys are cached.
+      activation_format: Of the inputs of packed weights, which are used as they are stored; without
+        it these inputs are not quantized.
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
 
@@ -46,6 +50,7 @@ class GenerateOptions:
     seed: int = 0
     cache: str = "bf16"
     rotate_keys: Flag = False
+    activation_format: str | None = None
     imports: Imports = ()
 
 
@@ -53,7 +58,9 @@ def continued(options: GenerateOptions) -> str:
     """The prompt and its continuation, as text; of a chat the answer alone."""
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     import_modules(options.imports)
-    model, linear, state = load_any(options.model)
+    model, linear, state = load_any(options.model, options.activation_format)
+    if (used := said(linear)) is not None:
+        print(f"{options.model}: {used}", file=sys.stderr)
     config, tokenizer = model.config, load_tokenizer(options.model, model.config)
     store = cache.store(options.cache, config.head_dim, rotate_keys=options.rotate_keys)
     text = chat_prompt(options.model, options.prompt) if options.chat else options.prompt

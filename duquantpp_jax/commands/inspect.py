@@ -43,7 +43,8 @@ def sentence(results: Mapping[str, Any]) -> str:
     """What was inspected, and what the table's headings mean."""
     t = results["thresholds"]
     text = "the embedded rows" if results["text"] is None else results["text"]["name"]
-    said = f"{results['model']['name']}: {results['tokens']:,} tokens of {text}."
+    packed = f", {results['packed']}" if results["packed"] else ""
+    said = f"{results['model']['name']}{packed}: {results['tokens']:,} tokens of {text}."
     if (quantized := results["quantized"]) is not None:
         weights, activations = formats_of(quantized)
         said += (

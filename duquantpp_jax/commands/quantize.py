@@ -78,6 +78,8 @@ class QuantizeOptions:
       pad: Widen linear inputs that blocks do not divide, with zeros (exact).
       refine: Steps of learning, after rounding, of what moves the activations; through the whole
         model in memory, on the calibration text. Weights stay as they are.
+      requantize: Quantize a model whose weights are packed already: they are decoded, which is
+        exact, and rounded again; those that are excluded keep their bits.
       dry_run: Print sizes, memory and time; write nothing.
       overwrite: Start anew if --out holds another quantized model.
       text_key: Of the text in a .jsonl file.
@@ -104,6 +106,7 @@ class QuantizeOptions:
     rotate_values: Rotation | None = None
     pad: bool = False
     refine: int = 0
+    requantize: bool = False
     dry_run: bool = False
     overwrite: bool = False
     text_key: str = "text"
@@ -148,6 +151,13 @@ def _planned(options: QuantizeOptions) -> tuple[Job, Checkpoint, Plan, Tokens]:
     tokens, source = calibration_tokens(options)
     job = job_of(options, tokens, source)
     checkpoint = Checkpoint(options.model or testbed.directory(), job.turn)
+    if checkpoint.packed != options.requantize:
+        raise ValueError(
+            f"{options.model} has packed weights, which are rounded a second time: give "
+            "--requantize, or the float model"
+            if checkpoint.packed
+            else "--requantize is for packed weights, which the model does not have: leave it out"
+        )
     plan = job.plan(checkpoint.config)
     if options.fits is not None:
         plan = dataclasses.replace(plan, fits=load_fits(options.fits, job.model["sha256"])[0])

@@ -57,13 +57,17 @@ def quantized_line(report: Mapping[str, Any]) -> str:
     job, calibration = report["job"], report["job"]["calibration"]
     weights, activations = formats_of(job)
     places = {"rotate_stream": "the residual stream", "rotate_values": "value heads"}
+    stacks = {r["linear"].rpartition(".")[0]: r for r in report["linears"] if "pooled" in r}
+    few = sum(row["pooled"] for row in stacks.values())
     turned = "".join(f"{what} turned by {job[n]}, " for n, what in places.items() if job.get(n))
     return (
         f"{job['model']['name']}: {turned}{job['recipe']}, {job['rounding']}; weights "
         f"{weights}, activations {activations}; calibrated on "
         f"{calibration['rows']} rows of {calibration['length']} tokens ({calibration['source']}). "
+        f"{'Packed weights were decoded and rounded again. ' if report.get('requantized') else ''}"
         f"{'The tied head became a matrix of its own. ' if report.get('untied_head') else ''}"
         f"{report['float_bytes'] / MIB:.1f} MiB became {report['bytes'] / MIB:.1f} MiB."
+        + (f" {few} of {len(stacks)} experts saw few tokens and took their layer's." if few else "")
         + (f" Refined {job['refine']} steps; SQNR is from before." if job.get("refine") else "")
     )
 

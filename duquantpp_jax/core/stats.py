@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from duquantpp_jax.core.transform import Transform
 
@@ -96,12 +96,14 @@ class Stats:
         x: Float[Array, "rows length k"],
         first: Int[Array, ""],
         exact: Float[Array, "rows length k"] | None = None,
+        chosen: Bool[Array, "rows length"] | None = None,
     ) -> Stats:
         """Folds in whole rows of tokens.
 
         Args:
           first: Index of x's first token in the whole calibration set.
           exact: Of the float path for the same tokens, for CROSS.
+          chosen: Which tokens the calibration set has; the others must be zero. None for all.
 
         Raises:
           ValueError: `exact` is not given just where it is needed.
@@ -109,8 +111,10 @@ class Stats:
         if (exact is None) != (self.cross is None):
             raise ValueError("inputs of the float path are for Stats with Needs.CROSS, only them")
         tokens = x.reshape(-1, x.shape[-1])
-        index = first + jnp.arange(tokens.shape[0])
-        slot = jnp.where(index % self.stride == 0, index // self.stride, self.sample.shape[0])
+        own = jnp.ones(tokens.shape[0], bool) if chosen is None else chosen.reshape(-1)
+        index = first + jnp.cumsum(own) - 1
+        sampled = own & (index % self.stride == 0)
+        slot = jnp.where(sampled, index // self.stride, self.sample.shape[0])
         product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
         sums = {}
         if self.gram is not None:
@@ -121,7 +125,7 @@ class Stats:
             sums["position_sum"] = self.position_sum + jnp.sum(x, axis=0)
         return dataclasses.replace(
             self,
-            count=self.count + tokens.shape[0],
+            count=self.count + jnp.sum(own),
             absmax=jnp.maximum(self.absmax, jnp.max(jnp.abs(tokens), axis=0)),
             sample=self.sample.at[slot].add(tokens, mode="drop"),
             **sums,

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Float32, Int, Key
+from jaxtyping import Array, Float, Float32, Key
 
 from duquantpp_jax.core import Format
 from duquantpp_jax.learning.moves import Learned, Moves, SitesObjective
 from duquantpp_jax.learning.site import relative_error
 from duquantpp_jax.learning.training import Trained
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig, dense
-from duquantpp_jax.models.layers import layer, window
+from duquantpp_jax.models.layers import Positional, layer, positional_of
 from duquantpp_jax.transforms.block import BlockAffine
 
 Parameters = Mapping[str, Float[Array | np.ndarray, "..."]]
@@ -38,7 +38,7 @@ class BlockError(SitesObjective):
     """The loss at the top of this file, of a batch of (h^, y)."""
 
     parameters: dict[str, Array]
-    window: Int[Array, ""] | None
+    where: Positional
     config: DecoderConfig = struct.field(pytree_node=False)
 
     def output(
@@ -47,7 +47,7 @@ class BlockError(SitesObjective):
         """The output of the rounding block, or, without anything learned, of the float block."""
         linear = dense if learned is None else self.linear
         state: Any = dict.fromkeys(SITES) if learned is None else self.states(learned)
-        return layer(self.config, x, self.parameters, self.window, linear, state)[0]
+        return layer(self.config, x, self.parameters, self.where, linear, state)[0]
 
     def loss(self, learned: dict[str, Learned], batch: tuple[Array, Array]) -> Float[Array, ""]:
         given, wanted = batch
@@ -81,7 +81,8 @@ def learn_blocks(
     for number, (parameters, start) in enumerate(blocks):
         arrays = {name: jnp.asarray(array, jnp.float32) for name, array in parameters.items()}
         weights = {site: tuple(arrays[name] for name in SITE_WEIGHTS[site]) for site in start}
-        objective = BlockError(dict(start), moves, formats, arrays, window(config, number), config)
+        where = positional_of(config, number)
+        objective = BlockError(dict(start), moves, formats, arrays, where, config)
         plain = tuple(_run(objective, None, hidden, batch_rows) for hidden in plain)
         found = objective.learn(
             weights,

@@ -140,6 +140,11 @@ def learn(
         settings.
     """
     how.check()
+    if checkpoint.config.num_experts:
+        raise ValueError(
+            f"learning for a {checkpoint.config.architecture} is not supported: its experts have "
+            "transforms of their own; quantize it with a recipe"
+        )
     place.mkdir(parents=True, exist_ok=True)
     moves, count, layers = moves_named(how.moves), how.steps, checkpoint.config.num_hidden_layers
     calibration, optimizer = rows[:CALIBRATION_ROWS, :-1], Optimizer(how.optimizer)

@@ -115,6 +115,8 @@ def check(plan: Plan) -> None:
             "--refine learns what moves the inputs of all linears as they are: leave out --fuse, "
             "--pad, --include and --exclude"
         )
+    if plan.config.num_experts:
+        raise ValueError(f"--refine is not for the experts of a {plan.config.architecture}")
     formats = {format for _, format in plan.formats}
     if len(formats) > 1 or not all(format.holds_weights for format in formats):
         raise ValueError("--refine takes one format for the activations of all sites, and not bf16")

@@ -2,7 +2,9 @@
 
     R(x)_i        = x_i cos(p w_i) - x_{i + d/2} sin(p w_i)              i < d/2, position p
     R(x)_{i+d/2}  = x_{i + d/2} cos(p w_i) + x_i sin(p w_i)
-    a_p           = sum_s softmax_s(q_p k_s / sqrt(d)) v_s               over p - window < s <= p
+    a_p           = sum_s softmax_s(q_p k_s / sqrt(c)) v_s               over p - window < s <= p
+
+A head may have a sink: one more logit in its softmax, which has no value.
 
 Source: Su et al., RoFormer (arXiv:2104.09864), in the half-rotation layout of Hugging Face
 checkpoints; Ainslie et al., GQA (arXiv:2305.13245); Jiang et al., Mistral 7B (arXiv:2310.06825),
@@ -21,7 +23,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 def rotary(
     x: Float[Array, "rows length *heads head_dim"],
     positions: Int32[Array, " length"],
-    frequencies: Float32[np.ndarray, " pairs"],
+    frequencies: Float32[Array | np.ndarray, " pairs"],
 ) -> Float32[Array, "rows length *heads head_dim"]:
     """R(x): rotates the pair (x_i, x_{i + d/2}) by the angle positions * frequencies_i."""
     angle = positions.astype(jnp.float32)[:, None] * frequencies
@@ -36,13 +38,17 @@ def causal_attention(
     k: Float[Array, "rows keys kv_heads head_dim"],
     v: Float[Array, "rows keys kv_heads head_dim"],
     positions: Int32[Array, " length"],
-    window: Int32[Array, ""] | None,
+    window: Int32[Array | np.ndarray, ""] | None,
+    scalar: float,
+    sinks: Float[Array, "kv_heads groups"] | None = None,
 ) -> Float[Array, "rows length kv_heads groups head_dim"]:
-    """softmax(q k^T / sqrt(d)) v over the keys up to the query; softmax in float32.
+    """softmax(q k^T / sqrt(c)) v over the keys up to the query; softmax in float32.
 
     Args:
       positions: Of the queries; keys and values are at positions 0, 1, ...
       window: Number of keys that a query sees, its own last; None for all.
+      scalar: c, which is head_dim in most families.
+      sinks: The logit of each head's sink.
     """
     scores = jnp.einsum(
         "rqhgd,rkhd->rhgqk", q, k, precision=HIGHEST, preferred_element_type=jnp.float32
@@ -51,6 +57,10 @@ def causal_attention(
     visible = keys <= positions[:, None]
     if window is not None:
         visible &= keys > positions[:, None] - window
-    scores = jnp.where(visible, scores / np.float32(q.shape[-1] ** 0.5), -jnp.inf)
+    scores = jnp.where(visible, scores / np.float32(scalar**0.5), -jnp.inf)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks[..., None, None], (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([sink.astype(jnp.float32), scores], axis=-1)
     weights = jax.nn.softmax(scores)
+    weights = weights if sinks is None else weights[..., 1:]
     return jnp.einsum("rhgqk,rkhd->rqhgd", weights.astype(v.dtype), v, precision=HIGHEST)

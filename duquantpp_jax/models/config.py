@@ -1,10 +1,10 @@
 """The sizes and constants of a decoder, read from a Hugging Face `config.json` and checked.
 
-families.py says how architectures differ. Each field of config.json that changes the arithmetic is
+families/ says how architectures differ. Each field of config.json that changes the arithmetic is
 a field of `DecoderConfig`, or is refused by name: a wrong rotary scaling or a missing bias would go
 unnoticed as a slightly worse model.
 
-Source: the `config.json` of the architectures in families.py and their documented defaults, in the
+Source: the `config.json` of the architectures in families/ and their documented defaults, in the
 layouts of transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters).
 """
 
@@ -12,6 +12,9 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 
 from duquantpp_jax.models import fields as read
 from duquantpp_jax.models.families import FAMILIES, REFUSED, Family
@@ -31,9 +34,20 @@ class DecoderConfig:
     Attributes:
       biases: Linears that have a bias, by their name inside a layer.
       qk_norm: Whether each head's query and key are RMS-normed before the rotation.
+      norm_offset: What is added to the weights of norms, before they are multiplied with.
+      post_norms: Whether what attention and the MLP give out is RMS-normed, too.
+      embedding_scale: Factor on the embedding of the tokens.
+      query_pre_attn_scalar: Scores are divided by its square root; None for that of head_dim.
+      rope_local_base_freq: The rope_theta, without scaling, of layers with a window; None where it
+        is that of all layers.
       sliding_window: Positions that a layer with a window sees, the query's own among them.
       layer_types: "sliding_attention" or "full_attention" for each layer; None where all layers
         are alike.
+      num_experts: In every layer, each of `intermediate_size`; 0 where the MLP is a single one.
+      num_experts_per_tok: Experts that a token goes to.
+      norm_topk_prob: Whether the weights of their outputs add up to 1.
+      activation: Of the MLP, by its name in layers.py.
+      sinks: Whether each head of attention has a sink.
     """
 
     hidden_size: int
@@ -55,6 +69,16 @@ class DecoderConfig:
     qk_norm: bool = False
     sliding_window: int | None = None
     layer_types: tuple[str, ...] | None = None
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    norm_topk_prob: bool = True
+    activation: str = "silu"
+    sinks: bool = False
+    norm_offset: float = 0.0
+    post_norms: bool = False
+    embedding_scale: float = 1.0
+    query_pre_attn_scalar: float | None = None
+    rope_local_base_freq: float | None = None
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "DecoderConfig":
@@ -67,7 +91,7 @@ class DecoderConfig:
         """
         architecture = _architecture(fields)
         family = FAMILIES[architecture]
-        fields = {**family.defaults, **_without_rope_parameters(fields)}
+        fields = {**family.defaults, **_without_rope_parameters(fields, family)}
         for name, only in family.only.items():
             if fields.get(name, only) not in (only, None):
                 raise ValueError(
@@ -100,16 +124,30 @@ class DecoderConfig:
         for name, linears in family.biases_if.items():
             biases += linears if read.boolean(fields, name, False) else ()
         window, layer_types = _windows(fields, family, layers)
+        width, experts = "intermediate_size", {}
+        if family.experts is not None:
+            names = (family.experts.count, "num_local_experts")  # transformers 5 saves the latter
+            name = next((name for name in names if name in fields), names[0])
+            width, count = family.experts.width, read.integer(fields, name)
+            experts = {"num_experts": count, "norm_topk_prob": True}
+            experts["num_experts_per_tok"] = read.integer(
+                fields, "num_experts_per_tok", below=count + 1
+            )
+            if "norm_topk_prob" in family.defaults:
+                experts["norm_topk_prob"] = read.boolean(fields, "norm_topk_prob")
         return cls(
+            **experts,
             hidden_size=hidden,
-            intermediate_size=read.integer(fields, "intermediate_size"),
+            intermediate_size=read.integer(fields, width),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             vocab_size=vocab,
             rms_norm_eps=read.positive(fields, "rms_norm_eps"),
-            rope_theta=read.positive(fields, "rope_theta", cls.rope_theta),
+            rope_theta=read.positive(
+                fields, "rope_theta", family.defaults.get("rope_theta", cls.rope_theta)
+            ),
             tie_word_embeddings=read.boolean(fields, "tie_word_embeddings", False),
             max_position_embeddings=max_positions,
             bos_token_id=read.token(fields.get("bos_token_id"), "bos_token_id", vocab),
@@ -117,31 +155,58 @@ class DecoderConfig:
             architecture=architecture,
             rope_scaling=read_scaling(fields, max_positions),
             biases=biases,
-            qk_norm=family.qk_norm,
             sliding_window=window,
             layer_types=layer_types,
+            embedding_scale=_root(fields, hidden) if family.scaled_embedding else 1.0,
+            **{name: read.positive(fields, name) for name in family.reads},
+            **family.layer,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of a config.json from which `from_dict` makes this configuration."""
         family = FAMILIES[self.architecture]
-        derived = ("architecture", "biases", "qk_norm", "sliding_window", "layer_types")
-        fields = {n: v for n, v in vars(self).items() if n not in derived}
+        fields = {name: only for name, only in family.only.items() if only is not None}
+        fields |= {n: v for n, v in vars(self).items() if n in family.reads or n not in _DERIVED}
+        if family.experts is not None:
+            fields |= {n: getattr(self, n) for n in ("num_experts_per_tok", "norm_topk_prob")}
+            fields[family.experts.count] = self.num_experts
+            fields[family.experts.width] = self.intermediate_size
         fields["rope_scaling"] = write_scaling(self.rope_scaling)
+        if self.rope_scaling is None and "rope_scaling" in family.defaults:
+            fields["rope_scaling"] = {"rope_type": "default"}
         for name, linears in family.biases_if.items():
             fields[name] = set(linears) <= set(self.biases)
         if family.windows != "none":
             fields["sliding_window"] = self.sliding_window
-        if family.windows == "listed":
-            fields["use_sliding_window"] = self.sliding_window is not None
+        if family.windows in ("listed", "periodic"):
             fields["layer_types"] = self.layer_types or (FULL,) * self.num_hidden_layers
+        if family.windows in ("used", "listed"):
+            fields["use_sliding_window"] = self.sliding_window is not None
+        size, scale = self.hidden_size, self.embedding_scale
+        types = (name for name in _DTYPES if _root({"dtype": name}, size) == scale)
         return {
             "architectures": [self.architecture],
             "model_type": family.model_type,
             **{name: list(v) if isinstance(v, tuple) else v for name, v in fields.items()},
-            "hidden_act": "silu",
-            "torch_dtype": "bfloat16",
+            "torch_dtype": next(types, "bfloat16"),
         }
+
+
+_DERIVED = (
+    *("architecture", "biases", "qk_norm", "sliding_window", "layer_types", "norm_offset"),
+    *("post_norms", "activation", "embedding_scale", "query_pre_attn_scalar"),
+    *("rope_local_base_freq", "sinks", "num_experts", "num_experts_per_tok", "norm_topk_prob"),
+)
+"""Fields of a `DecoderConfig` that config.json has under other names, or only in some families."""
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def _root(fields: Mapping[str, Any], hidden_size: int) -> float:
+    """sqrt(hidden_size) in the type of the checkpoint, as transformers multiplies with it."""
+    name = fields.get("dtype", fields.get("torch_dtype"))
+    if name not in _DTYPES:
+        raise read.wrong("torch_dtype", name, f"one of {', '.join(_DTYPES)}")
+    return float(np.asarray(hidden_size**0.5, np.float32).astype(jnp.dtype(name)))
 
 
 def _windows(
@@ -150,25 +215,32 @@ def _windows(
     """`sliding_window` and `layer_types` of the `DecoderConfig`."""
     if family.windows == "none":
         return None, None
-    given = fields.get("sliding_window") is not None
+    given, types = fields.get("sliding_window") is not None, fields.get("layer_types")
     window = read.integer(fields, "sliding_window") if given else None
     if family.windows == "all":
         return window, None
-    if not read.boolean(fields, "use_sliding_window", False):
+    switched = family.windows in ("used", "listed")
+    if switched and not read.boolean(fields, "use_sliding_window", False):
         window = None
-    types = fields.get("layer_types")
-    if types is None:
+    if family.windows == "used":
+        return window, None
+    if types is None and family.windows == "periodic":
+        period = read.integer(fields, "sliding_window_pattern")
+        types = [SLIDING if layer % period else FULL for layer in range(1, layers + 1)]
+    elif types is None:
         first = fields["max_window_layers"] and read.integer(fields, "max_window_layers")
-        types = [FULL if layer < first else SLIDING for layer in range(layers)]
-    elif types != [FULL] * layers:
-        known = isinstance(types, list) and all(kind in (FULL, SLIDING) for kind in types)
-        if not (known and len(types) == layers and window is not None):
-            raise ValueError(
-                f"config.json: layer_types = {read.short(types)} is not supported: it must name "
-                f"{FULL} or {SLIDING} for each of {layers} layers, and the latter needs "
-                "use_sliding_window and a sliding_window"
-            )
-    return (window, tuple(types)) if window is not None and SLIDING in types else (None, None)
+        types = [FULL if layer < first or window is None else SLIDING for layer in range(layers)]
+    if types == [FULL] * layers:
+        return None, None
+    known = isinstance(types, list) and all(kind in (FULL, SLIDING) for kind in types)
+    if not (known and len(types) == layers and window is not None):
+        switch = "use_sliding_window and " if family.windows == "listed" else ""
+        raise ValueError(
+            f"config.json: layer_types = {read.short(types)} is not supported: it must name "
+            f"{FULL} or {SLIDING} for each of {layers} layers, and the latter needs "
+            f"{switch}a sliding_window"
+        )
+    return window, tuple(types)
 
 
 def _architecture(fields: Mapping[str, Any]) -> str:
@@ -194,7 +266,7 @@ def _architecture(fields: Mapping[str, Any]) -> str:
     return name
 
 
-def _without_rope_parameters(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+def _without_rope_parameters(fields: Mapping[str, Any], family: Family) -> Mapping[str, Any]:
     """The fields in the layout of transformers 4: rope_parameters of transformers 5 is unpacked.
 
     As in transformers, rope_scaling comes before rope_parameters, and what stands inside before
@@ -202,12 +274,32 @@ def _without_rope_parameters(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     fields = dict(fields)
     nested, scaling = fields.pop("rope_parameters", None), fields.get("rope_scaling")
+    if isinstance(nested, dict) and "rope_local_base_freq" in family.reads:
+        local, given = nested.get(SLIDING) or {}, nested
+        nested = nested.get(FULL) or {}
+        known = isinstance(local, dict) and {*local} <= {"rope_type", "rope_theta"}
+        if (
+            {*given} - {FULL, SLIDING}
+            or not known
+            or local.get("rope_type") not in (None, "default")
+        ):
+            raise ValueError(
+                f"config.json: rope_parameters = {read.short(given)} is not supported: it must "
+                f"have {FULL} and {SLIDING}, and the latter rope_type default"
+            )
+        if "rope_theta" in local:
+            fields["rope_local_base_freq"] = local["rope_theta"]
+        if isinstance(scaling, dict) and isinstance(nested, dict):
+            scaling = {**nested, **scaling}
     if nested is not None and not isinstance(nested, dict):
         raise ValueError(
             f"config.json: rope_parameters = {read.short(nested)} is not an object: "
             'it must look like {"rope_type": "default", "rope_theta": 10000.0}'
         )
-    scaling = fields["rope_scaling"] = scaling or nested or None
+    if scaling := scaling or nested or None:
+        fields["rope_scaling"] = scaling
+    else:  # the family may have one
+        fields.pop("rope_scaling", None)
     if isinstance(scaling, dict):
         inside = ("rope_theta", "partial_rotary_factor")
         fields |= {name: scaling[name] for name in inside if scaling.get(name) is not None}

@@ -1,6 +1,6 @@
 """A decoder whose linears the caller gives, so that it knows nothing of quantization.
 
-    x = embedding[tokens];    x = layer(x) for every layer (layers.py);    logits = n(x) head^T
+    x = embedding[tokens];   x = layer(x) for every layer (layers.py);    logits = n(x) head^T
 
 A *site* is an input of linears; several weights may share it, and `linear` is called once a site.
 Calibration and quantized evaluation pass another `linear` to the same model. All layers are stacked
@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float32, Int32, Integer
 from numpy.typing import DTypeLike
@@ -19,7 +20,7 @@ from numpy.typing import DTypeLike
 from duquantpp_jax.models.attention import HIGHEST
 from duquantpp_jax.models.cache import Cache, Store
 from duquantpp_jax.models.config import DecoderConfig
-from duquantpp_jax.models.layers import Linear, dense, layer, layer_windows, rms_norm
+from duquantpp_jax.models.layers import Linear, dense, layer, positional, rms_norm
 from duquantpp_jax.models.parameters import (
     EMBEDDING,
     HEAD,
@@ -87,7 +88,7 @@ class Decoder(nnx.Module):
             named[HEAD] = self.head[...]
         return {name: named[name] for name in parameter_shapes(self.config)}
 
-    def weights(self, site: str) -> tuple[Float32[Array, "layers out in"], ...]:
+    def weights(self, site: str) -> tuple[Float32[Array, "layers *experts out in"], ...]:
         """The weights that share the input of a site, all layers stacked."""
         return tuple(self.layers[name][...] for name in SITE_WEIGHTS[site])
 
@@ -158,13 +159,14 @@ class Decoder(nnx.Module):
         options: dict[str, Any] = {"start": start, "store": store, "dtype": self.dtype}
 
         def body(x: Array, scanned: Any) -> tuple[Array, Any]:
-            own, states, window, entries = scanned
-            made = layer(config, x, own, window, linear, states, entries=entries, **options)
+            own, states, where, entries = scanned
+            made = layer(config, x, own, where, linear, states, entries=entries, **options)
             return made[0], made[1:]
 
         x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(jnp.float32)
+        x = x * np.float32(config.embedding_scale)
         layers = {name: array[...] for name, array in self.layers.items()}
-        scanned = (layers, layer_windows(config), entries)
+        scanned = (layers, positional(config), entries)
         given, first = [], 0
         for run in runs:
             whole = len(runs) == 1
@@ -175,7 +177,7 @@ class Decoder(nnx.Module):
             given.append(out)
             first += count
         outs, entries = jax.tree.map(lambda *parts: jnp.concatenate(parts), *given)
-        x = rms_norm(x, self.norm[...], config.rms_norm_eps).astype(self.dtype)
+        x = rms_norm(config, x, self.norm[...]).astype(self.dtype)
         head = (self.embedding if self.head is None else self.head)[...].astype(self.dtype)
         logits = jnp.einsum(
             "rlk,vk->rlv", x, head, precision=HIGHEST, preferred_element_type=jnp.float32

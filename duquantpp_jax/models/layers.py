@@ -1,6 +1,6 @@
 """A layer of the decoder, whose linears the caller gives.
 
-With RMSNorm n(x) = x / sqrt(mean(x^2) + eps) * g, a layer is
+With RMSNorm n(x) = x / sqrt(mean(x^2) + eps) * gain, a layer is
 
     q, k, v   = linear("attention_in", n1(x), (Wq, Wk, Wv))
     a         = softmax(R(q) R(k)^T / sqrt(d) + mask) v              (R: rotary positions)
@@ -8,16 +8,18 @@ With RMSNorm n(x) = x / sqrt(mean(x^2) + eps) * g, a layer is
     up, gate  = linear("mlp_in", n2(x), (Wup, Wgate))
     x        += linear("mlp_out", silu(gate) * up, (Wdown,))
 
-Families (families.py) add to it: biases of linears, a norm of each head's q and k before R, a mask
-that hides all but the last positions.
+Families (families/) add to it: biases of linears, a norm of each head's q and k before R, a mask
+that hides all but the last positions, norms of what is added to x, sinks of attention, another
+activation, and experts (experts.py), of whose linears each token meets a few.
 
 Source: Touvron et al., LLaMA (arXiv:2302.13971); Shazeer, GLU variants (arXiv:2002.05202); Yang et
 al., Qwen2 (arXiv:2407.10671) and Qwen3 (arXiv:2505.09388) technical reports for biases and norms.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,30 +30,52 @@ from jaxtyping import Array, Float, Float32, Int32
 from duquantpp_jax.models.attention import HIGHEST, causal_attention, rotary
 from duquantpp_jax.models.cache import Store
 from duquantpp_jax.models.config import FULL, SLIDING, DecoderConfig
-from duquantpp_jax.models.parameters import ATTENTION_NORM, HEAD_NORMS, MLP_NORM, SITE_WEIGHTS
+from duquantpp_jax.models.experts import Routed, route
+from duquantpp_jax.models.families.gpt_oss import clamped_swiglu
+from duquantpp_jax.models.parameters import (
+    HEAD_NORMS,
+    ROUTER,
+    SINKS,
+    SITE_WEIGHTS,
+    input_norms,
+    output_norms,
+)
 from duquantpp_jax.models.rope import rotary_frequencies
 
-Linear = Callable[[str, Array, tuple[Array, ...], Any], tuple[tuple[Array, ...], Any]]
+Linear = Callable[[str, Any, tuple[Array, ...], Any], tuple[tuple[Array, ...], Any]]
 """`linear(site, x, weights, state) -> (an output per weight, out)`; see `Decoder.__call__`."""
 
+ACTIVATIONS: Mapping[str, Callable[[Array, Array], Array]] = {
+    "silu": lambda gate, up: jax.nn.silu(gate) * up,
+    "gelu_pytorch_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
+    "clamped_swiglu": clamped_swiglu,
+}
+"""The activations of an MLP, of (gate, up), by their names in a configuration."""
 
-def matmul(x: Float[Array, "*tokens k"], w: Float[Array, "n k"]) -> Float[Array, "*tokens n"]:
-    """x W^T at the highest precision."""
+
+def matmul(x: Float[Array, "*tokens k"] | Routed, w: Float[Array, "..."]) -> Array:
+    """x W^T for W [n, k] at the highest precision; for routed inputs W [experts, n, k] is a stack
+    of experts."""
+    if isinstance(x, Routed):
+        return x.matmul(w)
     return jnp.einsum("...k,nk->...n", x, w, precision=HIGHEST)
 
 
-def dense(site: str, x: Array, weights: tuple[Array, ...], state: Any) -> tuple[Any, None]:
+def dense(site: str, x: Array | Routed, weights: tuple[Array, ...], state: Any) -> tuple[Any, None]:
     """The float linear: x W^T for each weight W [out, in]."""
     return tuple(matmul(x, w) for w in weights), None
 
 
 def rms_norm(
-    x: Float[Array, "*tokens k"], gain: Float[Array, " k"], eps: float
+    config: DecoderConfig, x: Float[Array, "*tokens k"], weight: Float[Array, " k"]
 ) -> Float32[Array, "*tokens k"]:
-    """x / sqrt(mean(x^2) + eps) * gain, in float32. Source: arXiv:1910.07467, equation 4."""
+    """x / sqrt(mean(x^2) + eps) * gain, where gain is weight + config.norm_offset, in float32.
+
+    Source: arXiv:1910.07467, equation 4.
+    """
     x = x.astype(jnp.float32)
-    scaled = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return scaled * gain.astype(jnp.float32)
+    scaled = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.rms_norm_eps)
+    return scaled * (weight.astype(jnp.float32) + config.norm_offset)
 
 
 def join_layers(layers: Iterable[Any]) -> Any:
@@ -59,26 +83,46 @@ def join_layers(layers: Iterable[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
-def layer_windows(config: DecoderConfig) -> Int32[np.ndarray, " layers"] | None:
-    """Positions that each layer sees, the query's own among them; None where all see everything."""
-    if config.sliding_window is None:
-        return None
-    types = config.layer_types or (SLIDING,) * config.num_hidden_layers
-    seen = {SLIDING: config.sliding_window, FULL: np.iinfo(np.int32).max}
-    return np.asarray([seen[kind] for kind in types], np.int32)
+class Positional(NamedTuple):
+    """How a layer treats positions, in arrays that the scan over layers reads.
+
+    Attributes:
+      window: Positions that a query sees, its own among them; None where all layers see everything.
+      frequencies: By which queries and keys are rotated.
+      magnitude: Factor on queries and on keys.
+    """
+
+    window: Int32[Array | np.ndarray, "*layers"] | None
+    frequencies: Float32[Array | np.ndarray, "*layers pairs"]
+    magnitude: Float32[Array | np.ndarray, "*layers"]
 
 
-def window(config: DecoderConfig, number: int) -> Int32[Array, ""] | None:
-    """Positions that a single layer sees, as of `layer_windows`."""
-    windows = layer_windows(config)
-    return None if windows is None else jnp.asarray(windows[number])
+def positional(config: DecoderConfig) -> Positional:
+    """That of all layers, stacked."""
+    window, local = config.sliding_window, config.rope_local_base_freq
+    every = FULL if window is None else SLIDING
+    types = config.layer_types or (every,) * config.num_hidden_layers
+    seen = {FULL: np.iinfo(np.int32).max, SLIDING: window}
+    scaled = config.rope_theta, config.rope_scaling
+    turns = {FULL: scaled, SLIDING: scaled if local is None else (local, None)}
+    turned = [turns[kind] for kind in types]
+    return Positional(
+        None if window is None else np.asarray([seen[kind] for kind in types], np.int32),
+        np.stack([rotary_frequencies(theta, config.head_dim, by) for theta, by in turned]),
+        np.asarray([1.0 if by is None else by.magnitude() for _, by in turned], np.float32),
+    )
+
+
+def positional_of(config: DecoderConfig, number: int) -> Positional:
+    """That of a single layer."""
+    return jax.tree.map(lambda stacked: stacked[number], positional(config))
 
 
 def layer(
     config: DecoderConfig,
     x: Float32[Array, "rows length k"],
     parameters: Mapping[str, Float[Array, "..."]],
-    window: Int32[Array, ""] | None,
+    where: Positional,
     linear: Linear,
     state: Mapping[str, Any],
     *,
@@ -95,18 +139,23 @@ def layer(
       entries: What a cache holds of the layer.
       dtype: Of the matrix products. Matrices are cast where they are used, to save memory.
     """
-    outs, eps = {}, config.rms_norm_eps
+    outs, before, after = {}, input_norms(config), output_norms(config)
     positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)
 
-    def at(site: str, x: Array) -> list[Array]:
+    def at(site: str, x: Array | Routed) -> list[Array]:
         names = SITE_WEIGHTS[site]
+        if site in before and not isinstance(x, Routed):
+            x = rms_norm(config, x, parameters[before[site]])
         weights = tuple(parameters[name].astype(dtype) for name in names)
         ys, outs[site] = linear(site, x.astype(dtype), weights, state[site])
-        pairs = zip(ys, (parameters.get(f"{name}.bias") for name in names), strict=True)
-        return [y if bias is None else y + bias.astype(y.dtype) for y, bias in pairs]
+        biases = [parameters.get(f"{name}.bias") for name in names]
+        if isinstance(x, Routed):
+            biases = [None if bias is None else bias[x.expert] for bias in biases]
+        pairs = zip(ys, biases, strict=True)
+        ys = [y if bias is None else y + bias.astype(y.dtype) for y, bias in pairs]
+        return [rms_norm(config, y, parameters[after[site]]) for y in ys] if site in after else ys
 
-    projected = at("attention_in", rms_norm(x, parameters[ATTENTION_NORM], eps))
-    q, k, v = _heads(config, parameters, positions, *projected)
+    q, k, v = _heads(config, parameters, where, positions, *at("attention_in", x))
     if store is not None:
         q, k = store.move(q), store.move(k)
         new = store.encode(k), store.encode(v.astype(jnp.float32))
@@ -114,17 +163,29 @@ def layer(
             put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
             entries = jax.tree.map(put, entries, new)
         k, v = map(store.decode, entries or new)
-    a = causal_attention(q.astype(dtype), k.astype(dtype), v.astype(dtype), positions, window)
+    sinks = parameters[SINKS].reshape(q.shape[2:4]) if config.sinks else None
+    q, k, v = (y.astype(dtype) for y in (q, k, v))
+    scalar = float(config.query_pre_attn_scalar or config.head_dim)
+    a = causal_attention(q, k, v, positions, where.window, scalar, sinks)
     (y,) = at("attention_out", a.reshape(*x.shape[:2], -1))
     x = x + y.astype(jnp.float32)
-    up, gate = at("mlp_in", rms_norm(x, parameters[MLP_NORM], eps))
-    (y,) = at("mlp_out", jax.nn.silu(gate) * up)
+    h, scores = x, None
+    if config.num_experts:
+        h = rms_norm(config, x, parameters[before["mlp_in"]])
+        router = parameters[ROUTER], parameters.get(f"{ROUTER}.bias"), config.num_experts_per_tok
+        h, scores = route(h, *router, renormalized=config.norm_topk_prob)
+    up, gate = at("mlp_in", h)
+    act = ACTIVATIONS[config.activation](gate, up)
+    (y,) = at("mlp_out", dataclasses.replace(h, x=act) if isinstance(h, Routed) else act)
+    if scores is not None:
+        y = jnp.einsum("...ck,...c->...k", y.astype(jnp.float32), scores, precision=HIGHEST)
     return x + y.astype(jnp.float32), outs, entries
 
 
 def _heads(
     config: DecoderConfig,
     parameters: Mapping[str, Array],
+    where: Positional,
     positions: Int32[Array, " length"],
     q: Float[Array, "rows length queries"],
     k: Float[Array, "rows length keys"],
@@ -136,9 +197,6 @@ def _heads(
     k, v = (y.reshape(*y.shape[:2], kv_heads, head_dim) for y in (k, v))
     if config.qk_norm:
         gains = (parameters[name] for name in HEAD_NORMS)
-        q, k = (rms_norm(*pair, config.rms_norm_eps) for pair in zip((q, k), gains, strict=True))
-    frequencies = rotary_frequencies(config.rope_theta, head_dim, config.rope_scaling)
-    q, k = (rotary(y, positions, frequencies) for y in (q, k))
-    if config.rope_scaling is not None:
-        q, k = (np.float32(config.rope_scaling.magnitude()) * y for y in (q, k))
+        q, k = (rms_norm(config, *pair) for pair in zip((q, k), gains, strict=True))
+    q, k = (rotary(y, positions, where.frequencies) * where.magnitude for y in (q, k))
     return q, k, v

@@ -24,8 +24,9 @@ from jaxtyping import Array, Float, Float32, Int, Integer
 
 from duquantpp_jax.core import Fitted, Format, Needs, Stats
 from duquantpp_jax.models import SITES, Decoder, DecoderConfig, dense
-from duquantpp_jax.models.layers import join_layers, layer, window
-from duquantpp_jax.models.parameters import Parameters
+from duquantpp_jax.models.experts import Routed
+from duquantpp_jax.models.layers import Positional, join_layers, layer, positional_of
+from duquantpp_jax.models.parameters import Parameters, experts
 from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, pad_channels, quantize_input
 
 SAMPLE_LIMIT = 2048
@@ -66,7 +67,8 @@ def embed(model: Decoder, rows: Integer[np.ndarray, "rows length"]) -> Hidden:
     """The hidden states that the first layer reads; raises ValueError unless they are float32."""
     if model.dtype != jnp.float32:
         raise ValueError(f"a model is quantized in float32, not in {model.dtype}: load it so")
-    return np.array(model.embedding[...])[rows]
+    scale = np.float32(model.config.embedding_scale)
+    return np.array(model.embedding[...])[rows] * scale
 
 
 def layers_of(model: Decoder) -> Iterator[dict[str, Float32[Array, "..."]]]:
@@ -104,15 +106,15 @@ def calibrate_layer(
     rows, length, _ = hidden.shape
     mesh = Mesh(np.array(jax.devices()), ("rows",)) if jax.device_count() > 1 else None
     stats = {
-        site: Stats.init(width, rows, length, sample_limit=SAMPLE_LIMIT, needs=needs)
-        for site, width in widths.items()
+        site: _empty(config, site, width, rows, length, needs) for site, width in widths.items()
     }
     trees = dict(parameters), stats, fits, rounded or {}
     parameters, stats, fits, sites = spread(trees, mesh)
+    where = positional_of(config, number)
 
     def run(x: Hidden, rounded: Mapping[str, QuantizedSite]) -> tuple[Array, dict[str, Array]]:
         axes = ["rows"] if mesh is not None and len(x) == BATCH_ROWS * mesh.size else []
-        given = spread(x, mesh, *axes), parameters, window(config, number), rounded
+        given = spread(x, mesh, *axes), parameters, where, rounded
         return _run_layer(*given, config=config, linear=linear if rounded else None, mesh=mesh)
 
     for batch in batches(rows, mesh):
@@ -135,6 +137,16 @@ def calibrate_layer(
     return stats if mesh is None else jax.tree.map(lambda leaf: leaf.addressable_data(0), stats)
 
 
+def _empty(
+    config: DecoderConfig, site: str, width: int, rows: int, length: int, needs: Needs
+) -> Stats:
+    """Empty Stats of a site; of experts stacked, each for an even share of the tokens."""
+    count = experts(config, site)
+    share = -(-rows * config.num_experts_per_tok // count) if count else rows
+    empty = Stats.init(width, share, length, sample_limit=SAMPLE_LIMIT, needs=needs)
+    return jax.tree.map(lambda leaf: jnp.stack([leaf] * count), empty) if count else empty
+
+
 def keep(stats: Stats, needs: Needs) -> Stats:
     """The Stats as they would be if only `needs` had been asked for."""
     parts = {"gram": Needs.GRAM, "position_sum": Needs.POSITIONS, "cross": Needs.CROSS}
@@ -146,29 +158,29 @@ def keep(stats: Stats, needs: Needs) -> Stats:
 def _run_layer(
     x: Float32[Array, "rows length k"],
     parameters: Mapping[str, Float[Array, "..."]],
-    window: Int[Array, ""] | None,
+    where: Positional,
     rounded: Mapping[str, QuantizedSite],
     *,
     config: DecoderConfig,
     linear: QuantizedLinear | None,
     mesh: Mesh | None,
-) -> tuple[Float32[Array, "rows length k"], dict[str, Array]]:
+) -> tuple[Float32[Array, "rows length k"], dict[str, Any]]:
     """The output of a layer, float but for the rounded sites, and the inputs of all its sites."""
 
-    def either(site: str, x: Array, weights: tuple[Array, ...], state: Any) -> tuple[Any, Array]:
+    def either(site: str, x: Any, weights: tuple[Array, ...], state: Any) -> tuple[Any, Any]:
         if linear is not None and state is not None:
             return linear(site, x, weights, state)[0], x
         return dense(site, x, weights, None)[0], x
 
     sites = {site: rounded.get(site) for site in SITES}
-    y, inputs, _ = layer(config, x, parameters, window, either, sites)
+    y, inputs, _ = layer(config, x, parameters, where, either, sites)
     return replicated(y, mesh), inputs
 
 
 @functools.partial(jax.jit, donate_argnames="stats", static_argnames=("format", "mesh"))
 def _fold(
     stats: Stats,
-    x: Float[Array, "rows length k"],
+    x: Any,
     first: Int[Array, ""] | np.int32,
     fitted: Fitted | None,
     exact: Float[Array, "rows length k"] | None,
@@ -179,14 +191,25 @@ def _fold(
     """Folds the input of one site into its Stats, moved and quantized if there is a fit.
 
     A format whose scale spans a tensor sees BATCH_ROWS rows at a time, on any number of devices.
+    Tokens of an expert are numbered as they come.
     """
     x = pad_channels(x, stats.absmax.shape[-1])
     if exact is not None and fitted is not None:
         exact = fitted.transform.activations(pad_channels(exact, x.shape[-1]))
     if fitted is not None and format is not None:
-        groups = x.reshape(max(1, x.shape[0] // BATCH_ROWS), -1, *x.shape[1:])
-        x = jax.vmap(lambda group: quantize_input(group, fitted, format))(groups).reshape(x.shape)
-    return replicated(stats.update(x, jnp.asarray(first), exact), mesh)
+        count = max(1, jax.tree.leaves(x)[0].shape[0] // BATCH_ROWS)
+        groups = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), x)
+        groups = jax.vmap(lambda group: quantize_input(group, fitted, format))(groups)
+        x = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups)
+    if not isinstance(x, Routed):
+        return replicated(stats.update(x, jnp.asarray(first), exact), mesh)
+
+    def of_expert(number: Int[Array, ""], own: Stats) -> Stats:
+        tokens, chosen = x.of(number)
+        return own.update(tokens, own.count, chosen=chosen)
+
+    numbers = jnp.arange(len(stats.count), dtype=x.expert.dtype)
+    return replicated(jax.lax.map(lambda pair: of_expert(*pair), (numbers, stats)), mesh)
 
 
 def batches(rows: int, mesh: Mesh | None) -> Iterator[slice]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from duquantpp_jax.core import Format, Needs
 from duquantpp_jax.models.attention import HIGHEST
-from duquantpp_jax.models.parameters import layer_prefix
+from duquantpp_jax.models.parameters import SITE_WEIGHTS, experts, layer_prefix
 from duquantpp_jax.ptq.calibration import BATCH_ROWS, SAMPLE_LIMIT
 from duquantpp_jax.ptq.plan import Plan, linear_shapes
 from duquantpp_jax.ptq.report import storage_bytes
@@ -29,36 +29,43 @@ def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
     shapes, config = linear_shapes(plan.config), plan.config
     linears, stats_bytes, largest = [], 0.0, 0
     tokens, layers = rows * length, config.num_hidden_layers
-    parameters = sum(n * k for n, k in shapes.values())
-    flops = layers * plan.passes * 2.0 * tokens * parameters
+    copies = {name: max(1, experts(config, s)) for s, ns in SITE_WEIGHTS.items() for name in ns}
+    parameters = sum(n * k * copies[name] for name, (n, k) in shapes.items())
+    used = {name: config.num_experts_per_tok if c > 1 else 1 for name, c in copies.items()}
+    active = sum(n * k * used[name] for name, (n, k) in shapes.items())
+    flops = layers * plan.passes * 2.0 * tokens * active
     for number in range(layers):
         layer_stats = 0.0
         for site, width in plan.widths(number).items():
             recipe, names = plan.recipes[site], plan.names(site, number)
             outputs, twice = sum(shapes[name][0] for name in names), bool(recipe.rounding.needs)
+            count = copies[names[0]]
             linears += [
                 {
                     "linear": layer_prefix(number) + name,
-                    "bytes": packed_bytes(recipe.weight_format, shapes[name][0], width),
-                    "parameters": math.prod(shapes[name]),
+                    "bytes": count * packed_bytes(recipe.weight_format, shapes[name][0], width),
+                    "parameters": count * math.prod(shapes[name]),
                 }
                 for name in names
             ]
             # The transform of the site.
-            linears[-1]["bytes"] += 4 * width + 8 * width * recipe.activation_format.block_size
+            moves = 4 * width + 8 * width * recipe.activation_format.block_size
+            linears[-1]["bytes"] += count * moves
             grams = (Needs.GRAM in recipe.needs) + twice
-            flops += grams * 2.0 * tokens * width**2
-            flops += (2.0 * width**3 + 6.0 * outputs * width**2) * twice
-            layer_stats += 4.0 * (min(tokens, SAMPLE_LIMIT) * width + grams * width**2)
-            largest = max(largest, outputs * width)
+            flops += count * grams * 2.0 * tokens * width**2
+            flops += count * (2.0 * width**3 + 6.0 * outputs * width**2) * twice
+            kept = min(-(-tokens * used[names[0]] // count), SAMPLE_LIMIT)
+            layer_stats += 4.0 * count * (kept * width + grams * width**2)
+            # Of a linear in float32 before and after moving, and codes; of a stack once more.
+            largest = max(largest, (14 + 5 * count * (count > 1)) * outputs * width)
         stats_bytes = max(stats_bytes, layer_stats)
     hidden = 4.0 * tokens * config.hidden_size * (1 + plan.compares)
     scores = 4.0 * BATCH_ROWS * config.num_attention_heads * length**2
-    activations = 4.0 * BATCH_ROWS * length * config.intermediate_size
+    chosen = max(1, config.num_experts_per_tok)
+    activations = 4.0 * BATCH_ROWS * length * config.intermediate_size * chosen
     embedding = 2.0 * config.vocab_size * config.hidden_size
-    # A layer in bf16, read and on the device; of its largest site float32 copies before and after
-    # moving, and codes.
-    working = 4.0 * parameters + 14.0 * largest + stats_bytes + 3 * (scores + activations)
+    # A layer in bf16, read and on the device, and what its largest site takes.
+    working = 4.0 * parameters + largest + stats_bytes + 3 * (scores + activations)
     return {
         "linears": linears,
         "bytes": sum(linear["bytes"] for linear in linears),

@@ -4,7 +4,7 @@ A site's input x is made by something that comes before it. If that can give out
 then of x' = x T_1 T_2 only T_2 is left to do online, and W T_1^-T stands for W from the start:
 
     attention_in, mlp_in    x = n(h) g       g' = g / s                     smoothing
-    mlp_out                 x = silu(gate) up    rows of up / s             smoothing
+    mlp_out                 x = act(gate) up     rows of up / s             smoothing
                                                  rows of up and gate        permutations
     attention_out           x = heads of a v     rows of v / s              smoothing
                                                  rows of v                  permutations
@@ -12,8 +12,9 @@ then of x' = x T_1 T_2 only T_2 is left to do online, and W T_1^-T stands for W 
 n(h) cannot be permuted alone: the residual stream h is read and written elsewhere too. With
 grouped-query attention several query heads read one head of v, so smoothing folds into v only if
 its scales are the same in all of them (`grouped` makes them so), and a permutation only if it keeps
-every channel in its head and is the same in all of them; else they stay online. silu is not linear:
+every channel in its head and is the same in all of them; else they stay online. act is not linear:
 a scale folds into up, and the gate is left as it is. Biases of up, gate and v move with their rows.
+Of a norm whose gain is g = 1 + w, w' = g' - 1 is stored.
 
 The float function is unchanged but for rounding. What is quantized afterwards is not: rows of v and
 up are scaled before they are rounded, so results with folded and with online transforms differ.
@@ -27,14 +28,13 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32
 
 from duquantpp_jax.core import Chain, Channels, Cost, Fitted, Transform
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
-from duquantpp_jax.models.parameters import ATTENTION_NORM, MLP_NORM, Parameters
+from duquantpp_jax.models.parameters import Parameters, experts, input_norms
 from duquantpp_jax.transforms.basic import Identity, Smooth
 
-NORMS: Mapping[str, str] = {"attention_in": ATTENTION_NORM, "mlp_in": MLP_NORM}
-"""The norm that makes the input of a site."""
 _VALUE, _UP, _GATE = "self_attn.v_proj", "mlp.up_proj", "mlp.gate_proj"
 
 
@@ -86,7 +86,10 @@ def fuse_layer(
                 weights = tuple(jnp.concatenate(part, axis=1) for part in parts)
                 new[site] = dataclasses.replace(new[site], weights=weights)
             for name, rows in made.items():
-                _move_rows(moved, name, rows)
+                if site in input_norms(config):
+                    moved[name] = moved_gain(config, moved[name], rows)
+                else:
+                    _move_rows(moved, name, rows)
                 for other, names in linears.items():
                     if name in names and other in new and (given := new[other].weights) is not None:
                         pairs = zip(names, given, strict=True)
@@ -112,8 +115,11 @@ class Folding(NamedTuple):
 def split(config: DecoderConfig, site: str, transform: Transform, width: int) -> Folding:
     """The first links of a site's transform, as far as they fold, and the rest.
 
-    The transform is of one layer, and the width that of the input before zeros widen it.
+    The transform is of one layer, and the width that of the input before zeros widen it. Nothing
+    folds into what experts share.
     """
+    if experts(config, site):
+        return Folding(Identity(), (), transform)
     chain = _moving_links(transform, width)
     moves: list[tuple[Channels, dict[str, Channels]]] = []
     for _, channels in chain:
@@ -127,8 +133,8 @@ def split(config: DecoderConfig, site: str, transform: Transform, width: int) ->
 
 def producers(config: DecoderConfig, site: str, channels: Channels) -> dict[str, Channels] | None:
     """The parameters that make the site's input and how each is moved; None if it cannot be."""
-    if site in NORMS:
-        return {NORMS[site]: channels} if channels.in_place else None
+    if (norm := input_norms(config).get(site)) is not None:
+        return {norm: channels} if channels.in_place else None
     if site == "attention_out":
         rows = _of_value_heads(config, channels)
         return None if rows is None else {_VALUE: rows}
@@ -159,7 +165,12 @@ def grouped(fitted: Fitted, config: DecoderConfig) -> Fitted:
 
 def online_cost(transform: Transform, width: int) -> Cost:
     """What moving a site's input costs while the model runs; of one layer, after folding."""
-    return _chained([link for link, _ in _moving_links(transform, width)]).cost(width)
+    return moving(transform, width).cost(width)
+
+
+def moving(transform: Transform, width: int) -> Transform:
+    """The transform of one layer without the links that leave an input as it is."""
+    return _chained([link for link, _ in _moving_links(transform, width)])
 
 
 def _moving_links(transform: Transform, width: int) -> list[tuple[Transform, Channels | None]]:
@@ -174,8 +185,16 @@ def _chained(transforms: Sequence[Transform]) -> Transform:
     return Chain(tuple(transforms)) if transforms else Identity()
 
 
+def moved_gain(
+    config: DecoderConfig, weight: Float[Array | np.ndarray, " k"], channels: Channels
+) -> Float32[Array, " k"]:
+    """The weight of a norm of which `channels` move what it gives out."""
+    gain = jnp.asarray(weight).astype(jnp.float32) + config.norm_offset
+    return channels.activations(gain) - config.norm_offset
+
+
 def _move_rows(parameters: dict[str, Any], name: str, rows: Channels) -> None:
-    """Moves what comes out of a norm, or of a linear: its rows and its bias."""
+    """Moves what comes out of a linear: its rows and its bias."""
     parameters[name] = rows.activations(jnp.asarray(parameters[name], jnp.float32).T).T
     if (bias := f"{name}.bias") in parameters:
         parameters[bias] = rows.activations(jnp.asarray(parameters[bias], jnp.float32))

@@ -124,6 +124,11 @@ class Plan:
                     raise ValueError(
                         f"{option} {pattern!r} matches no linear: their names are like {names[0]}"
                     )
+        if self.config.num_experts and self.compares:
+            raise ValueError(
+                "a rounding that compares the quantized path with the float one (asymmetric) is "
+                "not for experts: the two may send a token to different ones; use gptq"
+            )
         if not any(self.widths(number) for number in layers):
             raise ValueError("--include and --exclude leave nothing to quantize")
         for site in {site for n in layers for site in self.widths(n)} if self.fits else ():
@@ -137,6 +142,6 @@ class Plan:
 
 
 def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
-    """[out, in] of the linears of a layer, by name inside it."""
+    """[out, in] of the linears of a layer, or of one of their experts, by name inside it."""
     shapes = parameter_shapes(config)
-    return {name: shapes[LAYER + name][1:] for name in LINEARS}  # type: ignore[misc]
+    return {name: shapes[LAYER + name][-2:] for name in LINEARS}  # type: ignore[misc]

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from duquantpp_jax.core import Format, MXArray
 from duquantpp_jax.models.layers import matmul
-from duquantpp_jax.models.parameters import SITES, layer_prefix
+from duquantpp_jax.models.parameters import SITES, expert_name, experts, layer_prefix
+from duquantpp_jax.ptq.experts import FEWEST, parts_of
 from duquantpp_jax.ptq.fuse import online_cost
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import QuantizedSite, layer_of, pad_channels, quantize_input
@@ -27,35 +28,46 @@ def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[st
         rounded = tuple(q for q in layer.sites[site].weights if isinstance(q, MXArray))
         quantized = dataclasses.replace(layer.sites[site], weights=rounded)
         format = plan.recipes[site].activation_format
-        energies = sensitivity(sample, weights, quantized, format=format)
-        online = online_cost(quantized.transform, sample.shape[-1])
-        linears = zip(names, rounded, energies, strict=True)
-        report += [
-            {
-                "linear": layer_prefix(number) + name,
-                "bytes": storage_bytes(q),
-                "sqnr_db": _decibel(signal, error),
-                "weight_error": float(weight_error) / max(float(signal), 1e-30),
-                "online_multiply_adds": online.multiply_adds,
-                "online_bytes": online.bytes,
-            }
-            for name, q, (signal, error, weight_error) in linears
-        ]
+        count = experts(plan.config, site)
+        for number_of, part in enumerate(parts_of(count, sample, weights, quantized)):
+            seen: dict[str, Any] = {}
+            if count:
+                tokens = int(layer.counts[site][number_of])
+                seen = {"tokens": tokens, "pooled": tokens < FEWEST}
+            energies = sensitivity(*part, format=format)
+            online = online_cost(part[2].transform, sample.shape[-1])
+            linears = zip(names, part[2].weights, energies, strict=True)
+            report += [
+                {
+                    "linear": layer_prefix(number)
+                    + (expert_name(name, number_of) if count else name),
+                    "bytes": storage_bytes(q),
+                    "sqnr_db": _decibel(signal, error),
+                    "weight_error": float(weight_error) / max(float(signal), 1e-30),
+                    "online_multiply_adds": online.multiply_adds,
+                    "online_bytes": online.bytes,
+                    **seen,
+                }
+                for name, q, (signal, error, weight_error) in linears
+            ]
     return report
 
 
 def costs_by_site(state: State) -> dict[str, dict[str, float]]:
     """What moving the inputs of each site costs while the model runs.
 
-    `multiply_adds` are for each value of its input, mean over layers; `bytes` are of all layers.
+    `multiply_adds` are for each value of its input, mean over layers and experts; `bytes` are of
+    all of them.
     """
     runs = state if isinstance(state, tuple) else (state,)
     found = {}
     for site in SITES:
         costs = [
-            online_cost(layer_of(run[site].transform, number), run[site].weights[0].shape[-1])
+            online_cost(transform, shape[-1])
             for run in runs
-            for number in range(run[site].weights[0].shape[0])
+            for shape in [run[site].weights[0].shape]
+            for number in range(shape[0])
+            for (transform,) in parts_of(sum(shape[1:-2]), layer_of(run[site].transform, number))
         ]
         found[site] = {
             "multiply_adds": sum(cost.multiply_adds for cost in costs) / len(costs),

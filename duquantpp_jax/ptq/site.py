@@ -21,13 +21,14 @@ from jaxtyping import Array, Float, Int, Key
 
 from duquantpp_jax.core import Fitted, Format, MXArray, Recipe, Rounding, Stats, Transform, Weights
 from duquantpp_jax.formats import MX
+from duquantpp_jax.models.experts import Routed
 from duquantpp_jax.models.layers import matmul
 from duquantpp_jax.transforms.block import lower
 
 
 @struct.dataclass
 class QuantizedSite:
-    """The quantized linears of one site, or of all layers' sites stacked.
+    """The quantized linears of one site, or of the sites of experts or of layers stacked.
 
     Attributes:
       transform: Moves the input.
@@ -41,8 +42,10 @@ class QuantizedSite:
     scale_offset: Int[Array, "*layers blocks"] | None = None
 
 
-def pad_channels(x: Float[Array, "*batch k"], width: int) -> Float[Array, "*batch width"]:
+def pad_channels(x: Any, width: int) -> Any:
     """x with zeros appended to its last axis: x @ w.T = pad_channels(x) @ pad_channels(w).T."""
+    if isinstance(x, Routed):
+        return dataclasses.replace(x, x=pad_channels(x.x, width))
     missing = width - x.shape[-1]
     return x if missing == 0 else jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
@@ -104,17 +107,17 @@ class QuantizedLinear:
     """The `linear` of a quantized model: y = Q(transform.activations(x)) @ W^.T.
 
     Attributes:
-      activation_formats: Q, of all sites, or of each as (site, format).
+      activation_formats: Q, of all sites, or of each as (site, format); None to quantize none.
     """
 
-    activation_formats: Format | tuple[tuple[str, Format], ...]
+    activation_formats: Format | tuple[tuple[str, Format], ...] | None
 
     def __call__(
-        self, site: str, x: Array, weights: tuple[Array, ...], state: QuantizedSite
+        self, site: str, x: Array | Routed, weights: tuple[Array, ...], state: QuantizedSite
     ) -> tuple[tuple[Array, ...], None]:
         formats, rounded = self.activation_formats, x
         if widths := [w.shape[-1] for w in state.weights if isinstance(w, MXArray)]:
-            format = formats if isinstance(formats, Format) else dict(formats)[site]
+            format = dict(formats)[site] if isinstance(formats, tuple) else formats
             rounded = self.quantized(pad_channels(x, widths[0]), state, format)
         return tuple(
             matmul(rounded, w.dequantize())
@@ -123,15 +126,26 @@ class QuantizedLinear:
             for w in state.weights
         ), None
 
-    def quantized(self, x: Array, state: QuantizedSite, format: Format) -> Array:
+    def quantized(self, x: Any, state: QuantizedSite, format: Format | None) -> Any:
         """Q(transform.activations(x)) in float32, x as wide as the weights."""
+        if format is None:
+            return move_input(x, state.transform)
         return quantize_input(x, state, format)
 
 
-def quantize_input(
-    x: Float[Array, "*tokens k"], site: QuantizedSite | Fitted, format: Format
-) -> Float[Array, "*tokens k"]:
+def move_input(x: Any, transform: Transform) -> Any:
+    """The input after the transform; routed inputs after that of their expert."""
+    if isinstance(x, Routed):
+        return x.each(lambda own, x: own.activations(x), transform)
+    return transform.activations(x)
+
+
+def quantize_input(x: Any, site: QuantizedSite | Fitted, format: Format) -> Any:
     """The input as the quantized linears see it: moved and quantized, in float32."""
     options = {"clip": site.clip, "scale_offset": site.scale_offset}
     given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
-    return format.fake_quantize(site.transform.activations(x), **given)
+    moved = move_input(x, site.transform)
+    if not isinstance(moved, Routed):
+        return format.fake_quantize(moved, **given)
+    given = {name: v[moved.expert] for name, v in given.items()}
+    return dataclasses.replace(moved, x=format.fake_quantize(moved.x, **given))

@@ -7,7 +7,8 @@
                    W' = W R_2                      columns of o_proj
 
 An RMSNorm without gain commutes with an orthogonal matrix, n(h R) = n(h) R, for it divides by the
-length of h; so its gain moves into the linears that read it. Attention mixes value heads by
+length of h; so its gain moves into the linears that read it. (R1 is refused where a family norms
+what is added to h: that gain has no linear to move into.) Attention mixes value heads by
 weights that no rotation of v changes. The float function is therefore the same, whatever the width,
 and nothing is left to do online. Query heads that share a value head share its R_2. A tied head
 reads n(h) g while the embedding does not, so it becomes a matrix of its own.
@@ -28,7 +29,7 @@ import numpy as np
 from jaxtyping import Float, Float64
 
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
-from duquantpp_jax.ptq.fuse import NORMS
+from duquantpp_jax.models.parameters import input_norms
 from duquantpp_jax.recipes import known
 from duquantpp_jax.transforms.hadamard import sign_factors
 
@@ -112,12 +113,22 @@ class Turn:
         """The turned model's: its head is not tied if the stream is turned.
 
         Raises:
-          ValueError: There is no such rotation of its sizes.
+          ValueError: There is no such rotation of its sizes, or the family has norms in its way.
         """
+        if self.stream is not None and config.post_norms:
+            raise ValueError(
+                f"the residual stream of a {config.architecture} cannot be rotated: norms after "
+                "attention and MLP have a gain for each channel of it; rotate the value heads only"
+            )
         if self.values is not None:
             rotation(self.values, config.head_dim, self.seed, 0)
         if self.stream is None:
             return config
+        if config.num_experts:
+            raise ValueError(
+                f"the stream of a {config.architecture} is not rotated: its routers read it too; "
+                "rotate the values alone"
+            )
         rotation(self.stream, config.hidden_size, self.seed)
         return dataclasses.replace(config, tie_word_embeddings=False)
 
@@ -132,10 +143,11 @@ class Turn:
             turned[name] = turned[name].astype(np.float64)
         if self.stream is not None:
             stream = rotation(self.stream, config.hidden_size, self.seed)
-            for site, norm in NORMS.items():
+            for site, norm in input_norms(config).items():
+                gain = turned[norm].astype(np.float64) + config.norm_offset
                 for name in SITE_WEIGHTS[site]:
-                    turned[name] = _columns(turned[name], stream, turned[norm])
-                turned[norm] = np.ones_like(turned[norm])
+                    turned[name] = _columns(turned[name], stream, gain)
+                turned[norm] = np.full_like(turned[norm], 1 - config.norm_offset)
             for name in _WRITERS:
                 _rows(turned, name, stream)
         if self.values is not None:
@@ -149,13 +161,14 @@ class Turn:
             turned[_OUT] = np.concatenate(columns, axis=1)
         return {n: array.astype(parameters[n].dtype, copy=False) for n, array in turned.items()}
 
-    def outside(self, config: DecoderConfig, w: Stored, gain: Stored | None = None) -> Stored:
-        """The embedding, or the head with the gain of the last norm, of the turned model.
+    def outside(self, config: DecoderConfig, w: Stored, norm: Stored | None = None) -> Stored:
+        """The embedding, or the head with the weight of the last norm, of the turned model.
 
         E R_1, or H diag(g) R_1; the last norm is then left with gains of 1.
         """
         if self.stream is None:
             return w
+        gain = None if norm is None else norm.astype(np.float64) + config.norm_offset
         return _columns(w, rotation(self.stream, config.hidden_size, self.seed), gain)
 
 

@@ -18,6 +18,7 @@ output of the quantized layers before it; within a layer all sites are calibrate
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -30,8 +31,9 @@ from jaxtyping import Array, Float, Float32, Integer
 from duquantpp_jax.core import Fitted, Needs, Stats
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder
 from duquantpp_jax.models.layers import join_layers
-from duquantpp_jax.models.parameters import LAYER, Parameters
+from duquantpp_jax.models.parameters import LAYER, Parameters, experts
 from duquantpp_jax.ptq.calibration import Hidden, calibrate_layer, embed, keep, layers_of
+from duquantpp_jax.ptq.experts import by_expert, pooled
 from duquantpp_jax.ptq.fuse import fuse_layer, grouped
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import (
@@ -57,11 +59,13 @@ class QuantizedLayer(NamedTuple):
     Attributes:
       parameters: Of the float layer, with what was folded into them.
       samples: Tokens of the input of each site that has a quantized linear.
+      counts: Tokens that each expert of a site saw, where the site has experts.
     """
 
     sites: dict[str, QuantizedSite]
     parameters: Mapping[str, Array]
-    samples: dict[str, Float[Array, "tokens k"]]
+    samples: dict[str, Float[Array, "*experts tokens k"]]
+    counts: dict[str, np.ndarray]
 
 
 def quantize_layer(
@@ -100,6 +104,8 @@ def quantize_layer(
         after = None if needs else last
         stats = pass_over(seen, widths, plan.fit_needs(number), after=after)
     fits = fit_layer(plan, number, parameters, stats, progress)
+    counts = {s: np.asarray(stats[s].count) for s in widths if experts(plan.config, s)}
+    stats = {site: pooled(plan.config, site, stats[site]) for site in widths}
     if plan.fuse and "attention_out" in fits:
         fits["attention_out"] = grouped(fits["attention_out"], plan.config)
     formats = dict(plan.formats)
@@ -109,9 +115,18 @@ def quantize_layer(
         moved = {}
     elif needs and hidden is not None:
         moved = pass_over(hidden, widths, needs, fits=fits, formats=formats, after=last)
+        moved = {site: pooled(plan.config, site, moved[site]) for site in widths}
     else:
-        plain = {site: keep(stats[site], Needs.NOTHING) for site in widths}
-        moved = {site: plain[site].through(fits[site].transform) for site in widths}
+        moved = {
+            site: by_expert(
+                plan.config,
+                site,
+                lambda plain, fitted: plain.through(fitted.transform),
+                keep(stats[site], Needs.NOTHING),
+                fits[site],
+            )
+            for site in widths
+        }
     samples = {site: stats[site].sample for site in widths}
     if plan.fuse:  # `moved` describes the moved inputs, which folding leaves as they are
         linears = {site: plan.names(site, number) for site in widths}
@@ -130,7 +145,7 @@ def quantize_layer(
     if (both or plan.sequential) and hidden is not None:
         says = "running the quantized layer"
         pass_over(hidden, {}, Needs.NOTHING, after=hidden, says=says, **quantized)
-    return QuantizedLayer(sites, parameters, samples)
+    return QuantizedLayer(sites, parameters, samples, counts)
 
 
 def streams(plan: Plan, hidden: Hidden) -> Float32[np.ndarray, "paths length k"]:
@@ -159,7 +174,11 @@ def fit_layer(
             place = jax.random.fold_in(jax.random.key(plan.seed), SITES.index(site))
             key = jax.random.split(place, plan.config.num_hidden_layers)[number]
             weights = _weights(parameters, plan.names(site, number))
-            fits[site] = fit_linear(recipe, weights, keep(stats[site], recipe.needs), key)
+            if count := experts(plan.config, site):
+                key = jax.random.split(key, count)
+            own = pooled(plan.config, site, keep(stats[site], recipe.needs))
+            fit = functools.partial(fit_linear, recipe)
+            fits[site] = by_expert(plan.config, site, fit, weights, own, key)
         progress("fitting")
     return fits
 
@@ -237,11 +256,18 @@ def _round_site(
     names, quantized = plan.names(site, number), QuantizedSite(Identity(), ())
     if fitted is not None and moved is not None:
         weights = _weights(parameters, names)
-        quantized = quantize_linear(plan.recipes[site], weights, moved, fitted, moved)
+        quantized = by_expert(
+            plan.config,
+            site,
+            lambda ws, own, fit: quantize_linear(plan.recipes[site], ws, own, fit, own),
+            *(weights, moved, fitted),
+        )
     rounded = dict(zip(names, quantized.weights, strict=True))
     weights = tuple(rounded.get(name, parameters[name]) for name in SITE_WEIGHTS[site])
     return dataclasses.replace(quantized, weights=weights)
 
 
-def _weights(parameters: Parameters, names: Iterable[str]) -> tuple[Float32[Array, "_ k"], ...]:
+def _weights(
+    parameters: Parameters, names: Iterable[str]
+) -> tuple[Float32[Array, "*experts _ k"], ...]:
     return tuple(jnp.asarray(parameters[name], jnp.float32) for name in names)

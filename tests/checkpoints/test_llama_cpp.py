@@ -118,8 +118,22 @@ def test_rotary_scaling_is_honoured(keys, wanted, tmp_path):
     assert load_config(write(tmp_path / "x.gguf", "qwen2", **keys)).rope_scaling == wanted
 
 
+def test_a_gemma3_states_the_bases_and_windows_of_its_layers_and_implies_a_scalar(tmp_path):
+    """Only of 62 layers (27B) it is hidden_size / heads; else the width of a head."""
+    few = {"token_embd.weight": weights("gemma3")["token_embd.weight"]}
+    keys = {"rope__scaling__type": "linear", "rope__scaling__factor": 8.0}
+    keys |= {"rope__freq_base_swa": 50.0, "attention__sliding_window_pattern": 3}
+    config = load_config(write(tmp_path / "x.gguf", "gemma3", tensors=few, **keys))
+    assert (config.rope_scaling, config.rope_local_base_freq) == (LinearScaling(8.0), 50.0)
+    full = [n for n, kind in enumerate(config.layer_types or ()) if kind == "full_attention"]
+    assert (full, config.sliding_window, config.query_pre_attn_scalar) == ([2, 5], 8, 256.0)
+    larger = load_config(write(tmp_path / "y.gguf", "gemma3", tensors=few, block_count=62))
+    assert (larger.query_pre_attn_scalar, larger.rope_local_base_freq) == (32.0, 1e4)
+
+
 REFUSED = {
-    "gemma3": ({"general__architecture": "gemma3"}, "must be llama or qwen2 or qwen3"),
+    "gemma2": ({"general__architecture": "gemma2"}, "must be llama or qwen2 or qwen3 or gemma3"),
+    "gemma3 without a window": ({"general__architecture": "gemma3"}, "needs a sliding_window"),
     "an architecture that is a list": (
         {"general__architecture": ["llama"]},
         "general.architecture",
@@ -179,6 +193,17 @@ def test_token_ids_are_those_of_the_transformers_library(pre, tmp_path):
         assert tokenizer.decode(found, skip_special_tokens=False) == text
 
 
+@pytest.mark.parametrize("architecture", goldens.PIECES)
+def test_ids_of_pieces_are_those_of_the_transformers_library(architecture, tmp_path):
+    tokenizer = load_tokenizer(write(tmp_path / "x.gguf", architecture, pre=architecture))
+    for number, text in enumerate(goldens.PIECES_TEXTS):
+        found = tokenizer.encode(text).ids
+        assert found == golden()[f"{architecture} pieces: {number}"].tolist(), text
+        back = tokenizer.decode(found[1:], skip_special_tokens=False)
+        assert back.lstrip() == text.replace("▁", " ").lstrip()
+    assert set(golden()[f"{architecture} pieces: 7"]) & set(range(11, 267))  # bytes
+
+
 def test_splits_differ_where_they_should(tmp_path):
     ids = {}
     for pre in goldens.PRE_TOKENIZERS:
@@ -209,7 +234,8 @@ def test_bos_is_added_where_the_file_says_so(tmp_path):
         ("pre", "tekken", "'tekken' is not supported: use gpt-2"),
         ("pre", None, "None is not supported"),
         ("pre", ["smollm"], "not supported"),
-        ("model", "llama", "'llama' is not supported"),
+        ("model", "t5", "'t5' is not supported: it must be 'gpt2' or 'llama'"),
+        ("model", "llama", "pre-tokenizer 'smollm' is not supported: use default"),
         ("tokens", None, "tokens are missing"),
         ("tokens", 7, "tokens are missing"),
         ("tokens", ["a", "a"], "repeat"),
@@ -220,6 +246,22 @@ def test_bos_is_added_where_the_file_says_so(tmp_path):
 )
 def test_a_tokenizer_that_cannot_be_made_is_refused(key, value, said, tmp_path):
     path = write(tmp_path / "x.gguf", **{f"tokenizer__ggml__{key}": value})
+    assert said in refusal(lambda: load_tokenizer(path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("scores", None, "lack a type or score"),
+        ("scores", [1.0, 2.0], "lack a type or score"),
+        ("token_type", None, "lack a type or score"),
+        ("unknown_token_id", 10**6, "broken"),
+        ("unknown_token_id", "<unk>", "broken"),
+    ],
+)
+def test_pieces_that_make_no_tokenizer_are_refused(key, value, said, tmp_path):
+    keys = {f"tokenizer__ggml__{key}": value}
+    path = write(tmp_path / "x.gguf", "llama", pre="llama", **keys)
     assert said in refusal(lambda: load_tokenizer(path))
 
 
@@ -268,7 +310,13 @@ def test_a_model_quantized_from_a_file_is_complete(tiny, tiny_text, tmp_path, ca
 
 
 @pytest.mark.slow
-def test_compare_generate_and_inspect_take_a_file(tiny, tiny_text, tmp_path, capsys, monkeypatch):
+def test_compare_generate_and_inspect_take_a_file(tiny_text, tmp_path, capsys, monkeypatch):
+    """A Gemma 3 of two layers, the second of which sees everything."""
+    few = {
+        name: x for name, x in weights("gemma3", pre="gemma3").items() if name[4:5] not in "23456"
+    }
+    keys = {"block_count": 2, "attention__sliding_window_pattern": 2, "context_length": 1024}
+    tiny = write(tmp_path / "tiny.gguf", "gemma3", pre="gemma3", tensors=few, **keys)
     texts = ("--text", tiny_text, "--tokens", 511)
     both = (*texts, "--calibration-text", tiny_text)
     monkeypatch.setattr("duquantpp_jax.commands.compare.CALIBRATION_ROWS", 2)

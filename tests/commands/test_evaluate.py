@@ -52,6 +52,7 @@ def test_results_keep_their_contract(results):
         "bos": True,
         "cache": "bf16",
         "rotate_keys": False,
+        "packed": None,
     }
     assert results["model"] == results["reference"]
     assert results["model"]["name"] == "tiny"

@@ -1,16 +1,20 @@
 """Golden logits: small random checkpoints of each family as the transformers library computes them.
 
-    python tests/goldens/families.py        pip install torch==2.13.0 transformers==5.24.0
+    python tests/goldens/families.py        pip install torch==2.14.1 transformers==5.24.0
 
 writes tests/goldens/families.npz: for each case its logits and its config.json as the library saves
-it, and the versions in the array `about`. Weights are not kept: `weights` makes them again from
-their names, so that the file is small; the test writes them to a directory and loads that.
+it, for mixtures what their first down_proj decodes to, and the versions in the array `about`.
+Weights are not kept: `weights` makes them again from their names, so that the file is small; the
+test writes them to a directory and loads that.
 
 A case is a config.json, half of them as transformers 4 lays it out. All linears that can have a
 bias have a random one, norms are random, rotary scaling bends frequencies within the 40 positions,
-and they lie beyond every sliding window.
+and they lie beyond every sliding window. Every expert gets several tokens in every layer. Models
+run in float32; what a library rounds to the type of the checkpoint, as the scale of Gemma's
+embeddings, is rounded all the same.
 """
 
+import hashlib
 import json
 import math
 import pathlib
@@ -39,6 +43,39 @@ _LLAMA = {**_SIZES, "architectures": ["LlamaForCausalLM"], "model_type": "llama"
 _MISTRAL = {**_SIZES, "architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 _QWEN2 = {**_SIZES, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 _QWEN3 = {**_SIZES, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16}
+_MOE = {"num_experts_per_tok": 2, "max_position_embeddings": 64}
+_MIXTRAL = {**_SIZES, **_MOE, "architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+_QWEN3_MOE = {
+    **_SIZES,
+    **_MOE,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "head_dim": 16,
+    "num_experts": 5,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+}
+_GPT_OSS = {
+    **_SIZES,
+    **_MOE,
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 3,
+    "sliding_window": 6,
+}
+_MXFP4 = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+_GEMMA3 = {
+    **{name: value for name, value in _SIZES.items() if name != "hidden_act"},
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 12,
+    "sliding_window": 7,
+    "torch_dtype": "bfloat16",
+}
 _LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -90,18 +127,92 @@ CASES: dict[str, dict] = {
         "sliding_window": 6,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "mixtral": {**_MIXTRAL, "num_local_experts": 4, "sliding_window": 7, "rope_theta": 1e4},
+    "qwen 3 moe": {**_QWEN3_MOE, "tie_word_embeddings": True, "norm_topk_prob": True},
+    "qwen 3 moe, window": {
+        **_QWEN3_MOE,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
+    "gpt-oss": {
+        **_GPT_OSS,
+        "rope_theta": 150.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 4.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "gpt-oss, mxfp4": {
+        **_GPT_OSS,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+        "quantization_config": _MXFP4,
+    },
+    "gemma 3": {
+        **_GEMMA3,
+        "sliding_window_pattern": 2,
+        "rope_theta": 500.0,
+        "rope_local_base_freq": 20.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "gemma 3, untied, with biases, in float32": {
+        **_GEMMA3,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "layer_types": [*["sliding_attention"] * 2, "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 100.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+        },
+    },
 }
 
 
-def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Tensors by their names, float32: norms about 1, biases about 0, matrices that keep size."""
+def packed(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The same with experts in MXFP4: [experts, in, out] as blocks and scales of [.., out, in]."""
     made = {}
     for name, shape in shapes.items():
-        x = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            scales = (shape[0], shape[2], shape[1] // 32)
+            made |= {f"{name}_blocks": (*scales, 16), f"{name}_scales": scales}
+        else:
+            made[name] = shape
+    return made
+
+
+def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Tensors by their names, float32: norms about 1, biases about 0, matrices that keep size.
+
+    Those of gate_up_proj are larger, so that a clamp at 7 clamps, and biases of routers and of what
+    routers read are smaller, so that tokens do not all go one way.
+    """
+    made = {}
+    for name, shape in shapes.items():
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        if name.endswith(("_blocks", "_scales")):
+            first, last = (0, 255) if name.endswith("_blocks") else (122, 126)
+            made[name] = rng.integers(first, last, shape, np.uint8, endpoint=True)
+            continue
+        x = rng.standard_normal(shape)
         if name.endswith("norm.weight"):
             x = 1 + x / 4
-        elif not name.endswith(".bias"):
-            x = x / math.sqrt(shape[-1])
+        elif not name.endswith(("bias", "sinks")):
+            x = x / math.sqrt(shape[-1]) * (6 if "gate_up_proj" in name else 1)
+        elif name.endswith(("router.bias", "down_proj_bias")):
+            x = x / 8
         made[name] = x.astype(np.float32)
     return made
 
@@ -111,24 +222,44 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(0, _SIZES["vocab_size"], (1, LENGTH))
 
 
-def _logits(config: dict) -> tuple[np.ndarray, str, list]:
-    """Logits, config.json as the library saves it, and names and shapes of the tensors."""
+def _logits(config: dict) -> tuple[np.ndarray, str, list, str]:
+    """Logits, config.json as the library saves it, names and shapes of the tensors, and SHA-256 of
+    a matrix of experts as the library has it in memory, in float32."""
     import torch
     import transformers
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
 
     with tempfile.TemporaryDirectory() as place:
-        pathlib.Path(place, "config.json").write_text(json.dumps(config))
+        file, fields = (pathlib.Path(place, n) for n in ("model.safetensors", "config.json"))
+        plain = {name: value for name, value in config.items() if name != "quantization_config"}
+        fields.write_text(json.dumps(plain))
         read = transformers.AutoConfig.from_pretrained(place)
-        model = transformers.AutoModelForCausalLM.from_config(read, attn_implementation="eager")
-        model = model.float().eval()
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        state = {name: torch.from_numpy(w) for name, w in weights(shapes).items()}
-        missing = model.load_state_dict(state, strict=False).missing_keys
-        assert set(missing) <= {"lm_head.weight"}, missing
+        transformers.AutoModelForCausalLM.from_config(read).save_pretrained(place)
+        saved = fields.read_text()
+        with safe_open(file, framework="numpy") as header:
+            shapes = {name: header.get_slice(name).get_shape() for name in header.keys()}  # noqa: SIM118
+        if plain != config:
+            shapes = packed(shapes)
+            fields.write_text(json.dumps(config))
+        save_file(weights(shapes), file, {"format": "pt"})
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            experts_implementation="eager",
+            output_loading_info=True,
+        )
+        assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys")), info
+        for module in model.modules():
+            if hasattr(module, "embed_scale"):
+                dtype = getattr(torch, str(read.dtype).removeprefix("torch."))
+                module.embed_scale = module.embed_scale.to(dtype).float()
         with torch.no_grad():
-            logits = model(torch.from_numpy(tokens())).logits
-        model.config.save_pretrained(place)
-        return logits.numpy(), pathlib.Path(place, "config.json").read_text(), list(shapes.items())
+            logits = model.eval()(torch.from_numpy(tokens())).logits
+        experts = getattr(model.model.layers[0].mlp, "experts", None)
+        matrix = b"" if experts is None else experts.down_proj.detach().numpy().tobytes()
+        return logits.numpy(), saved, list(shapes.items()), hashlib.sha256(matrix).hexdigest()
 
 
 def main() -> None:
@@ -137,9 +268,11 @@ def main() -> None:
 
     arrays = {}
     for name, config in CASES.items():
-        logits, saved, shapes = _logits(config)
+        logits, saved, shapes, digest = _logits(config)
         arrays |= {f"{name}: logits": logits, f"{name}: config": np.array(saved)}
         arrays[f"{name}: shapes"] = np.array(json.dumps(shapes))
+        if "experts" in str(config):
+            arrays[f"{name}: down_proj"] = np.array(digest)
     about = f"torch {torch.__version__}, transformers {transformers.__version__}"
     np.savez_compressed(PLACE, about=np.array(about), **arrays)
     print(about, f"{PLACE.stat().st_size} bytes")

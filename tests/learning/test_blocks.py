@@ -13,7 +13,7 @@ from duquantpp_jax.learning.blocks import learn_blocks, stack_blocks
 from duquantpp_jax.learning.model import at_rates
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.models import SITES, dense
-from duquantpp_jax.models.layers import layer
+from duquantpp_jax.models.layers import layer, positional_of
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import QuantizedLinear, layer_of
 from duquantpp_jax.ptq.walk import quantize_decoder
@@ -79,9 +79,10 @@ def test_held_out_loss_falls_and_is_that_of_the_quantized_blocks(model, learned)
     block = jax.jit(functools.partial(layer, model.config), static_argnums=(3,))
     for number in range(2):
         arrays = {name: array[...][number] for name, array in model.layers.items()}
-        plain, *_ = block(plain, arrays, None, dense, dict.fromkeys(SITES))
+        where = positional_of(model.config, number)
+        plain, *_ = block(plain, arrays, where, dense, dict.fromkeys(SITES))
         rounding = QuantizedLinear(FORMATS[0])
-        hidden, *_ = block(hidden, arrays, None, rounding, layer_of(state, number))
+        hidden, *_ = block(hidden, arrays, where, rounding, layer_of(state, number))
         off = jnp.sum((hidden - plain) ** 2, axis=-1) / jnp.sum(plain**2, axis=-1)
         losses.append(float(jnp.mean(off)))
     assert np.mean(losses) <= min(learned.start_loss, 1.05 * least)

@@ -7,20 +7,46 @@ from duquantpp_jax.models import DecoderConfig
 from tests.checkpoints.spoiling import refusal, rewrite
 from tests.conftest import TINY
 
+GEMMA = {"architectures": ["Gemma3ForCausalLM"]}
+
 CONFIGS = {
     "another architecture": (
         {"architectures": ["GPT2LMHeadModel"]},
         ["GPT2LMHeadModel", "use LlamaForCausalLM"],
     ),
     "experts": (
-        {"architectures": ["MixtralForCausalLM"]},
-        ["MixtralForCausalLM", "a mixture of experts", "use LlamaForCausalLM"],
+        {"architectures": ["Qwen2MoeForCausalLM"]},
+        ["Qwen2MoeForCausalLM", "a mixture of experts", "use LlamaForCausalLM"],
     ),
     "more experts": (
-        {"architectures": ["Qwen3MoeForCausalLM"]},
-        ["Qwen3MoeForCausalLM", "a mixture of experts"],
+        {"architectures": ["PhiMoEForCausalLM"]},
+        ["PhiMoEForCausalLM", "a mixture of experts"],
     ),
     "Gemma": ({"architectures": ["Gemma2ForCausalLM"]}, ["Gemma2ForCausalLM", "softcapping"]),
+    "soft-capping": (
+        {**GEMMA, "final_logit_softcapping": 30.0},
+        ["final_logit_softcapping = 30.0", "must be null"],
+    ),
+    "attention to what comes after": (
+        {**GEMMA, "use_bidirectional_attention": True},
+        ["use_bidirectional_attention = True", "must be false"],
+    ),
+    "embeddings scaled in no type": (
+        {**GEMMA, "torch_dtype": ...},
+        ["torch_dtype = None", "one of bfloat16, float16, float32"],
+    ),
+    "one rope for layers of two kinds": (
+        {**GEMMA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        ["rope_parameters", "must have full_attention and sliding_attention"],
+    ),
+    "local layers that are scaled": (
+        {**GEMMA, "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+        ["rope_parameters", "rope_type default"],
+    ),
+    "local layers without a window": (
+        {**GEMMA, "sliding_window": None},
+        ["layer_types", "needs a sliding_window"],
+    ),
     "no architecture": ({"architectures": ...}, ["architectures", "LlamaForCausalLM"]),
     "two architectures": ({"architectures": ["A", "B"]}, ["architectures"]),
     "unknown rope scaling": (

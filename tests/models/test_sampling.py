@@ -21,10 +21,11 @@ ROTATED = pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotat
 
 @pytest.fixture(scope="module")
 def model():
+    """With all that layers may differ in: windows, rotary bases."""
     changes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-    return tiny_decoder(
-        **changes, sliding_window=6, layer_types=("full_attention", "sliding_attention")
-    )
+    changes |= {"sliding_window": 6, "layer_types": ("full_attention", "sliding_attention")}
+    changes |= {"rope_local_base_freq": 100.0}
+    return tiny_decoder(**changes)
 
 
 @pytest.fixture(scope="module")

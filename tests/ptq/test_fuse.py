@@ -16,6 +16,7 @@ from duquantpp_jax.transforms.basic import Identity, Permute, Smooth
 from duquantpp_jax.transforms.block import BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard
 from tests.conftest import TINY
+from tests.ptq.test_stream import logits as in_float64
 
 LAYERS, HEADS, KV_HEADS, SIDE = 2, 4, 2, 16
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -25,9 +26,10 @@ TOKENS = jax.random.randint(jax.random.key(9), (2, 24), 0, 257)
 
 
 @functools.cache
-def _model(biases=BIASED, kv_heads=KV_HEADS) -> Decoder:
+def _model(kv_heads=KV_HEADS, **changes) -> Decoder:
     """A random decoder with biases, its arrays large enough that everything matters."""
-    config = dataclasses.replace(TINY, biases=biases, qk_norm=True, num_key_value_heads=kv_heads)
+    changes |= {"biases": BIASED, "qk_norm": True, "num_key_value_heads": kv_heads}
+    config = dataclasses.replace(TINY, **changes)
     shapes = parameter_shapes(config)
     keys = jax.random.split(jax.random.key(1), len(shapes))
     arrays = {}
@@ -101,6 +103,33 @@ def test_folding_powers_of_two_changes_no_bit_of_the_float_function(site):
     changed = [n for n, a in fused.parameters().items() if np.any(a != model.parameters()[n])]
     assert changed
     assert not [name for name in changed if name.endswith(("q_norm", "k_norm", "o_proj.bias"))]
+
+
+def test_gains_that_are_one_more_than_their_weights_are_folded_exactly_in_float64():
+    """Weights are multiples of 2^-8, so that a gain over a power of two, less 1, is a float32."""
+    changes = {"norm_offset": 1.0, "post_norms": True, "activation": "gelu_pytorch_tanh"}
+    drawn = _model(**changes)
+    parameters = {
+        name: jnp.round(256 * array) / 256 - 1 if name.endswith("norm") else array
+        for name, array in drawn.parameters().items()
+    }
+    model = Decoder(drawn.config, parameters)
+    fused, rest = fuse(model, {site: _smooth(site) for site in SITES})
+    assert rest == dict.fromkeys(SITES, Identity())
+
+    def logits(model):
+        arrays = {n: np.asarray(a, np.float64) for n, a in model.parameters().items()}
+        stacked = {n: arrays.pop(n) for n in [*arrays] if ".*." in n}
+        for number in range(LAYERS):
+            arrays |= {n.replace("*", str(number)): a[number] for n, a in stacked.items()}
+        return in_float64(model.config, arrays, np.asarray(TOKENS[0])), arrays
+
+    (wanted, before), (found, after) = logits(model), logits(fused)
+    np.testing.assert_array_equal(found, wanted)
+    moved = {name for name in before if np.any(before[name] != after[name])}
+    norms = {f"model.layers.{n}.{name}_layernorm" for n in range(LAYERS)
+             for name in ("input", "pre_feedforward")}  # fmt: skip
+    assert {name for name in moved if name.endswith("norm")} == norms
 
 
 @pytest.mark.parametrize("site", ["attention_out", "mlp_out"])

@@ -1,0 +1,94 @@
+"""A quantized gpt-oss in its own layout: experts in MXFP4, everything else in floats.
+
+Codes and scales are those of the quantized layer, bit for bit; experts that were left as they were
+are those of the model that was quantized. A Hadamard matrix that moves an input online is named in
+a transform_config, as in compressed-tensors; no other transform is expressed.
+
+Source: the `config.json` of openai/gpt-oss-20b, for modules_to_not_convert.
+"""
+
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from duquantpp_jax.checkpoints.directory import Quantized, layer_file
+from duquantpp_jax.checkpoints.experts import (
+    BLOCK,
+    BLOCKS,
+    METHOD,
+    SCALES,
+    stored_name,
+    tensors_of,
+)
+from duquantpp_jax.core import MXArray
+from duquantpp_jax.models import SITE_WEIGHTS
+from duquantpp_jax.models.parameters import EXPERT_SITES, LINEARS, layer_prefix, tensor_name
+from duquantpp_jax.ptq.experts import parts_of
+from duquantpp_jax.ptq.fuse import moving
+from duquantpp_jax.ptq.plan import linear_shapes
+
+LAYOUT = "the layout of gpt-oss"
+FLOATS = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+
+
+def check(model: Quantized) -> None:
+    """Raises ValueError if the layout cannot hold the model."""
+    if model.config.architecture != "GptOssForCausalLM":
+        raise ValueError(f"a {model.config.architecture} has not {LAYOUT}: choose another")
+    plan, layers = model.plan, range(model.config.num_hidden_layers)
+    for site, weights in SITE_WEIGHTS.items():
+        names = [plan.names(site, number) for number in layers]
+        if site not in EXPERT_SITES and any(names):
+            raise ValueError(
+                f"{LAYOUT} holds {weights[0]} in float, and this model has it "
+                "quantized: quantize with --include '*.mlp.*'"
+            )
+        if any(0 < len(chosen) < len(weights) for chosen in names):
+            raise ValueError(f"{LAYOUT} has {' and '.join(weights)} in one tensor")
+        if site in EXPERT_SITES and not model.job.weight_formats[site].startswith("mxfp4:"):
+            raise ValueError(f"{LAYOUT} holds MXFP4 weights: quantize into mxfp4")
+
+
+def pack_layer(
+    model: Quantized, number: int, turned: Any
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The tensors of a layer, and those of them whose input a Hadamard matrix moves.
+
+    Args:
+      turned: Whether Hadamard matrices move an input, of its transform; refuses other matrices.
+    """
+    config, prefix, shapes = model.config, layer_prefix(number), linear_shapes(model.config)
+    file, (_, sites) = load_file(model.directory / layer_file(number)), model.layer(number)
+    tensors = {name: array for name, array in file.items() if "/" not in name}
+    rotated = []
+    for name in LINEARS:
+        codes, scales = (tensors.pop(f"{prefix}{name}.{end}", None) for end in ("codes", "scales"))
+        if codes is None or scales is None:
+            continue
+        if BLOCK * scales.shape[-1] != shapes[name][1]:
+            raise ValueError(f"{prefix}{name} was padded, which {LAYOUT} has not")
+        tensors[tensor_name(prefix + name) + BLOCKS] = codes.reshape(*scales.shape, BLOCK // 2)
+        tensors[tensor_name(prefix + name) + SCALES] = scales
+    for site in EXPERT_SITES:
+        names, state = SITE_WEIGHTS[site], sites[site]
+        if not isinstance(state.weights[0], MXArray):
+            continue
+        width, where = shapes[names[0]][1], f"{prefix}{site}"
+        parts = parts_of(config.num_experts, state.transform)
+        found = {turned(moving(part, width), width, where, LAYOUT) for (part,) in parts}
+        if len(found) > 1:
+            raise ValueError(f"{where}: the inputs of some experts are moved, those of others not")
+        if True in found:
+            rotated.append(stored_name(config, tensor_name(prefix + names[0])))
+    return tensors_of(config, tensors), rotated
+
+
+def quantization_config(scheme: dict[str, Any] | None) -> dict[str, Any]:
+    """The entry of config.json.
+
+    Args:
+      scheme: Of the Hadamard matrices; None where there are none.
+    """
+    transforms = {} if scheme is None else {"transform_config": {"config_groups": scheme}}
+    return {"quant_method": METHOD, "modules_to_not_convert": FLOATS, **transforms}

@@ -1,0 +1,100 @@
+"""A mixture of experts through the commands: quantize, inspect, generate, compare, export."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duquantpp_jax import cli
+from duquantpp_jax.checkpoints import Quantized, load, load_any, save
+from duquantpp_jax.checkpoints.lazy import Checkpoint
+from duquantpp_jax.commands.export import ExportOptions, export
+from duquantpp_jax.commands.quantize import calibration_tokens, quantize
+from duquantpp_jax.commands.sizes import quantized_line
+from duquantpp_jax.models import Decoder
+from duquantpp_jax.ptq.walk import quantize_decoder
+from tests.commands.conftest import options_of
+from tests.commands.test_quantize import assert_one_line
+from tests.conftest import byte_tokenizer, mixture
+
+RUN = jax.jit(Decoder.__call__, static_argnames="linear")
+TOKENS = jnp.asarray(np.arange(40).reshape(2, 20) * 7 % 257)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "mixtral"
+    save(mixture("MixtralForCausalLM"), byte_tokenizer().to_str(), directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def options(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("quantized") / "model"
+    return options_of(model, out, recipe="random_hadamard", rows=1)
+
+
+@pytest.fixture(scope="module")
+def report(options):
+    return quantize(options)
+
+
+def test_a_reloaded_mixture_gives_the_logits_of_the_one_in_memory(options, report):
+    tokens, _ = calibration_tokens(options)
+    plan = Quantized(options.out).job.plan(Checkpoint(options.model).config)
+    float_model, linear, state = quantize_decoder(plan, load(options.model), tokens)
+    decoder, again, written = load_any(options.out)
+    wanted, _ = RUN(float_model, TOKENS, linear, state)
+    np.testing.assert_array_equal(RUN(decoder, TOKENS, again, written)[0], wanted)
+
+
+def test_the_report_names_every_expert_and_the_terminal_counts_those_that_saw_little(
+    options, report
+):
+    rows = [row for row in report["linears"] if "tokens" in row]
+    names = {row["linear"] for row in rows}
+    assert len(names) == len(rows) == 2 * 4 * 3
+    assert "model.layers.1.mlp.experts.3.down_proj" in names
+    assert sum(row["tokens"] for row in rows) == 511 * 2 * 2 * 3
+    assert "experts saw few tokens" not in quantized_line(report)
+    few = [{**row, "pooled": ".0.mlp.experts.3." in row["linear"]} for row in rows]
+    assert "1 of 8 experts saw few tokens" in quantized_line(report | {"linears": few})
+
+
+def test_a_mixture_is_inspected_and_generates(options, report, tmp_path, tiny_text, capsys):
+    words = ["inspect", "--model", options.out, "--text", tiny_text, "--tokens", 511]
+    assert cli.main([str(word) for word in (*words, "--out", tmp_path)]) == 0
+    sites = json.loads((tmp_path / "outliers.json").read_text())["sites"]
+    assert all("moved" in site for site in sites)
+    words = ["generate", "--model", options.out, "--prompt", "abc", "--max-new-tokens", 3]
+    assert cli.main([str(word) for word in words]) == 0
+
+
+def test_weights_moved_back_are_near_the_float_ones(options, report, tmp_path):
+    export(ExportOptions(options.out, "dequantized", out=tmp_path / "plain"))
+    wanted, found = load(options.model).parameters(), load(tmp_path / "plain").parameters()
+    for name in ("up_proj", "down_proj"):
+        x, y = (p[f"model.layers.*.mlp.{name}"] for p in (wanted, found))
+        off = jnp.sum((x - y) ** 2, axis=(2, 3)) / jnp.sum(x**2, axis=(2, 3))
+        assert float(jnp.min(off)) > 0
+        assert float(jnp.max(off)) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["export", "--out", "e"], "export --format dequantized, or gpt-oss"),
+        (["export", "--out", "e", "--format", "gpt-oss"], "has not the layout of gpt-oss"),
+    ],
+)
+def test_a_layout_that_cannot_hold_it_is_refused(options, report, words, says, capsys):
+    assert_one_line(cli.main([*words, "--model", str(options.out)]), capsys, says)
+
+
+def test_learning_for_a_mixture_is_refused(options, tmp_path, capsys):
+    words = ["quantize", "--model", options.model, "--refine", 2, "--rows", 2, "--calibration-text"]
+    words += [options.calibration_text, "--out", tmp_path / "q"]
+    code = cli.main([str(word) for word in words])
+    assert_one_line(code, capsys, "--refine is not for the experts")
