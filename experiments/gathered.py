@@ -52,8 +52,7 @@ from duquantpp_jax.evaluation.subject import load_rows
 from duquantpp_jax.lab import Cell
 from duquantpp_jax.models import SITE_WEIGHTS, Decoder
 from duquantpp_jax.models.layers import matmul
-from duquantpp_jax.models.parameters import EMBEDDING, HEAD, LAYER, NORM
-from duquantpp_jax.ptq.fuse import NORMS
+from duquantpp_jax.models.parameters import EMBEDDING, HEAD, LAYER, NORM, input_norms
 from duquantpp_jax.transforms.basic import FitInTurn, FitSmooth, Permute
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.hadamard import FitHadamard
@@ -139,7 +138,7 @@ def _moments(
     batches = [run(model, jnp.asarray(b)) for b in np.split(rows, range(4, len(rows), 4))]
     total = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *batches)
     inputs, outputs = [], []
-    for site, norm in NORMS.items():
+    for site, norm in input_norms(model.config).items():
         gains = parameters[LAYER + norm]
         kept = np.asarray(total[site], np.float64) / rows.size
         inputs.append(kept / (gains[:, :, None] * gains[:, None, :]))
@@ -198,7 +197,7 @@ def _turned(
 ) -> Decoder:
     """The model whose stream is h R: gains folded, the head a matrix of its own."""
     new = dict(old)
-    for site, norm in NORMS.items():
+    for site, norm in input_norms(model.config).items():
         gains = old[LAYER + norm]
         for name in SITE_WEIGHTS[site]:
             new[LAYER + name] = (old[LAYER + name] * gains[:, None, :]) @ rotation
