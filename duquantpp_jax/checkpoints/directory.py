@@ -1,14 +1,16 @@
 """A quantized checkpoint: a Hugging Face directory whose config.json says that it is quantized.
 
-    config.json             the float model's, with a quantization_config that names the job
+    config.json             the float model's, with a quantization_config that names the job, and
+                            model_type duquantpp_jax, which transformers and vLLM refuse
     quantization.json       the job alone; written first
     layer-00000.safetensors ...                  a file for each layer
     outside-*.safetensors                        embedding, last norm, head: as they were
-    model.safetensors.index.json                 which tensor is where; written last but config.json
+    quantized.safetensors.index.json             which tensor is where; written last but config.json
     tokenizer.json, generation_config.json, ...  copied
 
-config.json comes last: a directory without it is one that `quantize` has not finished. A layer's
-file holds
+No file has a name under which transformers looks for weights: it would leave out, with a warning,
+what it does not know, and draw random weights in their place. config.json comes last: a directory
+without it is one that `quantize` has not finished. A layer's file holds
 
     model.layers.3.mlp.up_proj.codes, .scales     packed as formats/tensors.py says
     model.layers.3.mlp_in/transform.links.0.scale  what the site's input is moved by, exactly
@@ -93,7 +95,9 @@ class Quantized:
                 f"{directory} is not finished: run the duquantpp quantize that began it again"
             )
         self.fields = Directory(self.directory).fields()
-        self.fields.pop("quantization_config", None)
+        about = self.fields.pop("quantization_config", {})
+        if "model_type" in about:  # older directories kept it in its place
+            self.fields["model_type"] = about["model_type"]
         self.config = DecoderConfig.from_dict(self.fields)
 
     @property

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import Quantized, gpt_oss
 from duquantpp_jax.checkpoints.experts import tensors_of
+from duquantpp_jax.checkpoints.shards import INDEX
 from duquantpp_jax.checkpoints.source import Directory
 from duquantpp_jax.checkpoints.writer import Progress, write_rest, write_tensors
 from duquantpp_jax.core import MXArray, Transform
@@ -108,7 +109,7 @@ def write_export(
             fields["quantization_config"] = quantization_config(model, rotated, floats)
         elif own:
             fields["quantization_config"] = gpt_oss.quantization_config(_scheme(rotated))
-        write_rest(partial, places, {}, Directory(model.directory), fields)
+        write_rest(partial, INDEX, places, {}, Directory(model.directory), fields)
     return _notes(model, format, rotated)
 
 

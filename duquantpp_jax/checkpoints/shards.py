@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from duquantpp_jax.checkpoints.gguf import Blocks
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+OWN_INDEX = "quantized.safetensors.index.json"
+"""Of what `duquantpp quantize` writes: a name that no other program looks for."""
 
 
 class Tensor(NamedTuple):
@@ -60,7 +62,7 @@ def shard_files(directory: Path) -> dict[Path, set[str] | None]:
     """
     if (directory / SINGLE).is_file():
         return {directory / SINGLE: None}
-    index = directory / INDEX
+    index = directory / (OWN_INDEX if (directory / OWN_INDEX).is_file() else INDEX)
     if not index.is_file():
         raise ValueError(
             f"{directory} has no {SINGLE} and no {INDEX}: convert the weights to safetensors"

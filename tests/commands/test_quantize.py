@@ -43,9 +43,12 @@ def test_the_directory_has_what_the_float_one_has(three_layers, quantized):
         assert (quantized / name).read_bytes() == (three_layers / name).read_bytes()
     assert not (quantized / ".hidden.json").exists()
     fields = json.loads((quantized / "config.json").read_text())
-    assert fields.pop("quantization_config")["quant_method"] == "duquantpp_jax"
+    about = fields.pop("quantization_config")
+    assert about["quant_method"] == fields["model_type"] == "duquantpp_jax"  # known to no other
+    fields["model_type"] = about["model_type"]
     assert fields == json.loads((three_layers / "config.json").read_text())
-    index = json.loads((quantized / "model.safetensors.index.json").read_text())
+    index = json.loads((quantized / "quantized.safetensors.index.json").read_text())
+    assert not list(quantized.glob("model*"))  # transformers would draw random weights
     for name, file in index["weight_map"].items():
         assert name in load_file(quantized / file)
     assert not list(quantized.glob("hidden-*"))
