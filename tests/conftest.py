@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from duquantpp_jax.checkpoints import save, testbed
 from duquantpp_jax.core import Needs, Stats
 from duquantpp_jax.models import Decoder, DecoderConfig, parameter_shapes
+from duquantpp_jax.models.families import FAMILIES
 from duquantpp_jax.models.parameters import LAYER
 
 DATA_VARIABLE = "DUQUANTPP_DATA"
@@ -116,7 +117,8 @@ def tiny_decoder(**changes) -> Decoder:
 def mixture(architecture: str, **changes) -> Decoder:
     """A random decoder of this family with two of four experts a token, and random biases."""
     counts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
-    fields = {**TINY.to_dict(), "architectures": [architecture], "sliding_window": 12}
+    named = {"architectures": [architecture], "model_type": FAMILIES[architecture].model_type}
+    fields = {**TINY.to_dict(), **named, "sliding_window": 12}
     config = DecoderConfig.from_dict({**fields, **counts, **changes})
     parameters, random = tiny_decoder(**vars(config)).parameters(), np.random.default_rng(2)
     for name, array in parameters.items():

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -24,7 +25,7 @@ from tokenizers import Tokenizer
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints.experts import View, tensors_of, unpacked, views, wanted
 from duquantpp_jax.checkpoints.shards import SINGLE, Stored, one_line
-from duquantpp_jax.checkpoints.source import CONFIG, TOKENIZER, Source, source
+from duquantpp_jax.checkpoints.source import CONFIG, TOKENIZER, TOKENIZER_CONFIG, Source, source
 from duquantpp_jax.models.config import DecoderConfig
 from duquantpp_jax.models.decoder import Decoder
 from duquantpp_jax.models.parameters import parameter_shapes, tensor_name
@@ -119,6 +120,11 @@ def load_tokenizer(
         ) from None
     tokenizer.no_padding()  # what a file may ask for, and transformers leaves out of encoding
     tokenizer.no_truncation()
+    try:
+        _apply_settings(tokenizer, _settings(companions))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        said = str(error) if isinstance(error, ValueError) else f"it is broken ({error!r:.80})"
+        raise ValueError(f"{directory}/{TOKENIZER_CONFIG}: {said}") from None
     last = max(tokenizer.get_vocab().values(), default=-1)
     if last >= config.vocab_size:
         raise ValueError(
@@ -126,6 +132,42 @@ def load_tokenizer(
             "both must come from one model"
         )
     return tokenizer
+
+
+def _settings(companions: Mapping[str, Callable[[], bytes]]) -> dict[str, Any]:
+    """The fields of tokenizer_config.json, if there is one."""
+    try:
+        fields = json.loads(companions.get(TOKENIZER_CONFIG, lambda: b"{}")())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{TOKENIZER_CONFIG} is not JSON ({one_line(error)})") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{TOKENIZER_CONFIG} is a {type(fields).__name__}: it must be an object")
+    return fields
+
+
+def _apply_settings(tokenizer: Tokenizer, fields: Mapping[str, Any]) -> None:
+    """What tokenizer_config.json changes in tokenizer.json; docs/fields.md has every field."""
+    if fields.get("fix_mistral_regex"):
+        raise ValueError(
+            "fix_mistral_regex = true is not supported: put the split that it means into "
+            "tokenizer.json"
+        )
+    tokenizer.encode_special_tokens = bool(fields.get("split_special_tokens"))
+    listed: dict[str, int | None] = {}
+    for name in ("extra_special_tokens", "additional_special_tokens"):
+        given = fields.get(name) or ()
+        for token in given.values() if isinstance(given, dict) else given:
+            listed[token if isinstance(token, str) else token["content"]] = None
+    for number, token in (fields.get("added_tokens_decoder") or {}).items():
+        listed[token["content"]] = int(number)
+    for text, number in listed.items():
+        found = tokenizer.token_to_id(text)
+        if found is None or number not in (None, found):
+            wanted = "an id" if number is None else f"id {number}"
+            raise ValueError(
+                f"the special token {text!r} has {wanted} and in tokenizer.json "
+                f"{'none' if found is None else found}: both must come from one model"
+            )
 
 
 def chat_prompt(directory: str | os.PathLike[str], message: str) -> str:
@@ -146,7 +188,7 @@ def chat_prompt(directory: str | os.PathLike[str], message: str) -> str:
 
     companions = source(directory).companions()
     try:
-        settings = json.loads(companions.get("tokenizer_config.json", lambda: b"{}")())
+        settings = _settings(companions)
         template = settings.get("chat_template")
         if isinstance(template, list):  # several, by name
             template = {each["name"]: each["template"] for each in template}.get("default")

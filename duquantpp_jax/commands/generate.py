@@ -1,6 +1,7 @@
 """`duquantpp generate`: a float or quantized model continues a text."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 from duquantpp_jax.checkpoints import load_any, load_tokenizer
 from duquantpp_jax.checkpoints.hugging_face import chat_prompt
 from duquantpp_jax.checkpoints.packed import said
+from duquantpp_jax.checkpoints.source import source
 from duquantpp_jax.commands.evaluate import Flag, Imports
 from duquantpp_jax.models.sampling import Sampling, generate
 from duquantpp_jax.ptq import stores as cache
@@ -54,6 +56,31 @@ class GenerateOptions:
     imports: Imports = ()
 
 
+ASKED = """do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff
+repetition_penalty no_repeat_ngram_size diversity_penalty penalty_alpha guidance_scale num_beams
+exponential_decay_length_penalty dola_layers constraints force_words_ids sequence_bias bad_words_ids
+suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id watermarking_config
+token_healing stop_strings min_length min_new_tokens"""
+"""Fields of generation_config.json that change which tokens a row has; docs/fields.md has all."""
+
+
+def left_out(model: Path) -> str | None:
+    """One line about what a checkpoint asks of generation and `generate` does not do by itself.
+
+    As in transformers config.json is asked where there is no generation_config.json.
+    """
+    name, place = "generation_config.json", source(model)
+    content = place.companions().get(name)
+    fields, name = (json.loads(content()), name) if content else (place.fields(), "config.json")
+    neutral = (None, False, 0, 1, [], {})
+    asked = {n: fields[n] for n in ASKED.split() if n in fields}
+    asked = {n: v for n, v in asked.items() if v is True or v not in neutral}
+    if not asked:
+        return None
+    given = ", ".join(f"{name} = {json.dumps(value):.40}" for name, value in asked.items())
+    return f"{name} asks for {given}: only the options of generate count"
+
+
 def continued(options: GenerateOptions) -> str:
     """The prompt and its continuation, as text; of a chat the answer alone."""
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
@@ -61,6 +88,8 @@ def continued(options: GenerateOptions) -> str:
     model, linear, state = load_any(options.model, options.activation_format)
     if (used := said(linear)) is not None:
         print(f"{options.model}: {used}", file=sys.stderr)
+    if (note := left_out(options.model)) is not None:
+        print(f"{options.model}: {note}", file=sys.stderr)
     config, tokenizer = model.config, load_tokenizer(options.model, model.config)
     store = cache.store(options.cache, config.head_dim, rotate_keys=options.rotate_keys)
     text = chat_prompt(options.model, options.prompt) if options.chat else options.prompt

@@ -91,8 +91,8 @@ class DecoderConfig:
         """
         architecture = _architecture(fields)
         family = FAMILIES[architecture]
-        fields = {**family.defaults, **_without_rope_parameters(fields, family)}
-        for name, only in family.only.items():
+        fields = {**family.only, **family.defaults, **_without_rope_parameters(fields, family)}
+        for name, only in {**family.only, "model_type": family.model_type}.items():
             if fields.get(name, only) not in (only, None):
                 raise ValueError(
                     f"config.json: {name} = {read.short(fields[name])} is not supported for "
@@ -126,9 +126,7 @@ class DecoderConfig:
         window, layer_types = _windows(fields, family, layers)
         width, experts = "intermediate_size", {}
         if family.experts is not None:
-            names = (family.experts.count, "num_local_experts")  # transformers 5 saves the latter
-            name = next((name for name in names if name in fields), names[0])
-            width, count = family.experts.width, read.integer(fields, name)
+            width, count = family.experts.width, _experts(fields, family.experts.count)
             experts = {"num_experts": count, "norm_topk_prob": True}
             experts["num_experts_per_tok"] = read.integer(
                 fields, "num_experts_per_tok", below=count + 1
@@ -207,6 +205,18 @@ def _root(fields: Mapping[str, Any], hidden_size: int) -> float:
     if name not in _DTYPES:
         raise read.wrong("torch_dtype", name, f"one of {', '.join(_DTYPES)}")
     return float(np.asarray(hidden_size**0.5, np.float32).astype(jnp.dtype(name)))
+
+
+def _experts(fields: Mapping[str, Any], name: str) -> int:
+    """How many experts a layer has; transformers takes both names for the same."""
+    both = {n: fields[n] for n in (name, "num_local_experts", "num_experts") if n in fields}
+    counts = {n: read.integer(both, n) for n in both} or {name: read.integer(fields, name)}
+    if len({*counts.values()}) > 1:
+        raise ValueError(
+            f"config.json: num_local_experts = {counts['num_local_experts']} and num_experts = "
+            f"{counts['num_experts']} are two names of the same number: leave out one"
+        )
+    return next(iter(counts.values()))
 
 
 def _windows(

@@ -96,7 +96,9 @@ class Yarn(Scaling):
         return _mixed(frequencies, self.factor, 1 - np.clip(ramp, 0, 1))
 
     def magnitude(self) -> float:
-        return self.attention_factor or 0.1 * math.log(max(self.factor, 1)) + 1
+        if self.attention_factor is not None:
+            return self.attention_factor
+        return 0.1 * math.log(max(self.factor, 1)) + 1
 
 
 KINDS: Mapping[str, type[Scaling]] = {"linear": LinearScaling, "llama3": Llama3, "yarn": Yarn}

@@ -4,10 +4,15 @@ import pytest
 
 from duquantpp_jax.checkpoints import load, sha256
 from duquantpp_jax.models import DecoderConfig
+from duquantpp_jax.models.families import FAMILIES
 from tests.checkpoints.spoiling import refusal, rewrite
 from tests.conftest import TINY
 
-GEMMA = {"architectures": ["Gemma3ForCausalLM"]}
+OF = {
+    family.model_type: {"architectures": [name], "model_type": family.model_type}
+    for name, family in FAMILIES.items()
+}
+GEMMA = OF["gemma3_text"]
 
 CONFIGS = {
     "another architecture": (
@@ -85,23 +90,23 @@ CONFIGS = {
     "biases that are missing": ({"attention_bias": True}, ["self_attn.q_proj.bias is missing"]),
     "bias of another type": ({"mlp_bias": 1}, ["mlp_bias = 1", "true or false"]),
     "a bias that a family lacks": (
-        {"architectures": ["MistralForCausalLM"], "mlp_bias": True},
+        {**OF["mistral"], "mlp_bias": True},
         ["mlp_bias = True", "MistralForCausalLM", "must be false"],
     ),
     "layers of unknown attention": (
-        {"architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention", "linear"]},
+        {**OF["qwen2"], "layer_types": ["full_attention", "linear"]},
         ["layer_types", "'linear'", "sliding_attention"],
     ),
     "a sliding layer without a window": (
-        {"architectures": ["Qwen3ForCausalLM"], "layer_types": 2 * ["sliding_attention"]},
+        {**OF["qwen3"], "layer_types": 2 * ["sliding_attention"]},
         ["layer_types", "use_sliding_window"],
     ),
     "too few layer types": (
-        {"architectures": ["Qwen3ForCausalLM"], "layer_types": ["full_attention"]},
+        {**OF["qwen3"], "layer_types": ["full_attention"]},
         ["layer_types", "2 layers"],
     ),
     "a window of nothing": (
-        {"architectures": ["MistralForCausalLM"], "sliding_window": 0},
+        {**OF["mistral"], "sliding_window": 0},
         ["sliding_window = 0", "above 0"],
     ),
     "another activation": ({"hidden_act": "gelu"}, ["hidden_act = 'gelu'", "silu"]),

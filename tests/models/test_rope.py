@@ -103,7 +103,8 @@ def test_the_ramp_of_yarn_never_rises(scaling, theta, pairs):
 def test_the_magnitude_of_yarn_is_one_until_the_context_grows(factor, wanted):
     """.1 ln 4 + 1 and .1 ln 40 + 1, in decimals."""
     assert Yarn(factor, 64).magnitude() == pytest.approx(wanted, abs=1e-7)
-    assert Yarn(factor, 64, attention_factor=0.7).magnitude() == 0.7
+    for share in (0.0, 0.7):
+        assert Yarn(factor, 64, attention_factor=share).magnitude() == share
 
 
 def test_only_yarn_has_a_magnitude():

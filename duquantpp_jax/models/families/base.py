@@ -10,7 +10,16 @@ from typing import Any, Literal, NamedTuple
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ATTENTION = (*QKV, "self_attn.o_proj")
 MLP = ("mlp.up_proj", "mlp.gate_proj", "mlp.down_proj")
-ALL: Mapping[str, Any] = {"hidden_act": "silu", "partial_rotary_factor": 1.0}
+CAUSAL: Mapping[str, Any] = {
+    "partial_rotary_factor": 1.0,
+    "is_causal": True,
+    "is_encoder_decoder": False,
+    "attention_chunk_size": None,
+    "kv_sharing_modes": None,
+    "per_layer_config": None,
+}
+"""What every family has in `only`."""
+ALL: Mapping[str, Any] = {**CAUSAL, "hidden_act": "silu"}
 
 
 class In(NamedTuple):

@@ -14,7 +14,7 @@ and 5, whose defaults a config.json of Gemma's makers relies on; llama.cpp, src/
 from collections.abc import Mapping
 from typing import Any
 
-from duquantpp_jax.models.families.base import ATTENTION, Family, InGGUF
+from duquantpp_jax.models.families.base import ATTENTION, CAUSAL, Family, InGGUF
 
 
 def _derived(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,6 +30,7 @@ GEMMA3: Mapping[str, Family] = {
     "Gemma3ForCausalLM": Family(
         "gemma3_text",
         only={
+            **CAUSAL,
             "hidden_activation": "gelu_pytorch_tanh",
             "final_logit_softcapping": None,
             "attn_logit_softcapping": None,

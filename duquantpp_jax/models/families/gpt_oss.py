@@ -37,14 +37,15 @@ _YARN = {
 }
 GPT_OSS = Family(
     "gpt_oss",
-    only={**ALL, "swiglu_alpha": ALPHA, "swiglu_limit": LIMIT},
+    only={**ALL, "swiglu_alpha": ALPHA, "swiglu_limit": LIMIT, "sliding_window_pattern": 2},
     defaults={
         "num_key_value_heads": 8,
         "head_dim": 64,
         "rope_theta": 150000.0,
         "rope_scaling": _YARN,
         "attention_bias": True,
-        "sliding_window_pattern": 2,
+        "sliding_window": 128,
+        "max_position_embeddings": 131072,
     },
     biases=("mlp.router", *MLP),
     biases_if={"attention_bias": ATTENTION},

@@ -8,18 +8,23 @@ from collections.abc import Mapping
 from duquantpp_jax.models.families.base import ALL, ATTENTION, MLP, QKV, Family, InGGUF
 
 _QWEN = {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}
+_QWEN |= {"max_position_embeddings": 32768}
 
 LLAMA: Mapping[str, Family] = {
     "LlamaForCausalLM": Family(
         "llama",
-        only=ALL,
+        only={**ALL, "sliding_window": None, "layer_types": None},
         biases_if={"attention_bias": ATTENTION, "mlp_bias": MLP},
         gguf=InGGUF("llama", paired=True),
     ),
     "MistralForCausalLM": Family(
         "mistral",
         only={**ALL, "attention_bias": False, "mlp_bias": False, "layer_types": None},
-        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        defaults={
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+            "max_position_embeddings": 131072,
+        },
         windows="all",
     ),
     "Qwen2ForCausalLM": Family(

@@ -8,7 +8,7 @@ from duquantpp_jax.models.families.base import ALL, Experts, Family, In
 MIXTRAL = Family(
     "mixtral",
     only={**ALL, "attention_bias": False, "mlp_bias": False, "layer_types": None},
-    defaults={"num_key_value_heads": 8, "rope_theta": 1e6},
+    defaults={"num_key_value_heads": 8, "rope_theta": 1e6, "max_position_embeddings": 131072},
     windows="all",
     experts=Experts(
         count="num_local_experts",

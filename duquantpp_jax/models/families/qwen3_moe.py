@@ -7,8 +7,19 @@ from duquantpp_jax.models.families.base import ALL, ATTENTION, Experts, Family, 
 
 QWEN3_MOE = Family(
     "qwen3_moe",
-    only={**ALL, "mlp_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
-    defaults={"num_key_value_heads": 4, "sliding_window": 4096, "norm_topk_prob": False},
+    only={
+        **ALL,
+        "mlp_bias": False,
+        "layer_types": None,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    defaults={
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "norm_topk_prob": False,
+        "max_position_embeddings": 32768,
+    },
     biases_if={"attention_bias": ATTENTION},
     windows="used",
     layer={"qk_norm": True},
