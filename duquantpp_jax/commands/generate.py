@@ -4,10 +4,9 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from duquantpp_jax.checkpoints import load_any, load_tokenizer
 from duquantpp_jax.checkpoints.hugging_face import chat_prompt
@@ -107,14 +106,13 @@ def continued(options: GenerateOptions) -> str:
             f"tokens of prompt this model has {room} of its {config.max_position_embeddings} "
             "positions left"
         )
-    ids, key = jnp.asarray([prompt], jnp.int32), jax.random.key(options.seed)
-    how = {"store": store, "new": options.max_new_tokens, "sampling": sampling}
-    new, count = generate(model, ids, key, linear=linear, state=state, **how)
-    if new[0, count[0] - 1] < 0:
+    key, new = jax.random.key(options.seed), options.max_new_tokens
+    how: Any = {"linear": linear, "state": state, "store": store, "sampling": sampling}
+    (answer,) = generate(model, [prompt], key, new=new, **how)
+    if answer[-1] < 0:
         raise ValueError(
-            f"the model gave NaN for token {count[0]} after the prompt: no text is printed"
+            f"the model gave NaN for token {len(answer)} after the prompt: no text is printed"
         )
-    answer = np.asarray(new[0, : count[0]]).tolist()
     return tokenizer.decode(answer if options.chat else [*prompt, *answer])
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,9 +61,9 @@ def _kept(path: Path, config: DecoderConfig) -> Int32[np.ndarray, "batch length"
 
 def _written(model: Decoder, key: jax.Array) -> Int32[np.ndarray, "batch length"]:
     model.config = dataclasses.replace(model.config, eos_token_id=None)
-    begin = np.full((BATCH, 1), model.config.bos_token_id, np.int32)
-    how = {"store": stores.store("float32", model.config.head_dim), "linear": dense}
-    new, _ = generate(model, begin, key, new=TARGETS, sampling=Sampling(1.0), **how)
-    if np.min(new) < 0:
+    begin: Any = [model.config.bos_token_id]
+    how: Any = {"store": stores.store("float32", model.config.head_dim), "linear": dense}
+    new = generate(model, [begin] * BATCH, key, new=TARGETS, sampling=Sampling(1.0), **how)
+    if min(map(min, new)) < 0:
         raise ValueError("the model gave NaN where it wrote rows to calibrate on: give a text")
-    return np.concatenate([begin, new], axis=1)
+    return np.asarray([begin + row for row in new], np.int32)

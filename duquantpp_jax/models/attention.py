@@ -22,12 +22,12 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 def rotary(
     x: Float[Array, "rows length *heads head_dim"],
-    positions: Int32[Array, " length"],
+    positions: Int32[Array, "*rows length"],
     frequencies: Float32[Array | np.ndarray, " pairs"],
 ) -> Float32[Array, "rows length *heads head_dim"]:
     """R(x): rotates the pair (x_i, x_{i + d/2}) by the angle positions * frequencies_i."""
-    angle = positions.astype(jnp.float32)[:, None] * frequencies
-    angle = angle.reshape(len(positions), *(1,) * (x.ndim - 3), len(frequencies))
+    angle = positions.astype(jnp.float32)[..., None] * frequencies
+    angle = angle.reshape(*positions.shape, *(1,) * (x.ndim - 3), len(frequencies))
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -37,7 +37,7 @@ def causal_attention(
     q: Float[Array, "rows length kv_heads groups head_dim"],
     k: Float[Array, "rows keys kv_heads head_dim"],
     v: Float[Array, "rows keys kv_heads head_dim"],
-    positions: Int32[Array, " length"],
+    positions: Int32[Array, "*rows length"],
     window: Int32[Array | np.ndarray, ""] | None,
     scalar: float,
     sinks: Float[Array, "kv_heads groups"] | None = None,
@@ -45,7 +45,7 @@ def causal_attention(
     """softmax(q k^T / sqrt(c)) v over the keys up to the query; softmax in float32.
 
     Args:
-      positions: Of the queries; keys and values are at positions 0, 1, ...
+      positions: Of the queries, of all rows or of each; keys and values are at 0, 1, ...
       window: Number of keys that a query sees, its own last; None for all.
       scalar: c, which is head_dim in most families.
       sinks: The logit of each head's sink.
@@ -54,9 +54,10 @@ def causal_attention(
         "rqhgd,rkhd->rhgqk", q, k, precision=HIGHEST, preferred_element_type=jnp.float32
     )
     keys = jnp.arange(k.shape[1], dtype=jnp.int32)
-    visible = keys <= positions[:, None]
+    visible = keys <= positions[..., None]
     if window is not None:
-        visible &= keys > positions[:, None] - window
+        visible &= keys > positions[..., None] - window
+    visible = visible.reshape(-1, 1, 1, *visible.shape[-2:])
     scores = jnp.where(visible, scores / np.float32(scalar**0.5), -jnp.inf)
     if sinks is not None:
         sink = jnp.broadcast_to(sinks[..., None, None], (*scores.shape[:-1], 1))

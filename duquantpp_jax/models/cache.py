@@ -10,6 +10,7 @@ where move is orthogonal, so that it does not change q k^T.
 from __future__ import annotations
 
 import abc
+import functools
 from typing import Any
 
 import jax
@@ -49,11 +50,11 @@ class Cache:
 
     Attributes:
       entries: The pair (keys, values) of `Store.encode`, as arrays [layers, rows, capacity, ...].
-      length: Positions that are filled.
+      length: Positions that are filled, of all rows or of each.
     """
 
     entries: Any
-    length: Int32[Array, ""]
+    length: Int32[Array, "*rows"]
     store: Store = struct.field(pytree_node=False)
 
 
@@ -64,3 +65,12 @@ def empty_cache(config: DecoderConfig, store: Store, rows: int, capacity: int) -
     layers = config.num_hidden_layers
     zeros = jax.tree.map(lambda leaf: jnp.zeros((layers, *leaf.shape), leaf.dtype), (keys, keys))
     return Cache(zeros, jnp.int32(0), store)
+
+
+def put(entries: Any, new: Any, start: Int32[Array, "*rows"] | int) -> Any:
+    """The entries of a layer with new ones from position `start` on, of all rows or of each."""
+    write = jax.lax.dynamic_update_slice_in_dim
+    if jnp.ndim(start) == 0:
+        return jax.tree.map(functools.partial(write, start_index=start, axis=1), entries, new)
+    each = jax.vmap(functools.partial(write, axis=0))
+    return jax.tree.map(lambda old, other: each(old, other, start), entries, new)

@@ -129,16 +129,19 @@ class Decoder(nnx.Module):
         cache: Cache,
         linear: Linear = dense,
         state: State | None = None,
-    ) -> tuple[Float32[Array, "rows length vocab"], Cache]:
+        at: Int32[Array, " rows"] | None = None,
+    ) -> tuple[Float32[Array, "rows logits vocab"], Cache]:
         """Logits at further positions, and the cache with these positions in it.
 
         Args:
           tokens: The tokens after those in the cache: all of a prompt, or a single token.
           cache: Must have room for them; beyond its capacity older entries are overwritten.
           linear, state: As for `__call__`.
+          at: Which of these tokens of each row gives logits; None for all of them.
         """
         start = cache.length
-        logits, _, entries = self._run(tokens, linear, state, start, cache.store, cache.entries)
+        cached = cache.store, cache.entries
+        logits, _, entries = self._run(tokens, linear, state, start, *cached, at)
         return logits, Cache(entries, start + tokens.shape[1], cache.store)
 
     def _run(
@@ -146,10 +149,11 @@ class Decoder(nnx.Module):
         tokens: Integer[Array, "rows length"],
         linear: Linear,
         state: State | None,
-        start: Int32[Array, ""],
+        start: Int32[Array, "*rows"],
         store: Store | None,
         entries: Any,
-    ) -> tuple[Float32[Array, "rows length vocab"], dict[str, Any], Any]:
+        at: Int32[Array, " rows"] | None = None,
+    ) -> tuple[Float32[Array, "rows logits vocab"], dict[str, Any], Any]:
         """Logits at positions from `start` on, what `linear` gave out, and the new entries."""
         config = self.config
         runs = state if isinstance(state, tuple) else (state or {},)
@@ -177,6 +181,8 @@ class Decoder(nnx.Module):
             given.append(out)
             first += count
         outs, entries = jax.tree.map(lambda *parts: jnp.concatenate(parts), *given)
+        if at is not None:
+            x = jnp.take_along_axis(x, at[:, None, None], axis=1, mode="clip")
         x = rms_norm(config, x, self.norm[...]).astype(self.dtype)
         head = (self.embedding if self.head is None else self.head)[...].astype(self.dtype)
         logits = jnp.einsum(

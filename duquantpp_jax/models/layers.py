@@ -17,7 +17,6 @@ al., Qwen2 (arXiv:2407.10671) and Qwen3 (arXiv:2505.09388) technical reports for
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from duquantpp_jax.models.attention import HIGHEST, causal_attention, rotary
-from duquantpp_jax.models.cache import Store
+from duquantpp_jax.models.cache import Store, put
 from duquantpp_jax.models.config import FULL, SLIDING, DecoderConfig
 from duquantpp_jax.models.experts import Routed, route
 from duquantpp_jax.models.families.gpt_oss import clamped_swiglu
@@ -126,7 +125,7 @@ def layer(
     linear: Linear,
     state: Mapping[str, Any],
     *,
-    start: Int32[Array, ""] | int = 0,
+    start: Int32[Array, "*rows"] | int = 0,
     store: Store | None = None,
     entries: Any = None,
     dtype: DTypeLike = jnp.float32,
@@ -134,13 +133,13 @@ def layer(
     """The hidden states after a layer, what `linear` gave out, and the new entries of the cache.
 
     Args:
-      x: The hidden states before the layer, from position `start` on.
+      x: The hidden states before the layer, from position `start` on, of all rows or of each.
       linear, state, store: As in `Decoder.__call__`, for a single layer.
       entries: What a cache holds of the layer.
       dtype: Of the matrix products. Matrices are cast where they are used, to save memory.
     """
     outs, before, after = {}, input_norms(config), output_norms(config)
-    positions = start + jnp.arange(x.shape[1], dtype=jnp.int32)
+    positions = jnp.asarray(start)[..., None] + jnp.arange(x.shape[1], dtype=jnp.int32)
 
     def at(site: str, x: Array | Routed) -> list[Array]:
         names = SITE_WEIGHTS[site]
@@ -160,8 +159,7 @@ def layer(
         q, k = store.move(q), store.move(k)
         new = store.encode(k), store.encode(v.astype(jnp.float32))
         if entries is not None:
-            put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=1)
-            entries = jax.tree.map(put, entries, new)
+            entries = put(entries, new, start)
         k, v = map(store.decode, entries or new)
     sinks = parameters[SINKS].reshape(q.shape[2:4]) if config.sinks else None
     q, k, v = (y.astype(dtype) for y in (q, k, v))
@@ -186,7 +184,7 @@ def _heads(
     config: DecoderConfig,
     parameters: Mapping[str, Array],
     where: Positional,
-    positions: Int32[Array, " length"],
+    positions: Int32[Array, "*rows length"],
     q: Float[Array, "rows length queries"],
     k: Float[Array, "rows length keys"],
     v: Float[Array, "rows length keys"],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from duquantpp_jax.models import Decoder, dense, empty_cache
-from duquantpp_jax.models.sampling import Sampling, draw, generate
+from duquantpp_jax.models.sampling import Draws, Sampling, begin, bucket, draw, generate, proceed
 from duquantpp_jax.ptq import stores as cache
 from tests.conftest import tiny_decoder
 
@@ -118,37 +118,34 @@ def test_heads_that_do_not_fit_are_refused_by_name():
 @pytest.mark.parametrize("name", ["float32", "mxfp4"])
 def test_greedy_tokens_are_the_likeliest_of_the_full_forward_pass(name, model, tokens):
     store = cache.store(name, 32)
-    new, counts = generate(
-        model, tokens[:, :PROMPT], jax.random.key(0), store=store, new=6, linear=dense
-    )
-    assert counts.tolist() == [6, 6]
-    whole = jnp.concatenate([tokens[:, :PROMPT].astype(jnp.int32), new], axis=1)
-    likeliest = full(model, whole, store).argmax(axis=-1)
-    np.testing.assert_array_equal(likeliest[:, PROMPT - 1 : -1], new)
+    prompts = tokens[0, :PROMPT].tolist(), tokens[1, : PROMPT - 3].tolist()
+    new = generate(model, prompts, jax.random.key(0), store=store, new=6, linear=dense)
+    for prompt, answer in zip(prompts, new, strict=True):
+        assert len(answer) == 6
+        whole = np.asarray([prompt + answer + [0] * (11 - len(prompt) - 6)] * 2)
+        likeliest = full(model, whole, store).argmax(axis=-1)[0, : len(prompt) + 5]
+        assert likeliest[len(prompt) - 1 :].tolist() == answer
 
 
 def test_a_row_ends_with_the_first_end_token_and_others_go_on(model, tokens):
     store = cache.store("float32", 32)
 
     def run(model):
-        key = jax.random.key(0)
-        return generate(model, tokens[:, :PROMPT], key, store=store, new=6, linear=dense)
+        prompts = tokens[:, :PROMPT].tolist()
+        return generate(model, prompts, jax.random.key(0), store=store, new=6, linear=dense)
 
-    free = np.asarray(run(model)[0])
-    end = next(int(token) for token in free[0, 1:] if token not in free[1])
-    last = free[0].tolist().index(end) + 1
+    free = run(model)
+    end = next(token for token in free[0][1:] if token not in free[1])
+    last = free[0].index(end) + 1
     ids = (end, 255)
     ending = Decoder(dataclasses.replace(model.config, eos_token_id=ids), model.parameters())
-    new, counts = run(ending)
-    assert counts.tolist() == [last, 6]
-    np.testing.assert_array_equal(new[0], [*free[0, :last], *[0] * (6 - last)])
-    np.testing.assert_array_equal(new[1], free[1])
+    assert run(ending) == [free[0][:last], free[1]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_row_whose_logits_are_nan_draws_no_token(temperature):
     logits = jnp.zeros((2, 5)).at[1, 3].set(jnp.nan)
-    drawn = draw(logits, Sampling(temperature), jax.random.key(0))
+    drawn = draw(logits, Draws.of([Sampling(temperature)] * 2), jax.random.key(0))
     assert drawn[0] >= 0
     assert drawn[1] == -1
 
@@ -157,16 +154,25 @@ def test_a_key_decides_what_is_sampled(model, tokens):
     def run(seed):
         return generate(
             model,
-            tokens[:, :PROMPT],
+            tokens[:, :PROMPT].tolist(),
             jax.random.key(seed),
             store=cache.store("bf16", 32),
             new=6,
             linear=dense,
             sampling=Sampling(temperature=1.0),
-        )[0]
+        )
 
-    np.testing.assert_array_equal(run(0), run(0))
-    assert (run(0) != run(1)).any()
+    assert run(0) == run(0) != run(1)
+
+
+def test_lengths_up_to_a_power_of_two_and_samplings_of_a_kind_share_two_programs(model, tokens):
+    programs = begin._cache_size(), proceed._cache_size()
+    how = {"store": cache.store("bf16", 32), "linear": dense}
+    for length, new, temperature in ((3, 6, 0.9), (7, 2, 0.8), (9, 7, 1.1)):
+        prompts = [row[:length].tolist() for row in tokens]
+        generate(model, prompts, jax.random.key(0), new=new, sampling=Sampling(temperature), **how)
+    assert (begin._cache_size() - programs[0], proceed._cache_size() - programs[1]) <= (1, 1)
+    assert [bucket(length) for length in (1, 16, 17, 32, 33)] == [16, 16, 32, 32, 64]
 
 
 PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32)
@@ -188,7 +194,7 @@ PROBABILITIES = np.array([0.05, 0.4, 0.1, 0.25, 0.2], np.float32)
 def test_tokens_are_drawn_with_the_probabilities_that_are_left(sampling, wanted):
     """20,000 draws: each share lies within 5 standard errors, of .0036 at most."""
     logits = jnp.broadcast_to(jnp.log(PROBABILITIES), (20_000, 5))
-    drawn = np.asarray(draw(logits, sampling, jax.random.key(0)))
+    drawn = np.asarray(draw(logits, Draws.of([sampling] * len(logits)), jax.random.key(0)))
     shares = np.bincount(drawn, minlength=5) / len(drawn)
     np.testing.assert_allclose(shares, wanted, atol=0.018)
     assert not shares[np.asarray(wanted) == 0].any()
