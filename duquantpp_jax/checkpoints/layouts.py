@@ -10,6 +10,9 @@ dequantized          every weight moved back through its transform, W = W^ T, an
     bfloat16; activations are not quantized.
 gpt-oss              experts as packed MXFP4 (gpt_oss.py).
 
+config.json of the packed ones says that the model is bfloat16, whatever it was made from: readers
+decode MXFP4 to bfloat16, and multiply no other type with it. Other tensors are written as they are.
+
 Source: the library compressed-tensors 0.20: compressors/mxfp4, quantization/quant_config.py and
 transform/.
 """
@@ -40,6 +43,7 @@ from duquantpp_jax.ptq.plan import linear_shapes
 from duquantpp_jax.ptq.site import QuantizedSite
 from duquantpp_jax.transforms.hadamard import hadamard
 
+_WIDER = (np.float16, np.float32)
 PACKED = "mxfp4-pack-quantized"
 BLOCK = 32
 
@@ -87,12 +91,14 @@ def write_export(
     places: dict[str, str] = {}
     rotated: list[str] = []
     floats: list[str] = []
+    wider: list[str] = []
     with files.new_directory(out) as partial:
 
         def write(number: int, tensors: Tensors) -> None:
             name = f"model-{number + 1:05d}-of-{count + 1:05d}.safetensors"
             write_tensors(partial / name, tensors, {})
             places.update(dict.fromkeys(tensors, name))
+            wider.extend(n for n, array in tensors.items() if array.dtype in _WIDER)
 
         for number in range(count):
             progress(f"layer {number + 1} of {count}", number, count)
@@ -105,12 +111,14 @@ def write_export(
             floats += layer.floats
         write(count, model.outside())
         fields = dict(model.fields)
+        if packed or own:
+            fields |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
         if packed:
             fields["quantization_config"] = quantization_config(model, rotated, floats)
         elif own:
             fields["quantization_config"] = gpt_oss.quantization_config(_scheme(rotated))
         write_rest(partial, INDEX, places, {}, Directory(model.directory), fields)
-    return _notes(model, format, rotated)
+    return _notes(model, format, rotated, len(wider))
 
 
 def _check_formats(model: Quantized) -> None:
@@ -281,7 +289,7 @@ def _scheme(rotated: list[str]) -> dict[str, Any] | None:
     return {"hadamard": scheme | {"randomize": False, "requires_grad": False}}
 
 
-def _notes(model: Quantized, format: Layout, rotated: list[str]) -> list[str]:
+def _notes(model: Quantized, format: Layout, rotated: list[str], wider: int) -> list[str]:
     if format == "dequantized":
         return [
             "Weights were moved back through their transforms and rounded to bfloat16.",
@@ -298,5 +306,10 @@ def _notes(model: Quantized, format: Layout, rotated: list[str]) -> list[str]:
         notes.append(
             f"The inputs of {len(rotated)} linears are to be rotated online: a reader must apply "
             "transform_config, or its outputs are wrong."
+        )
+    if wider:
+        notes.append(
+            f"config.json says dtype bfloat16, to which readers round the {wider} tensors that are "
+            "float16 or float32."
         )
     return notes

@@ -16,6 +16,7 @@ from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
 from duquantpp_jax.models import SITES
 from duquantpp_jax.transforms.block import BlockAffine, BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard
+from tests.checkpoints.spoiling import rewrite
 from tests.commands.test_quantize import assert_one_line
 from tests.conftest import TEXT, byte_tokenizer, tiny_decoder
 from tests.decompress import assert_equal, by_numpy, dequantized, tensors_of
@@ -143,7 +144,15 @@ def test_smoothing_fused_before_rounding_is_exported_bit_for_bit_and_costs_no_ac
     tiny_directory, tmp_path
 ):
     model = quantized(tiny_directory, tmp_path / "q", recipe="smooth_hadamard", fuse=True)
-    tensors = exported(model, tmp_path / "e")
+    rewrite(model, torch_dtype="float16")
+    *_, note = export(ExportOptions(model, out=tmp_path / "e"))
+    fields, tensors = (
+        json.loads((tmp_path / "e/config.json").read_text()),
+        tensors_of(tmp_path / "e"),
+    )
+    assert (fields["dtype"], fields["torch_dtype"]) == ("bfloat16", "bfloat16")
+    assert "dtype bfloat16" in note
+    assert f"the {sum(t.dtype == np.float32 for t in tensors.values())} tensors" in note
     assert_equal(by_numpy(tmp_path / "e"), dequantized(model))
     opened = Quantized(model)
     for number in range(2):
