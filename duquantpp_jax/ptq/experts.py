@@ -4,6 +4,10 @@ Stats of an expert are of the tokens that it gets. An expert that got fewer than
 for a Gram matrix, or for a maximum: it takes the layer's, in which all experts are pooled. Counts
 and sums add up, maxima are the largest, and the token sample is drawn evenly from the samples. A
 sample that has room left repeats its tokens, for fits that hold the last of them out.
+
+Each expert moves inputs by a transform of its own, so that inputs which other experts have moved
+say nothing about it. Where Stats of moved inputs are needed, an expert with few tokens moves the
+layer's sample itself.
 """
 
 import dataclasses
@@ -15,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from duquantpp_jax.core import Stats
+from duquantpp_jax.core import Fitted, Format, Stats
 from duquantpp_jax.models import DecoderConfig
 from duquantpp_jax.models.layers import join_layers
 from duquantpp_jax.models.parameters import experts
+from duquantpp_jax.ptq.site import quantize_input
 
 FEWEST = 64
 """Tokens that an expert must have seen for Stats of its own: two blocks of channels."""
@@ -44,8 +49,12 @@ def _part(stacked: Any, expert: Int[Array | np.ndarray, ""]) -> Any:
     return jax.tree.map(lambda leaf: leaf[expert], stacked)
 
 
-def pooled(config: DecoderConfig, site: str, stats: Stats) -> Stats:
-    """The Stats with those of the layer for experts that saw too few tokens; samples are full."""
+def pooled(config: DecoderConfig, site: str, stats: Stats, instead: Stats | None = None) -> Stats:
+    """The Stats with others for experts that saw too few tokens; samples are full.
+
+    Args:
+      instead: What such experts take, for each of them; None for the Stats of the layer.
+    """
     if not experts(config, site):
         return stats
     seen, samples = np.asarray(stats.count), np.asarray(stats.sample)
@@ -54,10 +63,35 @@ def pooled(config: DecoderConfig, site: str, stats: Stats) -> Stats:
     every = np.concatenate(kept)
     drawn = [every if short else own for own, short in zip(kept, few, strict=True)]
     full = np.stack([tokens[np.arange(room) * len(tokens) // room] for tokens in drawn])
-    whole = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stats)
-    whole = dataclasses.replace(whole, absmax=jnp.max(stats.absmax, axis=0))
+    if instead is None:
+        whole = jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), stats)
+        instead = dataclasses.replace(whole, absmax=jnp.max(stats.absmax, axis=0))
+    else:
+        full[few] = np.asarray(instead.sample)[few]
 
-    def chosen(own: jax.Array, shared: jax.Array) -> jax.Array:
-        return jnp.where(few.reshape(-1, *[1] * shared.ndim), shared, own)
+    def chosen(own: jax.Array, other: jax.Array) -> jax.Array:
+        return jnp.where(few.reshape(-1, *[1] * (own.ndim - 1)), other, own)
 
-    return dataclasses.replace(jax.tree.map(chosen, stats, whole), sample=jnp.asarray(full))
+    return dataclasses.replace(jax.tree.map(chosen, stats, instead), sample=jnp.asarray(full))
+
+
+def pooled_moved(
+    config: DecoderConfig, site: str, moved: Stats, stats: Stats, fits: Fitted, format: Format
+) -> Stats:
+    """`pooled` of the Stats of moved and quantized inputs; see the top of this file.
+
+    Args:
+      stats: Of the inputs before they are moved, pooled.
+      fits: What each expert moves its inputs by.
+    """
+    if not experts(config, site) or np.all(np.asarray(moved.count) >= FEWEST):
+        return pooled(config, site, moved)
+
+    def alone(own: Stats, plain: Stats, fitted: Fitted) -> Stats:
+        if int(own.count) >= FEWEST:
+            return own
+        tokens = quantize_input(plain.sample, fitted, format)
+        found = jax.tree.map(jnp.zeros_like, own).update(tokens[None], jnp.int32(0))
+        return dataclasses.replace(found, sample=tokens)
+
+    return pooled(config, site, moved, by_expert(config, site, alone, moved, stats, fits))

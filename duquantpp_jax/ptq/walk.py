@@ -33,7 +33,7 @@ from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder
 from duquantpp_jax.models.layers import join_layers
 from duquantpp_jax.models.parameters import LAYER, Parameters, experts
 from duquantpp_jax.ptq.calibration import Hidden, calibrate_layer, embed, keep, layers_of
-from duquantpp_jax.ptq.experts import by_expert, pooled
+from duquantpp_jax.ptq.experts import by_expert, pooled, pooled_moved
 from duquantpp_jax.ptq.fuse import fuse_layer, grouped
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import (
@@ -115,7 +115,12 @@ def quantize_layer(
         moved = {}
     elif needs and hidden is not None:
         moved = pass_over(hidden, widths, needs, fits=fits, formats=formats, after=last)
-        moved = {site: pooled(plan.config, site, moved[site]) for site in widths}
+        moved = {
+            site: pooled_moved(
+                plan.config, site, moved[site], stats[site], fits[site], formats[site]
+            )
+            for site in widths
+        }
     else:
         moved = {
             site: by_expert(

@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duquantpp_jax.core import MXArray, Needs
+from duquantpp_jax.core import Fitted, MXArray, Needs
 from duquantpp_jax.models import SITES, Decoder, dense
 from duquantpp_jax.ptq import experts as module
 from duquantpp_jax.ptq.calibration import calibrate
-from duquantpp_jax.ptq.experts import pooled
+from duquantpp_jax.ptq.experts import pooled, pooled_moved
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.report import costs_by_site, report_layer
 from duquantpp_jax.ptq.site import fit_linear, layer_of, quantize_linear
 from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder, quantize_layer
-from duquantpp_jax.recipes import recipe
+from duquantpp_jax.recipes import find_format, recipe
+from duquantpp_jax.transforms.basic import Smooth
 from tests.conftest import mixture, stats_of
 
 TOKENS = np.asarray(jax.random.randint(jax.random.key(3), (8, 32), 0, 257))
@@ -137,6 +138,26 @@ def test_an_expert_with_few_tokens_takes_the_layers_stats(model, stats, monkeypa
         assert (np.abs(np.asarray(found.sample[e])).max(axis=1) > 0).all()
         drawn = {row.tobytes() for row in np.asarray(found.sample[e])}
         assert drawn == {row.tobytes() for row in np.asarray(own.sample[e]) if row.any()}
+
+
+def test_an_expert_with_few_tokens_moves_the_layers_sample_by_its_own_fit(
+    model, stats, monkeypatch
+):
+    own = dataclasses.replace(layer_of(stats["mlp_in"], 0), position_sum=None)
+    counts = np.asarray(own.count)
+    monkeypatch.setattr(module, "FEWEST", int(counts.min()) + 1)
+    few, plain = int(counts.argmin()), pooled(model.config, "mlp_in", own)
+    scales = np.random.default_rng(0).uniform(0.5, 2, own.absmax.shape).astype(np.float32)
+    fits, format = Fitted(Smooth(jnp.asarray(scales))), find_format("mxfp4")
+    found = pooled_moved(model.config, "mlp_in", own, plain, fits, format)
+    tokens = np.asarray(format.fake_quantize(plain.sample[few] / scales[few]))
+    gram = tokens.T @ tokens
+    assert int(found.count[few]) == len(tokens)
+    np.testing.assert_array_equal(found.sample[few], tokens)
+    np.testing.assert_array_equal(found.absmax[few], np.abs(tokens).max(axis=0))
+    np.testing.assert_allclose(found.gram[few], gram, rtol=1e-5, atol=1e-5 * np.abs(gram).max())
+    for e in set(range(len(counts))) - {few}:
+        np.testing.assert_array_equal(found.gram[e], own.gram[e])
 
 
 def test_the_report_has_a_row_for_each_expert_and_says_who_took_the_layers_stats(model):
