@@ -9,6 +9,7 @@ from jaxtyping import Float, UInt8
 from duquantpp_jax.checkpoints import Quantized
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.models import SITES, linear_names
+from duquantpp_jax.models.parameters import expert_name, experts
 
 MOST_CODES = 1 << 20
 """Most codes of a linear that are counted; of a larger one only every n-th block is."""
@@ -52,11 +53,14 @@ def scales_and_codes(quantized: Quantized) -> Stored | None:
 
 
 def sqnr(quantized: Quantized) -> dict[str, Float[np.ndarray, "layers linears"]] | None:
-    """Site -> SQNR in dB of its linears; None if a linear of the model has none."""
+    """Site -> SQNR in dB of its linears, those of all experts; None if a linear has none."""
     known = {linear["linear"]: linear["sqnr_db"] for linear in quantized.report()}
+
+    def names(site: str, layer: int) -> list[str]:
+        own, count = linear_names(site, layer), experts(quantized.config, site)
+        return [expert_name(name, e) for name in own for e in range(count)] or [*own]
+
     layers = range(quantized.config.num_hidden_layers)
-    found = {
-        site: [[known.get(n) for n in linear_names(site, i)] for i in layers] for site in SITES
-    }
+    found = {site: [[known.get(n) for n in names(site, i)] for i in layers] for site in SITES}
     arrays = {site: np.array(rows, np.float64) for site, rows in found.items()}  # None becomes NaN
     return None if any(np.isnan(array).any() for array in arrays.values()) else arrays

@@ -42,8 +42,9 @@ class Stats:
       count: Tokens seen.
       absmax: Largest magnitude of each channel.
       sample: Every `stride`-th token, by its index in the whole calibration set.
-      gram: X^T X over all tokens; None where nothing needs it, as the next two.
+      gram: X^T X over all tokens; None where nothing needs it, as the next three.
       position_sum: Sum over rows of the token at each position.
+      position_count: Rows that have one there.
       cross: X^T X^, with X^ the input on the quantized path and X that on the float path.
       stride: Tokens of the calibration set for one of the sample.
     """
@@ -53,6 +54,7 @@ class Stats:
     sample: Float[Array, "*layers samples k"]
     gram: Float[Array, "*layers k k"] | None
     position_sum: Float[Array, "*layers length k"] | None
+    position_count: Int[Array, "*layers length"] | None
     cross: Float[Array, "*layers k k"] | None
     stride: int = struct.field(pytree_node=False)
 
@@ -87,6 +89,7 @@ class Stats:
             sample=jnp.zeros((-(-rows * length // stride), width), jnp.float32),
             gram=zeros(Needs.GRAM, width),
             position_sum=zeros(Needs.POSITIONS, length),
+            position_count=jnp.zeros(length, jnp.int32) if Needs.POSITIONS in needs else None,
             cross=zeros(Needs.CROSS, width),
             stride=stride,
         )
@@ -121,8 +124,10 @@ class Stats:
             sums["gram"] = self.gram + product(tokens.T, tokens)
         if self.cross is not None and exact is not None:
             sums["cross"] = self.cross + product(exact.reshape(tokens.shape).T, tokens)
-        if self.position_sum is not None:
+        if self.position_sum is not None and self.position_count is not None:
             sums["position_sum"] = self.position_sum + jnp.sum(x, axis=0)
+            rows = jnp.sum(own.reshape(x.shape[:2]), axis=0)
+            sums["position_count"] = self.position_count + rows
         return dataclasses.replace(
             self,
             count=self.count + jnp.sum(own),
@@ -144,6 +149,11 @@ class Stats:
                 f"needs=Needs.{need.name}"
             )
         return array
+
+    def position_mean(self, who: str) -> Float[Array, "length k"]:
+        """The mean token of each position, zeros where there is none; raises as `require`."""
+        sums, rows = self.require(Needs.POSITIONS, who), jnp.asarray(self.position_count)
+        return sums / jnp.maximum(rows, 1).astype(jnp.float32)[:, None]
 
     def merge(self, other: Stats) -> Stats:
         """Stats of both sets of tokens (disjoint parts of one calibration set)."""

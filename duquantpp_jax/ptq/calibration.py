@@ -149,7 +149,8 @@ def _empty(
 
 def keep(stats: Stats, needs: Needs) -> Stats:
     """The Stats as they would be if only `needs` had been asked for."""
-    parts = {"gram": Needs.GRAM, "position_sum": Needs.POSITIONS, "cross": Needs.CROSS}
+    parts = {"gram": Needs.GRAM, "cross": Needs.CROSS}
+    parts |= dict.fromkeys(("position_sum", "position_count"), Needs.POSITIONS)
     left_out = [name for name, need in parts.items() if need not in needs]
     return dataclasses.replace(stats, **dict.fromkeys(left_out))
 

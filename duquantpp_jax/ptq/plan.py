@@ -11,7 +11,13 @@ import jax
 
 from duquantpp_jax.core import Fitted, Format, Needs, Recipe
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
-from duquantpp_jax.models.parameters import LAYER, LINEARS, layer_prefix, parameter_shapes
+from duquantpp_jax.models.parameters import (
+    LAYER,
+    LINEARS,
+    experts,
+    layer_prefix,
+    parameter_shapes,
+)
 from duquantpp_jax.ptq.site import QuantizedLinear
 
 
@@ -133,11 +139,13 @@ class Plan:
             raise ValueError("--include and --exclude leave nothing to quantize")
         for site in {site for n in layers for site in self.widths(n)} if self.fits else ():
             fitted = (self.fits or {}).get(site)
-            leaves = jax.tree.leaves(fitted)
-            if fitted is None or any(leaf.shape[:1] != (len(layers),) for leaf in leaves):
+            count, leaves = experts(self.config, site), jax.tree.leaves(fitted)
+            axes = (len(layers), count) if count else (len(layers),)
+            if fitted is None or any(leaf.shape[: len(axes)] != axes for leaf in leaves):
                 raise ValueError(
-                    f"the fits that are given have none for {site} of {len(layers)} layers: "
-                    "give every site that is quantized a Fitted that is stacked over the layers"
+                    f"the fits that are given have none for {site} of {len(layers)} layers: give "
+                    "every site that is quantized a Fitted that is stacked over the layers"
+                    f"{f', and over the {count} experts of each' if count else ''}"
                 )
 
 

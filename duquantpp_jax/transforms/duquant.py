@@ -188,8 +188,7 @@ class FitDuquantpp:
     def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:
         tokens = stats.sample
         if self.averaged:
-            sums = stats.require(Needs.POSITIONS, "DuQuant++ averaged over rows")
-            tokens = sums / (stats.count / sums.shape[0])
+            tokens = stats.position_mean("DuQuant++ averaged over rows")
         format = recipe.activation_format if self.criterion == "mse" else None
         search = functools.partial(_fit_blocks, tokens, fit=self, format=format)
         best, least = search(key)

@@ -68,6 +68,7 @@ def test_a_mixture_is_inspected_and_generates(options, report, tmp_path, tiny_te
     assert cli.main([str(word) for word in (*words, "--out", tmp_path)]) == 0
     sites = json.loads((tmp_path / "outliers.json").read_text())["sites"]
     assert all("moved" in site for site in sites)
+    assert (tmp_path / "sqnr.png").is_file()
     words = ["generate", "--model", options.out, "--prompt", "abc", "--max-new-tokens", 3]
     assert cli.main([str(word) for word in words]) == 0
 

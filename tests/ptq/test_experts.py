@@ -10,7 +10,7 @@ import pytest
 from duquantpp_jax.core import Fitted, MXArray, Needs
 from duquantpp_jax.models import SITES, Decoder, dense
 from duquantpp_jax.ptq import experts as module
-from duquantpp_jax.ptq.calibration import calibrate
+from duquantpp_jax.ptq.calibration import calibrate, keep
 from duquantpp_jax.ptq.experts import pooled, pooled_moved
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.report import costs_by_site, report_layer
@@ -62,6 +62,7 @@ def test_stats_of_an_expert_are_of_the_tokens_it_gets(stats, inputs):
             np.testing.assert_allclose(found.sample[e][:kept], tokens[:kept], rtol=1e-4, atol=1e-5)
             sums = np.asarray(found.position_sum[e]).sum(axis=0)
             np.testing.assert_allclose(sums, tokens.sum(axis=0), rtol=1e-3, atol=1e-3)
+            assert int(found.position_count[e].sum()) == len(tokens)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def test_an_expert_with_few_tokens_takes_the_layers_stats(model, stats, monkeypa
 def test_an_expert_with_few_tokens_moves_the_layers_sample_by_its_own_fit(
     model, stats, monkeypatch
 ):
-    own = dataclasses.replace(layer_of(stats["mlp_in"], 0), position_sum=None)
+    own = keep(layer_of(stats["mlp_in"], 0), Needs.GRAM)
     counts = np.asarray(own.count)
     monkeypatch.setattr(module, "FEWEST", int(counts.min()) + 1)
     few, plain = int(counts.argmin()), pooled(model.config, "mlp_in", own)
@@ -201,3 +202,6 @@ def test_a_mask_leaves_tokens_out_of_stats():
     assert int(found.count) == len(tokens)
     np.testing.assert_array_equal(found.sample[: len(tokens)], tokens)
     np.testing.assert_array_equal(found.absmax, np.abs(tokens).max(axis=0))
+    rows = np.maximum(np.asarray(chosen).sum(axis=0), 1)[:, None]
+    wanted = np.asarray(masked).sum(axis=0) / rows
+    np.testing.assert_allclose(found.position_mean("a fit"), wanted, rtol=1e-6)
