@@ -47,6 +47,8 @@ from duquantpp_jax.files import to_json, write_whole
 from duquantpp_jax.models import Decoder, DecoderConfig, dense, parameter_shapes
 
 END, ROW = "<|endoftext|>", 512
+STRIDE = 128
+"""Positions that one program samples."""
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "safetensors")
 
 
@@ -211,14 +213,14 @@ def _extend(model: Decoder, tokens: Array, key: PRNGKeyArray, first: int, last: 
 def sample(model: Decoder, rows: int, key: PRNGKeyArray) -> Int32[Array, "rows 512"]:
     """Token 0 and 511 ids drawn from the model, whole prefix recomputed for each: plain and exact.
 
-    64 rows at a time, prefixes padded to a multiple of 128: few programs, little wasted work.
+    64 rows at a time, prefixes padded to a multiple of STRIDE: few programs, little wasted work.
     """
     parts = []
     for i in range(0, rows, 64):
         tokens = jnp.zeros((min(rows, 64), ROW), jnp.int32)
-        for last in range(128, ROW + 1, 128):
+        for last in range(STRIDE, ROW + 1, STRIDE):
             part = jax.random.fold_in(key, i)
-            tokens = _extend(model, tokens, part, max(1, last - 128), last)
+            tokens = _extend(model, tokens, part, max(1, last - STRIDE), last)
         parts.append(tokens)
     return jnp.concatenate(parts)[:rows]
 

@@ -40,7 +40,7 @@ def directory(tmp_path_factory):
 
 
 def quantized(directory, out, **more):
-    quantize(QuantizeOptions(model=directory, out=out, rows=4, **more))
+    quantize(QuantizeOptions(model=directory, out=out, rows=1, **more))
     return out
 
 
@@ -56,6 +56,7 @@ def test_a_folded_and_turned_one_is_still_the_model(directory, tmp_path):
     assert np.any(model.parameters()[name] != load(directory).parameters()[name])
 
 
+@pytest.mark.slow
 def test_smoothing_is_folded_into_gains_when_it_is_exported(directory, tmp_path):
     """To float32: g / s - 1 is rounded once more than g / s, in units of at most 2^-24."""
     reading = tuple(f"*.{name}_proj" for name in ("q", "k", "v", "up", "gate"))

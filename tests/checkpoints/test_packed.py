@@ -131,7 +131,7 @@ def test_broken_blocks_and_scales_are_refused(packed, tmp_path, change, says):
 @pytest.fixture
 def options(tiny_text):
     """The options that quantize the experts of a model again."""
-    given = {"rows": 4, "include": ("*.mlp.*",), "requantize": True, "calibration_text": tiny_text}
+    given = {"rows": 1, "include": ("*.mlp.*",), "requantize": True, "calibration_text": tiny_text}
     return lambda model, out, **more: QuantizeOptions(model=model, out=out, **given | more)
 
 
@@ -144,6 +144,7 @@ def test_packed_weights_are_rounded_again_only_on_demand(packed, options, tmp_pa
         load_any(tiny_directory, "mxfp4")
 
 
+@pytest.mark.slow
 def test_a_moved_model_is_exported_in_its_own_layout_and_read_back(packed, options, tmp_path):
     report = quantize(options(packed, tmp_path / "q", recipe="block_hadamard"))
     assert report["requantized"]
@@ -163,8 +164,9 @@ def test_a_moved_model_is_exported_in_its_own_layout_and_read_back(packed, optio
         load(tmp_path / "e")
 
 
+@pytest.mark.slow
 def test_experts_that_are_rounded_but_not_moved_need_no_transform(packed, options, tmp_path):
-    quantize(options(packed, tmp_path / "q", recipe="rtn", rows=1))
+    quantize(options(packed, tmp_path / "q", recipe="rtn"))
     notes = export(ExportOptions(tmp_path / "q", "gpt-oss", out=tmp_path / "e"))
     assert "online" not in " ".join(notes)
     fields = json.loads((tmp_path / "e" / "config.json").read_text())["quantization_config"]
@@ -175,6 +177,7 @@ def test_experts_that_are_rounded_but_not_moved_need_no_transform(packed, option
         np.testing.assert_array_equal(*(p[f"model.layers.*.{name}"] for p in (wanted, found)))
 
 
+@pytest.mark.slow
 def test_what_is_left_alone_keeps_its_bits(packed, options, tmp_path):
     chosen = ("*.layers.1.mlp.down_proj",)
     quantize(options(packed, tmp_path / "q", include=chosen, recipe="block_hadamard"))
@@ -191,13 +194,17 @@ def test_what_is_left_alone_keeps_its_bits(packed, options, tmp_path):
     assert group["apply"][0]["targets"] == [moved]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "says"),
     [
         ({"recipe": "wush"}, "matrices that are not Hadamard's"),
-        ({"include": ("*",)}, "holds self_attn.q_proj in float"),
-        ({"include": ("*.up_proj",)}, "has mlp.up_proj and mlp.gate_proj in one tensor"),
-        ({"formats": ("mxfp8",)}, "holds MXFP4 weights"),
+        ({"include": ("*",), "recipe": "rtn"}, "holds self_attn.q_proj in float"),
+        (
+            {"include": ("*.up_proj",), "recipe": "rtn"},
+            "has mlp.up_proj and mlp.gate_proj in one tensor",
+        ),
+        ({"formats": ("mxfp8",), "recipe": "rtn"}, "holds MXFP4 weights"),
     ],
 )
 def test_what_the_layout_cannot_hold_is_refused(packed, options, tmp_path, more, says):
@@ -206,6 +213,7 @@ def test_what_the_layout_cannot_hold_is_refused(packed, options, tmp_path, more,
         export(ExportOptions(tmp_path / "q", "gpt-oss", out=tmp_path / "e"))
 
 
+@pytest.mark.slow
 def test_evaluate_says_in_its_first_line_how_weights_are_used(packed, tiny_text, capsys):
     words = ["evaluate", "--model", packed, "--text", tiny_text, "--tokens", 511]
     assert cli.main([str(word) for word in words]) == 0

@@ -19,6 +19,7 @@ from tests.commands.conftest import options_of
 from tests.commands.test_quantize import assert_one_line
 from tests.conftest import byte_tokenizer, mixture
 
+pytestmark = pytest.mark.slow
 RUN = jax.jit(Decoder.__call__, static_argnames="linear")
 TOKENS = jnp.asarray(np.arange(40).reshape(2, 20) * 7 % 257)
 

@@ -61,8 +61,13 @@ def test_rows_do_not_depend_on_the_batch_and_progress_counts_them(
     reference = Reference(predictor, tokens, batch_rows=2)
     few = reference.row_sums(quantized, lambda *done: calls.append(done))
     assert calls == [(2, 5), (4, 5), (5, 5)]
-    for values, others in zip(few, sums, strict=True):
-        np.testing.assert_allclose(values, others, rtol=1e-5, atol=7e-6)
+    np.testing.assert_allclose(few.reference_nll, sums.reference_nll, rtol=1e-5)
+    # At the same places among other rows every bit is the same; in a batch of another size a sum
+    # may be taken in another order, and what is near a tie rounds the other way.
+    order = [0, 3, 2, 1, 4]
+    moved = Reference(predictor, tokens[order], batch_rows=2).row_sums(quantized)
+    for values, others in zip(moved, few, strict=True):
+        np.testing.assert_array_equal(values, others[order])
 
 
 def test_a_batch_that_is_filled_up_has_the_sums_of_one_that_is_not(predictor, quantize, tokens):

@@ -1,6 +1,5 @@
 """Routing, products by groups, and that the golden cases of mixtures exercise what they claim."""
 
-import functools
 import json
 
 import jax
@@ -9,28 +8,23 @@ import numpy as np
 import pytest
 
 from duquantpp_jax.checkpoints import load
-from duquantpp_jax.models import Decoder, DecoderConfig, dense, empty_cache
+from duquantpp_jax.models import Decoder, DecoderConfig, empty_cache
 from duquantpp_jax.models.experts import Routed, route
 from duquantpp_jax.models.families.gpt_oss import LIMIT
 from duquantpp_jax.models.rope import Yarn
 from duquantpp_jax.ptq.stores import store
 from tests.conftest import mixture
 from tests.goldens import families
-from tests.models.test_families import directory_of
+from tests.models.test_families import RUN, directory_of
 
 MIXTURES = [name for name, case in families.CASES.items() if "num_experts_per_tok" in case]
 
 
-def seen(site, x, weights, state):
-    ys, _ = dense(site, x, weights, state)
-    return ys, (x, ys) if isinstance(x, Routed) else None
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXTURES)
 def test_golden_cases_send_several_tokens_to_every_expert(name, tmp_path):
     model = load(directory_of(name, families.CASES[name], tmp_path / "model"))
-    found = jax.jit(functools.partial(Decoder.__call__, linear=seen))
-    outs = found(model, jnp.asarray(families.tokens()))[1]
+    outs = RUN(model, jnp.asarray(families.tokens()))[1]
     experts = np.asarray(outs["mlp_in"][0].expert)
     counts = [np.bincount(layer.ravel(), minlength=model.config.num_experts) for layer in experts]
     assert np.min(counts) >= 2
@@ -111,6 +105,7 @@ def test_a_gpt_oss_that_does_not_say_has_yarn_and_a_window_in_every_other_layer(
     assert DecoderConfig.from_dict(plain.to_dict()) == plain
 
 
+@pytest.mark.slow
 def test_a_cache_gives_what_all_positions_at_once_give():
     model = mixture("GptOssForCausalLM", sliding_window=5)
     tokens = jnp.asarray(np.arange(24).reshape(2, 12) * 7 % 257)

@@ -1,14 +1,15 @@
 """Experts in the walk: each is treated as a linear alone would be, on the tokens that it gets."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duquantpp_jax.core import Fitted, MXArray, Needs
-from duquantpp_jax.models import SITES, Decoder, dense
+from duquantpp_jax.core import Fitted, MXArray, Needs, Stats
+from duquantpp_jax.models import SITES, dense
 from duquantpp_jax.ptq import experts as module
 from duquantpp_jax.ptq.calibration import calibrate, keep
 from duquantpp_jax.ptq.experts import pooled, pooled_moved
@@ -18,9 +19,9 @@ from duquantpp_jax.ptq.site import fit_linear, layer_of, quantize_linear
 from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder, quantize_layer
 from duquantpp_jax.recipes import find_format, recipe
 from duquantpp_jax.transforms.basic import Smooth
-from tests.conftest import mixture, stats_of
+from tests.conftest import mixture
 
-TOKENS = np.asarray(jax.random.randint(jax.random.key(3), (8, 32), 0, 257))
+TOKENS = np.random.default_rng(3).integers(0, 257, (8, 32), np.int32)
 NEEDS = Needs.GRAM | Needs.POSITIONS
 
 
@@ -65,6 +66,18 @@ def test_stats_of_an_expert_are_of_the_tokens_it_gets(stats, inputs):
             assert int(found.position_count[e].sum()) == len(tokens)
 
 
+@functools.partial(jax.jit, static_argnames="linear")
+def run(model, linear, state):
+    """Logits, and what every site gets and makes."""
+
+    def both(site, x, weights, state):
+        ys, _ = linear(site, x, weights, state)
+        return ys, (x, ys)
+
+    return model(jnp.asarray(TOKENS), both, state)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "rounding"),
     [("rtn", "rtn"), ("duquantpp", "rtn"), ("wush", "rtn"), ("block_hadamard", "gptq")],
@@ -86,21 +99,17 @@ def test_an_expert_is_quantized_as_a_linear_alone_would_be(model, stats, name, r
         alone = quantize_linear(method, weights, layer_of(own, e), fitted)
         for a, b in zip(got.weights, alone.weights, strict=True):
             np.testing.assert_array_equal(a.codes(), b.codes())
-    logits = jax.jit(Decoder.__call__, static_argnames="linear")(model, TOKENS, linear, state)[0]
+    logits, _ = run(model, linear, state)
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.slow
 def test_quantized_experts_compute_what_their_parts_say(model, stats):
     plan = Plan.of(model.config, recipe("block_hadamard", "floor"))
     _, linear, state = quantize_decoder(plan, model, TOKENS, stats=stats)
     site = layer_of(state["mlp_in"], 0)
 
-    def both(name, x, weights, state):
-        ys, _ = linear(name, x, weights, state)
-        return ys, (x, ys)
-
-    run = jax.jit(lambda model, state: model(jnp.asarray(TOKENS), both, state)[1])
-    x, ys = layer_of(run(model, state)["mlp_in"], 0)
+    x, ys = layer_of(run(model, linear, state)[1]["mlp_in"], 0)
     tokens, expert = np.asarray(x.x), np.asarray(x.expert)
     format = plan.recipes["mlp_in"].activation_format
     for e in range(model.config.num_experts):
@@ -111,6 +120,7 @@ def test_quantized_experts_compute_what_their_parts_say(model, stats):
             np.testing.assert_allclose(np.asarray(y)[expert == e], wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_fits_made_before_change_no_bit(model, stats):
     plan = Plan.of(model.config, recipe("random_hadamard", "floor"), seed=5)
     *_, wanted = quantize_decoder(plan, model, TOKENS, stats=stats)
@@ -161,6 +171,7 @@ def test_an_expert_with_few_tokens_moves_the_layers_sample_by_its_own_fit(
         np.testing.assert_array_equal(found.gram[e], own.gram[e])
 
 
+@pytest.mark.slow
 def test_the_report_has_a_row_for_each_expert_and_says_who_took_the_layers_stats(model):
     plan = Plan.of(model.config, recipe("block_hadamard", "floor"))
     parameters = {name: np.asarray(array[...][0]) for name, array in model.layers.items()}
@@ -176,6 +187,7 @@ def test_the_report_has_a_row_for_each_expert_and_says_who_took_the_layers_stats
     assert isinstance(made.sites["mlp_out"].weights[0], MXArray)
 
 
+@pytest.mark.slow
 def test_costs_are_of_all_experts(model, stats):
     plan = Plan.of(model.config, recipe("block_hadamard", "floor"))
     *_, state = quantize_decoder(plan, model, TOKENS, stats=stats)
@@ -192,13 +204,12 @@ def test_what_experts_do_not_have_is_refused(model):
 
 
 def test_a_mask_leaves_tokens_out_of_stats():
-    x = jax.random.normal(jax.random.key(0), (4, 5, 8))
-    chosen = jax.random.bernoulli(jax.random.key(1), shape=(4, 5))
-    masked = jnp.where(chosen[..., None], x, 0)
-    whole = stats_of(x, NEEDS)
-    empty = jax.tree.map(jnp.zeros_like, whole)
-    found = empty.update(masked, jnp.int32(0), chosen=chosen)
-    tokens = np.asarray(x)[np.asarray(chosen)]
+    random = np.random.default_rng(0)
+    x, chosen = random.standard_normal((4, 5, 8), np.float32), random.random((4, 5)) < 0.5
+    masked = np.where(chosen[..., None], x, np.float32(0))
+    empty = Stats.init(8, 4, 5, sample_limit=20, needs=NEEDS)
+    found = empty.update(jnp.asarray(masked), jnp.int32(0), chosen=jnp.asarray(chosen))
+    tokens = x[chosen]
     assert int(found.count) == len(tokens)
     np.testing.assert_array_equal(found.sample[: len(tokens)], tokens)
     np.testing.assert_array_equal(found.absmax, np.abs(tokens).max(axis=0))

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from duquantpp_jax import recipes
-from duquantpp_jax.checkpoints import load_any, sha256, testbed
+from duquantpp_jax.checkpoints import load, load_any, sha256
 from duquantpp_jax.checkpoints.fits import save_fits
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.evaluation.subject import load_rows
 from duquantpp_jax.lab import bench as lab
 from duquantpp_jax.lab.bench import Bench
 from duquantpp_jax.lab.cells import Cell
@@ -44,27 +45,35 @@ def bench():
 
 
 @pytest.fixture(scope="module")
-def reference(shallow):
-    return Reference(Predictor(shallow), testbed.evaluation_rows()[:1], keep_bytes=2**30)
+def inputs(tiny_directory, tiny_text):
+    """The model and the text of both sides."""
+    return {"model": tiny_directory, "calibration_text": tiny_text}
 
 
 @pytest.fixture(scope="module")
-def given(shallow, tmp_path_factory):
+def reference(tiny_directory, tiny_text):
+    rows = load_rows(tiny_directory, tiny_text, TARGETS, "evaluation", "text").tokens
+    return Reference(Predictor(load(tiny_directory)), rows, keep_bytes=2**30)
+
+
+@pytest.fixture(scope="module")
+def given(tiny_directory, reference, tmp_path_factory):
     """Fits in a directory, as `learn` writes them: a transform and weights that were moved."""
-    plan = Plan.of(shallow.config, Cell("block_hadamard").method())
-    stats = calibrate(shallow, testbed.calibration_rows()[:ROWS, :-1], plan.widths(0))
-    fits = {s: dataclasses.replace(f, weights=tuple(1.01 * w for w in shallow.weights(s)))
-            for s, f in fit_decoder(plan, shallow, stats).items()}  # fmt: skip
-    about = {"model": {"name": "testbed", "sha256": sha256(testbed.directory())}}
+    model = load(tiny_directory)
+    plan = Plan.of(model.config, Cell("block_hadamard").method())
+    stats = calibrate(model, reference.tokens[:, :-1], plan.widths(0))
+    fits = {s: dataclasses.replace(f, weights=tuple(1.01 * w for w in model.weights(s)))
+            for s, f in fit_decoder(plan, model, stats).items()}  # fmt: skip
+    about = {"model": {"name": "tiny", "sha256": sha256(tiny_directory)}}
     about |= {"formats": {"weight": "mxfp4:floor", "activation": "mxfp4:floor"}}
     place = tmp_path_factory.mktemp("learned") / "fits"
     save_fits(place, fits, about)
     return place
 
 
-def cell_of(name, rounding, more):
-    return Cell(name, rounding=rounding, seed=3, tokens=TARGETS,
-                calibration_tokens=ROWS * TARGETS, **more)  # fmt: skip
+def cell_of(name, rounding, inputs, more):
+    return Cell(name, rounding=rounding, seed=3, tokens=TARGETS, text=inputs["calibration_text"],
+                calibration_tokens=ROWS * TARGETS, **inputs, **more)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -72,7 +81,7 @@ def cell_of(name, rounding, more):
     [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL)],
 )
 def test_a_cell_measures_what_quantize_writes(
-    name, roundings, more, bench, reference, given, tmp_path, monkeypatch
+    name, roundings, more, bench, inputs, reference, given, tmp_path, monkeypatch
 ):
     made = []
 
@@ -86,9 +95,9 @@ def test_a_cell_measures_what_quantize_writes(
         recipe, out = None if name == "fits" else name, tmp_path / rounding
         of_both = {"fits": given if recipe is None else None} | more
         quantize(QuantizeOptions(recipe=recipe, rounding=rounding, rows=ROWS, seed=3, out=out,
-                                 **of_both))  # fmt: skip
+                                 **inputs, **of_both))  # fmt: skip
         decoder, linear, written = load_any(out)
-        measured = bench.run(cell_of(name, rounding, of_both)).sums.kl
+        measured = bench.run(cell_of(name, rounding, inputs, of_both)).sums.kl
         model, _, state = made[-1]
         for site in SITES:
             for a, b in zip(written[site].weights, state[site].weights, strict=True):
@@ -107,9 +116,9 @@ def test_a_cell_measures_what_quantize_writes(
     assert len(made) == len(roundings)
 
 
-def test_a_cell_of_some_linears_measures_what_quantize_writes(bench, reference, tmp_path):
+def test_a_cell_of_some_linears_measures_what_quantize_writes(bench, inputs, reference, tmp_path):
     out, some = tmp_path / "quantized", {"include": ("*.q_proj", "model.layers.1.mlp.*")}
-    quantize(QuantizeOptions(recipe="wush", rows=ROWS, seed=3, out=out, **some))
+    quantize(QuantizeOptions(recipe="wush", rows=ROWS, seed=3, out=out, **inputs, **some))
     found = reference.row_sums(Predictor(*load_any(out)))
-    measured = bench.run(cell_of("wush", "rtn", some)).sums.kl
+    measured = bench.run(cell_of("wush", "rtn", inputs, some)).sums.kl
     np.testing.assert_allclose(found.kl, measured, rtol=0, atol=1e-6 * TARGETS)

@@ -18,7 +18,7 @@ from duquantpp_jax.transforms.block import BlockAffine, BlockRotation, Kronecker
 from experiments.health import health
 from tests.conftest import heavy_tails, stats_of
 
-WIDTH = 256
+WIDTH = 128
 KEY = jax.random.key(3)
 ROUNDING = 2.0**-24
 UNPOLISHED = ("greedy_released", "duquantpp_released", "duquantpp_released_exact")
