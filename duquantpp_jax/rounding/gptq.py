@@ -78,6 +78,7 @@ def gptq(
         u_part = cut(u_rows, first, axis=1)
         grid = to_nearest(part, cut(importance, first), **given)
         scale = grid.limit()[:, 0] / jnp.float32(grid.element.max)
+        scale = jnp.where(scale > 0, scale, 1.0)  # of zeros, the least scale there is: subnormal
 
         def column(part: Float[Array, "n size"], j: Array) -> tuple[Array, tuple[Array, Array]]:
             x = part[:, j]

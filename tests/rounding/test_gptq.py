@@ -102,6 +102,15 @@ def test_gptq_lowers_the_error_of_the_output_and_never_raises_that_of_a_row(form
     assert better.elements.dtype == plain.elements.dtype
 
 
+@pytest.mark.parametrize("format", [MXFP4(), FP32Scale(), NVFP4()], ids=lambda f: type(f).__name__)
+def test_a_row_of_zeros_stays_zero_to_the_bit(format):
+    """Its scales are the least there are, by which not even zero can be divided."""
+    w, gram, _ = _case()
+    rounded = gptq(w.at[3].set(0.0), format, gram)
+    assert not np.any(np.asarray(rounded.codes())[3])
+    assert np.isfinite(rounded.dequantize()).all()
+
+
 @pytest.mark.parametrize("rule", [ScaleRule.FLOOR, ScaleRule.EVEN])
 def test_rows_that_the_loop_makes_worse_are_rounded_to_nearest_and_only_they(rule):
     """Inputs that are almost white leave little to gain: the loop harms 1 or 2 of these 24 rows.
