@@ -1,7 +1,9 @@
 """The known fits, roundings and formats, a line each. A new one is one file and one line here.
 
-What is outside the package needs no line: `module:NAME` names a fit, a rounding or a format
-wherever one is named. A name that a file says imports nothing: `import_modules` first.
+NAME:shared is the fit NAME with a single matrix for all blocks of a site, which is all that serving
+programs hold (docs/serving.md). What is outside the package needs no line: `module:NAME` names a
+fit, a rounding or a format wherever one is named. A name that a file says imports nothing:
+`import_modules` first.
 """
 
 import dataclasses
@@ -12,7 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from duquantpp_jax import formats
-from duquantpp_jax.core import Fit, Format, Needs, Recipe, Rounding, ScaleRule
+from duquantpp_jax.core import Fit, Format, Needs, Recipe, Rounding, ScaleRule, shared
 from duquantpp_jax.formats.plain import BFloat16
 from duquantpp_jax.learning.moves import Moves
 from duquantpp_jax.learning.site import FitLearned
@@ -74,6 +76,7 @@ FITS: dict[str, Fit] = {
 """How each named recipe is fitted; all are rounded by any of ROUNDINGS, in any format."""
 
 ALIASES = {"identity": "rtn"}
+SHARED = ":shared"
 
 ROUNDINGS: dict[str, Rounding] = {
     "rtn": Rtn(),
@@ -136,7 +139,10 @@ def recipe(
 
 
 def find_fit(name: str) -> Fit:
-    """The fit of a name of FITS or ALIASES, or of `module:NAME`; ValueError if there is none."""
+    """The fit of a name of FITS or ALIASES, or of `module:NAME`, or of such a name and `:shared`;
+    ValueError if there is none."""
+    if name.endswith(SHARED):
+        return shared(find_fit(name.removesuffix(SHARED)))
     if ":" not in name:
         return FITS[ALIASES.get(name, known("recipe", name, [*FITS, *ALIASES]))]
     return _outside("recipe", name, Fit, "called as fit(weights, stats, recipe, key)")

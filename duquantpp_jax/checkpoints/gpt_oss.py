@@ -7,11 +7,18 @@ a transform_config, as in compressed-tensors; no other transform is expressed.
 Source: the `config.json` of openai/gpt-oss-20b, for modules_to_not_convert.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file
 
+from duquantpp_jax.checkpoints.compressed_tensors import (
+    HADAMARD,
+    Layer,
+    shared_matrix,
+    transform_groups,
+)
 from duquantpp_jax.checkpoints.directory import Quantized, layer_file
 from duquantpp_jax.checkpoints.experts import (
     BLOCK,
@@ -21,12 +28,13 @@ from duquantpp_jax.checkpoints.experts import (
     stored_name,
     tensors_of,
 )
-from duquantpp_jax.core import MXArray
+from duquantpp_jax.core import MXArray, Transform
 from duquantpp_jax.models import SITE_WEIGHTS
 from duquantpp_jax.models.parameters import EXPERT_SITES, LINEARS, layer_prefix, tensor_name
 from duquantpp_jax.ptq.experts import parts_of
 from duquantpp_jax.ptq.fuse import moving
 from duquantpp_jax.ptq.plan import linear_shapes
+from duquantpp_jax.transforms.hadamard import hadamard
 
 LAYOUT = "the layout of gpt-oss"
 FLOATS = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
@@ -50,14 +58,8 @@ def check(model: Quantized) -> None:
             raise ValueError(f"{LAYOUT} holds MXFP4 weights: quantize into mxfp4")
 
 
-def pack_layer(
-    model: Quantized, number: int, turned: Any
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The tensors of a layer, and those of them whose input a Hadamard matrix moves.
-
-    Args:
-      turned: Whether Hadamard matrices move an input, of its transform; refuses other matrices.
-    """
+def pack_layer(model: Quantized, number: int) -> Layer:
+    """A layer; raises ValueError if anything but Hadamard matrices moves its inputs."""
     config, prefix, shapes = model.config, layer_prefix(number), linear_shapes(model.config)
     file, (_, sites) = load_file(model.directory / layer_file(number)), model.layer(number)
     tensors = {name: array for name, array in file.items() if "/" not in name}
@@ -76,19 +78,27 @@ def pack_layer(
             continue
         width, where = shapes[names[0]][1], f"{prefix}{site}"
         parts = parts_of(config.num_experts, state.transform)
-        found = {turned(moving(part, width), width, where, LAYOUT) for (part,) in parts}
+        found = {_turned(moving(part, width), width, where) for (part,) in parts}
         if len(found) > 1:
             raise ValueError(f"{where}: the inputs of some experts are moved, those of others not")
         if True in found:
             rotated.append(stored_name(config, tensor_name(prefix + names[0])))
-    return tensors_of(config, tensors), rotated
+    return Layer(tensors_of(config, tensors), {HADAMARD: rotated} if rotated else {}, [])
 
 
-def quantization_config(scheme: dict[str, Any] | None) -> dict[str, Any]:
-    """The entry of config.json.
+def _turned(transform: Transform, width: int, where: str) -> bool:
+    """Whether Hadamard matrices move a site's input; ValueError if anything else does."""
+    matrix = shared_matrix(transform, width, where, LAYOUT)
+    if matrix is not None and not np.array_equal(matrix, hadamard(BLOCK)):
+        raise ValueError(
+            f"{where}: its input is moved online by a matrix that is not Hadamard's, which "
+            f"{LAYOUT} cannot express: quantize with identity or block_hadamard"
+        )
+    return matrix is not None
 
-    Args:
-      scheme: Of the Hadamard matrices; None where there are none.
-    """
-    transforms = {} if scheme is None else {"transform_config": {"config_groups": scheme}}
+
+def quantization_config(moved: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The entry of config.json; `moved` as in `Layer`, of all layers."""
+    groups = transform_groups(moved)
+    transforms = {"transform_config": {"config_groups": groups}} if groups else {}
     return {"quant_method": METHOD, "modules_to_not_convert": FLOATS, **transforms}

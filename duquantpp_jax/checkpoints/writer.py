@@ -100,8 +100,9 @@ def write_layers(
     plan: Plan,
     tokens: Integer[np.ndarray, "rows length"],
     progress: Progress,
+    check: Callable[[int, QuantizedLayer], Any] = lambda *_: None,
 ) -> None:
-    """Writes the layers that are not finished."""
+    """Writes the layers that are not finished; `check` is called with each before it is written."""
     count = checkpoint.config.num_hidden_layers
     first, hidden = _resume(out, count)
     if first == count:
@@ -123,6 +124,7 @@ def write_layers(
                 f"{what} gives NaN or Inf on the calibration rows: the float model overflows "
                 "in float32, and cannot be calibrated on them"
             )
+        check(number, layer)
         stored = checkpoint.layer_as_stored(number)[1] if checkpoint.packed else {}
         tensors, about = layer_tensors(number, layer, stored)
         about = {"schema": SCHEMA, "job": job.to_dict(), **about}

@@ -1,6 +1,7 @@
 """`duquantpp quantize`: reads a float checkpoint and writes a quantized one, layer by layer."""
 
 import dataclasses
+import functools
 import hashlib
 import sys
 from pathlib import Path
@@ -12,16 +13,19 @@ from rich.console import Console
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load_config, testbed, writer
+from duquantpp_jax.checkpoints.compressed_tensors import check_architecture, pack_layer
 from duquantpp_jax.checkpoints.directory import JOB, REPORT, is_quantized, layer_file, read_layer
 from duquantpp_jax.checkpoints.directory import read_about as read_about_layer
 from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about
 from duquantpp_jax.checkpoints.job import Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint
+from duquantpp_jax.checkpoints.readers import READERS, Serve, check_formats
 from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.checkpoints.writer import REFINED, begin, finish, write_layers, write_refined
 from duquantpp_jax.commands.evaluate import Imports
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.commands.sizes import dry_line, formats_of, quantized_line, table
+from duquantpp_jax.core import shared
 from duquantpp_jax.evaluation.own_text import MODEL
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import check_rows, environment, load_rows, model_and_hash
@@ -31,8 +35,16 @@ from duquantpp_jax.ptq.estimate import estimate
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import layer_of
 from duquantpp_jax.ptq.stream import Name as Rotation
-from duquantpp_jax.ptq.walk import stack_layers
-from duquantpp_jax.recipes import ALIASES, format_name, import_modules, known, under_rule
+from duquantpp_jax.ptq.walk import QuantizedLayer, stack_layers
+from duquantpp_jax.recipes import (
+    ALIASES,
+    SHARED,
+    find_fit,
+    format_name,
+    import_modules,
+    known,
+    under_rule,
+)
 from duquantpp_jax.transforms import storage
 
 SAME = ("rounding", "include", "exclude", "pad", "seed", "sequential", "fuse", "refine")
@@ -55,8 +67,12 @@ class QuantizeOptions:
       fits: Directory that duquantpp learn wrote for this model: what moves the inputs, in place of
         a recipe.
       rounding: How moved weights are rounded.
+      serve: The program that is to run the model as export --format compressed-tensors gives it:
+        takes its scale rule and the recipe's shared form, folds smoothing, and refuses what it
+        would compute otherwise (docs/serving.md).
       scale_rule: How a block's scale is chosen where a format has scale rules and its name says
-        none: floor, ceil, even, rceil, mse; for mxfp4 also log256, fp32.
+        none: floor, ceil, even, rceil, mse; for mxfp4 also log256, fp32. Without it floor, or the
+        rule of --serve.
       calibration_text: Text to calibrate on, documents separated by <|endoftext|> or lines of a
         .jsonl file; without it model: rows that the model writes itself, with all of it in memory
         (or, without --model, the embedded rows).
@@ -91,7 +107,8 @@ class QuantizeOptions:
     recipe: str | None = None
     fits: Path | None = None
     rounding: str = "rtn"
-    scale_rule: str = "floor"
+    serve: Serve | None = None
+    scale_rule: str | None = None
     calibration_text: Path | None = None
     seed: int = 0
     rows: int = 64
@@ -131,7 +148,8 @@ def quantize(options: QuantizeOptions, progress: Step = lambda *_: None) -> dict
     job, checkpoint, plan, tokens = _planned(options)
     if not begin(options.out, job, overwrite=options.overwrite):
         with writer.only_writer(options.out):
-            write_layers(options.out, checkpoint, job, plan, tokens, progress)
+            check = functools.partial(_check_layer, plan, options.serve)
+            write_layers(options.out, checkpoint, job, plan, tokens, progress, check)
             if options.refine:
                 refine_layers(options, checkpoint, plan, tokens, progress)
             finish(options.out, checkpoint, job)
@@ -162,9 +180,23 @@ def _planned(options: QuantizeOptions) -> tuple[Job, Checkpoint, Plan, Tokens]:
     if options.fits is not None:
         plan = dataclasses.replace(plan, fits=load_fits(options.fits, job.model["sha256"])[0])
     plan.check()
+    if options.serve:
+        check_architecture(plan.config)
+        check_formats(options.serve, job.weight_formats.values(), job.activation_formats.values())
+        if options.refine or options.pad:
+            raise ValueError(
+                f"--serve {options.serve} has no place for a matrix for each block and for zeros "
+                "that widen inputs: leave --refine and --pad out"
+            )
     if options.refine:
         refining.check(plan)
     return job, checkpoint, plan, tokens
+
+
+def _check_layer(plan: Plan, serve: Serve | None, number: int, layer: QuantizedLayer) -> None:
+    """Raises ValueError if the program that is to run the model could not."""
+    if serve is not None:
+        pack_layer(plan.config, number, layer.parameters, layer.sites, serve)
 
 
 def refine_layers(
@@ -234,11 +266,16 @@ def job_of(options: QuantizeOptions, tokens: Tokens, source: str) -> Job:
         raise ValueError("--fits were learned for the model as it is: leave --rotate-.. out")
     about = None if options.fits is None else read_about(options.fits)
     name, formats = options.recipe or "block_hadamard", formats_by_site(options)
+    name = ALIASES.get(name, name)
+    if options.serve and shared(fit := find_fit(name)) != fit:
+        name += SHARED
     parts = (name, options.rounding, *(n for names in formats.values() for n in names.values()))
     outside = files.module_hashes(*{part.partition(":")[0] for part in parts if ":" in part})
+    same: dict[str, Any] = {name: getattr(options, name) for name in SAME}
+    same["fuse"] |= options.serve is not None
     return Job(
         model=model_and_hash(options.model),
-        recipe=ALIASES.get(name, name) if about is None else "fits",
+        recipe=name if about is None else "fits",
         **formats,
         calibration={
             "source": source,
@@ -248,7 +285,7 @@ def job_of(options: QuantizeOptions, tokens: Tokens, source: str) -> Job:
         },
         environment=environment() | ({"sources": outside} if outside else {}),
         fits=None if about is None else about["sha256"],
-        **{name: getattr(options, name) for name in SAME},
+        **same,
     )
 
 
@@ -260,7 +297,7 @@ def formats_by_site(options: QuantizeOptions) -> dict[str, dict[str, str]]:
         for given in (*options.formats, *getattr(options, side)):
             site, equals, name = given.rpartition("=")
             names |= dict.fromkeys([known("site", site, SITES)] if equals else SITES, name)
-        rule = options.scale_rule
+        rule = options.scale_rule or (READERS[options.serve].rule if options.serve else "floor")
         found[side] = {site: format_name(under_rule(name, rule)) for site, name in names.items()}
     return found
 

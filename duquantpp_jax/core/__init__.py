@@ -10,10 +10,19 @@ A new method is a new value of one of them. The other rooms make such values.
 """
 
 from duquantpp_jax.core.arrays import Element, ElementRounding, Format, MXArray, ScaleRule
-from duquantpp_jax.core.recipe import Fit, Fitted, RandomKey, Recipe, Rounding, Weights, stack
+from duquantpp_jax.core.recipe import (
+    Fit,
+    Fitted,
+    RandomKey,
+    Recipe,
+    Rounding,
+    Weights,
+    shared,
+    stack,
+)
 from duquantpp_jax.core.stats import Needs, Stats
 from duquantpp_jax.core.transform import Blocks, Chain, Channels, Cost, Transform, diagonal_blocks
 
 __all__ = ["Blocks", "Chain", "Channels", "Cost", "Element", "ElementRounding", "Fit", "Fitted"]
 __all__ += ["Format", "MXArray", "Needs", "RandomKey", "Recipe", "Rounding", "ScaleRule", "Stats"]
-__all__ += ["Transform", "Weights", "diagonal_blocks", "stack"]
+__all__ += ["Transform", "Weights", "diagonal_blocks", "shared", "stack"]

@@ -68,7 +68,8 @@ class Fit(Protocol):
     """How the transform of a site is made.
 
     A fit that draws random numbers, so that another key gives another transform, says so in an
-    attribute `draws`.
+    attribute `draws`. A fit that fits each block of channels by itself may have a method `shared`,
+    which gives the same fit with a single matrix for all blocks of a site.
     """
 
     @property
@@ -79,6 +80,14 @@ class Fit(Protocol):
     def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey, /) -> Fitted:
         """The fit of one site of one layer, from the Stats of its input."""
         ...
+
+
+def shared(fit: Fit) -> Fit:
+    """The fit with a single matrix for all blocks of a site, which is what serving programs hold.
+
+    A fit without a method `shared` comes back as it is: it fits no block by itself.
+    """
+    return getattr(fit, "shared", lambda: fit)()
 
 
 @runtime_checkable

@@ -19,11 +19,12 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jaxtyping import Array, Float
 
-from duquantpp_jax.core import Fit, Fitted, Needs, RandomKey, Recipe, Stats, Weights
+from duquantpp_jax.core import Fit, Fitted, Needs, RandomKey, Recipe, Stats, Weights, shared
 from duquantpp_jax.learning.moves import Learned, Moves, SitesObjective
 from duquantpp_jax.models import dense
 from duquantpp_jax.transforms.block import BlockAffine
@@ -66,6 +67,7 @@ class FitLearned:
         ten), then down a cosine to zero.
       batch_tokens: Tokens of a batch, or all that there are if those are fewer.
       held_out: A share of the sample.
+      sharing: "shared" learns a single matrix for all blocks, and starts from one.
     """
 
     moves: Moves
@@ -77,7 +79,11 @@ class FitLearned:
     batch_tokens: int = 256
     check_every: int = 20
     held_out: float = 0.125
+    sharing: Literal["per_block", "shared"] = "per_block"
     draws = True
+
+    def shared(self) -> "FitLearned":
+        return dataclasses.replace(self, start=shared(self.start), sharing="shared")
 
     @property
     def needs(self) -> Needs:
@@ -94,6 +100,8 @@ class FitLearned:
         first = self.start(weights, stats, recipe, key)
         weights = first.weights or weights
         start = start_of(first, width, recipe.activation_format.block_size)
+        if self.sharing == "shared":
+            start = _first_of_all(start)
         formats = (recipe.activation_format, recipe.weight_format)
         rows, held_out = tokens[:-last], tokens[-last:]
         found = SiteError({SITE: start}, self.moves, formats, weights, self.kind).learn(
@@ -124,6 +132,17 @@ def start_of(fitted: Fitted, width: int, size: int) -> BlockAffine:
                 f"start from one without, and let the {name} learn"
             )
     return block_affine(fitted.transform, width, size)
+
+
+def _first_of_all(start: BlockAffine) -> BlockAffine:
+    """The matrix that all blocks share."""
+    matrices = np.asarray(start.matrices)
+    if np.any(matrices != matrices[:1]):
+        raise ValueError(
+            "a single matrix for all blocks is learned from a start that has one: "
+            "give a fit with one matrix, and no smoothing inside it"
+        )
+    return BlockAffine(start.matrices[:1], start.inverses[:1])
 
 
 @functools.cache

@@ -30,6 +30,7 @@ from duquantpp_jax.core import (
     Stats,
     Transform,
     Weights,
+    shared,
     stack,
 )
 
@@ -168,6 +169,9 @@ class FitInTurn:
     @property
     def draws(self) -> bool:
         return any(getattr(fit, "draws", False) for fit in self.fits)
+
+    def shared(self) -> "FitInTurn":
+        return FitInTurn(tuple(map(shared, self.fits)))
 
     def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:
         fits = []

@@ -179,6 +179,9 @@ class FitDuquantpp:
     polish: bool = True
     draws = True
 
+    def shared(self) -> "FitDuquantpp":
+        return dataclasses.replace(self, sharing="shared")
+
     @property
     def needs(self) -> Needs:
         """Means by position if `averaged`, the formats for "mse"."""

@@ -92,6 +92,7 @@ class FitHadamard:
     Attributes:
       size: Rotation size, or None for the full width. Sizes above 128 are applied by factors.
       random_signs: Draw the signs of the rows of each block.
+      sharing: "shared" draws them once for all blocks.
       order: Of the rows: as constructed, or by sequency, which is never applied by factors.
 
     Source: QuaRot, Ashkboos et al., arXiv 2404.00456; in blocks as in MR-GPTQ and BRQ; sequency
@@ -101,21 +102,26 @@ class FitHadamard:
     size: int | None = 32
     random_signs: bool = False
     order: Literal["natural", "sequency"] = "natural"
+    sharing: Literal["per_block", "shared"] = "per_block"
     needs = Needs.NOTHING
 
     @property
     def draws(self) -> bool:
         return self.random_signs
 
+    def shared(self) -> "FitHadamard":
+        return dataclasses.replace(self, sharing="shared")
+
     def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:
         width = weights[0].shape[-1]
         size = rotation_size(self.size, width)
         signs = None
         if self.random_signs:
-            signs = jax.random.rademacher(key, (width // size, size, 1), jnp.float32)
+            count = 1 if self.sharing == "shared" else width // size
+            signs = jax.random.rademacher(key, (count, size, 1), jnp.float32)
         if size > DENSE_SIDE and self.order == "natural":
             rotation = KroneckerRotation(hadamard_factors(size))
-            flips = () if signs is None else (Smooth(signs.ravel()),)
+            flips = () if signs is None else (Smooth(jnp.resize(signs, (width,))),)
             return Fitted(Chain((*flips, rotation)))
         matrix = hadamard(size)
         matrix = (sequency(matrix) if self.order == "sequency" else matrix)[None]

@@ -9,6 +9,7 @@ that shares a scale; the Hadamard matrix H spreads the energy evenly again.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,16 +24,24 @@ from duquantpp_jax.transforms.wush import block_gram
 class FitPca:
     """Eigenvectors of each block's second moment, in float64 on the host; `hadamard` spreads them.
 
-    `size` is the rotation size, None for the full width."""
+    `size` is the rotation size, None for the full width; sharing "shared" takes the mean of the
+    blocks' moments."""
 
     hadamard: bool = False
     size: int | None = 32
+    sharing: Literal["per_block", "shared"] = "per_block"
     needs = Needs.GRAM
+
+    def shared(self) -> "FitPca":
+        return dataclasses.replace(self, sharing="shared")
 
     def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:
         gram = stats.require(Needs.GRAM, "PCA")
         size = rotation_size(self.size, weights[0].shape[-1])
-        _, v = np.linalg.eigh(block_gram(np.asarray(gram, np.float64), size))
+        moments = block_gram(np.asarray(gram, np.float64), size)
+        if self.sharing == "shared":
+            moments = moments.mean(axis=0, keepdims=True)
+        _, v = np.linalg.eigh(moments)
         v = v[..., ::-1]
         # The sign of an eigenvector is arbitrary: its largest entry is made positive.
         largest = np.argmax(np.abs(v), axis=-2, keepdims=True)

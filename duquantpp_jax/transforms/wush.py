@@ -20,6 +20,7 @@ Source: WUSH, arXiv 2512.00956.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -72,12 +73,17 @@ class FitWush:
         `max_condition` is given.
       size: Side of the matrices, of which a Hadamard matrix exists.
       max_condition: Bound on the condition number of the matrix of each block, at least 1.01.
+      sharing: "shared" makes a single matrix of the means of the blocks' moments.
     """
 
     damping: float = 1e-3
     size: int = 32
     max_condition: float | None = None
+    sharing: Literal["per_block", "shared"] = "per_block"
     needs = Needs.GRAM
+
+    def shared(self) -> "FitWush":
+        return dataclasses.replace(self, sharing="shared")
 
     def __call__(self, weights: Weights, stats: Stats, recipe: Recipe, key: RandomKey) -> Fitted:
         gram = stats.require(Needs.GRAM, "WUSH")
@@ -85,6 +91,8 @@ class FitWush:
         w = np.asarray(stack(weights), np.float64)
         x_gram = np.asarray(gram, np.float64) / float(stats.count)
         x_moments, w_moments = (block_gram(m, self.size) for m in (x_gram, w.T @ w / len(w)))
+        if self.sharing == "shared":
+            x_moments, w_moments = (m.mean(axis=0, keepdims=True) for m in (x_moments, w_moments))
         forward, back = wush(x_moments, w_moments, self.damping)
         if self.max_condition is not None:
             if not self.max_condition >= 1.01:

@@ -10,7 +10,7 @@ import pytest
 
 from duquantpp_jax import cli
 from duquantpp_jax.checkpoints import Quantized, load, save
-from duquantpp_jax.checkpoints.layouts import pack_layer
+from duquantpp_jax.checkpoints.compressed_tensors import pack_layer
 from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
 from duquantpp_jax.models import Decoder

@@ -53,7 +53,7 @@ def test_packed_weights_decode_to_those_of_the_model(tiny_directory, tmp_path):
 def test_smoothing_is_folded_into_norms_and_hadamard_matrices_are_seen_in_strangers(
     tiny_directory, tmp_path
 ):
-    from duquantpp_jax.checkpoints.layouts import pack_layer
+    from duquantpp_jax.checkpoints.compressed_tensors import pack_layer
 
     model = Quantized(quantized(tiny_directory, tmp_path / "q", recipe="smooth"))
     parameters, sites = model.layer(0)
@@ -65,18 +65,18 @@ def test_smoothing_is_folded_into_norms_and_hadamard_matrices_are_seen_in_strang
         found = layer.tensors[f"model.layers.0.{norm}.weight"]
         assert np.ptp(scale) > 0
         np.testing.assert_array_equal(found, parameters[norm].astype(np.float32) / scale)
-    assert not layer.rotated
+    assert not layer.moved
     stranger = Stranger(BlockRotation(hadamard(32)[None]))
     turned = dataclasses.replace(identity["mlp_in"], transform=stranger)
     layer = pack_layer(model.config, 0, parameters, identity | {"mlp_in": turned})
-    assert set(layer.rotated) == {f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up")}
+    assert set(layer.moved["hadamard"]) == {f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up")}
 
 
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"recipe": "duquantpp"}, "rotated online by matrices that are not Hadamard's"),
-        ({"recipe": "smooth", "exclude": ("*.q_proj", "*.up_proj")}, "quantize again with --fuse"),
+        ({"recipe": "duquantpp"}, "one for all blocks of a site: quantize with :shared"),
+        ({"exclude": ("*.q_proj",)}, "self_attn.q_proj is in float beside quantized linears"),
         ({"recipe": "smooth", "include": ("*.down_proj",)}, "mlp_out: its smoothing"),
     ],
 )

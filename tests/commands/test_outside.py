@@ -14,7 +14,7 @@ import pytest
 
 from duquantpp_jax import cli
 from duquantpp_jax.checkpoints import Quantized, fits, sha256
-from duquantpp_jax.checkpoints.layouts import pack_layer
+from duquantpp_jax.checkpoints.compressed_tensors import pack_layer
 from duquantpp_jax.commands import ablate, compare
 from duquantpp_jax.core import Fitted
 from duquantpp_jax.lab import Cell

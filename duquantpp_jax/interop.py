@@ -1,0 +1,70 @@
+"""Exports as models of PyTorch, which compute what the model here does.
+
+transformers 5.24 leaves out the transform_config of an export, and computes something else; so the
+export does not let it (checkpoints/readers.py). Here the matrices are put in front of the linears
+by compressed-tensors itself, and everything is computed in float32, as in this package: MXFP4
+numbers are exact in the bfloat16 that the library decodes them to.
+
+Needs the extra `interop`.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from duquantpp_jax.checkpoints.readers import STATUS
+from duquantpp_jax.checkpoints.shards import inventory, read_json
+
+
+def load_transformers(directory: str | os.PathLike[str], dtype: Any = None) -> Any:
+    """The torch model of a directory that `duquantpp export` wrote, ready for `generate`.
+
+    Args:
+      directory: An export of format compressed-tensors or dequantized.
+      dtype: A type of torch for what is not rounded; float32 if None.
+
+    Returns:
+      The `transformers` model. Its logits are those of the quantized model, if that was quantized
+      with `--serve transformers`; its inputs are rounded under the rule EVEN in any case.
+
+    Raises:
+      ImportError: torch, transformers or compressed-tensors is missing; names the extra.
+      ValueError: The directory is no export.
+    """
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
+        from compressed_tensors.transform import (  # pyright: ignore[reportMissingImports]
+            TransformConfig,
+            apply_transform_config,
+        )
+    except ImportError as error:
+        raise ImportError(
+            f"loading an export in transformers needs the extra interop ({error}): "
+            "pip install 'duquantpp_jax[interop]'"
+        ) from None
+    directory, dtype = Path(directory), dtype or torch.float32
+    fields = read_json(directory / "config.json")
+    packing = fields.get("quantization_config")
+    if packing is not None and packing.get("quant_method") != "compressed-tensors":
+        raise ValueError(
+            f"{directory} is no export in compressed-tensors or dequantized: "
+            "duquantpp export --format compressed-tensors writes one"
+        )
+    config = transformers.AutoConfig.from_pretrained(directory)
+    if packing is None:
+        return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    if packing["quantization_status"] == STATUS:
+        config.quantization_config["quantization_status"] = "compressed"
+    moved = config.quantization_config.pop("transform_config", None)
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=dtype)
+    model.hf_quantizer.compressor.decompress_model(model)
+    model.to(dtype)
+    if moved:
+        apply_transform_config(model, TransformConfig(**moved))
+        stored = inventory(directory)
+        for name, parameter in model.named_parameters():
+            if name in stored and name.endswith("_input.weight"):
+                matrix = torch.from_numpy(stored[name].read().copy())
+                parameter.data.copy_(matrix)
+    return model.eval()

@@ -1,0 +1,101 @@
+"""What is quantized for a serving program is what that program computes, or it is refused."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duquantpp_jax import cli
+from duquantpp_jax.checkpoints import Quantized, readers
+from duquantpp_jax.checkpoints.compressed_tensors import pack_layer
+from duquantpp_jax.models.parameters import linear_names
+from tests.checkpoints.test_layouts import exported, quantized
+from tests.commands.test_quantize import assert_one_line
+from tests.conftest import TEXT
+from tests.decompress import tensors_of
+
+
+@pytest.fixture(scope="module")
+def served(tiny_directory, tmp_path_factory):
+    """A model that is quantized for transformers by a fitted recipe, and its export."""
+    place = tmp_path_factory.mktemp("served")
+    model = quantized(tiny_directory, place / "q", recipe="duquantpp", serve="transformers")
+    exported(model, place / "e")
+    return model, place / "e"
+
+
+def test_serve_takes_the_readers_rule_the_shared_form_and_folds_smoothing(served):
+    job = Quantized(served[0]).job
+    assert (job.recipe, job.fuse) == ("duquantpp:shared", True)
+    assert {*job.weight_formats.values(), *job.activation_formats.values()} == {"mxfp4:even"}
+
+
+def test_one_matrix_for_each_site_stands_in_the_export_under_the_name_that_config_json_says(served):
+    model, out = served
+    tensors = tensors_of(out)
+    fields = json.loads((out / "config.json").read_text())["quantization_config"]
+    groups = fields["transform_config"]["config_groups"]
+    for name, group in groups.items():
+        _, number, site = name.split("_", 2)
+        assert (group["type"], group["head_dim"]) == ("random-hadamard", 32)
+        rotation = Quantized(model).layer(int(number))[1][site].transform
+        wanted = np.asarray(rotation.matrices[0]) * np.float32(32**0.5)
+        (apply,) = group["apply"]
+        assert apply["targets"] == list(linear_names(site, int(number)))
+        for target in apply["targets"]:
+            np.testing.assert_array_equal(tensors[f"{target}.{name}_input.weight"], wanted)
+    assert len(groups) >= 3
+
+
+def test_a_program_that_would_leave_the_matrices_out_cannot_read_config_json(served):
+    fields = json.loads((served[1] / "config.json").read_text())["quantization_config"]
+    assert fields["quantization_status"] == readers.STATUS
+    assert "load_transformers" in (served[1] / readers.CARD).read_text()
+
+
+def test_what_a_program_would_compute_otherwise_is_refused(served, tmp_path, capsys):
+    arguments = ["export", "--model", str(served[0]), "--out", str(tmp_path / "e"), "--serve"]
+    assert_one_line(
+        cli.main([*arguments, "vllm"]), capsys, "vllm rounds activations to mxfp4:rceil"
+    )
+    more = ["transformers", "--format", "dequantized"]
+    assert_one_line(cli.main([*arguments, *more]), capsys, "is for --format compressed-tensors")
+    opened = Quantized(served[0])
+    parameters, sites = opened.layer(0)
+    biased = parameters | {"self_attn.k_proj.bias": np.zeros(32, np.float32)}
+    pack_layer(opened.config, 0, biased, sites, "transformers")
+    with pytest.raises(ValueError, match=r"k_proj has a bias, and vllm moves no input of such"):
+        pack_layer(opened.config, 0, biased, sites, "vllm")
+    clipped = dataclasses.replace(sites["mlp_in"], clip=jnp.ones(2))
+    with pytest.raises(ValueError, match="mlp_in: its activations have a clip by block"):
+        pack_layer(opened.config, 0, parameters, sites | {"mlp_in": clipped})
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("vllm", "--activation-formats", "even"), "vllm rounds activations to mxfp4:rceil"),
+        (
+            ("transformers", "--weight-formats", "mxfp8"),
+            "takes weights in mxfp4, not in mxfp8:eve",
+        ),
+        (("vllm", "--refine", "2"), "no place for a matrix for each block"),
+    ],
+)
+def test_it_is_refused_before_anything_is_quantized(more, says, tiny_directory, tmp_path, capsys):
+    words = ["--model", str(tiny_directory), "--rows", "4", "--calibration-text", str(TEXT)]
+    words += ["--out", str(tmp_path / "q"), "--serve", *more]
+    assert_one_line(cli.main(["quantize", *words]), capsys, says)
+    assert not (tmp_path / "q").exists()
+
+
+def test_what_each_reader_does_is_said():
+    same = readers.says(["mxfp4:even", "bf16"], moved=False, biases=True)
+    assert same["transformers"] == "gives this model's logits"
+    assert same["vllm"].startswith("gives other logits: it rounds activations under rceil")
+    moved = readers.says(["mxfp4:rceil"], moved=True, biases=False)
+    assert moved["transformers"].startswith("refuses it in from_pretrained")
+    assert moved["vllm"].startswith("gives this model's logits (in bfloat16")
+    assert "fails" in readers.says(["mxfp4:rceil"], moved=True, biases=True)["vllm"]
