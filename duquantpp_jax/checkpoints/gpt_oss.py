@@ -1,8 +1,9 @@
 """A quantized gpt-oss in its own layout: experts in MXFP4, everything else in floats.
 
-Codes and scales are those of the quantized layer, bit for bit; experts that were left as they were
-are those of the model that was quantized. A Hadamard matrix that moves an input online is named in
-a transform_config, as in compressed-tensors; no other transform is expressed.
+Codes and scales are those of the quantized layer, bit for bit; experts that were left packed are
+those of the model that was quantized, and experts in float are refused. A Hadamard matrix that
+moves an input online is named in a transform_config, as in compressed-tensors; no other transform
+is expressed.
 
 Source: the `config.json` of openai/gpt-oss-20b, for modules_to_not_convert.
 """
@@ -67,6 +68,11 @@ def pack_layer(model: Quantized, number: int) -> Layer:
     for name in LINEARS:
         codes, scales = (tensors.pop(f"{prefix}{name}.{end}", None) for end in ("codes", "scales"))
         if codes is None or scales is None:
+            if any(name in SITE_WEIGHTS[site] for site in EXPERT_SITES):
+                raise ValueError(
+                    f"{prefix}{name} is in float, and {LAYOUT} has all experts packed: quantize "
+                    "with --include '*.mlp.*'"
+                )
             continue
         if BLOCK * scales.shape[-1] != shapes[name][1]:
             raise ValueError(f"{prefix}{name} was padded, which {LAYOUT} has not")
