@@ -259,7 +259,7 @@ def _architecture(fields: Mapping[str, Any]) -> str:
     if not (isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)):
         raise ValueError(
             f"config.json: architectures = {read.short(names)} does not name one architecture: "
-            f'it must be ["{supported}"]'
+            f"it must be a list of one name: {supported}"
         )
     name = names[0]
     if (quantization := fields.get("quantization_config")) is not None:

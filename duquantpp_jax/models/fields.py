@@ -9,8 +9,10 @@ REQUIRED: Any = object()
 """The default of a field that must be present."""
 
 
-def field(fields: Mapping[str, Any], name: str, default: Any = REQUIRED) -> Any:
-    """The value of a field; the default where it is missing or null."""
+def field(
+    fields: Mapping[str, Any], name: str, default: Any = REQUIRED, right: str = "a number above 0"
+) -> Any:
+    """The value of a field, which must be `right`; the default where it is missing or null."""
     value = fields.get(name)
     if value is not None:
         return value
@@ -18,7 +20,8 @@ def field(fields: Mapping[str, Any], name: str, default: Any = REQUIRED) -> Any:
         return default
     near = difflib.get_close_matches(name, [f for f in fields if isinstance(f, str)], 1, 0.85)
     hint = f" (found {short(near[0])})" if near and near[0] != name else ""
-    raise ValueError(f"config.json: {name} is missing{hint}: it must be a number above 0")
+    state = "null" if name in fields else "missing"
+    raise ValueError(f"config.json: {name} is {state}{hint}: it must be {right}")
 
 
 def wrong(name: str, value: Any, right: str) -> ValueError:
@@ -46,9 +49,9 @@ def positive(fields: Mapping[str, Any], name: str, default: Any = REQUIRED) -> f
 
 def boolean(fields: Mapping[str, Any], name: str, default: Any = REQUIRED) -> bool:
     """A truth value."""
-    value = field(fields, name, default)
+    value = field(fields, name, default, right := "true or false")
     if type(value) is not bool:
-        raise wrong(name, value, "true or false")
+        raise wrong(name, value, right)
     return value
 
 

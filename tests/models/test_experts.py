@@ -81,9 +81,11 @@ def config(name, **changes):
     return DecoderConfig.from_dict({**json.loads(json.dumps(families.CASES[name])), **changes})
 
 
-def test_more_experts_a_token_than_there_are_is_refused():
+def test_more_experts_a_token_than_there_are_and_null_for_a_truth_value_are_refused():
     with pytest.raises(ValueError, match="num_experts_per_tok = 5 is out of place"):
         config("mixtral", num_experts_per_tok=5)
+    with pytest.raises(ValueError, match="norm_topk_prob is null: it must be true or false"):
+        config("qwen 3 moe", norm_topk_prob=None)
 
 
 @pytest.mark.parametrize(
