@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -170,8 +170,17 @@ def _apply_settings(tokenizer: Tokenizer, fields: Mapping[str, Any]) -> None:
             )
 
 
-def chat_prompt(directory: str | os.PathLike[str], message: str) -> str:
-    """A user's message in the model's own chat template, up to where the answer begins.
+def chat_prompt(
+    directory: str | os.PathLike[str],
+    messages: str | Sequence[Mapping[str, str]],
+    *,
+    answered: bool = False,
+) -> str:
+    """Messages in the model's own chat template, up to where the answer begins.
+
+    Args:
+      messages: Each with a role and a content; or what a user says.
+      answered: The last message is the answer's beginning: do not begin another.
 
     Raises:
       ValueError: jinja2 is not installed, there is no template, or it fails in its sandbox.
@@ -202,7 +211,9 @@ def chat_prompt(directory: str | os.PathLike[str], message: str) -> str:
         made = ImmutableSandboxedEnvironment(**blocks, extensions=["jinja2.ext.loopcontrols"])
         made.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         made.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
-        said = {"messages": [{"role": "user", "content": message}], "add_generation_prompt": True}
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        said = {"messages": [*messages], "add_generation_prompt": not answered}
         text = made.from_string(template).render(**tokens, tools=None, documents=None, **said)
         return text.encode().decode()  # half of a surrogate pair is no text
     except Exception as error:  # a template may raise anything

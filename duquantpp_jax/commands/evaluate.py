@@ -42,11 +42,15 @@ Imports = Annotated[tuple[str, ...], tyro.conf.arg(name="import")]
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
-    """Perplexity of a model on a text, and KL and agreement with a reference.
+    """Perplexity of a model on a text, KL and agreement with a reference; or scores on tasks.
 
     Attributes:
       model: Hugging Face directory, GGUF file or smollm2 (docs/models.md); or a quantized model.
       text: Text to evaluate on, or .jsonl file, each line a document.
+      tasks: In place of a text, tasks of lm-eval (extra eval) by their names; gutenberg for five
+        small ones that are in the package (docs/scoring.md).
+      limit: Items of each task; all by default.
+      download: Let tasks fetch their data; without it nothing is downloaded.
       reference: Directory of the model to compare with, usually the float one; it may be the same
         directory, to see what --cache costs.
       protocol: documents (as in compare: documents separated by <|endoftext|>, each cut into rows
@@ -67,7 +71,10 @@ class EvaluateOptions:
     """
 
     model: Path
-    text: Path
+    text: Path | None = None
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    download: Flag = False
     reference: Path | None = None
     protocol: str = "documents"
     window: int | None = None
@@ -85,6 +92,10 @@ class EvaluateOptions:
 def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict[str, Any]:
     """Runs the evaluation; returns the results, as `--out` writes them."""
     import_modules(options.imports)
+    if options.text is None:
+        raise ValueError("give --text FILE to evaluate on, or --tasks NAME ...")
+    if options.limit is not None or options.download:
+        raise ValueError("--limit and --download are about --tasks: leave them out")
     if options.rotate_keys and options.cache is None:
         raise ValueError("--rotate-keys is about cached keys: give --cache too")
     text = read_text(options.text, options.text_key)
@@ -206,9 +217,15 @@ def run(options: EvaluateOptions) -> int:
     """Runs the command and prints the results; returns the exit code."""
     if options.out is not None:
         files.check_writable(options.out.parent)
-    with progress_bar() as progress:
-        results = evaluate(options, progress)
+    if options.tasks:
+        from duquantpp_jax.commands.tasks import scores_on_tasks, table_of_tasks
+
+        results, described = scores_on_tasks(options), table_of_tasks
+    else:
+        described = summary
+        with progress_bar() as progress:
+            results = evaluate(options, progress)
     if options.out is not None:
         files.write_whole(options.out, files.to_json(results))
-    Console(width=100).print(*summary(results))
+    Console(width=100).print(*described(results))
     return 0

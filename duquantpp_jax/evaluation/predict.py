@@ -157,7 +157,7 @@ class Reference:
         return [np.concatenate(sums)[: len(self.tokens)] for sums in zip(*parts, strict=True)]
 
 
-def _on_each_device(of_batch: Callable[..., Any]) -> Any:
+def on_each_device(of_batch: Callable[..., Any]) -> Any:
     """Compiles a function of a predictor and arrays; each device gets rows of its own."""
 
     @functools.partial(jax.jit, static_argnames="mesh")
@@ -169,13 +169,13 @@ def _on_each_device(of_batch: Callable[..., Any]) -> Any:
     return run
 
 
-@_on_each_device
+@on_each_device
 def _predicted(predictor: Predictor, tokens: Integer[Array, "rows length"]) -> _Predicted:
     log_p = predictor.log_probabilities(tokens)
     return _Predicted(log_p, jnp.argmax(log_p, axis=-1), _nll(log_p, tokens))
 
 
-@_on_each_device
+@on_each_device
 def _compared(
     predictor: Predictor, tokens: Integer[Array, "rows length"], base: _Predicted
 ) -> tuple[Float[Array, "rows targets"], ...]:
