@@ -135,7 +135,7 @@ def inspect(
         "schema": 1,
         "model": subject.model_and_hash(options.model),
         "tokens": rows.tokens[:, :-1].size,
-        "packed": said(linear),
+        "packed": said(directory, linear),
         "text": None if options.text is None else subject.name_and_hash(options.text),
         "thresholds": dataclasses.asdict(thresholds),
         "sites": sites,

@@ -1,7 +1,6 @@
 """A quantized model in the layout of the library compressed-tensors, its mxfp4-pack-quantized.
 
-Of W^ [n, k] the codes, two a byte along each row (lower index low), are weight_packed [n, k / 2],
-and the scale bytes weight_scale [n, k / 32], both uint8. What moves the input of a linear X is
+Codes and scale bytes are laid out as mxfp4.py says. What moves the input of a linear X is
 
     x' = blockdiag(T, ..., T)^T x,     one T [32, 32] for all blocks of a site,
 
@@ -26,6 +25,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from duquantpp_jax.checkpoints.directory import Quantized
+from duquantpp_jax.checkpoints.mxfp4 import BLOCK, COMPRESSED, PACKED
 from duquantpp_jax.checkpoints.readers import ANY, READERS, STATUS, Serve, check_formats
 from duquantpp_jax.core import MXArray, Transform
 from duquantpp_jax.formats import E2M1
@@ -37,8 +37,6 @@ from duquantpp_jax.ptq.plan import linear_shapes
 from duquantpp_jax.ptq.site import QuantizedSite
 from duquantpp_jax.transforms.hadamard import hadamard
 
-PACKED = "mxfp4-pack-quantized"
-BLOCK = 32
 HADAMARD = "hadamard"
 """The group of all inputs that Hadamard matrices move."""
 
@@ -234,7 +232,7 @@ def quantization_config(
             "format": PACKED,
         }
     return {
-        "quant_method": "compressed-tensors",
+        "quant_method": COMPRESSED,
         "format": PACKED,
         "quantization_status": STATUS if moved else "compressed",
         "config_groups": groups,

@@ -5,37 +5,30 @@
     model.layers.3.mlp.experts.gate_up_proj_blocks and _scales, odd rows  ->  the same
 
 A view has a shard, a shape and a dtype, and `read`, as a tensor has; nothing is read before that.
-Which tensor has what is said by the family (`families.base.In`). A tensor T may be packed MXFP4,
+Which tensor has what is said by the family (`families.base.In`). A weight, of an expert or of
+another linear, may be packed (mxfp4.py); it is a view, too, which also gives the packed numbers.
 
-    T_blocks   uint8 [experts, out, in / 32, 16]     two codes of E2M1 a byte, lower index low
-    T_scales   uint8 [experts, out, in / 32]         E8M0
-
-and its view then gives the packed numbers, too.
-
-Source: transformers 5.24, conversion_mapping.py for names, integrations/mxfp4.py for MXFP4.
+Source: transformers 5.24, conversion_mapping.py.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from duquantpp_jax.checkpoints.mxfp4 import BLOCK, BLOCKS, SCALES, Packing, array_of, packing_of
 from duquantpp_jax.checkpoints.shards import Stored
 from duquantpp_jax.core import MXArray
-from duquantpp_jax.formats.tensors import from_tensors
 from duquantpp_jax.models.config import DecoderConfig
 from duquantpp_jax.models.families import FAMILIES
 from duquantpp_jax.models.families.base import In
-from duquantpp_jax.models.parameters import layer_prefix
+from duquantpp_jax.models.parameters import LINEARS, layer_prefix, tensor_name
 
-BLOCKS, SCALES = "_blocks", "_scales"
-BLOCK = 32
-METHOD = "mxfp4"
-"""What config.json calls the packing, as quant_method."""
 FLOATS = ("BF16", "F16", "F32")
+_WEIGHTS = tuple(map(tensor_name, LINEARS))
 
 
 class View(NamedTuple):
@@ -64,38 +57,41 @@ def wanted(
 ) -> dict[str, Wanted]:
     """The tensors that a checkpoint must have for those of a model, by what is found there."""
     tensors = {name: Wanted(shape) for name, shape in shapes.items()}
-    for name, at, stored in _stored(config):
+    for name, at, stored in (*_stored(config), *_own(config)):
         shape = tensors.pop(name).shape
-        if not _is_packed(stored[0], found):
-            whole = shape[1:] if "*" in at.tensor else _whole(shape, at)
-            tensors |= dict.fromkeys(stored, Wanted(whole))
+        if (packing := _packing(name, stored, found)) is None:
+            tensors |= dict.fromkeys(stored, Wanted(_whole(shape, at)))
             continue
-        *outputs, width = _whole(shape, at._replace(transposed=False))
-        scales = (*outputs, width // BLOCK)
-        tensors[stored[0] + BLOCKS] = Wanted((*scales, BLOCK // 2), ("U8",))
-        tensors[stored[0] + SCALES] = Wanted(scales, ("U8",))
+        types = (packing.code_type,), packing.scale_types
+        both = packing.shapes(_whole(shape, at._replace(transposed=False)))
+        for tensor in stored:
+            tensors |= zip(packing.names(tensor), map(Wanted, both, types), strict=True)
     return tensors
 
 
 def views(config: DecoderConfig, found: Mapping[str, Stored]) -> dict[str, Stored | View]:
     """The tensors of a model, of those of a checkpoint, which are as `wanted`."""
     seen: dict[str, Stored | View] = dict(found)
-    for name, at, stored in _stored(config):
-        packed = _is_packed(stored[0], found)
-        names = [stored[0] + end for end in (BLOCKS, SCALES)] if packed else stored
-        parts = [found[tensor] for tensor in names]
-        for tensor in names:
-            seen.pop(tensor, None)
-        first = parts[0]
-        if packed:
-            decode = functools.partial(_decode, name, parts, at._replace(transposed=False))
-            shape = (first.shape[0], first.shape[1] // at.step, BLOCK * first.shape[2])
-            read = functools.partial(_dequantized, decode)
-            seen[name] = View(first.shard, shape, "F32", read, decode)
+    for name, at, stored in (*_stored(config), *_own(config)):
+        packing = _packing(name, stored, found)
+        if packing is None and stored == [name]:
+            continue
+        names = [packing.names(tensor) if packing else (tensor,) for tensor in stored]
+        parts = [[found[tensor] for tensor in each] for each in names]
+        for each in names:
+            for tensor in each:
+                seen.pop(tensor, None)
+        first = parts[0][0]
+        if packing is None:
+            shape, kind, packed = _part(first.shape, at, len(parts)), first.dtype, None
+            read = functools.partial(_read, [part for (part,) in parts], at)
         else:
-            shape = (len(parts), *first.shape) if "*" in at.tensor else _part(first.shape, at)
-            read = functools.partial(_read, parts, at)
-            seen[name] = View(first.shard, shape, first.dtype, read)
+            rows = at._replace(transposed=False)
+            *outputs, blocks = _part(parts[0][1].shape, rows, len(parts))
+            shape, kind = (*outputs, BLOCK * blocks), "F32"
+            packed = functools.partial(_decode, name, parts, rows)
+            read = functools.partial(_dequantized, packed)
+        seen[name] = View(first.shard, shape, kind, read, packed)
     return seen
 
 
@@ -118,31 +114,14 @@ def tensors_of(config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> dict
     return made
 
 
-def stored_name(config: DecoderConfig, tensor: str) -> str:
-    """The tensor of a checkpoint that a tensor of a model is in."""
-    return next((stored[0] for name, _, stored in _stored(config) if name == tensor), tensor)
-
-
-def unpacked(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config.json without the packing of a gpt-oss, which the names of its tensors say."""
-    packing = fields.get("quantization_config")
-    known = isinstance(packing, dict) and packing.get("quant_method") == METHOD
-    if known and fields.get("architectures") == ["GptOssForCausalLM"]:
-        return {name: value for name, value in fields.items() if name != "quantization_config"}
-    return fields
-
-
-def moved_online(fields: Mapping[str, Any]) -> frozenset[str]:
-    """The stored weights whose inputs a Hadamard matrix moves, in blocks, by a transform_config.
-
-    Raises:
-      ValueError: It says something else.
-    """
-    packing = fields.get("quantization_config") or {}
-    groups = packing.get("transform_config", {}).get("config_groups", {})
-    if groups and groups.keys() != {"hadamard"}:
-        raise ValueError(f"config.json: transform_config has {', '.join(groups)}: give hadamard")
-    return frozenset(n for g in groups.values() for apply in g["apply"] for n in apply["targets"])
+def linears(config: DecoderConfig) -> dict[str, list[str]]:
+    """The linears of a checkpoint that each linear of a model is, or is made of."""
+    named = {name: stored for name, _, stored in (*_stored(config), *_own(config))}
+    return {
+        name.removesuffix(".weight"): [tensor.removesuffix(".weight") for tensor in stored]
+        for name, stored in named.items()
+        if name.endswith(_WEIGHTS)
+    }
 
 
 def _stored(config: DecoderConfig) -> Iterator[tuple[str, In, list[str]]]:
@@ -155,25 +134,42 @@ def _stored(config: DecoderConfig) -> Iterator[tuple[str, In, list[str]]]:
             yield prefix + name, at, [prefix + at.tensor.replace("*", str(e)) for e in each]
 
 
-def _is_packed(tensor: str, found: Mapping[str, Stored]) -> bool:
-    return tensor not in found and tensor + BLOCKS in found
+def _own(config: DecoderConfig) -> Iterator[tuple[str, In, list[str]]]:
+    """As `_stored`, of the other linears, which are stored by their own names."""
+    experts = FAMILIES[config.architecture].experts
+    names = {tensor_name(name) for name in LINEARS} - {*(experts.stored if experts else ())}
+    for number in range(config.num_hidden_layers):
+        for name in (layer_prefix(number) + name for name in sorted(names)):
+            yield name, In(name), [name]
+
+
+def _packing(name: str, stored: list[str], found: Mapping[str, Stored]) -> Packing | None:
+    return packing_of(stored[0], found) if name.endswith(_WEIGHTS) else None
 
 
 def _rows(tensor: np.ndarray, at: In) -> np.ndarray:
     """The parameter inside its tensor."""
     turned = tensor.swapaxes(1, 2) if at.transposed else tensor
-    return turned[:, at.first :: at.step]
+    return turned[:, at.first :: at.step] if at.step > 1 else turned
 
 
 def _whole(shape: tuple[int, ...], at: In) -> tuple[int, ...]:
-    """The shape of the tensor that a parameter of a shape is in."""
+    """The shape of the tensor that a parameter of a shape is in, or of each of its tensors."""
+    if "*" in at.tensor:
+        return shape[1:]
+    if at.step == 1 and not at.transposed:
+        return shape
     experts, rows, *columns = shape
     sizes = (at.step * rows, *columns)
     return (experts, *(sizes[::-1] if at.transposed else sizes))
 
 
-def _part(shape: tuple[int, ...], at: In) -> tuple[int, ...]:
-    """The shape of a parameter that is in a tensor of a shape."""
+def _part(shape: tuple[int, ...], at: In, count: int) -> tuple[int, ...]:
+    """The shape of a parameter that is in a tensor of a shape, or in `count` of them."""
+    if "*" in at.tensor:
+        return (count, *shape)
+    if at.step == 1 and not at.transposed:
+        return shape
     experts, rows, *columns = (shape[0], *shape[:0:-1]) if at.transposed else shape
     return (experts, rows // at.step, *columns)
 
@@ -183,17 +179,10 @@ def _read(parts: list[Stored], at: In) -> np.ndarray:
     return np.stack(arrays) if "*" in at.tensor else np.ascontiguousarray(_rows(arrays[0], at))
 
 
-def _decode(name: str, parts: list[Stored], at: In) -> MXArray:
-    """The numbers of blocks and scales."""
-    blocks, scales = (np.ascontiguousarray(_rows(part.read(), at)) for part in parts)
-    about = {
-        "element": "e2m1",
-        "block_size": BLOCK,
-        "shape": (*scales.shape[:-1], BLOCK * scales.shape[-1]),
-        "scales": "float8_e8m0fnu",
-    }
-    return from_tensors(name, about, {f"{name}.codes": blocks.ravel(), f"{name}.scales": scales})
+def _decode(name: str, parts: list[list[Stored]], at: In) -> MXArray:
+    """The numbers of codes and scales."""
+    return array_of(name, *(_read(list(each), at) for each in zip(*parts, strict=True)))
 
 
-def _dequantized(decode: Callable[[], MXArray]) -> np.ndarray:
-    return np.asarray(decode().dequantize())
+def _dequantized(packed: Callable[[], MXArray]) -> np.ndarray:
+    return np.asarray(packed().dequantize())

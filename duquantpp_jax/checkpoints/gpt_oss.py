@@ -21,14 +21,8 @@ from duquantpp_jax.checkpoints.compressed_tensors import (
     transform_groups,
 )
 from duquantpp_jax.checkpoints.directory import Quantized, layer_file
-from duquantpp_jax.checkpoints.experts import (
-    BLOCK,
-    BLOCKS,
-    METHOD,
-    SCALES,
-    stored_name,
-    tensors_of,
-)
+from duquantpp_jax.checkpoints.experts import linears, tensors_of
+from duquantpp_jax.checkpoints.mxfp4 import BLOCK, BLOCKS, GPT_OSS, SCALES
 from duquantpp_jax.core import MXArray, Transform
 from duquantpp_jax.models import SITE_WEIGHTS
 from duquantpp_jax.models.parameters import EXPERT_SITES, LINEARS, layer_prefix, tensor_name
@@ -88,7 +82,7 @@ def pack_layer(model: Quantized, number: int) -> Layer:
         if len(found) > 1:
             raise ValueError(f"{where}: the inputs of some experts are moved, those of others not")
         if True in found:
-            rotated.append(stored_name(config, tensor_name(prefix + names[0])))
+            rotated += linears(config)[prefix + names[0]]
     return Layer(tensors_of(config, tensors), {HADAMARD: rotated} if rotated else {}, [])
 
 
@@ -107,4 +101,4 @@ def quantization_config(moved: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The entry of config.json; `moved` as in `Layer`, of all layers."""
     groups = transform_groups(moved)
     transforms = {"transform_config": {"config_groups": groups}} if groups else {}
-    return {"quant_method": METHOD, "modules_to_not_convert": FLOATS, **transforms}
+    return {"quant_method": GPT_OSS, "modules_to_not_convert": FLOATS, **transforms}

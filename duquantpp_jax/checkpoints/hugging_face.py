@@ -23,7 +23,17 @@ from safetensors.numpy import save as serialize
 from tokenizers import Tokenizer
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints.experts import View, tensors_of, unpacked, views, wanted
+from duquantpp_jax.checkpoints.experts import (
+    FLOATS,
+    View,
+    Wanted,
+    linears,
+    tensors_of,
+    views,
+    wanted,
+)
+from duquantpp_jax.checkpoints.mxfp4 import unpacked
+from duquantpp_jax.checkpoints.online import matrix_tensors, moved_online
 from duquantpp_jax.checkpoints.shards import SINGLE, Stored, one_line
 from duquantpp_jax.checkpoints.source import CONFIG, TOKENIZER, TOKENIZER_CONFIG, Source, source
 from duquantpp_jax.models.config import DecoderConfig
@@ -69,6 +79,12 @@ def headers(
         shapes["lm_head"] = shapes["model.embed_tokens"]  # some writers store the tied head too
     places = _places(config, shapes)
     right = wanted(config, {name: place.shape for name, place in places.items()}, found)
+    stored, widths = linears(config), {}
+    for name, parts in stored.items():
+        widths |= dict.fromkeys(parts, places[tensor_name(name)].shape[-1])
+    moved = moved_online(model.fields(), [*widths])
+    for name, side in matrix_tensors(moved, widths, found).items():
+        right[name] = Wanted((side, side), (*FLOATS, "F64"))
     for name, (shape, _) in right.items():
         if name not in found:
             near = next((n for n in found if n.endswith(name) or name.endswith(n)), None)

@@ -19,8 +19,9 @@ from jaxtyping import Array, Float
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import Quantized, compressed_tensors, gpt_oss, readers
-from duquantpp_jax.checkpoints.compressed_tensors import PACKED, Layer, Tensors, pack_layer
+from duquantpp_jax.checkpoints.compressed_tensors import Layer, Tensors, pack_layer
 from duquantpp_jax.checkpoints.experts import tensors_of
+from duquantpp_jax.checkpoints.mxfp4 import PACKED
 from duquantpp_jax.checkpoints.readers import CARD, Serve
 from duquantpp_jax.checkpoints.shards import INDEX
 from duquantpp_jax.checkpoints.source import Directory

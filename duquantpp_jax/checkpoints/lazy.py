@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, Integer
 
-from duquantpp_jax.checkpoints.experts import moved_online
+from duquantpp_jax.checkpoints.experts import linears
 from duquantpp_jax.checkpoints.hugging_face import headers
+from duquantpp_jax.checkpoints.online import moved_online
 from duquantpp_jax.checkpoints.shards import read_stored
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.models import Decoder, parameter_shapes
@@ -28,6 +29,8 @@ class Checkpoint:
       found: Where each tensor lies.
       places: The parameter that each tensor fills.
       config: What its config.json says; of the turned model.
+      linears: The stored linears that each linear is, or is made of.
+      moved: How inputs of stored linears are moved when the model runs.
 
     Raises:
       ValueError: As `load`, but for what only the weights themselves show; or there is no such
@@ -38,6 +41,9 @@ class Checkpoint:
         self.directory, self._turn = Path(directory), turn or Turn()
         self.source, config, self.found, self.places = headers(directory)
         self._tied, self.config = config.tie_word_embeddings, self._turn.config(config)
+        self.linears = linears(config)
+        names = dict.fromkeys(name for parts in self.linears.values() for name in parts)
+        self.moved = moved_online(self.source.fields(), [*names])
 
     def size(self) -> int:
         """Bytes of the files that hold the weights."""
@@ -57,13 +63,17 @@ class Checkpoint:
         """Whether it has packed weights."""
         return any(getattr(tensor, "packed", None) for tensor in self.found.values())
 
-    def layer(self, number: int) -> dict[str, Float[np.ndarray, "..."]]:
-        """The parameters of a layer, as `read_stored` gives them; packed ones are decoded."""
-        if moved_online(self.source.fields()):
+    def check_unmoved(self) -> None:
+        """Raises ValueError if inputs are moved online: decoded weights are no float model then."""
+        if self.moved:
             raise ValueError(
-                f"{self.directory} has weights for inputs that Hadamard matrices move: "
+                f"{self.directory} has weights for inputs that its transform_config moves: "
                 "give the model that they were made from"
             )
+
+    def layer(self, number: int) -> dict[str, Float[np.ndarray, "..."]]:
+        """The parameters of a layer, as `read_stored` gives them; packed ones are decoded."""
+        self.check_unmoved()
         names = self.layer_tensors(number)
         stored = {names[name]: array for name, array in read_stored(self.found, names)}
         return self._turn.layer(self.config, number, stored)

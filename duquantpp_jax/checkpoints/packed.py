@@ -1,25 +1,29 @@
 """Packed weights stay packed in memory, and are decoded where they are used.
 
-They are used as stored, bit for bit (experts.py has the layout); activations are quantized only if
-a format is asked for. What `duquantpp export --format gpt-oss` has written may say in a
-transform_config, laid out as that of compressed-tensors, that a Hadamard matrix moves the input of
-a weight, in blocks of 32.
+They are used as stored, bit for bit (mxfp4.py has the layouts); activations are quantized only if
+a format is asked for. What moves inputs when the model runs is said by a transform_config
+(online.py), and is the same for all packed linears of a site.
 """
 
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from duquantpp_jax.checkpoints.experts import BLOCK, moved_online, stored_name
 from duquantpp_jax.checkpoints.lazy import Checkpoint
-from duquantpp_jax.core import Format, Transform
+from duquantpp_jax.checkpoints.mxfp4 import asked_for
+from duquantpp_jax.checkpoints.online import stored_matrix, transform_of
+from duquantpp_jax.checkpoints.source import source
+from duquantpp_jax.core import Format, MXArray, Transform
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder, Linear
-from duquantpp_jax.models.parameters import LAYER, LINEARS, layer_prefix, tensor_name
+from duquantpp_jax.models.parameters import LAYER, LINEARS, experts, layer_prefix
 from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
 from duquantpp_jax.ptq.walk import State, stack_layers
 from duquantpp_jax.recipes import format_name
 from duquantpp_jax.transforms.basic import Identity
-from duquantpp_jax.transforms.block import BlockRotation
-from duquantpp_jax.transforms.hadamard import hadamard
 
 
 def load_packed(
@@ -37,7 +41,7 @@ def load_packed(
         layers.append(
             {
                 site: QuantizedSite(
-                    _transform(checkpoint, number, site),
+                    _transform(checkpoint, number, site, packed),
                     tuple(weights[name] for name in SITE_WEIGHTS[site]),
                 )
                 for site in SITES
@@ -51,7 +55,7 @@ def load_packed(
     return decoder, QuantizedLinear(activation_format), stack_layers(layers)
 
 
-def said(linear: Linear) -> str | None:
+def said(model: str | os.PathLike[str], linear: Linear) -> str | None:
     """How a packed model is used, in a sentence; None of a model that is not packed.
 
     Args:
@@ -59,15 +63,69 @@ def said(linear: Linear) -> str | None:
     """
     if not isinstance(linear, QuantizedLinear) or isinstance(linear.activation_formats, tuple):
         return None
-    format = linear.activation_formats
-    seen = "not quantized" if format is None else f"in {format_name(format)}"
+    if (format := linear.activation_formats) is not None:
+        seen = f"in {format_name(format)}"
+    elif (asked := asked_for(source(model).fields())) is not None:
+        seen = f"not quantized (config.json asks for {asked}: --activation-format)"
+    else:
+        seen = "not quantized"
     return f"packed weights as they are stored (mxfp4), their inputs {seen}"
 
 
-def _transform(checkpoint: Checkpoint, number: int, site: str) -> Transform:
-    """What moves the input of a site, the same for all experts."""
-    tensor = layer_prefix(number) + tensor_name(SITE_WEIGHTS[site][0])
-    if stored_name(checkpoint.config, tensor) not in moved_online(checkpoint.source.fields()):
-        return Identity()
-    shape = (checkpoint.config.num_experts, 1, BLOCK, BLOCK)
-    return BlockRotation(jnp.broadcast_to(hadamard(BLOCK), shape))
+def decoded(model: str | os.PathLike[str] | None) -> str | None:
+    """What a command says that decodes packed weights; None of a model that is not packed.
+
+    Args:
+      model: Of `Checkpoint`; None for the embedded one.
+
+    Raises:
+      ValueError: Its inputs are moved, so that decoded weights are no float model.
+    """
+    if model is None or not (checkpoint := Checkpoint(model)).packed:
+        return None
+    checkpoint.check_unmoved()
+    return (
+        f"{model}: packed weights are decoded, which is exact; what they decode to is the float "
+        "model here."
+    )
+
+
+def _transform(
+    checkpoint: Checkpoint, number: int, site: str, packed: Mapping[str, MXArray]
+) -> Transform:
+    """What moves the input of the packed linears of a site; of experts, stacked.
+
+    Raises:
+      ValueError: It moves some of them and not others, or linears that are in float.
+    """
+    moved, found, prefix = checkpoint.moved, checkpoint.found, layer_prefix(number)
+    transforms: dict[Any, Transform] = {}
+    for name in SITE_WEIGHTS[site]:
+        for part in checkpoint.linears[prefix + name]:
+            group = moved.get(part)
+            if name not in packed and group is not None:
+                raise ValueError(
+                    f"{part} is in float and transform_config moves its input: what is read are "
+                    "packed weights for moved inputs"
+                )
+            if name not in packed:
+                continue
+            width = packed[name].shape[-1]
+            tensor = group and stored_matrix(part, group, width, found)
+            if (key := (group, tensor)) not in transforms:
+                made = transform_of(tensor, group, width, found) if group else Identity()
+                transforms[key] = made
+    transform, *others = [*transforms.values()] or [Identity()]
+    if not all(_equal(transform, other) for other in others):
+        raise ValueError(
+            f"{prefix}{site}: its linears share an input, and transform_config moves it in "
+            f"{len(transforms)} ways: one matrix for all of them is read"
+        )
+    if (count := experts(checkpoint.config, site)) and transforms:
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), transform)
+    return transform
+
+
+def _equal(a: Transform, b: Transform) -> bool:
+    same = jax.tree.structure(a) == jax.tree.structure(b)
+    return same and all(map(np.array_equal, jax.tree.leaves(a), jax.tree.leaves(b)))

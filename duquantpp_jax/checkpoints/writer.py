@@ -142,7 +142,8 @@ def layer_tensors(
     """The tensors of a layer's file, and what its metadata says besides schema and job.
 
     Args:
-      stored: Weights that were packed; where they are not quantized, they are kept so.
+      stored: Weights that were packed; where they are neither quantized nor turned, or folded
+        into, they are kept so.
     """
     prefix, (tensors, structures) = layer_prefix(number), _moves(number, layer.sites)
     kept, weights = dict(layer.parameters), {}
@@ -150,7 +151,11 @@ def layer_tensors(
         weights |= zip(SITE_WEIGHTS[site], layer.sites[site].weights, strict=True)
     quantized = {name: w for name, w in weights.items() if isinstance(w, MXArray)}
     about: dict[str, Any] = {"layer": number, "sites": structures}
-    as_stored = {name: array for name, array in stored.items() if name not in quantized}
+    as_stored = {
+        name: array
+        for name, array in stored.items()
+        if name not in quantized and np.array_equal(array.dequantize(), kept[name])
+    }
     for key, packed in {"arrays": quantized, "stored": as_stored}.items():
         about[key] = {}
         for name, array in packed.items():

@@ -11,6 +11,7 @@ Only CELLS is required. Options for the model, the texts, the formats and the nu
 for every cell that leaves them open.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -24,6 +25,7 @@ import tyro
 from rich.console import Console
 
 from duquantpp_jax import files
+from duquantpp_jax.checkpoints.packed import decoded
 from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.lab import running, table
 from duquantpp_jax.lab.cells import DEFAULT_FORMAT, SCHEMA, Cell
@@ -118,6 +120,10 @@ def _run(module: ModuleType, options: AblateOptions) -> int:
     executor = _executor(options)
     for warning in dict.fromkeys(filter(None, (cell.warning for cell in cells))):
         print(warning, file=sys.stderr)
+    for model in dict.fromkeys(cell.model for cell in cells):
+        with contextlib.suppress(ValueError):  # its cells fail and say why
+            if (used := decoded(model)) is not None:
+                print(used)
     with progress_bar() as bar:
 
         def progress(done: int, failed: int, total: int) -> None:

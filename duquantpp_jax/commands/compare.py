@@ -18,6 +18,7 @@ from rich.console import Console
 
 from duquantpp_jax import files
 from duquantpp_jax.analysis.outliers import moved_maxima
+from duquantpp_jax.checkpoints.packed import decoded
 from duquantpp_jax.commands.evaluate import Imports
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.evaluation.rows import TARGETS
@@ -233,6 +234,8 @@ def run(options: CompareOptions) -> int:
     import_modules(options.imports)
     for warning in dict.fromkeys(filter(None, (cell.warning for cell in cells(options)))):
         print(warning, file=sys.stderr)
+    if (used := decoded(options.model)) is not None:
+        print(used)
     with progress_bar() as progress:
         comparison = compare(options, progress)
     figure = figures.comparison(comparison.results, comparison.channels)

@@ -139,7 +139,7 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
             "bos": protocol.bos,
             "cache": options.cache,
             "rotate_keys": options.rotate_keys,
-            "packed": said(predictor.linear),
+            "packed": said(options.model, predictor.linear),
         },
         "model": model_and_hash(options.model),
         "reference": options.reference and model_and_hash(options.reference),

@@ -85,7 +85,7 @@ def continued(options: GenerateOptions) -> str:
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     import_modules(options.imports)
     model, linear, state = load_any(options.model, options.activation_format)
-    if (used := said(linear)) is not None:
+    if (used := said(options.model, linear)) is not None:
         print(f"{options.model}: {used}", file=sys.stderr)
     if (note := left_out(options.model)) is not None:
         print(f"{options.model}: {note}", file=sys.stderr)

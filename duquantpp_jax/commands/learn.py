@@ -16,13 +16,21 @@ from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load, testbed
 from duquantpp_jax.checkpoints.fits import ABOUT, ARRAYS, read_about, save_fits
 from duquantpp_jax.checkpoints.lazy import Checkpoint
+from duquantpp_jax.checkpoints.packed import decoded
 from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.core import Fitted, Recipe
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import environment, load_rows, model_and_hash, name_and_hash
-from duquantpp_jax.learning.named import CALIBRATION_ROWS, LearnSettings, Report, Tokens, learn
+from duquantpp_jax.learning.named import (
+    CALIBRATION_ROWS,
+    LearnSettings,
+    Report,
+    Tokens,
+    check_learnable,
+    learn,
+)
 from duquantpp_jax.models import Decoder
 from duquantpp_jax.ptq import Plan, quantize_decoder
 from duquantpp_jax.recipes import format_name, recipe, under_rule
@@ -80,6 +88,9 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
         )
     files.check_writable(options.out)
     options.check()
+    directory = options.model or testbed.directory()
+    checkpoint = Checkpoint(directory)
+    check_learnable(checkpoint)
     weight, activation = (
         format_name(under_rule(name or options.formats, options.scale_rule))
         for name in (options.weight_formats, options.activation_formats)
@@ -91,7 +102,6 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
     if len(rows) < options.batch_rows and options.through != "site":
         batch = f"a batch of {options.batch_rows}: give more --rows, or fewer --batch-rows"
         raise ValueError(f"{len(rows)} rows are less than {batch}")
-    directory = options.model or testbed.directory()
     how = [field.name for field in dataclasses.fields(LearnSettings)]
     counts = {"rows": len(rows), "held_out": len(held_out)}
     counts |= {"tokens": hashlib.sha256(tokens.tobytes()).hexdigest()}
@@ -105,7 +115,6 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
     place = options.out / PROGRESS
     if _begin(options, asked):
         return read_about(options.out)
-    checkpoint = Checkpoint(directory)
     found = learn(options, checkpoint, method, rows, held_out, place=place, report=report)
     kl = {}
     if options.measure:
@@ -183,6 +192,8 @@ def _begin(options: LearnOptions, asked: dict[str, Any]) -> bool:
 
 def run(options: LearnOptions) -> int:
     """Runs the command and prints the held-out KL; returns the exit code."""
+    if (used := decoded(options.model)) is not None:
+        print(used)
     with progress_bar() as progress:
         about = learn_fits(options, progress)
     how = about["learn"]

@@ -176,6 +176,7 @@ def _planned(options: QuantizeOptions) -> tuple[Job, Checkpoint, Plan, Tokens]:
             if checkpoint.packed
             else "--requantize is for packed weights, which the model does not have: leave it out"
         )
+    checkpoint.check_unmoved()
     plan = job.plan(checkpoint.config)
     if options.fits is not None:
         plan = dataclasses.replace(plan, fits=load_fits(options.fits, job.model["sha256"])[0])

@@ -140,11 +140,7 @@ def learn(
         settings.
     """
     how.check()
-    if checkpoint.config.num_experts:
-        raise ValueError(
-            f"learning for a {checkpoint.config.architecture} is not supported: its experts have "
-            "transforms of their own; quantize it with a recipe"
-        )
+    check_learnable(checkpoint)
     place.mkdir(parents=True, exist_ok=True)
     moves, count, layers = moves_named(how.moves), how.steps, checkpoint.config.num_hidden_layers
     calibration, optimizer = rows[:CALIBRATION_ROWS, :-1], Optimizer(how.optimizer)
@@ -182,6 +178,16 @@ def learn(
     ):  # fmt: skip
         done.append(block)
     return stack_blocks(done)
+
+
+def check_learnable(checkpoint: Checkpoint) -> None:
+    """Raises ValueError where nothing can be learned for a model."""
+    if checkpoint.config.num_experts:
+        raise ValueError(
+            f"learning for a {checkpoint.config.architecture} is not supported: its experts have "
+            "transforms of their own; quantize it with a recipe"
+        )
+    checkpoint.check_unmoved()
 
 
 def _fits(

@@ -13,7 +13,8 @@ from duquantpp_jax import cli
 from duquantpp_jax.checkpoints import Quantized, load, load_any, save
 from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
-from duquantpp_jax.models import SITES
+from duquantpp_jax.models import SITE_WEIGHTS, SITES
+from duquantpp_jax.ptq.site import layer_of
 from duquantpp_jax.transforms.block import BlockAffine, BlockRotation
 from duquantpp_jax.transforms.hadamard import hadamard
 from tests.checkpoints.spoiling import rewrite
@@ -21,6 +22,17 @@ from tests.commands.test_quantize import assert_one_line
 from tests.conftest import TEXT, byte_tokenizer, tiny_decoder
 from tests.decompress import assert_equal, by_numpy, dequantized, tensors_of
 from tests.transforms.test_law import Stranger
+
+
+def stored_in(state):
+    """The packed weights of a model of two layers, decoded, by name."""
+    return {
+        f"model.layers.{number}.{name}": np.asarray(layer_of(weight, number).dequantize())
+        for site, names in SITE_WEIGHTS.items()
+        for name, weight in zip(names, state[site].weights, strict=True)
+        for number in range(2)
+    }
+
 
 RUN = jax.jit(lambda model, tokens: model(tokens)[0])
 
@@ -169,6 +181,9 @@ def test_smoothing_fused_before_rounding_is_exported_bit_for_bit_and_costs_no_ac
     logits = [run(m, s, linear) for m, linear, s in map(load_any, (tiny_directory, plain, model))]
     errors = [float(np.linalg.norm(other - logits[0])) for other in logits[1:]]
     assert 0 < errors[1] < 1.5 * errors[0]
+    again, linear, state = load_any(tmp_path / "e", "mxfp4")  # what was exported is read back
+    assert_equal(by_numpy(tmp_path / "e"), stored_in(state))
+    np.testing.assert_allclose(run(again, state, linear), logits[2], rtol=1e-4, atol=1e-4)
 
 
 def test_a_directory_that_exists_is_left_alone(tiny_directory, tmp_path, capsys):

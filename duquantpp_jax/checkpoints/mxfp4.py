@@ -1,0 +1,186 @@
+"""Packed MXFP4 as four programs lay it out, and what config.json says of it.
+
+A weight T = X.weight of a checkpoint, [out, in], is two tensors there:
+
+    compressed-tensors   X.weight_packed uint8 [out, in / 2]   X.weight_scale uint8 [out, in / 32]
+    Quark                X.weight uint8 [out, in / 2]          X.weight_scale uint8 [out, in / 32]
+    DeepSeek-V4          X.weight int8 [out, in / 2]           X.scale F8_E8M0 [out, in / 32]
+    gpt-oss              T_blocks uint8 [experts, out, in / 32, 16]
+                         T_scales uint8 [experts, out, in / 32]
+
+A byte of codes is two of E2M1, lower index low; scales are E8M0. Names and types of the tensors say
+which layout it is, weight by weight; a config.json that says more than that is refused.
+
+Source: compressed-tensors 0.20, compressors/mxfp4; amd-quark 0.13, torch/utils/pack.py;
+DeepSeek-V4, inference/convert.py; transformers 5.24, integrations/mxfp4.py.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from duquantpp_jax.checkpoints.readers import STATUS
+from duquantpp_jax.checkpoints.shards import Stored
+from duquantpp_jax.core import MXArray
+from duquantpp_jax.formats.tensors import from_tensors
+from duquantpp_jax.models.fields import short
+
+BLOCK = 32
+GPT_OSS, COMPRESSED, QUARK, DEEPSEEK = "mxfp4", "compressed-tensors", "quark", "fp8"
+"""What config.json calls the packing, as quant_method."""
+PACKED = "mxfp4-pack-quantized"
+"""What compressed-tensors calls it, as format."""
+BLOCKS, SCALES = "_blocks", "_scales"
+_OFFLINE = {"smooth", "awq", "autosmoothquant", "gptq", "gptaq", "autoround", "qronos"}
+"""Algorithms of Quark that leave nothing to do when the model runs."""
+
+
+class Packing(NamedTuple):
+    """A layout: how a weight's tensors of codes and of scales are called, and their types."""
+
+    codes: str
+    scales: str
+    code_type: str = "U8"
+    scale_types: tuple[str, ...] = ("U8",)
+
+    def names(self, tensor: str) -> tuple[str, str]:
+        """The tensors of codes and of scales of a weight."""
+        module = tensor.removesuffix(".weight")
+        return tensor + self.codes, self.scales.format(tensor=tensor, module=module)
+
+    def shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Their shapes, for a weight of a shape."""
+        *outputs, width = shape
+        codes = (width // BLOCK, BLOCK // 2) if self.codes == BLOCKS else (width // 2,)
+        return (*outputs, *codes), (*outputs, width // BLOCK)
+
+
+PACKINGS = (
+    Packing(BLOCKS, "{tensor}" + SCALES),
+    Packing("_packed", "{tensor}_scale"),
+    Packing("", "{tensor}_scale"),
+    Packing("", "{module}.scale", "I8", ("F8_E8M0", "U8")),
+)
+
+
+def packing_of(tensor: str, found: Mapping[str, Stored]) -> Packing | None:
+    """The layout of a weight among the tensors of a checkpoint; None where it is not packed."""
+    for packing in PACKINGS:
+        codes, _ = packing.names(tensor)
+        if codes in found and (codes != tensor or found[codes].dtype == packing.code_type):
+            return None if codes != tensor and tensor in found else packing
+    return None
+
+
+def array_of(name: str, codes: np.ndarray, scales: np.ndarray) -> MXArray:
+    """The numbers of codes and scales, whose leading axes are those of the weight."""
+    about = {
+        "element": "e2m1",
+        "block_size": BLOCK,
+        "shape": (*scales.shape[:-1], BLOCK * scales.shape[-1]),
+        "scales": "float8_e8m0fnu",
+    }
+    parts = {"codes": codes.view(np.uint8).ravel(), "scales": scales}
+    return from_tensors(name, about, {f"{name}.{end}": array for end, array in parts.items()})
+
+
+def unpacked(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config.json without a packing that is read here, which the tensors show; else as it is.
+
+    Raises:
+      ValueError: The packing is by one of these programs, and not what is read here.
+    """
+    packing = fields.get("quantization_config")
+    method = str(packing.get("quant_method")) if isinstance(packing, dict) else ""
+    known = {
+        GPT_OSS: fields.get("architectures") == ["GptOssForCausalLM"],
+        DEEPSEEK: fields.get("expert_dtype") == "fp4",
+    }
+    if not isinstance(packing, dict) or not known.get(method, method in (COMPRESSED, QUARK)):
+        return fields
+    refusal = {COMPRESSED: _compressed, QUARK: _quark}.get(method, lambda _: None)(packing)
+    if refusal is not None:
+        name, value, right = refusal
+        raise ValueError(
+            f"config.json: quantization_config of {method} has {name} {short(value)}: packed "
+            f"weights are read where it is {right}"
+        )
+    return {name: value for name, value in fields.items() if name != "quantization_config"}
+
+
+def asked_for(fields: Mapping[str, Any]) -> str | None:
+    """The activation formats that the packing of a config.json names; None where it names none."""
+    packing = fields.get("quantization_config") or {}
+    if packing.get("quant_method") == QUARK:
+        inputs = [packing["global_quant_config"].get("input_tensors")]
+    else:
+        groups = packing.get("config_groups", {}).values()
+        inputs = [group.get("input_activations") for group in groups]
+    names = dict.fromkeys(_format(given) for given in inputs if given is not None)
+    return " and ".join(names) or None
+
+
+def _format(given: Any) -> str:
+    match given:
+        case {"num_bits": 4 | 8 as bits, "type": "float", "group_size": 32}:
+            return f"mxfp{bits}"
+        case {"dtype": "fp4", "group_size": 32}:
+            return "mxfp4"
+        case {"num_bits": bits, "type": kind}:
+            return f"{short(bits)} bits of {short(kind)}"
+        case {"dtype": kind}:
+            return short(kind)
+    return short(given)
+
+
+Refusal = tuple[str, Any, str] | None
+"""A field, its value, and what it must be."""
+
+
+def _compressed(packing: Mapping[str, Any]) -> Refusal:
+    groups = packing.get("config_groups")
+    if not isinstance(groups, dict) or not groups:
+        return "config_groups", groups, "an object of groups"
+    for group in groups.values():
+        match group:
+            case {"weights": {"num_bits": 4, "type": "float", "group_size": 32}}:
+                format = group.get("format") or packing.get("format")
+            case _:
+                return "a group", group, "one of MXFP4 weights (4 bits, float, group_size 32)"
+        if format != PACKED:
+            return "format", format, PACKED
+        if group.get("output_activations") is not None:
+            return "output_activations", group["output_activations"], "null"
+    status, sparsity = packing.get("quantization_status"), packing.get("sparsity_config")
+    if status not in (None, "compressed", STATUS):
+        return "quantization_status", status, "compressed"
+    if packing.get("kv_cache_scheme") is not None:
+        return "kv_cache_scheme", packing["kv_cache_scheme"], "null"
+    if sparsity not in (None, {}) and sparsity != {"format": "dense"}:
+        return "sparsity_config", sparsity, "empty"
+    return None
+
+
+def _quark(packing: Mapping[str, Any]) -> Refusal:
+    whole = packing.get("global_quant_config")
+    match whole:
+        case {"weight": {"dtype": "fp4", "group_size": 32, "scale_format": "e8m0"}}:
+            pass
+        case _:
+            return "global_quant_config", whole, "of MXFP4 weights (fp4, group_size 32, e8m0)"
+    if whole.get("output_tensors") is not None:
+        return "output_tensors", whole["output_tensors"], "null"
+    others = "layer_quant_config", "layer_type_quant_config", "kv_cache_quant_config"
+    for name in (*others, "softmax_quant_spec"):
+        if packing.get(name):
+            return name, packing[name], "empty"
+    export = packing.get("export")
+    if isinstance(export, dict) and export.get("weight_format") != "real_quantized":
+        return "weight_format", export.get("weight_format"), "real_quantized"
+    algorithms = packing.get("algo_config") or []
+    for made in algorithms if isinstance(algorithms, list) else [algorithms]:
+        name = made.get("name") if isinstance(made, dict) else made
+        if name not in _OFFLINE:
+            return "algo_config", name, f"empty or of {', '.join(sorted(_OFFLINE))}"
+    return None
