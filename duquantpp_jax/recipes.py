@@ -250,6 +250,13 @@ def _imported(module: str, wanted: str) -> Any:
         ) from error
 
 
+def checked_seed(seed: int) -> int:
+    """A seed, if jax.random.key tells it from all others; else ValueError."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed {seed}: give a whole number from 0 to {2**32 - 1}")
+    return seed
+
+
 def known(kind: str, name: str, names: Iterable[str]) -> str:
     """`name`, if it is one of `names`; else ValueError, which says the nearest of them, or all."""
     names = list(names)

@@ -225,7 +225,9 @@ def test_a_bad_model_is_one_line(name, tiny_directory, tiny_text, tmp_path, caps
         (("--tokens", "many"), "--tokens"),
         (("--nonsense",), "Unrecognized options: --nonsense"),
         (("--recipes",), "--recipes is empty"),
-        (("--seeds", "0"), "--seeds 0: give numbers from 0 on"),
+        (("--seeds", "0"), "--seeds 0: give each once (0 1 2), or how many (--seeds 3)"),
+        (("--seeds", "0", "-1"), "--seed -1: give a whole number from 0 to 4294967295"),
+        (("--seed", str(10**30)), f"--seed {10**30}: give a whole number from 0 to 4294967295"),
         (("--formats", "float"), "float quantizes nothing"),
     ],
 )

@@ -204,9 +204,21 @@ def chat_prompt(
     Source: transformers 5.24, utils/chat_template_utils.py, for what a template may use.
     """
     try:
+        from jinja2 import nodes
+        from jinja2.ext import Extension, LoopControlExtension
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
         raise ValueError("--chat needs jinja2: pip install 'duquantpp_jax[chat]'") from None
+
+    class Generation(Extension):
+        """`{% generation %}` of transformers, which marks answers in training: its contents."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
 
     def refuse(reason: str) -> NoReturn:
         raise ValueError(reason)
@@ -224,7 +236,9 @@ def chat_prompt(
         tokens = {n: t["content"] if isinstance(t, dict) else t for n, t in settings.items()
                   if n.endswith("_token") and isinstance(t, (str, dict))}  # fmt: skip
         blocks = {"trim_blocks": True, "lstrip_blocks": True}
-        made = ImmutableSandboxedEnvironment(**blocks, extensions=["jinja2.ext.loopcontrols"])
+        made = ImmutableSandboxedEnvironment(
+            **blocks, extensions=[LoopControlExtension, Generation]
+        )
         made.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
         made.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
         if isinstance(messages, str):

@@ -26,6 +26,7 @@ from rich.console import Console
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints.packed import decoded
+from duquantpp_jax.commands.evaluate import Imports
 from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.lab import running, table
 from duquantpp_jax.lab.cells import DEFAULT_FORMAT, SCHEMA, Cell
@@ -33,7 +34,7 @@ from duquantpp_jax.lab.executors import Processes, Slurm, gpus
 from duquantpp_jax.lab.pivot import COMPARED, Layout, pivots
 from duquantpp_jax.lab.running import Executor
 from duquantpp_jax.lab.webpage import webpage
-from duquantpp_jax.recipes import known
+from duquantpp_jax.recipes import import_modules, known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,8 @@ class AblateOptions:
       table: Print the table, with differences to the file's baseline.
       summary: JSON file to write the table to, small enough to commit.
       report: HTML page to write.
+      imports: Modules to import first, in all processes, for transforms and formats that this
+        package does not have.
     """
 
     model: Path | None = None
@@ -84,6 +87,7 @@ class AblateOptions:
     table: bool = False
     summary: Path | None = None
     report: Path | None = None
+    imports: Imports = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +115,7 @@ def main(module: ModuleType, arguments: list[str] | None = None) -> None:
 
 
 def _run(module: ModuleType, options: AblateOptions) -> int:
+    import_modules(options.imports)
     name = _name(module)
     out = options.out or Path("ablate-out") / name
     layout = layout_of(module)
@@ -243,10 +248,11 @@ def _name(module: ModuleType) -> str:
 def _executor(options: AblateOptions) -> Executor | None:
     match options.executor:
         case "gpus":
-            return gpus(options.workers if options.workers > 1 else None)
+            return gpus(options.workers if options.workers > 1 else None, options.imports)
         case "slurm":
-            return Slurm(options.workers, tuple(map(_parameter, options.slurm)))
-    return Processes(options.workers) if options.workers > 1 else None
+            parameters = tuple(map(_parameter, options.slurm))
+            return Slurm(options.workers, parameters, imports=options.imports)
+    return Processes(options.workers, imports=options.imports) if options.workers > 1 else None
 
 
 def _parameter(text: str) -> tuple[str, str | int]:

@@ -30,13 +30,14 @@ from duquantpp_jax.lab.pivot import Layout, pivots
 from duquantpp_jax.lab.records import Record, record_of
 from duquantpp_jax.lab.running import Outcome
 from duquantpp_jax.ptq.stream import Name as Rotation
-from duquantpp_jax.recipes import ALIASES, FITS, format_name, import_modules
+from duquantpp_jax.recipes import ALIASES, FITS, checked_seed, format_name, import_modules
 
 BASELINE = "block_hadamard"
 RECIPES = ("rtn", BASELINE, "random_hadamard", "smooth_hadamard", "duquantpp", "duquantpp_released")
 BATCH_ROWS = 16
 """Rows evaluated at once; they decide the result of log256, whose scale spans a batch."""
 CALIBRATION_ROWS = 64
+MOST_SEEDS = 1000
 FORMATS = ("floor", "even", "log256")
 TIMES = ("fit_seconds", "seconds")
 """Fields of an entry that differ from run to run; they stand in timings.json."""
@@ -202,15 +203,17 @@ def _formats(options: CompareOptions) -> list[dict[str, str]]:
 
 def _seeds(options: CompareOptions) -> tuple[int, ...]:
     """The seeds of the options; a single number in --seeds says how many."""
-    seeds = options.seeds or (options.seed,)
-    if options.seeds and len(seeds) == 1:
-        seeds = tuple(range(seeds[0]))
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        given = f"--seeds {' '.join(map(str, options.seeds))}" if options.seeds else "--seed"
+    if not options.seeds:
+        return (checked_seed(options.seed),)
+    given = f"--seeds {' '.join(map(str, options.seeds))}"
+    seeds = options.seeds
+    if len(seeds) == 1:
+        seeds = tuple(range(min(seeds[0], MOST_SEEDS + 1)))
+    if not 0 < len(set(seeds)) == len(seeds) <= MOST_SEEDS:
         raise ValueError(
-            f"{given}: give numbers from 0 on, each once (0 1 2), or how many (--seeds 3)"
+            f"{given}: give each once (0 1 2), or how many (--seeds 3), {MOST_SEEDS} at most"
         )
-    return seeds
+    return tuple(map(checked_seed, seeds))
 
 
 def _chosen(options: CompareOptions) -> dict[str, Any]:

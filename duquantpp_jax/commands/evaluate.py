@@ -19,6 +19,7 @@ from duquantpp_jax.checkpoints import load_any, load_tokenizer
 from duquantpp_jax.checkpoints.packed import said
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.evaluation import Predictor, Reference, RowSums, clusters, estimate, rows_of_text
+from duquantpp_jax.evaluation.intervals import clustered
 from duquantpp_jax.evaluation.rows import PROTOCOLS, Protocol, Rows, read_text, rows_for_targets
 from duquantpp_jax.evaluation.subject import environment, model_and_hash, name_and_hash
 from duquantpp_jax.lab.table import empty
@@ -170,13 +171,15 @@ def _protocol(options: EvaluateOptions, config: DecoderConfig) -> Protocol:
 def _measures(
     nll_sums: np.ndarray, sums: RowSums | None, rows: Rows, cluster: np.ndarray
 ) -> dict[str, Any]:
-    """Means over targets, each with its 95 % interval."""
+    """Means over targets, each with what is possible of its 95 % interval."""
 
-    def mean(row_sums: np.ndarray) -> dict[str, Any]:
+    def mean(row_sums: np.ndarray, least: float = 0.0, most: float = np.inf) -> dict[str, Any]:
         value, ci95, *_ = estimate({0: row_sums / rows.targets}, cluster)
         if not np.isfinite(value):
             raise ValueError("the model gave NaN or Inf: no result is reported")
-        return {"value": value, "ci95": ci95}
+        # A t interval of few rows also covers values that no text can have.
+        possible = ci95 and (max(ci95[0], min(least, value)), min(ci95[1], max(most, value)))
+        return {"value": value, "ci95": possible}
 
     nll = mean(nll_sums)
     bounds = nll["ci95"] and np.exp(nll["ci95"]).tolist()
@@ -185,8 +188,8 @@ def _measures(
         before = float(np.exp(np.sum(sums.reference_nll) / rows.tokens[:, 1:].size))
         measures |= {
             "kl": mean(sums.kl),
-            "excess_nll": mean(sums.nll - sums.reference_nll),
-            "agreement": mean(sums.agreement),
+            "excess_nll": mean(sums.nll - sums.reference_nll, -np.inf),
+            "agreement": mean(sums.agreement, most=1.0),
             "reference_perplexity": {"value": before, "ci95": None},
         }
     return measures
@@ -202,7 +205,7 @@ def summary(results: dict[str, Any]) -> tuple[str, Table]:
         f"{results['model']['name']}{cached}: {results['targets']:,} targets of "
         f"{chosen['text']['name']}, {chosen['protocol']}, windows of {chosen['window']} "
         f"{'after a' if chosen['bos'] else 'without'} BOS.\n"
-        f"95 % intervals clustered by {clusters['unit']} ({clusters['count']})."
+        f"95 % intervals {clustered(clusters['unit'], clusters['count'])}."
     )
     table = empty("", right=("mean", "95 % interval"), wrap=True)
     for name, what in MEASURES.items():

@@ -15,7 +15,7 @@ from duquantpp_jax.checkpoints.source import source
 from duquantpp_jax.commands.evaluate import Flag, Imports
 from duquantpp_jax.models.sampling import Sampling, generate
 from duquantpp_jax.ptq import stores as cache
-from duquantpp_jax.recipes import import_modules
+from duquantpp_jax.recipes import checked_seed, import_modules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def continued(options: GenerateOptions) -> str:
             f"tokens of prompt this model has {room} of its {config.max_position_embeddings} "
             "positions left"
         )
-    key, new = jax.random.key(options.seed), options.max_new_tokens
+    key, new = jax.random.key(checked_seed(options.seed)), options.max_new_tokens
     how: Any = {"linear": linear, "state": state, "store": store, "sampling": sampling}
     (answer,) = generate(model, [prompt], key, new=new, **how)
     if answer[-1] < 0:

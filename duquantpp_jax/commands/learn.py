@@ -18,6 +18,7 @@ from duquantpp_jax.checkpoints.fits import ABOUT, ARRAYS, read_about, save_fits
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.packed import decoded
 from duquantpp_jax.checkpoints.shards import read_json
+from duquantpp_jax.commands.evaluate import Imports
 from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.core import Fitted, Recipe
 from duquantpp_jax.evaluation.predict import Predictor, Reference
@@ -33,7 +34,7 @@ from duquantpp_jax.learning.named import (
 )
 from duquantpp_jax.models import Decoder
 from duquantpp_jax.ptq import Plan, quantize_decoder
-from duquantpp_jax.recipes import format_name, recipe, under_rule
+from duquantpp_jax.recipes import format_name, import_modules, recipe, under_rule
 
 PROGRESS, BEGUN = "progress", "begun.json"
 """The directory of an unfinished run inside --out, and its file that holds the command."""
@@ -59,6 +60,7 @@ class LearnOptions(LearnSettings):
       overwrite: Start anew if --out holds other fits.
       text_key: Of the text in a .jsonl file.
       out: Directory for the fits.
+      imports: Modules to import first, for transforms and formats that this package does not have.
     """
 
     model: Path | None = None
@@ -73,6 +75,7 @@ class LearnOptions(LearnSettings):
     overwrite: bool = False
     text_key: str = "text"
     out: Path = Path("fits")
+    imports: Imports = ()
 
 
 def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[str, Any]:
@@ -87,6 +90,7 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
             "rows that it writes itself"
         )
     files.check_writable(options.out)
+    import_modules(options.imports)
     options.check()
     directory = options.model or testbed.directory()
     checkpoint = Checkpoint(directory)
@@ -139,8 +143,8 @@ def split(tokens: Tokens, held_out: float) -> tuple[Tokens, Tokens]:
     count = round(held_out * len(tokens)) if held_out < 1 else held_out
     if count != int(count) or not 0 < count < len(tokens):
         raise ValueError(
-            f"--held-out {held_out:g} of {len(tokens)} rows: give a share between 0 and 1, or a "
-            "number of rows that leaves some to learn from"
+            f"--held-out {held_out:g} of --rows {len(tokens)} is {count:g}: give more --rows, or a "
+            "share below 1, or a number of rows, that leaves rows on both sides"
         )
     return tokens[: -int(count)], tokens[-int(count) :]
 
@@ -182,12 +186,20 @@ def _begin(options: LearnOptions, asked: dict[str, Any]) -> bool:
         return False
     begun = read_about(out) if finished else read_json(place / BEGUN)
     for name, value in asked.items():
-        if begun.get(name) != value:
+        was = begun.get(name)
+        if was != value:
+            was = was if isinstance(was, dict) else {}
+            part = next((n for n in value if was.get(n) != value[n]), "")
+            what = f"--{part.replace('_', '-')}" if name == "learn" else f"{name} {part}"
             raise ValueError(
-                f"{out} was begun with another {name}: give another --out, or --overwrite to "
-                "start anew"
+                f"{out} was begun with {what} {_words(was.get(part))}, not "
+                f"{_words(value.get(part))}: give that, another --out, or --overwrite to start anew"
             )
     return finished
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def run(options: LearnOptions) -> int:

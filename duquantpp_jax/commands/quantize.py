@@ -39,6 +39,7 @@ from duquantpp_jax.ptq.walk import QuantizedLayer, stack_layers
 from duquantpp_jax.recipes import (
     ALIASES,
     SHARED,
+    checked_seed,
     find_fit,
     format_name,
     import_modules,
@@ -247,8 +248,7 @@ def calibration_tokens(options: QuantizeOptions) -> tuple[Tokens, str]:
     if options.rows < 1 or (options.rows < 2 and options.refine):
         least = "two rows: --refine holds one out" if options.refine else "one row"
         raise ValueError(f"--rows {options.rows}: calibrate on at least {least}")
-    if options.seed < 0:
-        raise ValueError(f"--seed {options.seed}: give a number from 0 on")
+    checked_seed(options.seed)
     text = options.text
     if text == MODEL and options.dry_run:
         check_rows(directory := options.model or testbed.directory(), load_config(directory))

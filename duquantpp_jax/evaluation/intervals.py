@@ -68,6 +68,14 @@ def clusters(documents: Integer[np.ndarray, " rows"]) -> tuple[str, Integer[np.n
     return "row", np.arange(len(documents))
 
 
+def clustered(unit: str, count: int) -> str:
+    """What `clusters` made of a text, in words; says where intervals are worth little."""
+    said = f"clustered by {unit} ({count})"
+    if unit == "row":
+        said += f", as if rows were independent, for want of {LEAST_DOCUMENTS} documents"
+    return said if count >= LEAST_DOCUMENTS else f"{said}: too few for an interval to say much"
+
+
 def estimate(
     values: BySeed, cluster: Integer[np.ndarray, " rows"], base: BySeed | None = None
 ) -> Estimate:

@@ -27,7 +27,7 @@ from duquantpp_jax.evaluation.rows import TARGETS, is_lines
 from duquantpp_jax.formats.tensors import ELEMENTS
 from duquantpp_jax.models import Decoder, Store
 from duquantpp_jax.ptq import stream
-from duquantpp_jax.recipes import format_name, recipe
+from duquantpp_jax.recipes import checked_seed, format_name, recipe
 
 SCHEMA = 2
 """Version of configurations and records; cells with records of another version run again."""
@@ -162,7 +162,7 @@ class Cell:
             "schema": SCHEMA,
             "method": canonical(method),
             "store": canonical(self.store),
-            "seed": self.seed,
+            "seed": checked_seed(self.seed),
             "change": canonical(self.change),
             "model": _model_hash(self.model),
             "text": _text_hash(self.text),

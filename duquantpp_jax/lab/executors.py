@@ -18,6 +18,7 @@ from typing import Literal
 from duquantpp_jax.lab import records
 from duquantpp_jax.lab.cells import Cell
 from duquantpp_jax.lab.running import WAIT_SECONDS, work
+from duquantpp_jax.recipes import import_modules
 
 STARTS = 3
 """Processes started for each worker at most: the first, and then for those that die."""
@@ -27,10 +28,12 @@ VISIBLE = "CUDA_VISIBLE_DEVICES"
 @dataclasses.dataclass(frozen=True)
 class Processes:
     """Worker processes of this machine, spawned (JAX does not survive a fork). Each has its own
-    of the `devices`, as CUDA_VISIBLE_DEVICES; without any they share the cores."""
+    of the `devices`, as CUDA_VISIBLE_DEVICES; without any they share the cores. Each imports the
+    modules of `imports` first."""
 
     workers: int
     devices: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()
 
     def __call__(
         self, cells: list[Cell], out: Path, cache_bytes: int, tick: Callable[[], None]
@@ -59,7 +62,7 @@ class Processes:
         first = number * len(cells) // self.workers
         cores = [] if self.devices else _share_of_cores(number, self.workers)
         process = multiprocessing.get_context("spawn").Process(
-            target=_worker, args=(cells, out, cache_bytes, first, cores), daemon=True
+            target=_worker, args=(cells, out, cache_bytes, first, cores, self.imports), daemon=True
         )
         before = os.environ.get(VISIBLE)
         try:
@@ -73,14 +76,14 @@ class Processes:
         return process
 
 
-def gpus(devices: int | None = None) -> Processes:
+def gpus(devices: int | None = None, imports: tuple[str, ...] = ()) -> Processes:
     """One worker for each NVIDIA GPU that this process may see, for `devices` at most."""
     present = [str(i) for i, _ in enumerate(Path("/proc/driver/nvidia/gpus").glob("*"))]
     visible = os.environ.get(VISIBLE)
     names = present if visible is None else [name for name in visible.split(",") if name]
     if not names:
         raise ValueError("no NVIDIA GPU is visible: choose --executor processes")
-    return Processes(len(names[:devices]), tuple(names[:devices]))
+    return Processes(len(names[:devices]), tuple(names[:devices]), imports)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +95,13 @@ class Slurm:
       parameters: Arguments of `submitit.AutoExecutor.update_parameters`, e.g.
         (("timeout_min", 600), ("slurm_partition", "gpu"), ("gpus_per_node", 1)).
       cluster: "local" runs the jobs as processes of this machine instead.
+      imports: Modules that each job imports first.
     """
 
     jobs: int
     parameters: tuple[tuple[str, str | int], ...] = ()
     cluster: Literal["slurm", "local"] = "slurm"
+    imports: tuple[str, ...] = ()
 
     def __call__(
         self, cells: list[Cell], out: Path, cache_bytes: int, tick: Callable[[], None]
@@ -115,7 +120,7 @@ class Slurm:
         executor.update_parameters(**{"timeout_min": 24 * 60} | dict(self.parameters))
         arguments = cells, out.resolve(), cache_bytes
         firsts = [i * len(cells) // self.jobs for i in range(min(self.jobs, len(cells)))]
-        jobs = [executor.submit(work, *arguments, first=first) for first in firsts]
+        jobs = [executor.submit(_job, *arguments, first, self.imports) for first in firsts]
         try:
             while not all(job.done() for job in jobs):
                 tick()
@@ -128,11 +133,27 @@ class Slurm:
         _check_all_recorded(cells, out, f"{len(jobs)} jobs ended early (see {out / '.slurm'})")
 
 
-def _worker(cells: list[Cell], out: Path, cache_bytes: int, first: int, cores: list[int]) -> None:
+def _job(
+    cells: list[Cell], out: Path, cache_bytes: int, first: int, imports: tuple[str, ...]
+) -> None:
+    """Works until no cell is left."""
+    import_modules(imports)
+    work(cells, out, cache_bytes, first=first)
+
+
+def _worker(
+    cells: list[Cell],
+    out: Path,
+    cache_bytes: int,
+    first: int,
+    cores: list[int],
+    imports: tuple[str, ...],
+) -> None:
     """Works until no cell is left; stops after a cell if the parent process is dead."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if cores:
         os.sched_setaffinity(0, cores)  # XLA's thread pool is as large as this set
+    import_modules(imports)
     parent = multiprocessing.parent_process()
     work(cells, out, cache_bytes, first=first, wanted=lambda: parent is None or parent.is_alive())
 

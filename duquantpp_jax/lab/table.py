@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from rich import box
 from rich.table import Table
 
+from duquantpp_jax.evaluation.intervals import clustered
 from duquantpp_jax.lab.pivot import COMPARED, Entry, Pivot, distinct
 
 
@@ -39,7 +40,7 @@ def legend(pivot: Pivot) -> str:
         over = "text and, where several were run, seeds" if len(sources) > 1 else "".join(sources)
         said += (
             f"; paired difference to {pivot['baseline']} in the same column with half its 95 % "
-            f"interval over {over or 'text'}, clustered by {unit} ({count})"
+            f"interval over {over or 'text'}, {clustered(unit, count)}"
         )
         if pivot["corrected_over"]:
             said += f"; * significant after Holm's correction over the {pivot['corrected_over']}"

@@ -31,7 +31,7 @@ from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.calibration import calibrate_layer
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.walk import fit_layer
-from duquantpp_jax.recipes import find_fit, known
+from duquantpp_jax.recipes import checked_seed, find_fit, known
 from duquantpp_jax.transforms import storage
 from duquantpp_jax.transforms.block import BlockAffine
 
@@ -103,6 +103,7 @@ class LearnSettings:
     def check(self) -> None:
         """Raises ValueError where a name is not known or a number is none of its kind."""
         find_fit(self.start)
+        checked_seed(self.seed)
         moves_named(self.moves)
         known("optimizer", self.optimizer, OPTIMIZERS)
         for name in ("steps", "batch_rows", "check_every"):

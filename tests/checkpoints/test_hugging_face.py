@@ -293,7 +293,9 @@ def test_gutenberg_27m_has_its_known_perplexity(data):
 
 TEMPLATE = """{%- for m in messages %}
   {%- if m.role not in ['user'] %}{{ raise_exception('no ' + m.role) }}{% endif %}
+  {%- generation %}
   {{- bos_token ~ pad_token + '<' + m.role + '>' + m.content | trim + eos_token }}
+  {%- endgeneration %}
   {%- continue %}
 {%- endfor %}
 {% if add_generation_prompt and tools is none %}

@@ -9,7 +9,9 @@ import pytest
 
 from duquantpp_jax import cli
 from duquantpp_jax.checkpoints import save
-from duquantpp_jax.evaluation.rows import PROTOCOLS, read_text, rows_of_text
+from duquantpp_jax.commands.evaluate import _measures
+from duquantpp_jax.evaluation import RowSums
+from duquantpp_jax.evaluation.rows import PROTOCOLS, Rows, read_text, rows_of_text
 from tests.conftest import byte_tokenizer, tiny_decoder
 from tests.documented import undocumented
 
@@ -225,3 +227,14 @@ def test_gutenberg_27m_has_its_known_perplexity_and_a_cache_in_mxfp8_costs_littl
     results = json.loads(out.read_text())
     assert results["reference_perplexity"]["value"] == pytest.approx(23.726, abs=0.005)
     assert 0.001 < results["kl"]["value"] < 0.002
+
+
+def test_intervals_of_two_rows_leave_out_what_no_text_can_have():
+    rows = Rows(np.zeros((2, 11), np.int32), np.arange(2))
+    sums = RowSums(*map(np.array, ([1.0, 30.0], [2.0, 20.0], [0.0, 1.0], [4.0, 10.0])))
+    found = _measures(sums.nll, sums, rows, np.arange(2))
+    assert (found["nll"]["ci95"][0], found["kl"]["ci95"][0]) == (0, 0)
+    assert found["perplexity"]["ci95"][0] == 1
+    assert found["agreement"]["ci95"] == (0, 1)
+    low, high = found["excess_nll"]["ci95"]
+    assert low < 0 < found["excess_nll"]["value"] < high

@@ -69,7 +69,7 @@ def test_killed_and_resumed_it_writes_the_same_fits(options, tmp_path, through):
     again = dataclasses.replace(options, out=tmp_path / "again")
     with pytest.raises(Killed):
         learn_fits(again, killing(1))
-    with pytest.raises(ValueError, match=r"begun with another learn.*--overwrite"):
+    with pytest.raises(ValueError, match=r"begun with --rate 0\.001, not 0\.5: .*--overwrite"):
         learn_fits(dataclasses.replace(again, rate=0.5))
     with pytest.raises(ValueError, match="no finished fits"):
         read_about(again.out)
@@ -122,7 +122,10 @@ def test_it_prints_the_held_out_kl_of_the_start_and_the_end(options, capsys):
         ({"moves": ()}, "nothing moves"),
         ({"moves": ("affine", "rotation")}, "another transform"),
         ({"optimizer": "adm"}, "did you mean adam"),
-        ({"held_out": 6.0}, "leaves some to learn from"),
+        ({"held_out": 6.0}, "leaves rows on both sides"),
+        ({"rows": 3, "held_out": 0.125}, r"--held-out 0\.125 of --rows 3 is 0: give more --rows"),
+        ({"seed": 2**32}, "--seed 4294967296: give a whole number from 0 to 4294967295"),
+        ({"imports": ("nowhere.at_all",)}, "--import nowhere.at_all: cannot import"),
         ({"steps": 0}, "steps = 0"),
         ({"rate": 0.0}, "positive"),
         ({"formats": "mxfp4:evn"}, "scale rule"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from duquantpp_jax.evaluation.intervals import clusters, estimate, holm
+from duquantpp_jax.evaluation.intervals import clustered, clusters, estimate, holm
 
 
 def test_rows_that_are_their_own_clusters_give_the_t_test():
@@ -108,3 +108,9 @@ def test_documents_are_clusters_where_there_are_eight(documents, unit):
     name, cluster = clusters(rows)
     assert name == unit
     assert len(np.unique(cluster)) == (documents if unit == "document" else 2 * documents)
+
+
+def test_words_say_where_intervals_are_worth_little():
+    assert clustered("document", 8) == "clustered by document (8)"
+    assert clustered("row", 9).endswith("for want of 8 documents")
+    assert clustered("row", 2).endswith("too few for an interval to say much")

@@ -85,15 +85,14 @@ def test_jobs_of_submitit_measure_what_this_process_does(cells, here, tmp_path):
     _assert_alike(outcome, here)
 
 
-def _die(*_):
-    os._exit(9)
-
-
-def test_processes_that_all_die_are_reported(cells, tmp_path, monkeypatch):
-    monkeypatch.setattr(executors, "_worker", _die)
+def test_processes_import_what_is_given_and_are_reported_if_all_die(cells, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(executors, "STARTS", 1)
+    code = f"import os, pathlib; pathlib.Path({str(tmp_path / 'done')!r}).touch(); os._exit(9)"
+    (tmp_path / "deadly.py").write_text(code)
     with pytest.raises(ValueError, match=r"1 worker processes died.*4 cells are left, run again"):
-        run(cells, tmp_path, Processes(1))
+        run(cells, tmp_path, Processes(1, imports=("deadly",)))
+    assert (tmp_path / "done").exists()
     assert not any(records.is_recorded(tmp_path, cell) for cell in cells)
 
 
@@ -107,7 +106,7 @@ def test_every_process_sees_its_own_gpu(cells, tmp_path, monkeypatch):
     monkeypatch.setattr(executors, "STARTS", 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert gpus() == Processes(2, ("2", "5"))
-    assert gpus(1) == Processes(1, ("2",))
+    assert gpus(1, ("a",)) == Processes(1, ("2",), ("a",))
     with pytest.raises(ValueError, match="worker processes died"):
         run(cells, tmp_path, gpus())
     assert sorted(path.name for path in tmp_path.glob("saw.*")) == ["saw.2", "saw.5"]
