@@ -106,7 +106,7 @@ def inputs(rows: int) -> tuple[jax.Array, jax.Array]:
         return model(tokens, linear)[1][SITE][LAYER]
 
     tokens = jnp.asarray(testbed.calibration_rows()[:rows, :-1])
-    return capture(tokens), model.weights(SITE)[0][LAYER]
+    return capture(tokens), model.weights(SITE)[0][LAYER].astype(jnp.float32)
 
 
 def planted(x: jax.Array, w: jax.Array, where: str) -> tuple[jax.Array, jax.Array]:

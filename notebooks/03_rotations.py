@@ -101,7 +101,7 @@ figures.surface(rotated, log2=True, title=f"input of the first down_proj, {chann
 # float32's rounding, and for the *rounded* product a smaller error with the rotation.
 
 # %%
-w = model.weights("mlp_out")[0][0][:, block]
+w = model.weights("mlp_out")[0][0][:, block].astype(jnp.float32)
 t = BlockRotation(h[None])
 exact = x @ w.T
 off = jnp.max(jnp.abs(t.activations(x) @ t.weights(w).T - exact))
@@ -215,7 +215,7 @@ for name, rotation in {"none": jnp.eye(32), "Hadamard": h, "DuQuant++": found}.i
 # %%
 site, layer = "attention_in", 1
 stats, judge = (layer_of(one[site], layer) for one in (fit_stats, judge_stats))
-weights = tuple(one[layer] for one in model.weights(site))
+weights = tuple(one[layer].astype(jnp.float32) for one in model.weights(site))
 methods = {name: recipe(name, "floor").fit for name in ("rtn", "block_hadamard", "random_hadamard")}
 methods |= {name: recipe(name, "floor").fit for name in ("greedy", "greedy_mse")}
 methods["learned"] = FitLearned(

@@ -42,7 +42,7 @@ def test_a_synthetic_checkpoint_is_one_that_can_be_read(tmp_path):
     synthetic_checkpoint.write(tmp_path / "a", layers=2, seed=0, shapes=shapes)
     model = load(tmp_path / "a")
     assert model.config.num_hidden_layers == 2
-    w = np.asarray(model.weights("mlp_in")[0])
+    w = np.asarray(model.weights("mlp_in")[0], np.float32)
     assert np.std(w) == pytest.approx(0.02, rel=0.05)
     assert np.any(w[0] != w[1])
     assert np.all(np.asarray(model.norm[...]) == 1)

@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
-from duquantpp_jax.checkpoints.lazy import Checkpoint
+from duquantpp_jax.checkpoints.lazy import Checkpoint, outermost, stacked
 from duquantpp_jax.checkpoints.packed import load_packed
 from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.checkpoints.source import CONFIG, Directory
@@ -41,7 +41,6 @@ from duquantpp_jax.core import Fitted
 from duquantpp_jax.formats.tensors import from_tensors
 from duquantpp_jax.models import Decoder, DecoderConfig, Linear, dense
 from duquantpp_jax.models.parameters import (
-    LAYER,
     LINEARS,
     SITE_WEIGHTS,
     SITES,
@@ -182,9 +181,7 @@ def load_quantized(directory: str | os.PathLike[str]) -> tuple[Decoder, Quantize
     quantized = Quantized(directory)
     numbers = range(quantized.config.num_hidden_layers)
     rest, layers = zip(*(quantized.layer(number) for number in numbers), strict=True)
-    arrays = {LAYER + name: np.stack([others[name] for others in rest]) for name in rest[0]}
-    arrays |= {name.removesuffix(".weight"): a for name, a in quantized.outside().items()}
-    parameters = {name: jnp.asarray(array.astype(np.float32)) for name, array in arrays.items()}
+    parameters = stacked(rest) | outermost(quantized.outside().items())
     decoder = Decoder(quantized.config, parameters, linears=False)
     return decoder, quantized.plan.linear, stack_layers(layers)
 

@@ -2,19 +2,19 @@
 rotations of its residual stream and value heads are given (ptq/stream.py)."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Float32, Integer
+from jaxtyping import Array, Float, Float32, Integer
 
 from duquantpp_jax.checkpoints.experts import linears
 from duquantpp_jax.checkpoints.hugging_face import headers
 from duquantpp_jax.checkpoints.online import moved_online
 from duquantpp_jax.checkpoints.shards import read_stored
 from duquantpp_jax.core import MXArray
-from duquantpp_jax.models import Decoder, parameter_shapes
+from duquantpp_jax.models import Decoder
 from duquantpp_jax.models.parameters import EMBEDDING, HEAD, LAYER, NORM
 from duquantpp_jax.ptq.stream import Turn
 
@@ -113,15 +113,9 @@ class Checkpoint:
         return embedding[tokens].astype(np.float32) * np.float32(self.config.embedding_scale)
 
     def decoder(self) -> Decoder:
-        """The whole model in memory, in float32."""
-        shapes = parameter_shapes(self.config)
-        arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
-        for number in range(self.config.num_hidden_layers):
-            for name, array in self.layer(number).items():
-                arrays[LAYER + name][number] = array
-        for name, array in self.outside():
-            arrays[name.removesuffix(".weight")][...] = array
-        return Decoder(self.config, {name: jnp.asarray(array) for name, array in arrays.items()})
+        """The whole model in memory, as `stacked` has its parameters."""
+        layers = [self.layer(number) for number in range(self.config.num_hidden_layers)]
+        return Decoder(self.config, stacked(layers) | outermost(self.outside()))
 
     def _embedding(self) -> Float[np.ndarray, "vocab k"]:
         """As stored; raises ValueError if a tied head is stored that differs from it."""
@@ -138,10 +132,32 @@ class Checkpoint:
         return array
 
 
-def load(directory: str | os.PathLike[str]) -> Decoder:
-    """The float decoder in a Hugging Face directory, or whatever else `source` takes, in float32.
+def stacked(layers: Sequence[dict[str, np.ndarray]]) -> dict[str, Float[Array, "layers ..."]]:
+    """The parameters of a decoder's layers, taken out of the mappings one by one, so that the
+    host has no second copy of the model.
 
-    Tensors in bfloat16 and float16 are widened, which is exact.
+    They stay in the types that they have; those that differ in it from layer to layer are widened
+    to float32.
+    """
+
+    def joined(name: str) -> Array:
+        arrays = [layer.pop(name) for layer in layers]
+        kinds = {array.dtype for array in arrays}
+        return jnp.asarray(np.stack(arrays, dtype=np.float32 if len(kinds) > 1 else None))
+
+    return {LAYER + name: joined(name) for name in tuple(layers[0])}
+
+
+def outermost(tensors: Iterable[tuple[str, np.ndarray]]) -> dict[str, Float[Array, "..."]]:
+    """The parameters that belong to no layer, of pairs of a tensor's name and array."""
+    return {name.removesuffix(".weight"): jnp.asarray(array) for name, array in tensors}
+
+
+def load(directory: str | os.PathLike[str]) -> Decoder:
+    """The float decoder in a Hugging Face directory, or whatever else `source` takes.
+
+    Parameters in bfloat16 and float16 stay so in memory. The model widens a layer's while the layer
+    runs, which is exact.
 
     Raises:
       ValueError: One line naming the file or tensor, what was wrong and what would be right.

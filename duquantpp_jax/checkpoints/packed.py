@@ -11,15 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from duquantpp_jax.checkpoints.lazy import Checkpoint
+from duquantpp_jax.checkpoints.lazy import Checkpoint, outermost, stacked
 from duquantpp_jax.checkpoints.mxfp4 import asked_for
 from duquantpp_jax.checkpoints.online import stored_matrix, transform_of
 from duquantpp_jax.checkpoints.source import source
 from duquantpp_jax.core import Format, MXArray, Transform
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder, Linear
-from duquantpp_jax.models.parameters import LAYER, LINEARS, experts, layer_prefix
+from duquantpp_jax.models.parameters import LINEARS, experts, layer_prefix
 from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
 from duquantpp_jax.ptq.walk import State, stack_layers
 from duquantpp_jax.recipes import format_name
@@ -48,9 +47,7 @@ def load_packed(
             }
         )
         rest.append({name: array for name, array in floats.items() if name not in LINEARS})
-    arrays = {LAYER + name: np.stack([layer[name] for layer in rest]) for name in rest[0]}
-    arrays |= {name.removesuffix(".weight"): array for name, array in checkpoint.outside()}
-    parameters = {name: jnp.asarray(array.astype(np.float32)) for name, array in arrays.items()}
+    parameters = stacked(rest) | outermost(checkpoint.outside())
     decoder = Decoder(config, parameters, linears=False)
     return decoder, QuantizedLinear(activation_format), stack_layers(layers)
 

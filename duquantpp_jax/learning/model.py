@@ -16,7 +16,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Integer, Key
 
-from duquantpp_jax.core import Format, Weights
+from duquantpp_jax.core import Format, MXArray
 from duquantpp_jax.evaluation.predict import Predictor, kl_divergence
 from duquantpp_jax.learning.moves import PARTS, Learned, Moves, SitesObjective
 from duquantpp_jax.learning.straight_through import product
@@ -39,7 +39,7 @@ class Divergence(SitesObjective):
     """
 
     model: Decoder
-    rounded: dict[str, Weights] | None = None
+    rounded: dict[str, tuple[MXArray, ...]] | None = None
     dtype: Any = struct.field(pytree_node=False, default=jnp.bfloat16)
 
     def loss(

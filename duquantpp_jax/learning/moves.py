@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Key
 
-from duquantpp_jax.core import Fitted, Format, Transform, Weights
+from duquantpp_jax.core import Fitted, Format, MXArray, Transform, Weights
 from duquantpp_jax.learning.straight_through import integer, learnable_quantize, product
 from duquantpp_jax.learning.training import Objective, Rows, Trained, train
 from duquantpp_jax.transforms.block import BlockAffine
@@ -93,7 +93,7 @@ class Moves:
 
         return Learned(
             self.transform.init(start) if self.transform else None,
-            None if self.weights == "fixed" else tuple(jnp.zeros_like(w) for w in weights),
+            None if self.weights == "fixed" else tuple(map(jnp.zeros_like, _widened(weights))),
             zeros("block" if self.scale_offset else None),
             zeros(self.clip),
             zeros(self.weight_clip),
@@ -111,6 +111,7 @@ class Moves:
         transform = settled(self.moved_transform(start, learned), self.transform)
 
         def back(start: BlockAffine, t: Transform, learned: Learned, ws: Weights) -> Weights:
+            ws = _widened(ws)
             if self.weights == "given" and self.weight_clip is None:
                 return _plus(ws, learned.weights)
             moved = self.moved_weights(start, t, learned, ws)
@@ -193,7 +194,7 @@ class SiteState(NamedTuple):
 
     start: BlockAffine
     learned: Learned
-    rounded: Weights | None = None
+    rounded: tuple[MXArray, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,8 +212,7 @@ class LearningLinear:
     def __call__(
         self, site: str, x: Array, weights: Weights, state: SiteState
     ) -> tuple[tuple[Array, ...], None]:
-        weights = tuple(w.astype(jnp.float32) for w in weights)
-        _, x, rounded = self.quantized(x.astype(jnp.float32), weights, state)
+        _, x, rounded = self.quantized(x.astype(jnp.float32), _widened(weights), state)
         return tuple(product(x, w) for w in rounded), None
 
     def quantized(
@@ -224,11 +224,13 @@ class LearningLinear:
         through, x = moves.through_amax or moves.clip is not None, transform.activations(x)
         offsets = learned.log_scale, learned.log_clip
         x = learnable_quantize(self.activation_format, through, x, *offsets)
-        if rounded is None:
+        if rounded is not None:
+            made = tuple(w.dequantize() for w in rounded)
+        else:
             moved = moves.moved_weights(start, transform, learned, weights)
             through = moves.through_amax or moves.weight_clip is not None
-            rounded = tuple(learnable_quantize(self.weight_format, through, w) for w in moved)
-        return transform, x, rounded
+            made = tuple(learnable_quantize(self.weight_format, through, w) for w in moved)
+        return transform, x, made
 
 
 @struct.dataclass
@@ -250,7 +252,9 @@ class SitesObjective(Objective):
         return LearningLinear(self.moves, *self.formats)
 
     def states(
-        self, learned: Mapping[str, Learned], rounded: Mapping[str, Weights] | None = None
+        self,
+        learned: Mapping[str, Learned],
+        rounded: Mapping[str, tuple[MXArray, ...]] | None = None,
     ) -> dict[str, SiteState]:
         """The state of each site."""
         given = rounded or {}
@@ -289,6 +293,10 @@ def _clamped(
     blocks = w.reshape(*w.shape[:-1], -1, size)
     limit = clip[:, None] * jnp.max(jnp.abs(blocks), axis=-1, keepdims=True)
     return jnp.clip(blocks, -limit, limit).reshape(w.shape)
+
+
+def _widened(weights: Weights) -> Weights:
+    return tuple(w.astype(jnp.float32) for w in weights)
 
 
 def _plus(weights: Weights, moved: Weights | None) -> Weights:

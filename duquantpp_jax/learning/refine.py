@@ -78,7 +78,7 @@ def refine(
         through_amax=True,
     )
     weights = {
-        name: tuple(w.dequantize() for w in site.weights if isinstance(w, MXArray))
+        name: tuple(w for w in site.weights if isinstance(w, MXArray))
         for name, site in sites.items()
     }
     objective = Divergence(

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float32, Int32, Integer
+from jaxtyping import Array, Float, Float32, Int32, Integer
 from numpy.typing import DTypeLike
 
 from duquantpp_jax.models.attention import HIGHEST
@@ -41,7 +41,8 @@ class Decoder(nnx.Module):
 
     Attributes:
       dtype: Of the matrix products; static. The residual stream, norms, rotary positions, softmax
-        and logits are always float32.
+        and logits are always float32. Parameters may be of any float type: those of a layer are
+        converted while it runs, so that a model in bfloat16 takes two bytes for each.
       embedding: [vocab, hidden]; also the head where the embeddings are tied.
       layers: Parameters with a leading layer axis, by their names inside a layer of a checkpoint.
       head: [vocab, hidden], or None where the embeddings are tied.
@@ -50,7 +51,7 @@ class Decoder(nnx.Module):
     def __init__(
         self,
         config: DecoderConfig,
-        parameters: Mapping[str, Float32[Array, "..."]],
+        parameters: Mapping[str, Float[Array, "..."]],
         *,
         dtype: DTypeLike = jnp.float32,
         linears: bool = True,
@@ -80,7 +81,7 @@ class Decoder(nnx.Module):
         self.norm = nnx.Param(parameters[NORM])
         self.head = None if config.tie_word_embeddings else nnx.Param(parameters[HEAD])
 
-    def parameters(self) -> dict[str, Float32[Array, "..."]]:
+    def parameters(self) -> dict[str, Float[Array, "..."]]:
         """The arrays by the names of `parameter_shapes`, as `Decoder` takes them."""
         named = {EMBEDDING: self.embedding[...], NORM: self.norm[...]}
         named |= {LAYER + name: array[...] for name, array in self.layers.items()}
@@ -88,8 +89,8 @@ class Decoder(nnx.Module):
             named[HEAD] = self.head[...]
         return {name: named[name] for name in parameter_shapes(self.config)}
 
-    def weights(self, site: str) -> tuple[Float32[Array, "layers *experts out in"], ...]:
-        """The weights that share the input of a site, all layers stacked."""
+    def weights(self, site: str) -> tuple[Float[Array, "layers *experts out in"], ...]:
+        """The weights that share the input of a site, all layers stacked, in their own types."""
         return tuple(self.layers[name][...] for name in SITE_WEIGHTS[site])
 
     def __call__(

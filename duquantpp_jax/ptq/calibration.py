@@ -64,14 +64,14 @@ def calibrate(
 
 
 def embed(model: Decoder, rows: Integer[np.ndarray, "rows length"]) -> Hidden:
-    """The hidden states that the first layer reads; raises ValueError unless they are float32."""
+    """The hidden states that the first layer reads; ValueError unless products are in float32."""
     if model.dtype != jnp.float32:
         raise ValueError(f"a model is quantized in float32, not in {model.dtype}: load it so")
     scale = np.float32(model.config.embedding_scale)
-    return np.array(model.embedding[...])[rows] * scale
+    return np.asarray(model.embedding[...])[rows].astype(np.float32) * scale
 
 
-def layers_of(model: Decoder) -> Iterator[dict[str, Float32[Array, "..."]]]:
+def layers_of(model: Decoder) -> Iterator[dict[str, Float[Array, "..."]]]:
     """The parameters of each layer, by name inside it."""
     for number in range(model.config.num_hidden_layers):
         yield {name: array[...][number] for name, array in model.layers.items()}

@@ -232,7 +232,12 @@ def quantize_decoder(
         sites.append(made.sites)
         if plan.fuse:
             moved.append(made.parameters)
-    if moved:
+    if moved:  # in float32, and some perhaps not in all layers
+        wide = {name for own in moved for name, a in own.items() if a.dtype == jnp.float32}
+        moved = [
+            {name: a.astype(jnp.float32) if name in wide else a for name, a in own.items()}
+            for own in moved
+        ]
         named = {LAYER + name: array for name, array in join_layers(moved).items()}
         model = Decoder(model.config, model.parameters() | named)
     return model, plan.linear, stack_layers(sites)

@@ -240,6 +240,28 @@ def test_the_program_is_no_longer_for_more_layers():
     assert products(2) == products(12) > 0
 
 
+def test_parameters_stay_in_their_types_and_are_widened_a_layer_at_a_time():
+    def halved(layers: int) -> Decoder:
+        model = a_model(a_config(tied=False, layers=layers))
+        kinds = {name: "bfloat16" if "mlp" in name else "float16" for name in model.parameters()}
+        return Decoder(model.config, {n: a.astype(kinds[n]) for n, a in model.parameters().items()})
+
+    def bytes_of(model: Decoder) -> tuple[int, int, int]:
+        compiled = run.lower(model, tokens).compile().memory_analysis()
+        count = sum(array.size for array in model.parameters().values())
+        return count, compiled.argument_size_in_bytes - tokens.nbytes, compiled.temp_size_in_bytes
+
+    run = jax.jit(lambda model, tokens: model(tokens)[0])
+    tokens, model = jnp.asarray(some_tokens(), jnp.int32), halved(3)
+    wide = {name: array.astype(jnp.float32) for name, array in model.parameters().items()}
+    np.testing.assert_array_equal(
+        run(model, tokens), run(Decoder(model.config, wide), tokens), strict=True
+    )
+    (few, held, working), (many, more_held, more_working) = bytes_of(model), bytes_of(halved(24))
+    assert more_held - held == 2 * (many - few)
+    assert more_working - working < (many - few) / 4  # widening all would take 4 bytes for each
+
+
 def test_parameters_make_the_same_decoder_again():
     model = a_model(a_config(tied=False))
     again = Decoder(model.config, model.parameters())

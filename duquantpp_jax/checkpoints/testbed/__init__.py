@@ -23,7 +23,7 @@ def directory() -> Path:
 
 
 def load() -> Decoder:
-    """The float decoder in float32 (its weights are stored in bfloat16)."""
+    """The float decoder; its weights are stored, and stay, in bfloat16."""
     return _load(directory())
 
 
