@@ -6,8 +6,8 @@
 
 The weights of the experts of a layer are stacked, [experts, out, in], as layers are. A linear gets
 a `Routed`: each token with the expert whose weight it meets. Its product sorts the tokens by expert
-and multiplies group after group (`jax.lax.ragged_dot`; a CPU multiplies every token by every
-expert, and masks).
+and multiplies them in tiles, each of tokens of one expert. (`jax.lax.ragged_dot` takes memory and
+time for every token at every expert where XLA has no kernel for it, as on a CPU.)
 
 Source: Shazeer et al., Outrageously Large Neural Networks (arXiv:1701.06538); Jiang et al., Mixtral
 of Experts (arXiv:2401.04088), section 2.1.
@@ -22,9 +22,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32, Int, Int32
 
 from duquantpp_jax.models.attention import HIGHEST
+
+TILE = 128
+"""Most tokens of a tile: enough to keep a device busy, and few beside those of most experts."""
 
 
 @struct.dataclass
@@ -45,12 +48,17 @@ class Routed:
 
     def matmul(self, w: Float[Array, "experts n k"]) -> Float[Array, "*tokens chosen n"]:
         """x W_e^T with e the expert of each input, at the highest precision."""
-        expert = self.expert.reshape(-1)
-        order = jnp.argsort(expert)
-        rows = self.x.reshape(-1, self.x.shape[-1])[order]
-        sizes = jnp.bincount(expert, length=len(w)).astype(jnp.int32)
-        y = jax.lax.ragged_dot(rows, w.swapaxes(1, 2), sizes, precision=HIGHEST)
-        return jnp.zeros_like(y).at[order].set(y).reshape(*self.x.shape[:-1], -1)
+        x = self.x.reshape(-1, self.x.shape[-1])
+
+        def step(y: Array, tile: tuple[Array, Array]) -> tuple[Array, None]:
+            expert, tokens = tile
+            given = x.at[tokens].get(mode="fill", fill_value=0)
+            made = jnp.einsum("tk,nk->tn", given, w[expert], precision=HIGHEST)
+            return y.at[tokens].set(made, mode="drop"), None
+
+        empty = jnp.zeros((len(x), w.shape[1]), x.dtype)
+        y, _ = jax.lax.scan(step, empty, _tiles(self.expert.reshape(-1), len(w)))
+        return y.reshape(*self.x.shape[:-1], -1)
 
     def each(self, of_expert: Callable[[Any, Array], Array], stacked: Any) -> Routed:
         """The inputs after `of_expert(part, x)`, with each expert's part of a stacked pytree."""
@@ -71,6 +79,28 @@ class Routed:
         """The inputs of one expert, zeros for tokens that do not go to it, and which do."""
         own = self.expert == number
         return jnp.sum(jnp.where(own[..., None], self.x, 0), axis=-2), jnp.any(own, axis=-1)
+
+
+def _tiles(
+    expert: Int[Array, " tokens"], count: int
+) -> tuple[Int32[Array, " tiles"], Int32[Array, "tiles tile"]]:
+    """The expert of each tile and its tokens by number; numbers beyond the last where it has room.
+
+    Of an expert's tiles only the last may have room, so that `tokens / tile` tiles and one for each
+    expert that is met are enough.
+    """
+    tokens = len(expert)
+    tile = min(TILE, tokens)
+    order = jnp.argsort(expert).astype(jnp.int32)
+    sizes = jnp.bincount(expert, length=count).astype(jnp.int32)
+    ends, of_each = jnp.cumsum(sizes), -(-sizes // tile)
+    last = jnp.cumsum(of_each)
+    number = jnp.arange(tokens // tile + min(count, tokens), dtype=jnp.int32)
+    own = jnp.searchsorted(last, number, side="right").astype(jnp.int32)
+    own = jnp.minimum(own, count - 1)  # of tiles without a token
+    first = (ends - sizes)[own] + (number - (last - of_each)[own]) * tile
+    place = first[:, None] + jnp.arange(tile, dtype=jnp.int32)
+    return own, jnp.where(place < ends[own][:, None], order[jnp.minimum(place, tokens - 1)], tokens)
 
 
 def route(

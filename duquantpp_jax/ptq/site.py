@@ -51,12 +51,12 @@ def pad_channels(x: Any, width: int) -> Any:
 
 
 def fit_linear(recipe: Recipe, weights: Weights, stats: Stats, key: Key[Array, ""]) -> Fitted:
-    """The recipe's fit on the linears of one site, widened to the input's width.
+    """The recipe's fit on the linears of one site, which may be of any float type.
 
     Its transform is lowered to the one form that block transforms share, where it has that form.
     """
     width, size = stats.absmax.shape[-1], recipe.activation_format.block_size
-    fitted = recipe.fit(tuple(pad_channels(w, width) for w in weights), stats, recipe, key)
+    fitted = recipe.fit(_widened(weights, width), stats, recipe, key)
     return dataclasses.replace(fitted, transform=lower(fitted.transform, width, size))
 
 
@@ -72,13 +72,18 @@ def quantize_linear(
     """
     width = stats.absmax.shape[-1]
     rounded = _move_and_round(
-        tuple(pad_channels(w, width) for w in fitted.weights or weights),
+        _widened(fitted.weights or weights, width),
         fitted.transform,
         moved or stats.through(fitted.transform),
         rounding=recipe.rounding,
         format=recipe.weight_format,
     )
     return QuantizedSite(fitted.transform, rounded, fitted.clip, fitted.scale_offset)
+
+
+def _widened(weights: Weights, width: int) -> Weights:
+    """In float32, and to the input's width."""
+    return tuple(pad_channels(w.astype(jnp.float32), width) for w in weights)
 
 
 @functools.partial(jax.jit, static_argnames=("rounding", "format"))

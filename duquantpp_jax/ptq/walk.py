@@ -279,5 +279,5 @@ def _round_site(
 
 def _weights(
     parameters: Parameters, names: Iterable[str]
-) -> tuple[Float32[Array, "*experts _ k"], ...]:
-    return tuple(jnp.asarray(parameters[name], jnp.float32) for name in names)
+) -> tuple[Float[Array, "*experts _ k"], ...]:
+    return tuple(jnp.asarray(parameters[name]) for name in names)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from duquantpp_jax.checkpoints import load
-from duquantpp_jax.models import Decoder, DecoderConfig, empty_cache
+from duquantpp_jax.models import Decoder, DecoderConfig, empty_cache, experts
 from duquantpp_jax.models.experts import Routed, route
 from duquantpp_jax.models.families.gpt_oss import LIMIT
 from duquantpp_jax.models.rope import Yarn
@@ -43,11 +43,17 @@ def routed(key=0, tokens=9, experts=4, chosen=2, k=8):
     return h, w, *route(h, w, None, chosen, renormalized=True)
 
 
-def test_each_input_meets_the_weight_of_its_expert():
+@pytest.mark.parametrize("tile", [1, 4, 128])
+def test_each_input_meets_the_weight_of_its_expert(tile, monkeypatch):
+    """Tiles that experts fill, leave room in, or have none of."""
+    monkeypatch.setattr(experts, "TILE", tile)
     h, _, x, _ = routed()
+    x = x.replace(expert=jnp.where(x.expert == 2, 1, x.expert))  # the third expert is never met
     w = jnp.asarray(np.random.default_rng(1).standard_normal((4, 5, 8)), jnp.float32)
     wanted = np.einsum("rlk,rlcnk->rlcn", h, np.asarray(w)[np.asarray(x.expert)])
-    np.testing.assert_allclose(jax.jit(Routed.matmul)(x, w), wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(lambda *a: Routed.matmul(*a))(x, w), wanted, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_each_input_is_moved_by_the_part_of_its_expert():
