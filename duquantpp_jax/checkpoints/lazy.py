@@ -1,6 +1,7 @@
 """A float checkpoint read a layer at a time, so that it may be larger than memory; turned, where
 rotations of its residual stream and value heads are given (ptq/stream.py)."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -62,6 +63,12 @@ class Checkpoint:
     def packed(self) -> bool:
         """Whether it has packed weights."""
         return any(getattr(tensor, "packed", None) for tensor in self.found.values())
+
+    @property
+    def parameter_bytes(self) -> float:
+        """Bytes of a parameter as it is read, in the mean; those of packed ones when decoded."""
+        sizes = [(math.prod(t.shape), 4 if t.dtype == "F32" else 2) for t in self.found.values()]
+        return sum(count * each for count, each in sizes) / sum(count for count, _ in sizes)
 
     def check_unmoved(self) -> None:
         """Raises ValueError if inputs are moved online: decoded weights are no float model then."""
@@ -130,6 +137,12 @@ class Checkpoint:
     def _read(self, name: str) -> Float[np.ndarray, "..."]:
         ((_, array),) = read_stored(self.found, [f"{name}.weight"])
         return array
+
+
+def has_weights(directory: str | os.PathLike[str]) -> bool:
+    """Whether there is more than the description of a model, its config.json."""
+    path = Path(directory)
+    return not path.is_dir() or any(path.glob("*.safetensors*"))
 
 
 def stacked(layers: Sequence[dict[str, np.ndarray]]) -> dict[str, Float[Array, "layers ..."]]:

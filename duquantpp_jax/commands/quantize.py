@@ -18,23 +18,32 @@ from duquantpp_jax.checkpoints.directory import JOB, REPORT, is_quantized, layer
 from duquantpp_jax.checkpoints.directory import read_about as read_about_layer
 from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about
 from duquantpp_jax.checkpoints.job import Job
-from duquantpp_jax.checkpoints.lazy import Checkpoint
+from duquantpp_jax.checkpoints.lazy import Checkpoint, has_weights
 from duquantpp_jax.checkpoints.readers import READERS, Serve, check_formats
 from duquantpp_jax.checkpoints.shards import read_json
+from duquantpp_jax.checkpoints.source import source as find_source
 from duquantpp_jax.checkpoints.writer import REFINED, begin, finish, write_layers, write_refined
 from duquantpp_jax.commands.evaluate import Imports
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.commands.sizes import dry_line, formats_of, quantized_line, table
 from duquantpp_jax.core import shared
 from duquantpp_jax.evaluation.own_text import MODEL
+from duquantpp_jax.evaluation.predict import evaluation_bytes
 from duquantpp_jax.evaluation.rows import TARGETS
-from duquantpp_jax.evaluation.subject import check_rows, environment, load_rows, model_and_hash
+from duquantpp_jax.evaluation.subject import (
+    check_rows,
+    environment,
+    load_rows,
+    model_and_hash,
+    model_name,
+)
 from duquantpp_jax.learning import refine as refining
-from duquantpp_jax.models import SITES
+from duquantpp_jax.models import SITES, DecoderConfig
 from duquantpp_jax.ptq.estimate import estimate
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import layer_of
 from duquantpp_jax.ptq.stream import Name as Rotation
+from duquantpp_jax.ptq.stream import Turn
 from duquantpp_jax.ptq.walk import QuantizedLayer, stack_layers
 from duquantpp_jax.recipes import (
     ALIASES,
@@ -97,7 +106,7 @@ class QuantizeOptions:
         model in memory, on the calibration text. Weights stay as they are.
       requantize: Quantize a model whose weights are packed already: they are decoded, which is
         exact, and rounded again; those that are excluded keep their bits.
-      dry_run: Print sizes, memory and time; write nothing.
+      dry_run: Print sizes, memory and time; write nothing. Weights are not needed.
       overwrite: Start anew if --out holds another quantized model.
       text_key: Of the text in a .jsonl file.
       out: Directory for the quantized model.
@@ -146,7 +155,8 @@ def quantize(options: QuantizeOptions, progress: Step = lambda *_: None) -> dict
     if options.text == MODEL:
         _planned(dataclasses.replace(options, dry_run=True))  # refuses most bad input first
         progress("the model writes its calibration rows", 0, options.rows)
-    job, checkpoint, plan, tokens = _planned(options)
+    job, plan, tokens, _ = _planned(options)
+    checkpoint = Checkpoint(options.model or testbed.directory(), job.turn)
     if not begin(options.out, job, overwrite=options.overwrite):
         with writer.only_writer(options.out):
             check = functools.partial(_check_layer, plan, options.serve)
@@ -158,27 +168,31 @@ def quantize(options: QuantizeOptions, progress: Step = lambda *_: None) -> dict
 
 
 def dry_run(options: QuantizeOptions) -> dict[str, Any]:
-    """The cost of the job, as `estimate` gives it; writes nothing."""
-    *_, plan, tokens = _planned(dataclasses.replace(options, dry_run=True))
-    return estimate(plan, *tokens.shape)
+    """The cost of the job, as `estimate` and `evaluation_bytes` give it; writes nothing.
+
+    Of a model that is not at hand config.json is enough.
+    """
+    _, plan, tokens, stored = _planned(dataclasses.replace(options, dry_run=True))
+    rows, length = tokens.shape
+    found = estimate(plan, rows, length, stored)
+    return found | {"evaluation_bytes": evaluation_bytes(plan.config, TARGETS + 1, stored)}
 
 
-def _planned(options: QuantizeOptions) -> tuple[Job, Checkpoint, Plan, Tokens]:
-    """The job, the float model, the checked plan, and the calibration inputs."""
+def _planned(options: QuantizeOptions) -> tuple[Job, Plan, Tokens, float]:
+    """The job, the checked plan, the calibration inputs, and the bytes of a parameter."""
     import_modules(options.imports)
     check_out(options)
     tokens, source = calibration_tokens(options)
     job = job_of(options, tokens, source)
-    checkpoint = Checkpoint(options.model or testbed.directory(), job.turn)
-    if checkpoint.packed != options.requantize:
+    config, packed, stored = _described(options, job.turn)
+    plan = job.plan(config)
+    if packed != options.requantize:
         raise ValueError(
             f"{options.model} has packed weights, which are rounded a second time: give "
             "--requantize, or the float model"
-            if checkpoint.packed
+            if packed
             else "--requantize is for packed weights, which the model does not have: leave it out"
         )
-    checkpoint.check_unmoved()
-    plan = job.plan(checkpoint.config)
     if options.fits is not None:
         plan = dataclasses.replace(plan, fits=load_fits(options.fits, job.model["sha256"])[0])
     plan.check()
@@ -192,7 +206,19 @@ def _planned(options: QuantizeOptions) -> tuple[Job, Checkpoint, Plan, Tokens]:
             )
     if options.refine:
         refining.check(plan)
-    return job, checkpoint, plan, tokens
+    return job, plan, tokens, stored
+
+
+def _described(options: QuantizeOptions, turn: Turn) -> tuple[DecoderConfig, bool, float]:
+    """The turned model's configuration, whether weights are packed, and bytes of a parameter; in a
+    dry run of a model without weights, as config.json says."""
+    directory = options.model or testbed.directory()
+    if has_weights(directory) or not options.dry_run:
+        checkpoint = Checkpoint(directory, turn)
+        return checkpoint.config, checkpoint.packed, checkpoint.parameter_bytes
+    fields = find_source(directory).fields()
+    packed, kind = "quantization_config" in fields, fields.get("dtype", fields.get("torch_dtype"))
+    return turn.config(load_config(directory)), packed, 4 if packed or kind == "float32" else 2
 
 
 def _check_layer(plan: Plan, serve: Serve | None, number: int, layer: QuantizedLayer) -> None:
@@ -274,8 +300,9 @@ def job_of(options: QuantizeOptions, tokens: Tokens, source: str) -> Job:
     outside = files.module_hashes(*{part.partition(":")[0] for part in parts if ":" in part})
     same: dict[str, Any] = {name: getattr(options, name) for name in SAME}
     same["fuse"] |= options.serve is not None
+    nameless = options.dry_run and options.fits is None  # a hash reads all of the weights
     return Job(
-        model=model_and_hash(options.model),
+        model={"name": model_name(options.model)} if nameless else model_and_hash(options.model),
         recipe=name if about is None else "fits",
         **formats,
         calibration={

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from duquantpp_jax.lab.table import empty
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 
 def table(linears: Sequence[Mapping[str, Any]]) -> Table:
@@ -77,6 +77,8 @@ def dry_line(found: Mapping[str, Any]) -> str:
     return (
         f"{found['layers']} layers; their linears take {found['float_bytes'] / MIB:.1f} MiB in "
         f"bf16 and would take {found['bytes'] / MIB:.1f} MiB, transforms included. Roughly "
-        f"{found['memory_bytes'] / 2**30:.1f} GiB of memory and {found['seconds'] / 60:.1f} "
-        "minutes of matrix products on this device. Nothing was written."
+        f"{found['device_bytes'] / GIB:.1f} GiB on the device, {found['host_bytes'] / GIB:.1f} GiB "
+        f"in the host's memory and {found['seconds'] / 60:.1f} minutes of matrix products on this "
+        "device. To evaluate the float model, or to compare, takes roughly "
+        f"{found['evaluation_bytes'] / GIB:.1f} GiB on the device. Nothing was written."
     )

@@ -14,6 +14,7 @@ last batch, which changes no scale of it; their sums are dropped.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +25,15 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Float64, Integer
 
-from duquantpp_jax.models import Decoder, Linear, Store, dense
+from duquantpp_jax.models import (
+    Decoder,
+    DecoderConfig,
+    Linear,
+    Store,
+    dense,
+    parameter_shapes,
+)
+from duquantpp_jax.ptq.estimate import running_bytes
 
 LARGEST_LOGITS = 2**28
 """Most logits of a batch (1 GiB in float32); a few such arrays are in memory together."""
@@ -113,8 +122,8 @@ class Reference:
             )
         self.tokens = tokens
         count, length = tokens.shape
-        largest = LARGEST_LOGITS // (length * predictor.model.config.vocab_size)
-        self.batch_rows = max(1, min(batch_rows, largest, count))
+        largest = most_rows(length, predictor.model.config)
+        self.batch_rows = min(batch_rows, largest, count)
         self._mesh = Mesh(np.asarray(devices or jax.local_devices()), ("rows",))
         self._whole = NamedSharding(self._mesh, PartitionSpec())
         self._given, self._placed = predictor, jax.device_put(predictor, self._whole)
@@ -155,6 +164,28 @@ class Reference:
     def _joined(self, parts: list[list[np.ndarray]]) -> list[Float64[np.ndarray, " rows"]]:
         """The sums of all batches, without the copies that fill up the last batch."""
         return [np.concatenate(sums)[: len(self.tokens)] for sums in zip(*parts, strict=True)]
+
+
+def most_rows(length: int, config: DecoderConfig) -> int:
+    """Most rows of a length whose logits are not too large for a batch."""
+    return max(1, LARGEST_LOGITS // (length * config.vocab_size))
+
+
+def evaluation_bytes(config: DecoderConfig, length: int, stored: float = 2) -> float:
+    """Memory of the device while the float model is evaluated alone, roughly.
+
+    That is all parameters, the log-probabilities of a batch of rows, and either a layer that runs
+    or the head in float32 with the logits and one more array of their size.
+
+    Args:
+      length: Of a row.
+      stored: Bytes of a parameter in the checkpoint.
+    """
+    rows, shapes = min(BATCH_ROWS, most_rows(length, config)), parameter_shapes(config)
+    logits = 4.0 * rows * length * config.vocab_size
+    head = 4.0 * (stored < 4) * config.vocab_size * config.hidden_size + 2 * logits
+    whole = float(stored * sum(map(math.prod, shapes.values())))
+    return whole + logits + max(running_bytes(config, rows, length, stored), head)
 
 
 def on_each_device(of_batch: Callable[..., Any]) -> Any:

@@ -1,6 +1,8 @@
 """What a quantization would cost, from shapes alone, and one measured matrix product.
 
 Sizes are exact but for transforms, which are taken in the form that all block transforms share.
+Memory is what the device has at most, be it while a layer runs or while a site is rounded, and
+what the host has, where the hidden states of all rows are.
 Time counts the matrix products: each calibration pass 2 parameters a token, each Gram matrix
 2 k^2 a token, GPTQ about 2 k^3 + 6 n k^2 for weights [n, k]; fits and files come on top.
 """
@@ -14,8 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from duquantpp_jax.core import Format, Needs
+from duquantpp_jax.models import DecoderConfig
 from duquantpp_jax.models.attention import HIGHEST
-from duquantpp_jax.models.parameters import SITE_WEIGHTS, experts, layer_prefix
+from duquantpp_jax.models.parameters import (
+    LAYER,
+    SITE_WEIGHTS,
+    experts,
+    layer_prefix,
+    parameter_shapes,
+)
 from duquantpp_jax.ptq.calibration import BATCH_ROWS, SAMPLE_LIMIT
 from duquantpp_jax.ptq.plan import Plan, linear_shapes
 from duquantpp_jax.ptq.report import storage_bytes
@@ -24,8 +33,13 @@ RUNTIME = 2**29
 """Bytes of a Python process that has imported JAX and compiled a few programs, roughly."""
 
 
-def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
-    """Bytes of every linear, and roughly the memory and the seconds that the job takes."""
+def estimate(plan: Plan, rows: int, length: int, stored: float = 2) -> dict[str, Any]:
+    """Bytes of every linear, and roughly the memory and the seconds that the job takes.
+
+    Args:
+      rows, length: Of the calibration.
+      stored: Bytes of a parameter as the checkpoint is read.
+    """
     shapes, config = linear_shapes(plan.config), plan.config
     linears, stats_bytes, largest = [], 0.0, 0
     tokens, layers = rows * length, config.num_hidden_layers
@@ -60,20 +74,29 @@ def estimate(plan: Plan, rows: int, length: int) -> dict[str, Any]:
             largest = max(largest, (14 + 5 * count * (count > 1)) * outputs * width)
         stats_bytes = max(stats_bytes, layer_stats)
     hidden = 4.0 * tokens * config.hidden_size * (1 + plan.compares)
-    scores = 4.0 * BATCH_ROWS * config.num_attention_heads * length**2
-    chosen = max(1, config.num_experts_per_tok)
-    activations = 4.0 * BATCH_ROWS * length * config.intermediate_size * chosen
-    embedding = 2.0 * config.vocab_size * config.hidden_size
-    # A layer in bf16, read and on the device, and what its largest site takes.
-    working = 4.0 * parameters + largest + stats_bytes + 3 * (scores + activations)
+    embedding = float(stored * config.vocab_size * config.hidden_size)
+    layer = float(stored * parameters)
+    running = running_bytes(config, BATCH_ROWS, length, stored)
     return {
         "linears": linears,
         "bytes": sum(linear["bytes"] for linear in linears),
         "float_bytes": sum(2 * linear["parameters"] for linear in linears),
         "layers": layers,
-        "memory_bytes": RUNTIME + hidden + max(working, 2 * embedding),
+        "device_bytes": layer + stats_bytes + max(running, largest),
+        "host_bytes": RUNTIME + hidden + max(layer, 2 * embedding),
         "seconds": flops / flops_per_second(),
     }
+
+
+def running_bytes(config: DecoderConfig, rows: int, length: int, stored: float) -> float:
+    """Of a float layer that runs, without its parameters as they are stored: the same in float32,
+    and three arrays of the size of attention's scores and of the activations of the MLP."""
+    sizes = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
+    parameters = sum(sizes[n] for n in sizes if n.startswith(LAYER)) / config.num_hidden_layers
+    scores = rows * config.num_attention_heads * length**2
+    chosen = max(1, config.num_experts_per_tok)
+    activations = rows * length * config.intermediate_size * chosen
+    return 4.0 * ((stored < 4) * parameters + 3 * (scores + activations))
 
 
 def packed_bytes(format: Format, n: int, k: int) -> int:
