@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -88,7 +89,7 @@ def views(config: DecoderConfig, found: Mapping[str, Stored]) -> dict[str, Store
         else:
             rows = at._replace(transposed=False)
             *outputs, blocks = _part(parts[0][1].shape, rows, len(parts))
-            shape, kind = (*outputs, BLOCK * blocks), "F32"
+            shape, kind = (*outputs, BLOCK * blocks), "BF16"
             packed = functools.partial(_decode, name, parts, rows)
             read = functools.partial(_dequantized, packed)
         seen[name] = View(first.shard, shape, kind, read, packed)
@@ -185,4 +186,5 @@ def _decode(name: str, parts: list[list[Stored]], at: In) -> MXArray:
 
 
 def _dequantized(packed: Callable[[], MXArray]) -> np.ndarray:
-    return np.asarray(packed().dequantize())
+    """In bfloat16, which holds E2M1 times a power of two exactly."""
+    return np.asarray(packed().dequantize().astype(jnp.bfloat16))

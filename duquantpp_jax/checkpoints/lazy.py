@@ -66,7 +66,7 @@ class Checkpoint:
 
     @property
     def parameter_bytes(self) -> float:
-        """Bytes of a parameter as it is read, in the mean; those of packed ones when decoded."""
+        """Bytes of a parameter as it is read, in the mean; packed ones are decoded to bfloat16."""
         sizes = [(math.prod(t.shape), 4 if t.dtype == "F32" else 2) for t in self.found.values()]
         return sum(count * each for count, each in sizes) / sum(count for count, _ in sizes)
 

@@ -73,7 +73,8 @@ class Directory:
         self.path = path
 
     def fields(self) -> dict[str, Any]:
-        """What config.json says, with the ends of sequence that generation_config.json names."""
+        """What config.json says, with the ends of sequence that generation_config.json names, and
+        with its beginning where config.json has none, as that of a gpt-oss."""
         fields = read_json(self.path / CONFIG)
         if (part := _text_part(fields)) is not None:
             if not isinstance(text := fields.get("text_config"), dict):
@@ -83,8 +84,10 @@ class Directory:
             fields = {**text, **whole, "architectures": [part]}
             fields |= {} if kind is None else {"dtype": kind, "torch_dtype": kind}
         if (path := self.path / "generation_config.json").is_file():
-            ends = read_json(path).get("eos_token_id")
+            said = read_json(path)
+            ends, begins = said.get("eos_token_id"), said.get("bos_token_id")
             fields |= {} if ends is None else {"eos_token_id": ends}
+            fields |= {} if fields.get("bos_token_id") is not None else {"bos_token_id": begins}
         return fields
 
     def tensors(self) -> Mapping[str, Stored]:

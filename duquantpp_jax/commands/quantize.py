@@ -218,7 +218,7 @@ def _described(options: QuantizeOptions, turn: Turn) -> tuple[DecoderConfig, boo
         return checkpoint.config, checkpoint.packed, checkpoint.parameter_bytes
     fields = find_source(directory).fields()
     packed, kind = "quantization_config" in fields, fields.get("dtype", fields.get("torch_dtype"))
-    return turn.config(load_config(directory)), packed, 4 if packed or kind == "float32" else 2
+    return turn.config(load_config(directory)), packed, 4.0 if kind == "float32" else 2.0
 
 
 def _check_layer(plan: Plan, serve: Serve | None, number: int, layer: QuantizedLayer) -> None:

@@ -171,7 +171,7 @@ def most_rows(length: int, config: DecoderConfig) -> int:
     return max(1, LARGEST_LOGITS // (length * config.vocab_size))
 
 
-def evaluation_bytes(config: DecoderConfig, length: int, stored: float = 2) -> float:
+def evaluation_bytes(config: DecoderConfig, length: int, stored: float = 2.0) -> float:
     """Memory of the device while the float model is evaluated alone, roughly.
 
     That is all parameters, the log-probabilities of a batch of rows, and either a layer that runs

@@ -33,7 +33,7 @@ RUNTIME = 2**29
 """Bytes of a Python process that has imported JAX and compiled a few programs, roughly."""
 
 
-def estimate(plan: Plan, rows: int, length: int, stored: float = 2) -> dict[str, Any]:
+def estimate(plan: Plan, rows: int, length: int, stored: float = 2.0) -> dict[str, Any]:
     """Bytes of every linear, and roughly the memory and the seconds that the job takes.
 
     Args:

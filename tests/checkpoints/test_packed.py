@@ -95,7 +95,7 @@ def test_every_byte_under_every_finite_scale_decodes_to_its_number(packed, tmp_p
 def test_what_transformers_decodes_is_the_same_to_the_bit(tmp_path):
     for name in ("gpt-oss, mxfp4", "gpt-oss", "mixtral"):
         model = load(directory_of(name, families.CASES[name], tmp_path / name.replace(" ", "")))
-        matrix = np.asarray(model.layers["mlp.down_proj"][...][0])
+        matrix = np.asarray(model.layers["mlp.down_proj"][...][0], np.float32)
         if "gpt" in name:
             matrix = matrix.swapaxes(1, 2)
         digest = hashlib.sha256(np.ascontiguousarray(matrix).tobytes()).hexdigest()

@@ -1,6 +1,7 @@
 """Quantizing a checkpoint: what is written is what was computed, and what is wrong is one line."""
 
 import json
+import pathlib
 import shutil
 
 import jax
@@ -10,8 +11,15 @@ from safetensors.numpy import load_file, save_file
 
 from duquantpp_jax import cli
 from duquantpp_jax.checkpoints import Quantized, load, load_any, load_quantized, save
-from duquantpp_jax.commands.quantize import calibration_tokens, job_of, quantize
+from duquantpp_jax.commands.quantize import (
+    QuantizeOptions,
+    calibration_tokens,
+    dry_run,
+    job_of,
+    quantize,
+)
 from duquantpp_jax.models import Decoder
+from duquantpp_jax.ptq import estimate
 from duquantpp_jax.ptq.walk import quantize_decoder
 from tests.commands.conftest import contents, options_of
 from tests.conftest import TEXT, byte_tokenizer, tiny_decoder
@@ -97,8 +105,47 @@ def test_another_job_is_not_mixed_into_a_directory_unless_it_is_overwritten(
 def test_a_dry_run_writes_nothing_and_knows_the_sizes(three_layers, tmp_path, capsys):
     arguments = ["quantize", "--model", str(three_layers), "--out", str(tmp_path / "q")]
     assert cli.main([*arguments, "--dry-run"]) == 0
-    assert "Nothing was written" in capsys.readouterr().out
+    assert "Nothing was written" in " ".join(capsys.readouterr().out.split())
     assert not list(tmp_path.iterdir())
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16", "hidden_act": "silu",
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    "rms_norm_eps": 1e-5, "rope_theta": 5e5, "bos_token_id": 128000, "eos_token_id": 128001,
+    "max_position_embeddings": 8192, "tie_word_embeddings": False,
+}  # fmt: skip
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"], "hidden_act": "silu", "attention_bias": True,
+    "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "head_dim": 64,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 201088,
+    "num_local_experts": 32, "num_experts_per_tok": 4, "swiglu_limit": 7.0, "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 12, "rms_norm_eps": 1e-5,
+    "rope_theta": 150000, "max_position_embeddings": 131072, "tie_word_embeddings": False,
+    "eos_token_id": 200002, "quantization_config": {"quant_method": "mxfp4"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "more"),
+    [
+        ("Llama-3-8B", LLAMA, {}),
+        ("gpt-oss-20b", GPT_OSS, {"requantize": True, "include": ("*.mlp.*",)}),
+    ],
+)
+def test_a_dry_run_without_weights_predicts_what_the_page_says(
+    name, fields, more, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(estimate, "flops_per_second", lambda: 1e13)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "generation_config.json").write_text('{"bos_token_id": 199998}')
+    found = dry_run(QuantizeOptions(tmp_path, rounding="gptq", out=tmp_path / "q", **more))
+    of = ("device_bytes", "host_bytes", "evaluation_bytes")
+    page = pathlib.Path(__file__).parents[2].joinpath("docs/models.md").read_text(encoding="utf-8")
+    row = next(line for line in page.splitlines() if line.startswith(f"| {name} "))
+    assert [f"{found[each] / 2**30:.1f}" for each in of] == row.strip("| ").split(" | ")[2:]
+    assert not (tmp_path / "q").exists()
 
 
 def assert_one_line(code, capsys, says):
