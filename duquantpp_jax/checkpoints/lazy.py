@@ -11,11 +11,12 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Integer
 
 from duquantpp_jax.checkpoints.experts import linears
-from duquantpp_jax.checkpoints.hugging_face import headers
+from duquantpp_jax.checkpoints.hugging_face import headers, load_config
 from duquantpp_jax.checkpoints.online import moved_online
 from duquantpp_jax.checkpoints.shards import read_stored
+from duquantpp_jax.checkpoints.source import source
 from duquantpp_jax.core import MXArray
-from duquantpp_jax.models import Decoder
+from duquantpp_jax.models import Decoder, DecoderConfig
 from duquantpp_jax.models.parameters import EMBEDDING, HEAD, LAYER, NORM
 from duquantpp_jax.ptq.stream import Turn
 
@@ -139,10 +140,22 @@ class Checkpoint:
         return array
 
 
-def has_weights(directory: str | os.PathLike[str]) -> bool:
-    """Whether there is more than the description of a model, its config.json."""
+def described(
+    directory: str | os.PathLike[str], turn: Turn, *, weights: bool
+) -> tuple[DecoderConfig, bool, float]:
+    """The turned model's configuration, whether weights are packed, and bytes of a parameter.
+
+    Args:
+      weights: Whether they must be there; else config.json is enough, which says all three.
+    """
     path = Path(directory)
-    return not path.is_dir() or any(path.glob("*.safetensors*"))
+    if weights or not path.is_dir() or any(path.glob("*.safetensors*")):
+        checkpoint = Checkpoint(directory, turn)
+        checkpoint.check_unmoved()
+        return checkpoint.config, checkpoint.packed, checkpoint.parameter_bytes
+    fields = source(directory).fields()
+    packed, kind = "quantization_config" in fields, fields.get("dtype", fields.get("torch_dtype"))
+    return turn.config(load_config(directory)), packed, 4.0 if kind == "float32" else 2.0
 
 
 def stacked(layers: Sequence[dict[str, np.ndarray]]) -> dict[str, Float[Array, "layers ..."]]:

@@ -18,10 +18,9 @@ from duquantpp_jax.checkpoints.directory import JOB, REPORT, is_quantized, layer
 from duquantpp_jax.checkpoints.directory import read_about as read_about_layer
 from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about
 from duquantpp_jax.checkpoints.job import Job
-from duquantpp_jax.checkpoints.lazy import Checkpoint, has_weights
+from duquantpp_jax.checkpoints.lazy import Checkpoint, described
 from duquantpp_jax.checkpoints.readers import READERS, Serve, check_formats
 from duquantpp_jax.checkpoints.shards import read_json
-from duquantpp_jax.checkpoints.source import source as find_source
 from duquantpp_jax.checkpoints.writer import REFINED, begin, finish, write_layers, write_refined
 from duquantpp_jax.commands.evaluate import Imports
 from duquantpp_jax.commands.progress import Step, progress_bar
@@ -38,12 +37,11 @@ from duquantpp_jax.evaluation.subject import (
     model_name,
 )
 from duquantpp_jax.learning import refine as refining
-from duquantpp_jax.models import SITES, DecoderConfig
+from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.estimate import estimate
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import layer_of
 from duquantpp_jax.ptq.stream import Name as Rotation
-from duquantpp_jax.ptq.stream import Turn
 from duquantpp_jax.ptq.walk import QuantizedLayer, stack_layers
 from duquantpp_jax.recipes import (
     ALIASES,
@@ -184,7 +182,8 @@ def _planned(options: QuantizeOptions) -> tuple[Job, Plan, Tokens, float]:
     check_out(options)
     tokens, source = calibration_tokens(options)
     job = job_of(options, tokens, source)
-    config, packed, stored = _described(options, job.turn)
+    what = options.model or testbed.directory(), job.turn
+    config, packed, stored = described(*what, weights=not options.dry_run)
     plan = job.plan(config)
     if packed != options.requantize:
         raise ValueError(
@@ -207,18 +206,6 @@ def _planned(options: QuantizeOptions) -> tuple[Job, Plan, Tokens, float]:
     if options.refine:
         refining.check(plan)
     return job, plan, tokens, stored
-
-
-def _described(options: QuantizeOptions, turn: Turn) -> tuple[DecoderConfig, bool, float]:
-    """The turned model's configuration, whether weights are packed, and bytes of a parameter; in a
-    dry run of a model without weights, as config.json says."""
-    directory = options.model or testbed.directory()
-    if has_weights(directory) or not options.dry_run:
-        checkpoint = Checkpoint(directory, turn)
-        return checkpoint.config, checkpoint.packed, checkpoint.parameter_bytes
-    fields = find_source(directory).fields()
-    packed, kind = "quantization_config" in fields, fields.get("dtype", fields.get("torch_dtype"))
-    return turn.config(load_config(directory)), packed, 4.0 if kind == "float32" else 2.0
 
 
 def _check_layer(plan: Plan, serve: Serve | None, number: int, layer: QuantizedLayer) -> None:
