@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from duquantpp_jax.checkpoints.lazy import Checkpoint, outermost, stacked
 from duquantpp_jax.checkpoints.mxfp4 import asked_for
