@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
-from duquantpp_jax.checkpoints.lazy import Checkpoint, outermost, stacked
+from duquantpp_jax.checkpoints.lazy import Checkpoint, outermost, take_layers
 from duquantpp_jax.checkpoints.packed import load_packed
 from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.checkpoints.source import CONFIG, Directory
@@ -181,7 +181,7 @@ def load_quantized(directory: str | os.PathLike[str]) -> tuple[Decoder, Quantize
     quantized = Quantized(directory)
     numbers = range(quantized.config.num_hidden_layers)
     rest, layers = zip(*(quantized.layer(number) for number in numbers), strict=True)
-    parameters = stacked(rest) | outermost(quantized.outside().items())
+    parameters = take_layers(rest) | outermost(quantized.outside().items())
     decoder = Decoder(quantized.config, parameters, linears=False)
     return decoder, quantized.plan.linear, stack_layers(layers)
 

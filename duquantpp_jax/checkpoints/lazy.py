@@ -121,9 +121,9 @@ class Checkpoint:
         return embedding[tokens].astype(np.float32) * np.float32(self.config.embedding_scale)
 
     def decoder(self) -> Decoder:
-        """The whole model in memory, as `stacked` has its parameters."""
+        """The whole model in memory, as `take_layers` has its parameters."""
         layers = [self.layer(number) for number in range(self.config.num_hidden_layers)]
-        return Decoder(self.config, stacked(layers) | outermost(self.outside()))
+        return Decoder(self.config, take_layers(layers) | outermost(self.outside()))
 
     def _embedding(self) -> Float[np.ndarray, "vocab k"]:
         """As stored; raises ValueError if a tied head is stored that differs from it."""
@@ -140,7 +140,7 @@ class Checkpoint:
         return array
 
 
-def described(
+def outline(
     directory: str | os.PathLike[str], turn: Turn, *, weights: bool
 ) -> tuple[DecoderConfig, bool, float]:
     """The turned model's configuration, whether weights are packed, and bytes of a parameter.
@@ -158,7 +158,7 @@ def described(
     return turn.config(load_config(directory)), packed, 4.0 if kind == "float32" else 2.0
 
 
-def stacked(layers: Sequence[dict[str, np.ndarray]]) -> dict[str, Float[Array, "layers ..."]]:
+def take_layers(layers: Sequence[dict[str, np.ndarray]]) -> dict[str, Float[Array, "layers ..."]]:
     """The parameters of a decoder's layers, taken out of the mappings one by one, so that the
     host has no second copy of the model.
 

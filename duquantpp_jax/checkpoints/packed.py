@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from duquantpp_jax.checkpoints.lazy import Checkpoint, outermost, stacked
+from duquantpp_jax.checkpoints.lazy import Checkpoint, outermost, take_layers
 from duquantpp_jax.checkpoints.mxfp4 import asked_for
 from duquantpp_jax.checkpoints.online import stored_matrix, transform_of
 from duquantpp_jax.checkpoints.source import source
@@ -48,7 +48,7 @@ def load_packed(
             }
         )
         rest.append({name: array for name, array in floats.items() if name not in LINEARS})
-    parameters = stacked(rest) | outermost(checkpoint.outside())
+    parameters = take_layers(rest) | outermost(checkpoint.outside())
     decoder = Decoder(config, parameters, linears=False)
     return decoder, QuantizedLinear(activation_format), stack_layers(layers)
 

@@ -18,7 +18,7 @@ from duquantpp_jax.checkpoints.directory import JOB, REPORT, is_quantized, layer
 from duquantpp_jax.checkpoints.directory import read_about as read_about_layer
 from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about
 from duquantpp_jax.checkpoints.job import Job
-from duquantpp_jax.checkpoints.lazy import Checkpoint, described
+from duquantpp_jax.checkpoints.lazy import Checkpoint, outline
 from duquantpp_jax.checkpoints.readers import READERS, Serve, check_formats
 from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.checkpoints.writer import REFINED, begin, finish, write_layers, write_refined
@@ -183,7 +183,7 @@ def _planned(options: QuantizeOptions) -> tuple[Job, Plan, Tokens, float]:
     tokens, source = calibration_tokens(options)
     job = job_of(options, tokens, source)
     what = options.model or testbed.directory(), job.turn
-    config, packed, stored = described(*what, weights=not options.dry_run)
+    config, packed, stored = outline(*what, weights=not options.dry_run)
     plan = job.plan(config)
     if packed != options.requantize:
         raise ValueError(
