@@ -284,7 +284,13 @@ def _without_rope_parameters(fields: Mapping[str, Any], family: Family) -> Mappi
     """
     fields = dict(fields)
     nested, scaling = fields.pop("rope_parameters", None), fields.get("rope_scaling")
-    if isinstance(nested, dict) and "rope_local_base_freq" in family.reads:
+    own = "rope_local_base_freq" in family.reads  # each kind of layer has a scaling
+    if own and isinstance(scaling, dict) and "type" in scaling and "rope_type" not in scaling:
+        raise ValueError(  # transformers 5 passes over it
+            f"config.json: rope_scaling of type {read.short(scaling['type'])} is not supported for "
+            f'{family.model_type}: its type must stand under "rope_type"'
+        )
+    if isinstance(nested, dict) and own:
         local, given = nested.get(SLIDING) or {}, nested
         nested = nested.get(FULL) or {}
         known = isinstance(local, dict) and {*local} <= {"rope_type", "rope_theta"}

@@ -44,6 +44,10 @@ CONFIGS = {
         {**GEMMA, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
         ["rope_parameters", "must have full_attention and sliding_attention"],
     ),
+    "a scaling that transformers passes over": (
+        {**GEMMA, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        ["rope_scaling of type 'linear'", '"rope_type"'],
+    ),
     "local layers that are scaled": (
         {**GEMMA, "rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
         ["rope_parameters", "rope_type default"],
