@@ -48,7 +48,7 @@ from duquantpp_jax.models.parameters import (
     tensor_name,
 )
 from duquantpp_jax.ptq.plan import Plan
-from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
+from duquantpp_jax.ptq.site import PackedFloat, QuantizedLinear, QuantizedSite
 from duquantpp_jax.ptq.walk import State, stack_layers
 from duquantpp_jax.recipes import find_format
 from duquantpp_jax.transforms.storage import from_arrays
@@ -153,7 +153,7 @@ def read_layer(path: Path) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSi
 
     def weight(name: str) -> Any:
         if name in stored:
-            return from_tensors(prefix + name, stored[name], tensors).dequantize()
+            return PackedFloat(from_tensors(prefix + name, stored[name], tensors))
         if name in arrays:
             return from_tensors(prefix + name, arrays[name], tensors)
         return jnp.asarray(tensors[f"{prefix}{name}.weight"])

@@ -16,7 +16,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from duquantpp_jax.core import Fitted, Format, MXArray, Recipe, Rounding, Stats, Transform, Weights
@@ -24,6 +26,26 @@ from duquantpp_jax.formats import MX
 from duquantpp_jax.models.experts import Routed
 from duquantpp_jax.models.layers import matmul
 from duquantpp_jax.transforms.block import lower
+
+
+@struct.dataclass
+class PackedFloat:
+    """A weight that is left in float, and is packed in memory until it is used: a model whose
+    weights were packed before it was quantized keeps those that were not chosen so."""
+
+    packed: MXArray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the numbers."""
+        return self.packed.shape
+
+    def astype(self, dtype: DTypeLike) -> Float[Array, "*layers _ _"]:
+        """The numbers in another type."""
+        return self.packed.dequantize().astype(dtype)
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.packed.dequantize(), dtype)
 
 
 @struct.dataclass
@@ -37,7 +59,7 @@ class QuantizedSite:
     """
 
     transform: Transform
-    weights: tuple[MXArray | Float[Array, "*layers _ _"], ...]
+    weights: tuple[MXArray | PackedFloat | Float[Array, "*layers _ _"], ...]
     clip: Float[Array, "*layers blocks"] | None = None
     scale_offset: Int[Array, "*layers blocks"] | None = None
 

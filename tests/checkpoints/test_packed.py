@@ -19,6 +19,7 @@ from duquantpp_jax.checkpoints.writer import write_tensors
 from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
 from duquantpp_jax.models import Decoder
+from duquantpp_jax.ptq.site import PackedFloat
 from tests.conftest import byte_tokenizer, mixture
 from tests.goldens import families
 from tests.models.test_families import directory_of, golden
@@ -191,7 +192,13 @@ def test_what_is_left_alone_keeps_its_bits(packed, options, tmp_path):
     chosen = ("*.layers.1.mlp.down_proj",)
     quantize(options(packed, tmp_path / "q", include=chosen, recipe="block_hadamard"))
     quantized = Quantized(tmp_path / "q")
-    assert not hasattr(quantized.layer(0)[1]["mlp_in"].weights[0], "element")
+    for weight in quantized.layer(0)[1]["mlp_in"].weights:  # in float, and packed until it is used
+        assert isinstance(weight, PackedFloat)
+        assert all(leaf.dtype.itemsize == 1 for leaf in jax.tree.leaves(weight))
+    model, linear, state = load_any(tmp_path / "q")
+    decoded = load(packed).parameters()["model.layers.*.mlp.up_proj"][0]
+    np.testing.assert_array_equal(state[0]["mlp_in"].weights[0].astype(jnp.float32)[0], decoded)
+    assert np.isfinite(RUN(model, TOKENS, linear, state)[0]).all()
     export(ExportOptions(tmp_path / "q", "gpt-oss", out=tmp_path / "e"))
     before, after = tensors(packed), tensors(tmp_path / "e")
     moved = "model.layers.1.mlp.experts.down_proj"
