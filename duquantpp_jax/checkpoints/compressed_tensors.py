@@ -189,10 +189,12 @@ def shared_matrix(
         return None
     matrices = np.asarray(blocks.matrices, np.float32)
     if np.any(matrices != matrices[:1]):
+        shared = "with :shared after the name of the recipe (which --serve does)"
         raise ValueError(
             f"{where}: its input is moved online by a matrix for each block, and {layout} holds "
-            "one for all blocks of a site: quantize with :shared after the name of the recipe "
-            "(which --serve does), or export --format dequantized"
+            "one for all blocks of a site: quantize "
+            f"{shared if layout == PACKED else 'with identity or block_hadamard'}, or export "
+            "--format dequantized"
         )
     return matrices[0]
 

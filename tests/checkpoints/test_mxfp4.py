@@ -173,8 +173,9 @@ def even(w, sign_of_zero):
 @pytest.mark.parametrize("case", ["llm-compressor", "llm-compressor, turned", "quark"])
 def test_gutenberg_27m_as_its_tool_wrote_it_gives_the_logits_of_the_tool(case, data, tmp_path):
     """Hashes show that the tensors that are made here are those of the tool."""
-    source, golden = data / "models" / "gutenberg-27m", np.load(MODELS)
-    floats, made = {}, {}
+    with np.load(MODELS) as file:
+        golden = dict(file)
+    source, floats, made = data / "models" / "gutenberg-27m", {}, {}
     for path in source.glob("*.safetensors"):
         floats |= load_file(path)
     signs = np.array([[1.0]])
