@@ -1,28 +1,27 @@
 """duquantpp_jax: rotations, MX scale rules and rounding for 4-bit language models, in JAX.
 
-Here are the five nouns and the calls that most programs start from. What needs more than core and
-formats is imported when it is first asked for.
+Here are the five nouns and the calls that most programs start from. Each is imported when it is
+first asked for, so that the command line can answer before JAX is there.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from duquantpp_jax.core import (
-    Chain,
-    Fitted,
-    Format,
-    MXArray,
-    Needs,
-    Recipe,
-    ScaleRule,
-    Stats,
-    Transform,
-)
-from duquantpp_jax.formats import MXFP4, MXFP6, MXFP8, NVFP4
-
 if TYPE_CHECKING:
     from duquantpp_jax.checkpoints import load, load_quantized, load_tokenizer
+    from duquantpp_jax.core import (
+        Chain,
+        Fitted,
+        Format,
+        MXArray,
+        Needs,
+        Recipe,
+        ScaleRule,
+        Stats,
+        Transform,
+    )
     from duquantpp_jax.evaluation import Predictor, Reference
+    from duquantpp_jax.formats import MXFP4, MXFP6, MXFP8, NVFP4
     from duquantpp_jax.kernels import quantized_linear
     from duquantpp_jax.lab import Cell
     from duquantpp_jax.models import Decoder, DecoderConfig
@@ -37,9 +36,12 @@ __all__ += ["FITS", "FORMATS", "Cell", "Decoder", "DecoderConfig", "Plan", "Pred
 __all__ += ["ROUNDINGS", "Reference", "calibrate", "fit_linear", "load", "load_quantized"]
 __all__ += ["load_tokenizer", "quantize_decoder", "quantize_linear", "quantized_linear", "recipe"]
 
+_NOUNS = ("Chain", "Fitted", "Format", "MXArray", "Needs", "Recipe", "ScaleRule", "Stats")
 _LATER = {
     "checkpoints": ("load", "load_quantized", "load_tokenizer"),
+    "core": (*_NOUNS, "Transform"),
     "evaluation": ("Predictor", "Reference"),
+    "formats": ("MXFP4", "MXFP6", "MXFP8", "NVFP4"),
     "kernels": ("quantized_linear",),
     "lab": ("Cell",),
     "models": ("Decoder", "DecoderConfig"),

@@ -5,48 +5,41 @@ a traceback; Ctrl-C is exit code 130.
 """
 
 import contextlib
+import importlib
 import io
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tyro
 
-from duquantpp_jax.commands import (
-    ablate,
-    compare,
-    evaluate,
-    export,
-    generate,
-    inspect,
-    learn,
-    quantize,
-)
+from duquantpp_jax import options
 from duquantpp_jax.commands.progress import remembering_interrupts
-from duquantpp_jax.kernels import proof
 
-COMMANDS: Mapping[str, tuple[type, Callable[[Any], int]]] = {
-    "compare": (compare.CompareOptions, compare.run),
-    "ablate": (ablate.AblateFile, ablate.run),
-    "evaluate": (evaluate.EvaluateOptions, evaluate.run),
-    "generate": (generate.GenerateOptions, generate.run),
-    "learn": (learn.LearnOptions, learn.run),
-    "quantize": (quantize.QuantizeOptions, quantize.run),
-    "export": (export.ExportOptions, export.run),
-    "inspect": (inspect.InspectOptions, inspect.run),
-    "kernels": (proof.Options, proof.run),
+COMMANDS: Mapping[str, type] = {
+    "compare": options.CompareOptions,
+    "ablate": options.AblateFile,
+    "evaluate": options.EvaluateOptions,
+    "generate": options.GenerateOptions,
+    "learn": options.LearnOptions,
+    "quantize": options.QuantizeOptions,
+    "export": options.ExportOptions,
+    "inspect": options.InspectOptions,
+    "kernels": options.KernelOptions,
 }
-"""Options of each command, and the function that runs it and returns the exit code."""
+"""Options of each command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     try:
         with remembering_interrupts():
-            options = _parse(sys.argv[1:] if arguments is None else arguments)
-            run = next(run for kind, run in COMMANDS.values() if type(options) is kind)
-            return run(options)
+            given = _parse(sys.argv[1:] if arguments is None else arguments)
+            name = next(name for name, kind in COMMANDS.items() if type(given) is kind)
+            room = "kernels.proof" if name == "kernels" else f"commands.{name}"
+            # Imported only now: `--help` and what the parser refuses need no JAX.
+            return importlib.import_module(f"duquantpp_jax.{room}").run(given)
     except (ValueError, OSError, OverflowError) as error:
         print("duquantpp: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
@@ -61,7 +54,7 @@ def _parse(arguments: Sequence[str]) -> Any:
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.extras.subcommand_cli_from_dict(
-                {name: options for name, (options, _) in COMMANDS.items()},
+                COMMANDS,
                 prog="duquantpp",
                 description=__doc__,
                 args=list(arguments),

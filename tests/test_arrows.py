@@ -10,7 +10,7 @@ import duquantpp_jax
 PACKAGE = Path(duquantpp_jax.__file__).parent
 
 FLOORS = (
-    "core files",
+    "core files options",
     "formats",
     "transforms models",
     "rounding kernels",

@@ -34,7 +34,7 @@ def test_each_addition_names_its_files_and_its_test():
 def test_the_commands_that_it_names_take_modules_and_a_transform_has_the_methods():
     (line,) = re.findall(r"is read by (.*?) with `--import MODULE`", PAGE)
     for name in re.findall(r"`(\w+)`", line):
-        options, _ = cli.COMMANDS[name]
+        options = cli.COMMANDS[name]
         assert "imports" in {field.name for field in dataclasses.fields(options)}, name
     for name in re.findall(
         r"`(\w+)(?:\([\w, ]*\))?`", SECTIONS["A transform"].split("class of")[-1]

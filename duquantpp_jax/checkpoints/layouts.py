@@ -11,7 +11,6 @@ decode MXFP4 to bfloat16, and multiply no other type with it. Other tensors are 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -22,18 +21,19 @@ from duquantpp_jax.checkpoints import Quantized, compressed_tensors, gpt_oss, re
 from duquantpp_jax.checkpoints.compressed_tensors import Layer, Tensors, pack_layer
 from duquantpp_jax.checkpoints.experts import tensors_of
 from duquantpp_jax.checkpoints.mxfp4 import PACKED
-from duquantpp_jax.checkpoints.readers import CARD, Serve
+from duquantpp_jax.checkpoints.readers import CARD
 from duquantpp_jax.checkpoints.shards import INDEX
 from duquantpp_jax.checkpoints.source import Directory
 from duquantpp_jax.checkpoints.writer import Progress, write_rest, write_tensors
 from duquantpp_jax.core import MXArray, Transform
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
 from duquantpp_jax.models.parameters import layer_prefix, tensor_name
+from duquantpp_jax.options.common import Serve
+from duquantpp_jax.options.export import Layout
 from duquantpp_jax.ptq.experts import by_expert
 from duquantpp_jax.ptq.plan import linear_shapes
 from duquantpp_jax.ptq.site import QuantizedSite
 
-Layout = Literal["compressed-tensors", "dequantized", "gpt-oss"]
 _WIDER = (np.float16, np.float32)
 
 

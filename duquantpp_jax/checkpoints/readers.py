@@ -15,9 +15,8 @@ not run).
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
-Serve = Literal["transformers", "vllm"]
+from duquantpp_jax.options.common import Serve
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,36 +1,10 @@
 """`duquantpp export`: writes a quantized checkpoint in a layout that other programs read."""
 
-import dataclasses
-from pathlib import Path
-
 from duquantpp_jax.checkpoints import readers
-from duquantpp_jax.checkpoints.layouts import Layout, write_export
-from duquantpp_jax.checkpoints.readers import Serve
-from duquantpp_jax.commands.evaluate import Imports
+from duquantpp_jax.checkpoints.layouts import write_export
 from duquantpp_jax.commands.progress import Step, progress_bar
+from duquantpp_jax.options.export import ExportOptions
 from duquantpp_jax.recipes import import_modules
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportOptions:
-    """Writes a quantized model for other programs.
-
-    Attributes:
-      model: Directory that `duquantpp quantize` wrote.
-      format: compressed-tensors (MXFP4, with at most one matrix for each site's input; what vLLM
-        and transformers make of it is printed, docs/serving.md), dequantized (plain bfloat16,
-        activations not quantized), or gpt-oss (its own layout of MXFP4 experts).
-      serve: The program that is to read it: refuses what that would compute otherwise, which
-        quantize --serve prevents.
-      out: New directory.
-      imports: Modules to import first, for transforms and formats that this package does not have.
-    """
-
-    model: Path
-    format: Layout = "compressed-tensors"
-    serve: Serve | None = None
-    out: Path = Path("exported")
-    imports: Imports = ()
 
 
 def export(options: ExportOptions, progress: Step = lambda *_: None) -> list[str]:

@@ -7,7 +7,6 @@ the same bits; another command is refused in that directory.
 import dataclasses
 import hashlib
 import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from duquantpp_jax.checkpoints.fits import ABOUT, ARRAYS, read_about, save_fits
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.packed import decoded
 from duquantpp_jax.checkpoints.shards import read_json
-from duquantpp_jax.commands.evaluate import Imports
 from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.core import Fitted, Recipe
 from duquantpp_jax.evaluation.predict import Predictor, Reference
@@ -26,56 +24,19 @@ from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import environment, load_rows, model_and_hash, name_and_hash
 from duquantpp_jax.learning.named import (
     CALIBRATION_ROWS,
-    LearnSettings,
     Report,
     Tokens,
     check_learnable,
+    check_settings,
     learn,
 )
 from duquantpp_jax.models import Decoder
+from duquantpp_jax.options.learn import LearnOptions, LearnSettings
 from duquantpp_jax.ptq import Plan, quantize_decoder
 from duquantpp_jax.recipes import format_name, import_modules, recipe, under_rule
 
 PROGRESS, BEGUN = "progress", "begun.json"
 """The directory of an unfinished run inside --out, and its file that holds the command."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LearnOptions(LearnSettings):
-    """Learns how linear inputs are moved; after a kill, the same command resumes.
-
-    Attributes:
-      model: Hugging Face directory, GGUF file or smollm2; without it, the embedded model.
-      text: Text to learn from, documents separated by <|endoftext|> or lines of a .jsonl file; or
-        model, for rows that the model writes itself; without --model and --text, the embedded
-        calibration rows.
-      rows: Rows of 511 targets to take from the text.
-      held_out: Rows that choose the best step and are not learned from: a share or a number.
-        Through a site, an eighth of its token sample from the other rows chooses instead.
-      formats: Of weights and activations, by the names of duquantpp quantize.
-      weight_formats: Of weights alone, over --formats.
-      activation_formats: Of activations alone, over --formats.
-      scale_rule: For formats with a scale rule whose name gives none.
-      measure: Print the held-out KL at the start and at the end, with the whole model in memory.
-      overwrite: Start anew if --out holds other fits.
-      text_key: Of the text in a .jsonl file.
-      out: Directory for the fits.
-      imports: Modules to import first, for transforms and formats that this package does not have.
-    """
-
-    model: Path | None = None
-    text: Path | None = None
-    rows: int = 64
-    held_out: float = 0.125
-    formats: str = "mxfp4"
-    weight_formats: str | None = None
-    activation_formats: str | None = None
-    scale_rule: str = "floor"
-    measure: bool = True
-    overwrite: bool = False
-    text_key: str = "text"
-    out: Path = Path("fits")
-    imports: Imports = ()
 
 
 def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[str, Any]:
@@ -91,7 +52,7 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
         )
     files.check_writable(options.out)
     import_modules(options.imports)
-    options.check()
+    check_settings(options)
     directory = options.model or testbed.directory()
     checkpoint = Checkpoint(directory)
     check_learnable(checkpoint)

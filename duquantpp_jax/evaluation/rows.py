@@ -32,9 +32,9 @@ import numpy as np
 from jaxtyping import Integer
 from tokenizers import Tokenizer
 
+from duquantpp_jax.options.common import TARGETS
+
 SEPARATOR = "<|endoftext|>"
-TARGETS = 511
-"""Targets of a row of `compare`."""
 _PACKED = {b"\x1f\x8b": gzip.decompress, b"\xfd7zXZ\x00": lzma.decompress}
 """By the first bytes of a file, with which no UTF-8 text begins."""
 

@@ -18,6 +18,7 @@ from typing import IO, cast
 
 from duquantpp_jax.kernels import compiling, sass, target
 from duquantpp_jax.kernels.compiling import Record
+from duquantpp_jax.options.kernels import Options
 
 ROOFLINE = (
     "roofline: 9 PFLOP/s of FP4, 4.5 of FP8, 2.25 of BF16, and 8 TB/s: NVIDIA's DGX B200 data sheet"
@@ -27,21 +28,6 @@ _HEADER = (
     f"{'kernel':<16}{'case':<42}{'instruction':<12}{'in loop':>8}{'regs':>6}{'spill':>6}"
     f"{'smem':>8}{'tmem':>6}{'CTAs':>6}{'compile':>9}{'GFLOP':>10}{'MB':>9}{'roofline':>12}  bound"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Compile every kernel for a GPU that is not there, and read its machine code.
-
-    Attributes:
-      target: The GPU.
-      json: Print the table as JSON.
-      only: Only cases whose kernel, shape or label contains this text.
-    """
-
-    target: str = "b200"
-    json: bool = False
-    only: str = ""
 
 
 def run(options: Options) -> int:

@@ -11,7 +11,7 @@ small, at a tenth of it, clips and scale offsets, which are logarithms of order 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from duquantpp_jax.learning.moves import PARTS, moves_named
 from duquantpp_jax.learning.site import FitLearned, start_of
 from duquantpp_jax.learning.training import Trained, warmed_cosine
 from duquantpp_jax.models import SITES
+from duquantpp_jax.options.learn import LearnSettings
 from duquantpp_jax.ptq.calibration import calibrate_layer
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.walk import fit_layer
@@ -70,47 +71,17 @@ class Optimizer:
         return at_rates(rates, OPTIMIZERS[self.name]())
 
 
-@dataclasses.dataclass(frozen=True)
-class LearnSettings:
-    """How fits are learned.
-
-    Attributes:
-      start: What learning starts from, by its name in duquantpp_jax.recipes.
-      moves: What moves: rotation, smooth_rotation (and scales, which fold if it starts from a
-        rotation, smoothed or not), affine (or expm, cayley, affine_expm, affine_lu), weights or
-        weights_moved, scale_offset, clip or clip_site, weight_clip or weight_clip_site.
-      through: What the loss is taken through: each site alone, one block after the other (only one
-        is in memory), or the whole model.
-      steps: Updates; through site or block, of each of them.
-      rate: Peak learning rate of the transform; weights learn at a tenth of it, clips and scale
-        offsets at ten times.
-      optimizer: adam, adan, amsgrad, lion, rms or sgd, of optax.
-      batch_rows: Rows of a batch; of a site, batches of 16 times as many tokens.
-      check_every: Steps between checks, at which progress is kept.
-      seed: For starts that draw random numbers, and for the order of batches.
-    """
-
-    start: str = "wush_conditioned"
-    moves: tuple[str, ...] = ("affine",)
-    through: Literal["site", "block", "model"] = "model"
-    steps: int = 400
-    rate: float = 1e-3
-    optimizer: str = "adam"
-    batch_rows: int = 16
-    check_every: int = 50
-    seed: int = 0
-
-    def check(self) -> None:
-        """Raises ValueError where a name is not known or a number is none of its kind."""
-        find_fit(self.start)
-        checked_seed(self.seed)
-        moves_named(self.moves)
-        known("optimizer", self.optimizer, OPTIMIZERS)
-        for name in ("steps", "batch_rows", "check_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: give at least 1")
-        if not self.rate > 0:
-            raise ValueError(f"rate = {self.rate:g}: give a positive number")
+def check_settings(how: LearnSettings) -> None:
+    """Raises ValueError where a name is not known or a number is none of its kind."""
+    find_fit(how.start)
+    checked_seed(how.seed)
+    moves_named(how.moves)
+    known("optimizer", how.optimizer, OPTIMIZERS)
+    for name in ("steps", "batch_rows", "check_every"):
+        if getattr(how, name) < 1:
+            raise ValueError(f"{name} = {getattr(how, name)}: give at least 1")
+    if not how.rate > 0:
+        raise ValueError(f"rate = {how.rate:g}: give a positive number")
 
 
 def learn(
@@ -140,7 +111,7 @@ def learn(
       ValueError: Bad settings, a start or a width that has no blocks, or progress of other
         settings.
     """
-    how.check()
+    check_settings(how)
     check_learnable(checkpoint)
     place.mkdir(parents=True, exist_ok=True)
     moves, count, layers = moves_named(how.moves), how.steps, checkpoint.config.num_hidden_layers

@@ -22,7 +22,7 @@ SpinQuant, arXiv 2405.16406, for the names R1 and R2.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -30,12 +30,9 @@ from jaxtyping import Float, Float64
 
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
 from duquantpp_jax.models.parameters import input_norms
+from duquantpp_jax.options.common import RotationName
 from duquantpp_jax.recipes import known
 from duquantpp_jax.transforms.hadamard import sign_factors
-
-Name = Literal["hadamard", "random_hadamard", "random_orthogonal"]
-"""How a rotation is chosen: a Hadamard matrix, the same with random signs of its rows, or Q of the
-QR decomposition of a normal matrix. A Hadamard matrix is not known of every side."""
 
 _VALUE, _OUT = "self_attn.v_proj", "self_attn.o_proj"
 _WRITERS = (_OUT, "mlp.down_proj")
@@ -102,7 +99,7 @@ class Turn:
     def __post_init__(self) -> None:
         for name in (self.stream, self.values):
             if name is not None:
-                known("rotation", name, get_args(Name))
+                known("rotation", name, get_args(RotationName))
 
     @property
     def draws(self) -> bool:

@@ -12,8 +12,9 @@ import pytest
 
 from duquantpp_jax import cli
 from duquantpp_jax.core import Fitted
-from duquantpp_jax.learning.named import LearnSettings
+from duquantpp_jax.learning.named import check_settings
 from duquantpp_jax.learning.site import start_of
+from duquantpp_jax.options import LearnSettings
 from duquantpp_jax.recipes import FITS, find_fit, recipe
 from duquantpp_jax.transforms import storage
 from experiments.health import health
@@ -67,7 +68,7 @@ def test_the_pages_transform_is_stored_and_found_again_once_imported(outside):
 
 def test_learning_starts_from_the_pages_transform(outside):
     x, transform = _fitted()
-    LearnSettings(start=NAME).check()
+    check_settings(LearnSettings(start=NAME))
     start = start_of(Fitted(transform), 64, 32)
     np.testing.assert_allclose(start.activations(x), transform.activations(x), atol=1e-4)
 

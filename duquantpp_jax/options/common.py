@@ -1,0 +1,17 @@
+"""What the options of several commands share: names and annotations."""
+
+from typing import Annotated, Literal
+
+import tyro
+
+TARGETS = 511
+"""Targets of a row of `compare`."""
+
+RotationName = Literal["hadamard", "random_hadamard", "random_orthogonal"]
+"""How a rotation is chosen: a Hadamard matrix, the same with random signs of its rows, or Q of the
+QR decomposition of a normal matrix. A Hadamard matrix is not known of every side."""
+
+Serve = Literal["transformers", "vllm"]
+
+Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+Imports = Annotated[tuple[str, ...], tyro.conf.arg(name="import")]

@@ -1,0 +1,31 @@
+"""What `duquantpp export` is asked."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from duquantpp_jax.options.common import Imports, Serve
+
+Layout = Literal["compressed-tensors", "dequantized", "gpt-oss"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportOptions:
+    """Writes a quantized model for other programs.
+
+    Attributes:
+      model: Directory that `duquantpp quantize` wrote.
+      format: compressed-tensors (MXFP4, with at most one matrix for each site's input; what vLLM
+        and transformers make of it is printed, docs/serving.md), dequantized (plain bfloat16,
+        activations not quantized), or gpt-oss (its own layout of MXFP4 experts).
+      serve: The program that is to read it: refuses what that would compute otherwise, which
+        quantize --serve prevents.
+      out: New directory.
+      imports: Modules to import first, for transforms and formats that this package does not have.
+    """
+
+    model: Path
+    format: Layout = "compressed-tensors"
+    serve: Serve | None = None
+    out: Path = Path("exported")
+    imports: Imports = ()
