@@ -39,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name = next(name for name, kind in COMMANDS.items() if type(given) is kind)
             room = "kernels.proof" if name == "kernels" else f"commands.{name}"
             # Imported only now: `--help` and what the parser refuses need no JAX.
-            return importlib.import_module(f"duquantpp_jax.{room}").run(given)
+            module = importlib.import_module(f"duquantpp_jax.{room}")
+            from duquantpp_jax.commands.programs import kept_programs
+
+            with kept_programs():
+                return module.run(given)
     except (ValueError, OSError, OverflowError) as error:
         print("duquantpp: " + " ".join(str(error).split()), file=sys.stderr)
         return 2

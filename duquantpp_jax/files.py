@@ -16,6 +16,11 @@ import safetensors.numpy
 from safetensors import SafetensorError, safe_open
 
 
+def cache_directory() -> Path:
+    """Where what can be made again is kept: $DUQUANTPP_CACHE, else ~/.cache/duquantpp_jax."""
+    return Path(os.environ.get("DUQUANTPP_CACHE") or os.path.expanduser("~/.cache/duquantpp_jax"))
+
+
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A temporary path to write to; at the end it is renamed to `path`."""

@@ -318,6 +318,24 @@ def test_an_interrupt_that_a_library_swallows_is_raised_at_the_next_step(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+ANSWERS = """
+import sys
+from duquantpp_jax import cli
+for words in (["--help"], ["compare", "--help"], ["quantize", "--rows", "x"]):
+    try:
+        code = cli.main(words)
+    except SystemExit as stop:
+        code = stop.code
+    print(words, code, "jax" in sys.modules, "numpy" in sys.modules)
+"""
+
+
+def test_help_and_what_the_parser_refuses_do_not_wait_for_jax():
+    done = subprocess.run([sys.executable, "-c", ANSWERS], capture_output=True, text=True)
+    said = [line for line in done.stdout.splitlines() if line.startswith("['")]
+    assert [line.split("] ")[1] for line in said] == ["0 False False"] * 2 + ["2 False False"]
+
+
 LISTENING = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it

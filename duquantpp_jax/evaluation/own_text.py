@@ -12,7 +12,6 @@ Source: Liu et al., LLM-QAT: Data-Free Quantization Aware Training (arXiv:2305.1
 import contextlib
 import dataclasses
 import functools
-import os
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ BATCH = 16
 
 def own_rows(directory: Path, rows: int, seed: int) -> Int32[np.ndarray, "rows length"]:
     """BOS and 511 ids each, drawn at temperature 1; raises ValueError as `load`, and for NaN."""
-    place = os.environ.get("DUQUANTPP_CACHE") or os.path.expanduser("~/.cache/duquantpp_jax")
+    place = files.cache_directory()
     name, model, batches = f"{sha256(directory)}-{seed}", functools.cache(load), []
     config = load_config(directory)
     for number in range(-(-rows // BATCH)):

@@ -32,6 +32,8 @@ from duquantpp_jax.ptq.calibration import keep
 from duquantpp_jax.ptq.report import costs_by_site
 from duquantpp_jax.ptq.stream import Turn
 
+SQNR_ROWS = 2
+"""Rows of text that SQNR is measured on."""
 CACHE_BYTES = 2 << 30
 """Default bound on the log-probabilities that each device keeps."""
 
@@ -95,7 +97,7 @@ class Bench:
                 moves = refine(given, start, predictor.state, calibration, cell.refine)
                 state = refitted(predictor.state, moves)
                 predictor = dataclasses.replace(predictor, state=state)
-            sqnr = mean_sqnr(predictor, rows.tokens[: reference.batch_rows])
+            sqnr = mean_sqnr(predictor, rows.tokens[:SQNR_ROWS])
             online = costs_by_site(predictor.state)
         predictor = dataclasses.replace(predictor, store=cell.store)
         sums = reference.row_sums(predictor)

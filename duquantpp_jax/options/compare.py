@@ -7,7 +7,7 @@ from duquantpp_jax.options.common import TARGETS, Imports, RotationName
 
 BASELINE = "block_hadamard"
 RECIPES = ("rtn", BASELINE, "random_hadamard", "smooth_hadamard", "duquantpp", "duquantpp_released")
-FORMATS = ("floor", "even", "log256")
+FORMATS = ("even", "rceil")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class CompareOptions:
       recipes: Methods, by their names in duquantpp_jax.recipes.
       fits: Directories that duquantpp learn wrote for this model: a row each, under their names.
       scale_rules: Short form of --formats: floor, ceil, even, rceil, mse (MXFP4), or log256, fp32
-        (not MXFP4); floor, even and log256 where no format is given.
+        (not MXFP4); even and rceil where no format is given.
       formats: Of weights and activations alike: mxfp4, mxfp4:even, mxfp6, nvfp4, log256, ..
       weight_formats: Of weights alone, each with every format of activations.
       activation_formats: Of activations alone, each with every format of weights.
