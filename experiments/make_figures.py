@@ -1,8 +1,8 @@
 """Makes the figures of the README and the docs: `python -m experiments.make_figures [NAME ...]`.
 
 compare: KL from experiments/results/compare_testbed_128rows.json, which is the results.json of
-  `duquantpp compare --tokens 65408` (2 CPU cores, 2026-11-25); the channels are computed anew,
-  since they need no evaluation text.
+  `duquantpp compare --tokens 65408 --scale-rules floor even log256` (2 CPU cores, 2026-11-25); the
+  channels are computed anew, since they need no evaluation text.
 surface: |x| of the first 64 tokens of a calibration row, before the linear whose input has the
   largest channel maximum over the median of channels: as it is, and moved by two recipes.
 blocks: what MXFP4 under floor does to each block of the moved inputs of all linears, for 64

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from duquantpp_jax import cli, files
 from duquantpp_jax.checkpoints import save
 from duquantpp_jax.commands.compare import CompareOptions, cells
+from experiments import bench_start
 from tests.conftest import byte_tokenizer, tiny_decoder
 from tests.documented import undocumented
 
@@ -332,6 +333,7 @@ for words in (["--help"], ["compare", "--help"], ["quantize", "--rows", "x"]):
 
 def test_help_and_what_the_parser_refuses_do_not_wait_for_jax():
     done = subprocess.run([sys.executable, "-c", ANSWERS], capture_output=True, text=True)
+    assert bench_start.seconds(["--help"], 1)["user_seconds"] > 0
     said = [line for line in done.stdout.splitlines() if line.startswith("['")]
     assert [line.split("] ")[1] for line in said] == ["0 False False"] * 2 + ["2 False False"]
 

@@ -51,7 +51,7 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
     config = predictor.model.config
     protocol = _protocol(options, config)
     tokenizer = load_tokenizer(options.model, config)
-    rows = rows_of_text(text, tokenizer, config.bos_token_id, protocol)
+    rows = rows_of_text(text, tokenizer, config.bos_token_id, protocol, targets=options.tokens)
     every = max(1, len(rows.documents)) * rows.targets  # a text without a row is refused
     targets = every if options.tokens is None else options.tokens
     rows = rows_for_targets(rows, targets, str(options.text))

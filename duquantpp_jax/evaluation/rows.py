@@ -22,6 +22,7 @@ import dataclasses
 import gzip
 import json
 import lzma
+import math
 import os
 import zlib
 from collections.abc import Mapping
@@ -35,6 +36,8 @@ from tokenizers import Tokenizer
 from duquantpp_jax.options.common import TARGETS
 
 SEPARATOR = "<|endoftext|>"
+DOCUMENTS = 64
+"""Documents that are encoded at a time."""
 _PACKED = {b"\x1f\x8b": gzip.decompress, b"\xfd7zXZ\x00": lzma.decompress}
 """By the first bytes of a file, with which no UTF-8 text begins."""
 
@@ -124,13 +127,27 @@ def rows_of_text(
     tokenizer: Tokenizer,
     bos: int | None,
     protocol: Protocol = PROTOCOLS["documents"],
+    *,
+    targets: int | None = None,
 ) -> Rows:
-    """All whole rows of what `read_text` gives; `bos` is the beginning-of-sequence token."""
+    """The whole rows of what `read_text` gives; `bos` is the beginning-of-sequence token.
+
+    With `targets` only as many documents are encoded as rows of so many targets begin in; what
+    `rows_for_targets` takes of the rows is the same. A document is encoded as a whole.
+    """
     window, texts = protocol.window, text.split(SEPARATOR) if isinstance(text, str) else text
     if protocol.stream:
         texts = [text if isinstance(text, str) else "\n\n".join(text)]
-    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
-    documents = [np.asarray(encoding.ids, np.int32) for encoding in encoded]
+    each = max(1, window - 1 + protocol.bos)
+    enough, found = math.inf if targets is None else targets // each, 0
+    documents: list[np.ndarray] = []
+    for first in range(0, len(texts), DOCUMENTS):
+        some = texts[first : first + DOCUMENTS]
+        encoded = tokenizer.encode_batch_fast(some, add_special_tokens=False)
+        documents += [np.asarray(encoding.ids, np.int32) for encoding in encoded]
+        found += sum(len(encoding.ids) >= window for encoding in encoded)
+        if found >= enough:  # first rows of documents are enough: no second one is taken
+            break
     before = np.asarray([bos] if protocol.bos else [], np.int32)
     order = sorted(
         (turn, number) for number, ids in enumerate(documents) for turn in range(len(ids) // window)

@@ -69,7 +69,8 @@ def load_rows(
     if own:
         tokens = own_rows(directory, max(1, targets // TARGETS), seed)
         return rows_for_targets(Rows(tokens, np.arange(len(tokens))), targets, str(text))
-    rows = rows_of_text(content, load_tokenizer(directory, config), config.bos_token_id)
+    tokenizer, bos = load_tokenizer(directory, config), config.bos_token_id
+    rows = rows_of_text(content, tokenizer, bos, targets=targets)
     return rows_for_targets(rows, targets, str(text))
 
 

@@ -43,6 +43,30 @@ def test_a_long_document_among_many_short_ones_takes_no_longer_for_them():
     assert time.process_time() - start < 1.5  # 5 s where every document is asked for every row
 
 
+class Counted(list):
+    """Documents, and how many of them were taken in slices."""
+
+    count = 0
+
+    def __getitem__(self, place):
+        found = super().__getitem__(place)
+        if isinstance(place, slice):
+            self.count += len(found)
+        return found
+
+
+def test_of_a_long_text_only_as_many_documents_are_encoded_as_rows_are_asked_for():
+    texts = ["short", *["x" * TARGETS] * 5, "y" * 2 * TARGETS] * 40
+    every = rows_of_text(texts, byte_tokenizer(), BOS)
+    for rows, encoded in ((5, 64), (100, 128), (240, 280), (280, 280)):
+        counted, targets = Counted(texts), rows * TARGETS
+        some = rows_of_text(counted, byte_tokenizer(), BOS, targets=targets)
+        assert counted.count == encoded
+        wanted, found = (rows_for_targets(have, targets, "text") for have in (every, some))
+        np.testing.assert_array_equal(found.tokens, wanted.tokens)
+        np.testing.assert_array_equal(found.documents, wanted.documents)
+
+
 def test_targets_of_a_document_are_its_ids_in_order_and_nothing_is_stripped():
     text = " \n" + "".join(chr(33 + i % 90) for i in range(2 * TARGETS - 2))
     rows = _rows(text)
