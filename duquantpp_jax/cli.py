@@ -9,7 +9,7 @@ import importlib
 import io
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import tyro
@@ -17,7 +17,7 @@ import tyro
 from duquantpp_jax import options
 from duquantpp_jax.commands.progress import remembering_interrupts
 
-COMMANDS: Mapping[str, type] = {
+COMMANDS: dict[str, type] = {
     "compare": options.CompareOptions,
     "ablate": options.AblateFile,
     "evaluate": options.EvaluateOptions,

@@ -24,7 +24,6 @@ from duquantpp_jax.checkpoints.writer import REFINED, begin, finish, write_layer
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.commands.sizes import dry_line, formats_of, quantized_line, table
 from duquantpp_jax.core import shared
-from duquantpp_jax.evaluation.own_text import MODEL
 from duquantpp_jax.evaluation.predict import evaluation_bytes
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import (
@@ -36,7 +35,7 @@ from duquantpp_jax.evaluation.subject import (
 )
 from duquantpp_jax.learning import refine as refining
 from duquantpp_jax.models import SITES
-from duquantpp_jax.options.common import Serve
+from duquantpp_jax.options.common import MODEL, Serve
 from duquantpp_jax.options.quantize import QuantizeOptions
 from duquantpp_jax.ptq.estimate import estimate
 from duquantpp_jax.ptq.plan import Plan

@@ -26,8 +26,6 @@ from duquantpp_jax.models import Decoder, DecoderConfig, dense
 from duquantpp_jax.models.sampling import Sampling, generate
 from duquantpp_jax.ptq import stores
 
-MODEL = Path("model")
-"""The name of these rows where a calibration text is asked for."""
 BATCH = 16
 
 

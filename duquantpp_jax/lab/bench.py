@@ -21,12 +21,12 @@ from duquantpp_jax.checkpoints.fits import load_fits
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.core import Fitted, Needs, Stats
 from duquantpp_jax.evaluation import Predictor, Reference, RowSums, mean_sqnr
-from duquantpp_jax.evaluation.own_text import MODEL
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import check_texts, load_rows
 from duquantpp_jax.lab.cells import Cell
 from duquantpp_jax.learning.refine import refine, refitted
 from duquantpp_jax.models import Decoder
+from duquantpp_jax.options.common import MODEL
 from duquantpp_jax.ptq import Plan, calibrate, fit_decoder, quantize_decoder
 from duquantpp_jax.ptq.calibration import keep
 from duquantpp_jax.ptq.report import costs_by_site
