@@ -110,13 +110,16 @@ def unpacked(fields: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def asked_for(fields: Mapping[str, Any]) -> str | None:
-    """The activation formats that the packing of a config.json names; None where it names none."""
-    packing = fields.get("quantization_config") or {}
+    """The activation formats that a config.json names; None where it names none.
+
+    Args:
+      fields: That `unpacked` has not refused.
+    """
+    packing, inputs = fields.get("quantization_config") or {}, []
     if packing.get("quant_method") == QUARK:
         inputs = [packing["global_quant_config"].get("input_tensors")]
-    else:
-        groups = packing.get("config_groups", {}).values()
-        inputs = [group.get("input_activations") for group in groups]
+    elif packing.get("quant_method") == COMPRESSED:
+        inputs = [group.get("input_activations") for group in packing["config_groups"].values()]
     names = dict.fromkeys(_format(given) for given in inputs if given is not None)
     return " and ".join(names) or None
 

@@ -18,12 +18,14 @@ from rich.console import Console
 
 from duquantpp_jax import files
 from duquantpp_jax.analysis.outliers import moved_maxima
+from duquantpp_jax.checkpoints import load_config, testbed
 from duquantpp_jax.checkpoints.packed import decoded
 from duquantpp_jax.commands.progress import Step, progress_bar
+from duquantpp_jax.commands.sizes import ALONE
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import check_texts, name_and_hash
 from duquantpp_jax.lab import table
-from duquantpp_jax.lab.bench import Bench, order
+from duquantpp_jax.lab.bench import Bench, check_cell, order
 from duquantpp_jax.lab.cells import SCHEMA, Cell
 from duquantpp_jax.lab.pivot import Layout, pivots
 from duquantpp_jax.lab.records import Record, record_of
@@ -82,8 +84,10 @@ def compare(options: CompareOptions, progress: Step = lambda *_: None) -> Compar
     import_modules(options.imports)
     check_texts(options.model, options.text, options.calibration_text)
     grid = cells(options)
+    config = load_config(options.model or testbed.directory())
     for cell in grid:
         cell.configuration()  # refuses bad input before anything is measured
+        check_cell(cell, config)
     records: dict[Cell, Record] = {}
     maxima: dict[str, Float[np.ndarray, " k"]] = {}
     bench, site = Bench(), ""
@@ -178,6 +182,8 @@ def run(options: CompareOptions) -> int:
         print(warning, file=sys.stderr)
     if (used := decoded(options.model)) is not None:
         print(used)
+    if options.fuse and load_config(options.model or testbed.directory()).num_experts:
+        print(ALONE)
     with progress_bar() as progress:
         comparison = compare(options, progress)
     figure = figures.comparison(comparison.results, comparison.channels)

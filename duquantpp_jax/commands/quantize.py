@@ -22,7 +22,7 @@ from duquantpp_jax.checkpoints.readers import READERS, check_formats
 from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.checkpoints.writer import REFINED, begin, finish, write_layers, write_refined
 from duquantpp_jax.commands.progress import Step, progress_bar
-from duquantpp_jax.commands.sizes import dry_line, formats_of, quantized_line, table
+from duquantpp_jax.commands.sizes import ALONE, dry_line, formats_of, quantized_line, table
 from duquantpp_jax.core import shared
 from duquantpp_jax.evaluation.predict import evaluation_bytes
 from duquantpp_jax.evaluation.rows import TARGETS
@@ -243,6 +243,8 @@ def run(options: QuantizeOptions) -> int:
     if options.dry_run:
         found = dry_run(options)
         console.print(table(found["linears"]), dry_line(found))
+        if options.fuse and load_config(options.model or testbed.directory()).num_experts:
+            print(ALONE)
         if options.refine:
             print("Refining is not counted: it holds the whole model and its gradients in memory.")
         if options.text == MODEL:

@@ -16,6 +16,9 @@ from duquantpp_jax.lab.table import empty
 
 MIB, GIB = 2**20, 2**30
 
+ALONE = "--fuse leaves the inputs of experts alone."
+"""Said of a mixture of experts."""
+
 
 def table(linears: Sequence[Mapping[str, Any]]) -> Table:
     """The table of the linears in report.json, or in a dry run."""
@@ -68,6 +71,7 @@ def quantized_line(report: Mapping[str, Any]) -> str:
         f"{'The tied head became a matrix of its own. ' if report.get('untied_head') else ''}"
         f"{report['float_bytes'] / MIB:.1f} MiB became {report['bytes'] / MIB:.1f} MiB."
         + (f" {few} of {len(stacks)} experts saw few tokens and took their layer's." if few else "")
+        + (f" {ALONE}" if stacks and job.get("fuse") else "")
         + (f" Refined {job['refine']} steps; SQNR is from before." if job.get("refine") else "")
     )
 

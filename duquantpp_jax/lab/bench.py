@@ -24,8 +24,8 @@ from duquantpp_jax.evaluation import Predictor, Reference, RowSums, mean_sqnr
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import check_texts, load_rows
 from duquantpp_jax.lab.cells import Cell
-from duquantpp_jax.learning.refine import refine, refitted
-from duquantpp_jax.models import Decoder
+from duquantpp_jax.learning import refine as refining
+from duquantpp_jax.models import Decoder, DecoderConfig
 from duquantpp_jax.options.common import MODEL
 from duquantpp_jax.ptq import Plan, calibrate, fit_decoder, quantize_decoder
 from duquantpp_jax.ptq.calibration import keep
@@ -94,8 +94,8 @@ class Bench:
             given = dataclasses.replace(plan, fits=fits, **chosen)
             predictor = Predictor(*quantize_decoder(given, start, calibration, stats=stats))
             if cell.refine:
-                moves = refine(given, start, predictor.state, calibration, cell.refine)
-                state = refitted(predictor.state, moves)
+                moves = refining.refine(given, start, predictor.state, calibration, cell.refine)
+                state = refining.refitted(predictor.state, moves)
                 predictor = dataclasses.replace(predictor, state=state)
             sqnr = mean_sqnr(predictor, rows.tokens[:SQNR_ROWS])
             online = costs_by_site(predictor.state)
@@ -124,10 +124,7 @@ class Bench:
         if cell.turn != Turn():
             checkpoint = Checkpoint(cell.model or testbed.directory(), cell.turn)
             start = self._latest("turned", (cell.model, cell.turn), checkpoint.decoder)
-        if (recipe := cell.method()) is None:
-            return model, start, None
-        plan = Plan.of(start.config, recipe, pad=cell.pad, seed=cell.seed, fuse=cell.fuse)
-        return model, start, plan
+        return model, start, _plan(cell, start.config)
 
     def _fit(
         self, cell: Cell, plan: Plan, model: Decoder
@@ -156,6 +153,21 @@ class Bench:
         key = (inputs, recipe.fit, cell.fits, cell.seed, seen)
         fits, seconds = self._latest("fit", key, make)
         return fits, seconds, rows, stats
+
+
+def check_cell(cell: Cell, config: DecoderConfig) -> None:
+    """Raises ValueError, before anything is measured, where the cell is not for such a model."""
+    if (plan := _plan(cell, cell.turn.config(config))) is not None:
+        plan.check()
+        if cell.refine:
+            refining.check(plan)
+
+
+def _plan(cell: Cell, config: DecoderConfig) -> Plan | None:
+    """What the cell does to a model, but for its fits; None if it leaves all linears in float."""
+    if (recipe := cell.method()) is None:
+        return None
+    return Plan.of(config, recipe, pad=cell.pad, seed=cell.seed, fuse=cell.fuse)
 
 
 def order(cells: list[Cell]) -> list[Cell]:

@@ -1,6 +1,7 @@
 """Packed experts of a gpt-oss: decoded bit for bit, used as stored, quantized again, written."""
 
 import hashlib
+import importlib
 import json
 import math
 
@@ -235,3 +236,17 @@ def test_evaluate_says_in_its_first_line_how_weights_are_used(packed, tiny_text,
     assert cli.main([str(word) for word in words]) == 0
     first = capsys.readouterr().out.splitlines()[0]
     assert "packed weights as they are stored (mxfp4), their inputs not quantized" in first
+
+
+def test_commands_that_decode_packed_weights_say_so_first(packed, tiny_text, capsys, monkeypatch):
+    for name, command in {"compare": "compare", "learn": "learn_fits"}.items():
+        module = importlib.import_module(f"duquantpp_jax.commands.{name}")
+
+        def refuse(*_):
+            raise ValueError("stop")
+
+        monkeypatch.setattr(module, command, refuse)
+        words = [name, "--model", packed, "--text", tiny_text]
+        words += ["--calibration-text", tiny_text] if name == "compare" else []
+        assert cli.main([str(word) for word in words]) != 0
+        assert "packed weights are decoded, which is exact" in capsys.readouterr().out

@@ -12,7 +12,8 @@ from duquantpp_jax.checkpoints import Quantized, load, load_any, save
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.quantize import calibration_tokens, quantize
-from duquantpp_jax.commands.sizes import quantized_line
+from duquantpp_jax.commands.sizes import ALONE, quantized_line
+from duquantpp_jax.lab.bench import Bench
 from duquantpp_jax.models import Decoder
 from duquantpp_jax.ptq.walk import quantize_decoder
 from tests.commands.conftest import options_of
@@ -100,3 +101,35 @@ def test_learning_for_a_mixture_is_refused(options, tmp_path, capsys):
     words += [options.calibration_text, "--out", tmp_path / "q"]
     code = cli.main([str(word) for word in words])
     assert_one_line(code, capsys, "--refine is not for the experts")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--refine", "2"], "--refine is not for the experts"),
+        (["--rounding", "asymmetric"], "is not for experts"),
+        (["--rotate-stream", "hadamard"], "its routers read it too"),
+    ],
+)
+def test_compare_refuses_what_is_not_for_experts_before_it_measures(
+    model, tiny_text, words, says, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(Bench, "run", None)
+    texts = ["--text", tiny_text, "--calibration-text", tiny_text]
+    arguments = ["compare", "--model", model, *texts, *words, "--out", tmp_path / "c"]
+    assert_one_line(cli.main([str(word) for word in arguments]), capsys, says)
+
+
+def test_learning_for_a_mixture_leaves_nothing_behind(model, tiny_text, tmp_path, capsys):
+    words = ["learn", "--model", model, "--text", tiny_text, "--rows", 16, "--out", tmp_path / "l"]
+    assert_one_line(cli.main([str(word) for word in words]), capsys, "learning for a Mixtral")
+    assert not (tmp_path / "l").exists()
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_line_under_the_table_says_that_experts_are_not_folded_into(report):
+    fused = report | {"job": report["job"] | {"fuse": True}}
+    assert ALONE in quantized_line(fused)
+    assert ALONE not in quantized_line(report)
+    plain = [row for row in report["linears"] if "pooled" not in row]
+    assert ALONE not in quantized_line(fused | {"linears": plain})
