@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from duquantpp_jax import options
+from duquantpp_jax.commands import options
 from duquantpp_jax.commands.progress import remembering_interrupts
 
 COMMANDS: dict[str, type] = {

@@ -20,11 +20,11 @@ from duquantpp_jax.analysis import contents as holds
 from duquantpp_jax.analysis.outliers import Moments, Thresholds, observe, statistics
 from duquantpp_jax.checkpoints import Quantized, is_quantized, load_any, testbed
 from duquantpp_jax.checkpoints.packed import said
+from duquantpp_jax.commands.options.inspect import InspectOptions
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.evaluation import subject
 from duquantpp_jax.models import SITES, Decoder, Linear, linear_names
 from duquantpp_jax.models.experts import Routed
-from duquantpp_jax.options.inspect import InspectOptions
 from duquantpp_jax.ptq.site import QuantizedSite, move_input, pad_channels
 from duquantpp_jax.ptq.walk import State
 from duquantpp_jax.recipes import import_modules

@@ -27,12 +27,12 @@ from jaxtyping import Float32
 from duquantpp_jax.checkpoints.directory import Quantized
 from duquantpp_jax.checkpoints.mxfp4 import BLOCK, COMPRESSED, PACKED
 from duquantpp_jax.checkpoints.readers import ANY, READERS, STATUS, check_formats
+from duquantpp_jax.commands.options.common import Serve
 from duquantpp_jax.core import MXArray, Transform
 from duquantpp_jax.formats import E2M1
 from duquantpp_jax.formats.tensors import pack_codes
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
 from duquantpp_jax.models.parameters import input_norms, layer_prefix, tensor_name
-from duquantpp_jax.options.common import Serve
 from duquantpp_jax.ptq.fuse import moved_gain, split
 from duquantpp_jax.ptq.plan import linear_shapes
 from duquantpp_jax.ptq.site import QuantizedSite

@@ -25,11 +25,11 @@ from duquantpp_jax.checkpoints.readers import CARD
 from duquantpp_jax.checkpoints.shards import INDEX
 from duquantpp_jax.checkpoints.source import Directory
 from duquantpp_jax.checkpoints.writer import Progress, write_rest, write_tensors
+from duquantpp_jax.commands.options.common import Serve
+from duquantpp_jax.commands.options.export import Layout
 from duquantpp_jax.core import MXArray, Transform
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
 from duquantpp_jax.models.parameters import layer_prefix, tensor_name
-from duquantpp_jax.options.common import Serve
-from duquantpp_jax.options.export import Layout
 from duquantpp_jax.ptq.experts import by_expert
 from duquantpp_jax.ptq.plan import linear_shapes
 from duquantpp_jax.ptq.site import QuantizedSite

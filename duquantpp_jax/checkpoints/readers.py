@@ -16,7 +16,7 @@ not run).
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from duquantpp_jax.options.common import Serve
+from duquantpp_jax.commands.options.common import Serve
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ from rich.console import Console
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints.packed import decoded
+from duquantpp_jax.commands.options.ablate import AblateFile, AblateOptions
 from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.lab import running, table
 from duquantpp_jax.lab.cells import DEFAULT_FORMAT, SCHEMA, Cell
@@ -33,7 +34,6 @@ from duquantpp_jax.lab.executors import Processes, Slurm, gpus
 from duquantpp_jax.lab.pivot import COMPARED, Layout, pivots
 from duquantpp_jax.lab.running import Executor
 from duquantpp_jax.lab.webpage import webpage
-from duquantpp_jax.options.ablate import AblateFile, AblateOptions
 from duquantpp_jax.recipes import import_modules, known
 
 

@@ -20,6 +20,7 @@ from duquantpp_jax import files
 from duquantpp_jax.analysis.outliers import moved_maxima
 from duquantpp_jax.checkpoints import load_config, testbed
 from duquantpp_jax.checkpoints.packed import decoded
+from duquantpp_jax.commands.options.compare import BASELINE, FORMATS, CompareOptions
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.commands.sizes import ALONE
 from duquantpp_jax.evaluation.rows import TARGETS
@@ -30,7 +31,6 @@ from duquantpp_jax.lab.cells import SCHEMA, Cell
 from duquantpp_jax.lab.pivot import Layout, pivots
 from duquantpp_jax.lab.records import Record, record_of
 from duquantpp_jax.lab.running import Outcome
-from duquantpp_jax.options.compare import BASELINE, FORMATS, CompareOptions
 from duquantpp_jax.recipes import ALIASES, FITS, checked_seed, format_name, import_modules
 
 BATCH_ROWS = 16

@@ -15,6 +15,7 @@ from rich.table import Table
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load_any, load_tokenizer
 from duquantpp_jax.checkpoints.packed import said
+from duquantpp_jax.commands.options.evaluate import EvaluateOptions
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.evaluation import Predictor, Reference, RowSums, clusters, estimate, rows_of_text
 from duquantpp_jax.evaluation.intervals import clustered
@@ -22,7 +23,6 @@ from duquantpp_jax.evaluation.rows import PROTOCOLS, Protocol, Rows, read_text, 
 from duquantpp_jax.evaluation.subject import environment, model_and_hash, name_and_hash
 from duquantpp_jax.lab.table import empty
 from duquantpp_jax.models import DecoderConfig
-from duquantpp_jax.options.evaluate import EvaluateOptions
 from duquantpp_jax.ptq import stores as cache
 from duquantpp_jax.recipes import import_modules, known
 

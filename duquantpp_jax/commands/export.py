@@ -2,8 +2,8 @@
 
 from duquantpp_jax.checkpoints import readers
 from duquantpp_jax.checkpoints.layouts import write_export
+from duquantpp_jax.commands.options.export import ExportOptions
 from duquantpp_jax.commands.progress import Step, progress_bar
-from duquantpp_jax.options.export import ExportOptions
 from duquantpp_jax.recipes import import_modules
 
 

@@ -11,8 +11,8 @@ from duquantpp_jax.checkpoints import load_any, load_tokenizer
 from duquantpp_jax.checkpoints.hugging_face import chat_prompt
 from duquantpp_jax.checkpoints.packed import said
 from duquantpp_jax.checkpoints.source import source
+from duquantpp_jax.commands.options.generate import GenerateOptions
 from duquantpp_jax.models.sampling import Sampling, generate
-from duquantpp_jax.options.generate import GenerateOptions
 from duquantpp_jax.ptq import stores as cache
 from duquantpp_jax.recipes import checked_seed, import_modules
 

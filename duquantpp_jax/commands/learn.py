@@ -17,6 +17,7 @@ from duquantpp_jax.checkpoints.fits import ABOUT, ARRAYS, read_about, save_fits
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.packed import decoded
 from duquantpp_jax.checkpoints.shards import read_json
+from duquantpp_jax.commands.options.learn import LearnOptions, LearnSettings
 from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.core import Fitted, Recipe
 from duquantpp_jax.evaluation.predict import Predictor, Reference
@@ -31,7 +32,6 @@ from duquantpp_jax.learning.named import (
     learn,
 )
 from duquantpp_jax.models import Decoder
-from duquantpp_jax.options.learn import LearnOptions, LearnSettings
 from duquantpp_jax.ptq import Plan, quantize_decoder
 from duquantpp_jax.recipes import format_name, import_modules, recipe, under_rule
 

@@ -21,6 +21,8 @@ from duquantpp_jax.checkpoints.lazy import Checkpoint, outline
 from duquantpp_jax.checkpoints.readers import READERS, check_formats
 from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.checkpoints.writer import REFINED, begin, finish, write_layers, write_refined
+from duquantpp_jax.commands.options.common import MODEL, Serve
+from duquantpp_jax.commands.options.quantize import QuantizeOptions
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.commands.sizes import ALONE, dry_line, formats_of, quantized_line, table
 from duquantpp_jax.core import shared
@@ -35,8 +37,6 @@ from duquantpp_jax.evaluation.subject import (
 )
 from duquantpp_jax.learning import refine as refining
 from duquantpp_jax.models import SITES
-from duquantpp_jax.options.common import MODEL, Serve
-from duquantpp_jax.options.quantize import QuantizeOptions
 from duquantpp_jax.ptq.estimate import estimate
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import layer_of

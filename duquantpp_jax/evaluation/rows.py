@@ -33,7 +33,7 @@ import numpy as np
 from jaxtyping import Integer
 from tokenizers import Tokenizer
 
-from duquantpp_jax.options.common import TARGETS
+from duquantpp_jax.commands.options.common import TARGETS
 
 SEPARATOR = "<|endoftext|>"
 DOCUMENTS = 64

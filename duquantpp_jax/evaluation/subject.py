@@ -12,10 +12,10 @@ import numpy as np
 import duquantpp_jax
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load_config, load_tokenizer, sha256, testbed
+from duquantpp_jax.commands.options.common import MODEL
 from duquantpp_jax.evaluation.own_text import own_rows
 from duquantpp_jax.evaluation.rows import TARGETS, Rows, read_text, rows_for_targets, rows_of_text
 from duquantpp_jax.models import DecoderConfig
-from duquantpp_jax.options.common import MODEL
 
 
 def model_name(model: Path | None) -> str:

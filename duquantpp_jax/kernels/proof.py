@@ -16,9 +16,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import IO, cast
 
+from duquantpp_jax.commands.options.kernels import Options
 from duquantpp_jax.kernels import compiling, sass, target
 from duquantpp_jax.kernels.compiling import Record
-from duquantpp_jax.options.kernels import Options
 
 ROOFLINE = (
     "roofline: 9 PFLOP/s of FP4, 4.5 of FP8, 2.25 of BF16, and 8 TB/s: NVIDIA's DGX B200 data sheet"

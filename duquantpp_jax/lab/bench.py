@@ -19,6 +19,7 @@ from jaxtyping import Integer
 from duquantpp_jax.checkpoints import load, sha256, testbed
 from duquantpp_jax.checkpoints.fits import load_fits
 from duquantpp_jax.checkpoints.lazy import Checkpoint
+from duquantpp_jax.commands.options.common import MODEL
 from duquantpp_jax.core import Fitted, Needs, Stats
 from duquantpp_jax.evaluation import Predictor, Reference, RowSums, mean_sqnr
 from duquantpp_jax.evaluation.rows import TARGETS
@@ -26,7 +27,6 @@ from duquantpp_jax.evaluation.subject import check_texts, load_rows
 from duquantpp_jax.lab.cells import Cell
 from duquantpp_jax.learning import refine as refining
 from duquantpp_jax.models import Decoder, DecoderConfig
-from duquantpp_jax.options.common import MODEL
 from duquantpp_jax.ptq import Plan, calibrate, fit_decoder, quantize_decoder
 from duquantpp_jax.ptq.calibration import keep
 from duquantpp_jax.ptq.report import costs_by_site

@@ -21,11 +21,11 @@ from duquantpp_jax.checkpoints import sha256 as model_sha256
 from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.checkpoints.fits import other_formats, read_about
 from duquantpp_jax.checkpoints.source import PACKAGES
+from duquantpp_jax.commands.options.common import MODEL
 from duquantpp_jax.core import Element, Fit, Format, Recipe, Rounding
 from duquantpp_jax.evaluation.rows import TARGETS, is_lines
 from duquantpp_jax.formats.tensors import ELEMENTS
 from duquantpp_jax.models import Decoder, Store
-from duquantpp_jax.options.common import MODEL
 from duquantpp_jax.ptq import stream
 from duquantpp_jax.recipes import checked_seed, format_name, recipe
 

@@ -21,6 +21,7 @@ from jaxtyping import Integer
 
 from duquantpp_jax.checkpoints import load
 from duquantpp_jax.checkpoints.lazy import Checkpoint
+from duquantpp_jax.commands.options.learn import LearnSettings
 from duquantpp_jax.core import Fitted, Recipe
 from duquantpp_jax.learning.blocks import learn_blocks, stack_blocks
 from duquantpp_jax.learning.model import at_rates, learn_model
@@ -28,7 +29,6 @@ from duquantpp_jax.learning.moves import PARTS, moves_named
 from duquantpp_jax.learning.site import FitLearned, start_of
 from duquantpp_jax.learning.training import Trained, warmed_cosine
 from duquantpp_jax.models import SITES
-from duquantpp_jax.options.learn import LearnSettings
 from duquantpp_jax.ptq.calibration import calibrate_layer
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.walk import fit_layer

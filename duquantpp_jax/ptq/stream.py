@@ -28,9 +28,9 @@ import jax
 import numpy as np
 from jaxtyping import Float, Float64
 
+from duquantpp_jax.commands.options.common import RotationName
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
 from duquantpp_jax.models.parameters import input_norms
-from duquantpp_jax.options.common import RotationName
 from duquantpp_jax.recipes import known
 from duquantpp_jax.transforms.hadamard import sign_factors
 

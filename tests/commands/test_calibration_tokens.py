@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from duquantpp_jax.checkpoints import save, sha256
+from duquantpp_jax.commands.options.common import MODEL
 from duquantpp_jax.commands.quantize import QuantizeOptions, calibration_tokens, quantize
 from duquantpp_jax.evaluation.own_text import own_rows
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.lab import Cell, bench
-from duquantpp_jax.options.common import MODEL
 from tests.conftest import TEXT, byte_tokenizer, tiny_decoder
 
 BOS = 256

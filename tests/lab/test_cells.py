@@ -11,10 +11,10 @@ import pytest
 from duquantpp_jax.checkpoints import sha256 as model_sha256
 from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.commands.ablate import AblateOptions, grid
+from duquantpp_jax.commands.options.common import MODEL
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.formats import MXFP4, NVFP4
 from duquantpp_jax.lab.cells import Cell, canonical
-from duquantpp_jax.options.common import MODEL
 from duquantpp_jax.ptq.stores import HeadStore
 from duquantpp_jax.recipes import FITS, FORMATS, ROUNDINGS, RULES
 from duquantpp_jax.rounding.gptq import GPTQ

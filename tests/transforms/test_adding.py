@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from duquantpp_jax import cli
+from duquantpp_jax.commands.options import LearnSettings
 from duquantpp_jax.core import Fitted
 from duquantpp_jax.learning.named import check_settings
 from duquantpp_jax.learning.site import start_of
-from duquantpp_jax.options import LearnSettings
 from duquantpp_jax.recipes import FITS, find_fit, recipe
 from duquantpp_jax.transforms import storage
 from experiments.health import health

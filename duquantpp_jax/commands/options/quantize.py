@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from duquantpp_jax.options.common import MODEL, Imports, RotationName, Serve
+from duquantpp_jax.commands.options.common import MODEL, Imports, RotationName, Serve
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from duquantpp_jax.options.common import TARGETS, Imports, RotationName
+from duquantpp_jax.commands.options.common import TARGETS, Imports, RotationName
 
 BASELINE = "block_hadamard"
 RECIPES = ("rtn", BASELINE, "random_hadamard", "smooth_hadamard", "duquantpp", "duquantpp_released")

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from duquantpp_jax.options.common import Flag, Imports
+from duquantpp_jax.commands.options.common import Flag, Imports
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from duquantpp_jax.options.common import Imports
+from duquantpp_jax.commands.options.common import Imports
 
 
 @dataclasses.dataclass(frozen=True)

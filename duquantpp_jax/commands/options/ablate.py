@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from duquantpp_jax.options.common import Imports
+from duquantpp_jax.commands.options.common import Imports
 
 
 @dataclasses.dataclass(frozen=True)

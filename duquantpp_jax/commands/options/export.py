@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from duquantpp_jax.options.common import Imports, Serve
+from duquantpp_jax.commands.options.common import Imports, Serve
 
 Layout = Literal["compressed-tensors", "dequantized", "gpt-oss"]
 
