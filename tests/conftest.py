@@ -21,6 +21,9 @@ from duquantpp_jax.models.parameters import LAYER
 
 DATA_VARIABLE = "DUQUANTPP_DATA"
 COMPILED_VARIABLE = "DUQUANTPP_TEST_COMPILED"
+QUICKLY_COMPILED = "--xla_backend_optimization_level=0"
+"""For processes that compare devices with one another: LLVM does not optimize, which saves half of
+what compiling costs, and where arrays are and what is computed of them stay the same."""
 TEXT = pathlib.Path(__file__).parents[1] / "LICENSE"
 """A text of 21 rows in bytes, to calibrate on where the text does not matter."""
 

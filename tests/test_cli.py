@@ -347,10 +347,10 @@ runpy.run_module("duquantpp_jax.cli", run_name="__main__")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [1.0, 5.0, 10.0])
+@pytest.mark.parametrize("seconds", [1.0, 4.0, 7.0])
 def test_ctrl_c_leaves_no_half_written_file(seconds, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-c", LISTENING, "compare", "--tokens", "511", "--out", tmp_path / "out"],
+        [sys.executable, "-c", LISTENING, "compare", "--out", tmp_path / "out"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
