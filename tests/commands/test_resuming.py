@@ -133,13 +133,13 @@ def test_killed_before_it_drops_old_hidden_states_it_drops_them_later(
 
 @pytest.mark.slow
 def test_killed_sequential_goes_on_from_what_the_quantized_layers_gave(three_layers, tmp_path):
-    """Ten times, at random steps of writing; once without the hidden states that it had stored."""
+    """Six times, at random steps of writing; once without the hidden states that it had stored."""
     few = {"include": ("*.o_proj", "*.mlp.*"), "rounding": "asymmetric", "sequential": True}
     whole = options_of(three_layers, tmp_path / "whole", **few)
     quantize(whole)
     options = dataclasses.replace(whole, out=tmp_path / "q")
     kills, moments, dropped = 0, random.Random(0), []
-    while kills < 10:
+    while kills < 6:
         with pytest.MonkeyPatch.context() as patch:
             killed_at(moments.randint(1, 12), patch)
             try:
