@@ -22,6 +22,7 @@ COMMANDS: dict[str, type] = {
     "ablate": options.AblateFile,
     "evaluate": options.EvaluateOptions,
     "generate": options.GenerateOptions,
+    "serve": options.ServeOptions,
     "learn": options.LearnOptions,
     "quantize": options.QuantizeOptions,
     "export": options.ExportOptions,

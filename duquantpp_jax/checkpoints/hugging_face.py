@@ -248,7 +248,7 @@ def chat_prompt(
         return text.encode().decode()  # half of a surrogate pair is no text
     except Exception as error:  # a template may raise anything
         raise ValueError(
-            f"{directory} has no chat template that works ({one_line(error)}): leave out --chat"
+            f"{directory} has no chat template that works ({one_line(error)}): give plain text"
         ) from None
 
 

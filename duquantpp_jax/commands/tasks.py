@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from duquantpp_jax.commands.evaluate import EvaluateOptions
+from duquantpp_jax.commands.options.evaluate import EvaluateOptions
 from duquantpp_jax.evaluation import harness
 from duquantpp_jax.evaluation.subject import environment, model_and_hash
 from duquantpp_jax.lab.table import empty

@@ -321,7 +321,7 @@ def test_a_message_is_written_as_transformers_writes_it(place, directory):
     ("template", "says"),
     [
         (None, "no chat_template.jinja, and no chat_template in tokenizer_config.json"),
-        ("{{ raise_exception('no\nsystem') }}", r"\(no system\): leave out --chat"),
+        ("{{ raise_exception('no\nsystem') }}", r"\(no system\): give plain text"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
         ("{% for %}", "no chat template that works"),

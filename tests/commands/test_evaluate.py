@@ -200,7 +200,7 @@ def test_a_chat_prints_the_answer_alone(directory, capsys):
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("--prompt", "a", "--chat"), "leave out --chat"),
+        (("--prompt", "a", "--chat"), "give plain text"),
         (("--prompt", ""), "--prompt is empty"),
         (("--prompt", "a", "--max-new-tokens", "4000"), "has 2047 of its 2048 positions left"),
         (("--prompt", "a", "--temperature", "-1"), "temperature of -1"),

@@ -1,0 +1,1 @@
+"""A model behind OpenAI's HTTP interface: requests, the queue of texts, the ASGI application."""
