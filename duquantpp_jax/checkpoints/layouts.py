@@ -97,7 +97,7 @@ def write_export(
         elif own:
             fields["quantization_config"] = gpt_oss.quantization_config(moved)
         notes = _notes(model, format, moved)
-        if (packed or own) and wider:
+        if wider and fields.get("dtype", fields.get("torch_dtype")) == "bfloat16":
             notes.append(
                 f"config.json says dtype bfloat16, to which readers round the {len(wider)} tensors "
                 "that are float16 or float32."

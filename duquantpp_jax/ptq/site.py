@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Float32, Int, Key
 
 from duquantpp_jax.core import Fitted, Format, MXArray, Recipe, Rounding, Stats, Transform, Weights
 from duquantpp_jax.formats import MX
@@ -103,7 +103,7 @@ def quantize_linear(
     return QuantizedSite(fitted.transform, rounded, fitted.clip, fitted.scale_offset)
 
 
-def _widened(weights: Weights, width: int) -> Weights:
+def _widened(weights: Weights, width: int) -> tuple[Float32[Array, "_ _"], ...]:
     """In float32, and to the input's width."""
     return tuple(pad_channels(w.astype(jnp.float32), width) for w in weights)
 
