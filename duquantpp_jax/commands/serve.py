@@ -9,10 +9,10 @@ from duquantpp_jax.checkpoints import load_any, load_tokenizer
 from duquantpp_jax.checkpoints.packed import said
 from duquantpp_jax.commands.options.serve import ServeOptions
 from duquantpp_jax.evaluation import Predictor
+from duquantpp_jax.interop.application import Application
+from duquantpp_jax.interop.desk import Desk
 from duquantpp_jax.ptq import stores
 from duquantpp_jax.recipes import import_modules
-from duquantpp_jax.serving.application import Application
-from duquantpp_jax.serving.desk import Desk
 
 HEAD_BYTES = 64 * 2**10
 """Most bytes of a request's head."""

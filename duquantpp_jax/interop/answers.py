@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from duquantpp_jax.evaluation.continuing import Written
 from duquantpp_jax.evaluation.scoring import RowScores
-from duquantpp_jax.serving.asked import Asked
+from duquantpp_jax.interop.asked import Asked
 
 LEAST = -9999.0
 """The log-probability that stands for all lower ones; JSON has no infinity."""

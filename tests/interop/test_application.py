@@ -10,11 +10,11 @@ import pytest
 
 from duquantpp_jax.checkpoints import load
 from duquantpp_jax.evaluation.predict import Predictor
+from duquantpp_jax.interop import desk as desks
+from duquantpp_jax.interop.application import Application
+from duquantpp_jax.interop.asked import Refused, asked
+from duquantpp_jax.interop.desk import Desk
 from duquantpp_jax.ptq import stores
-from duquantpp_jax.serving import desk as desks
-from duquantpp_jax.serving.application import Application
-from duquantpp_jax.serving.asked import Refused, asked
-from duquantpp_jax.serving.desk import Desk
 from tests.conftest import byte_tokenizer
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"

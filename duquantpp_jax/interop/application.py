@@ -22,9 +22,9 @@ from typing import Any
 from duquantpp_jax.checkpoints.hugging_face import chat_prompt
 from duquantpp_jax.evaluation.continuing import Wish, Written
 from duquantpp_jax.evaluation.scoring import RowScores
-from duquantpp_jax.serving.answers import Choice
-from duquantpp_jax.serving.asked import Asked, Refused, asked
-from duquantpp_jax.serving.desk import Desk, Ticket
+from duquantpp_jax.interop.answers import Choice
+from duquantpp_jax.interop.asked import Asked, Refused, asked
+from duquantpp_jax.interop.desk import Desk, Ticket
 
 BODY_BYTES = 4 * 2**20
 """Most bytes of a request's body."""

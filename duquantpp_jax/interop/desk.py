@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 from duquantpp_jax.evaluation.continuing import Continuing, Wish, Written
 from duquantpp_jax.evaluation.predict import Predictor
 from duquantpp_jax.evaluation.scoring import RowScores, Scorer
+from duquantpp_jax.interop.asked import Refused
 from duquantpp_jax.models import Store
-from duquantpp_jax.serving.asked import Refused
 
 STEPS = 8
 """Tokens that are drawn at once where nobody waits for each of them."""
