@@ -184,6 +184,6 @@ def _quark(packing: Mapping[str, Any]) -> Refusal:
     algorithms = packing.get("algo_config") or []
     for made in algorithms if isinstance(algorithms, list) else [algorithms]:
         name = made.get("name") if isinstance(made, dict) else made
-        if name not in _OFFLINE:
+        if str(name) not in _OFFLINE:
             return "algo_config", name, f"empty or of {', '.join(sorted(_OFFLINE))}"
     return None

@@ -16,8 +16,12 @@ from duquantpp_jax.checkpoints import load_any, load_config
 from duquantpp_jax.checkpoints.experts import linears, tensors_of
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.mxfp4 import PACKED
-from duquantpp_jax.models import Decoder
+from duquantpp_jax.checkpoints.writer import layer_tensors
+from duquantpp_jax.models import SITE_WEIGHTS, Decoder
+from duquantpp_jax.ptq.site import QuantizedSite
+from duquantpp_jax.ptq.walk import QuantizedLayer
 from duquantpp_jax.recipes import find_format
+from duquantpp_jax.transforms.basic import Identity
 from tests.conftest import byte_tokenizer, mixture, tiny_decoder
 from tests.decompress import VALUES
 
@@ -142,6 +146,7 @@ def changed(packing, path, value):
         (QUARK, "layer_quant_config", {"*o_proj": {}}, "layer_quant_config"),
         (QUARK, "export.weight_format", "fake_quantized", "it is real_quantized"),
         (QUARK, "algo_config", [{"name": "awq"}, {"name": "rotation"}], "algo_config 'rotation'"),
+        (QUARK, "algo_config", {"name": ["awq"]}, "algo_config"),
         (FP8, "fmt", "e4m3", "already quantized"),
         (COMPRESSED, "quant_method", "gptq", "already quantized"),
     ],
@@ -206,3 +211,21 @@ def test_gutenberg_27m_as_its_tool_wrote_it_gives_the_logits_of_the_tool(case, d
     wanted = golden[f"{case}: logits"]
     error = np.abs(np.asarray(found)[..., ::64] - wanted).max() / np.abs(wanted).max()
     assert error < 1e-5
+
+
+def test_packed_weights_are_kept_only_where_nothing_has_moved_them(tmp_path):
+    codes, scales = drawn((96, 64))
+    scales = np.full_like(scales, 120)
+    packed = {"mlp.up_proj": (codes, scales), "mlp.gate_proj": (codes, scales)}
+    checkpoint = Checkpoint(written(tmp_path / "m", tiny_decoder(), packed, QUARK))
+    _, stored = checkpoint.layer_as_stored(0)
+    parameters = {name: jnp.asarray(array) for name, array in checkpoint.layer(0).items()}
+    parameters["mlp.up_proj"] = parameters["mlp.up_proj"] * 2  # as by folding
+    sites = {
+        site: QuantizedSite(Identity(), tuple(parameters[name] for name in names))
+        for site, names in SITE_WEIGHTS.items()
+    }
+    tensors, about = layer_tensors(0, QuantizedLayer(sites, parameters, {}, {}), stored)
+    assert set(about["stored"]) == {"mlp.gate_proj"}
+    found = tensors["model.layers.0.mlp.up_proj.weight"]
+    np.testing.assert_array_equal(found, parameters["mlp.up_proj"])
