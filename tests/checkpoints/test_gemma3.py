@@ -16,7 +16,7 @@ from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
 from duquantpp_jax.models import Decoder
 from duquantpp_jax.models.families import FAMILIES
 from tests.commands.test_quantize import assert_one_line
-from tests.conftest import byte_tokenizer, tiny_decoder
+from tests.conftest import TEXT, byte_tokenizer, tiny_decoder
 
 NAME = "Gemma3ForCausalLM"
 NORMS = {"attention_in": "input_layernorm", "mlp_in": "pre_feedforward_layernorm"}
@@ -40,7 +40,7 @@ def directory(tmp_path_factory):
 
 
 def quantized(directory, out, **more):
-    quantize(QuantizeOptions(model=directory, out=out, rows=1, **more))
+    quantize(QuantizeOptions(model=directory, out=out, rows=1, calibration_text=TEXT, **more))
     return out
 
 

@@ -115,6 +115,14 @@ def test_what_a_cell_gives_does_not_depend_on_what_ran_before(ran, tiny):
         assert records.record_of(cell, found)["rows"] == outcome.records[cell]["rows"]
 
 
+def test_cells_that_are_measured_leave_no_arrays_behind(tiny):
+    kept, counts = Bench(), []
+    for seed in (1, 2, 3, 4):
+        kept.run(tiny("random_hadamard", seed=seed))
+        counts.append(len(jax.live_arrays()))
+    assert counts[1] == counts[2] == counts[3]
+
+
 @dataclasses.dataclass(frozen=True)
 class Breaks:
     """A change of the model that cannot be made."""

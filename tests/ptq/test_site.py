@@ -43,7 +43,7 @@ def _site(width=64, tokens=(2, 24), outputs=(32, 16, 16)):
 @pytest.mark.parametrize("name", sorted(FITS))
 def test_a_quantized_linear_errs_like_its_format_and_no_more(name):
     # Shapes and rule of tests/transforms/test_fits.py: the programs are compiled once.
-    x, weights = _site(256, (4, 64), (48, 16))
+    x, weights = _site(128, (4, 64), (48, 16))
     method = recipe(name, "even")
     stats = stats_of(x)
     site = quantize_linear(method, weights, stats, fit_linear(method, weights, stats, KEY))
