@@ -180,6 +180,7 @@ def run(options: CompareOptions) -> int:
     import_modules(options.imports)
     for warning in dict.fromkeys(filter(None, (cell.warning for cell in cells(options)))):
         print(warning, file=sys.stderr)
+    check_texts(options.model, options.text, options.calibration_text)
     if (used := decoded(options.model)) is not None:
         print(used)
     if options.fuse and load_config(options.model or testbed.directory()).num_experts:

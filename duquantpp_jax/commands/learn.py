@@ -165,7 +165,7 @@ def _words(value: Any) -> str:
 
 def run(options: LearnOptions) -> int:
     """Runs the command and prints the held-out KL; returns the exit code."""
-    if (used := decoded(options.model)) is not None:
+    if options.text is not None and (used := decoded(options.model)) is not None:
         print(used)
     with progress_bar() as progress:
         about = learn_fits(options, progress)
