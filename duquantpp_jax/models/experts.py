@@ -48,32 +48,30 @@ class Routed:
 
     def matmul(self, w: Float[Array, "experts n k"]) -> Float[Array, "*tokens chosen n"]:
         """x W_e^T with e the expert of each input, at the highest precision."""
-        x = self.x.reshape(-1, self.x.shape[-1])
-
-        def step(y: Array, tile: tuple[Array, Array]) -> tuple[Array, None]:
-            expert, tokens = tile
-            given = x.at[tokens].get(mode="fill", fill_value=0)
-            made = jnp.einsum("tk,nk->tn", given, w[expert], precision=HIGHEST)
-            return y.at[tokens].set(made, mode="drop"), None
-
-        empty = jnp.zeros((len(x), w.shape[1]), x.dtype)
-        y, _ = jax.lax.scan(step, empty, _tiles(self.expert.reshape(-1), len(w)))
-        return y.reshape(*self.x.shape[:-1], -1)
+        return self.each(lambda w, x: jnp.einsum("tk,nk->tn", x, w, precision=HIGHEST), w).x
 
     def each(self, of_expert: Callable[[Any, Array], Array], stacked: Any) -> Routed:
-        """The inputs after `of_expert(part, x)`, with each expert's part of a stacked pytree."""
+        """The inputs after `of_expert(part, x)`, with each expert's part of a stacked pytree.
+
+        Args:
+          of_expert: Of tokens [tile, k], each for itself.
+        """
         if not (leaves := jax.tree.leaves(stacked)):
             return self.replace(x=of_expert(stacked, self.x))  # type: ignore[attr-defined]
+        x, numbers = self.x.reshape(-1, self.x.shape[-1]), self.expert.reshape(-1)
 
-        def step(moved: Array, scanned: Any) -> tuple[Array, None]:
-            number, part = scanned
-            own = (self.expert == number)[..., None]
-            return jnp.where(own, of_expert(part, self.x), moved), None
+        def made(tile: tuple[Array, Array]) -> Array:
+            part = jax.tree.map(lambda leaf: leaf[tile[0]], stacked)
+            return of_expert(part, x.at[tile[1]].get(mode="fill", fill_value=0))
 
-        numbers = jnp.arange(len(leaves[0]), dtype=self.expert.dtype)
-        shape = jax.eval_shape(of_expert, jax.tree.map(lambda a: a[0], stacked), self.x)
-        x, _ = jax.lax.scan(step, jnp.zeros(shape.shape, shape.dtype), (numbers, stacked))
-        return self.replace(x=x)  # type: ignore[attr-defined]
+        def step(y: Array, tile: tuple[Array, Array]) -> tuple[Array, None]:
+            return y.at[tile[1]].set(made(tile), mode="drop"), None
+
+        tiles = _tiles(numbers, len(leaves[0]))
+        shape = jax.eval_shape(made, jax.tree.map(lambda leaf: leaf[0], tiles))
+        empty = jnp.zeros((len(x), shape.shape[-1]), shape.dtype)
+        y, _ = jax.lax.scan(step, empty, tiles)
+        return self.replace(x=y.reshape(*self.x.shape[:-1], -1))  # type: ignore[attr-defined]
 
     def of(self, number: Int[Array, ""]) -> tuple[Float[Array, "*tokens k"], Array]:
         """The inputs of one expert, zeros for tokens that do not go to it, and which do."""
