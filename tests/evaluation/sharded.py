@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from duquantpp_jax.evaluation.predict import Predictor, Reference
+from duquantpp_jax.evaluation.scoring import Scorer
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.walk import quantize_decoder
 from duquantpp_jax.recipes import recipe
@@ -30,6 +31,12 @@ def main() -> None:
     )
     for values, others in zip(everywhere, alone, strict=True):
         np.testing.assert_allclose(values, others, rtol=1e-6, atol=7e-6)
+    rows = [row.tolist() for row in tokens[:9, :10]]
+    everywhere, alone = (
+        Scorer(Predictor(model), batch_rows=2, devices=some)(rows) for some in (None, devices[:1])
+    )
+    for scored, other in zip(everywhere, alone, strict=True):
+        np.testing.assert_allclose(scored.log_q, other.log_q, rtol=1e-6, atol=7e-6)
     print(len(devices), "devices agree")
 
 

@@ -115,10 +115,9 @@ def test_heads_that_do_not_fit_are_refused_by_name():
 # Generating.
 
 
-@pytest.mark.parametrize("name", ["float32", "mxfp4"])
-def test_greedy_tokens_are_the_likeliest_of_the_full_forward_pass(name, model, tokens):
-    store = cache.store(name, 32)
-    prompts = tokens[0, :PROMPT].tolist(), tokens[1, : PROMPT - 3].tolist()
+def test_greedy_tokens_are_the_likeliest_of_the_full_forward_pass(model, tokens):
+    store = cache.store("mxfp4", 32)
+    prompts = tokens[0, :PROMPT].tolist(), tokens[1, : PROMPT - 2].tolist()
     new = generate(model, prompts, jax.random.key(0), store=store, new=6, linear=dense)
     for prompt, answer in zip(prompts, new, strict=True):
         assert len(answer) == 6
