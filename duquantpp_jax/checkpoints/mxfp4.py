@@ -67,9 +67,13 @@ PACKINGS = (
 def packing_of(tensor: str, found: Mapping[str, Stored]) -> Packing | None:
     """The layout of a weight among the tensors of a checkpoint; None where it is not packed."""
     for packing in PACKINGS:
-        codes, _ = packing.names(tensor)
-        if codes in found and (codes != tensor or found[codes].dtype == packing.code_type):
-            return None if codes != tensor and tensor in found else packing
+        codes, scales = packing.names(tensor)
+        if codes == tensor:  # which floats are called, too
+            fits = codes in found and found[codes].dtype == packing.code_type and scales in found
+        else:
+            fits = codes in found and tensor not in found
+        if fits:
+            return packing
     return None
 
 
