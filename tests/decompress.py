@@ -68,6 +68,7 @@ def by_library(directory: Path) -> Weights:
     from compressed_tensors.quantization import QuantizationConfig
 
     fields = json.loads((directory / "config.json").read_text())["quantization_config"]
+    fields["quantization_status"] = "compressed"  # of a model whose inputs are moved it is refused
     known = QuantizationConfig.model_fields
     config = QuantizationConfig(**{k: v for k, v in fields.items() if k in known})
     (scheme,) = config.config_groups.values()

@@ -81,6 +81,10 @@ def says(activations: Iterable[str], moved: bool, biases: bool) -> dict[str, str
             "refuses it in from_pretrained, which would leave transform_config out; by "
             f"duquantpp_jax.interop.load_transformers it {found['transformers']}"
         )
+    else:
+        found["transformers"] += (
+            " (by load_transformers in float32; from_pretrained computes in bfloat16)"
+        )
     if moved and biases:
         found["vllm"] = "fails: it moves no input of a linear with a bias"
     else:

@@ -2,6 +2,7 @@
 
 from duquantpp_jax.checkpoints import readers
 from duquantpp_jax.checkpoints.layouts import write_export
+from duquantpp_jax.checkpoints.reread import read_again
 from duquantpp_jax.commands.options.export import ExportOptions
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.recipes import import_modules
@@ -14,7 +15,8 @@ def export(options: ExportOptions, progress: Step = lambda *_: None) -> list[str
       ValueError: The format cannot express the model; one line that says why.
     """
     import_modules(options.imports)
-    return write_export(options.model, options.format, options.out, progress, options.serve)
+    notes = write_export(options.model, options.format, options.out, progress, options.serve)
+    return [*notes, read_again(options.out, options.model)] if options.check else notes
 
 
 def run(options: ExportOptions) -> int:

@@ -222,13 +222,18 @@ def job_of(options: QuantizeOptions, tokens: Tokens, source: str) -> Job:
 
 def formats_by_site(options: QuantizeOptions) -> dict[str, dict[str, str]]:
     """The full name of each site's format, of weights and of activations, as a job has them."""
-    found = {}
-    for side in ("weight_formats", "activation_formats"):
+    found, given = {}, options.scale_rule
+    rules = {"weight_formats": given or "floor", "activation_formats": given or "floor"}
+    if options.serve:
+        rules = {
+            "weight_formats": given or "mse",
+            "activation_formats": READERS[options.serve].rule,
+        }
+    for side, rule in rules.items():
         names = dict.fromkeys(SITES, "mxfp4")
-        for given in (*options.formats, *getattr(options, side)):
-            site, equals, name = given.rpartition("=")
+        for option in (*options.formats, *getattr(options, side)):
+            site, equals, name = option.rpartition("=")
             names |= dict.fromkeys([known("site", site, SITES)] if equals else SITES, name)
-        rule = options.scale_rule or (READERS[options.serve].rule if options.serve else "floor")
         found[side] = {site: format_name(under_rule(name, rule)) for site, name in names.items()}
     return found
 

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from duquantpp_jax import cli
 from duquantpp_jax.checkpoints import Quantized, readers
 from duquantpp_jax.checkpoints.compressed_tensors import pack_layer
+from duquantpp_jax.checkpoints.reread import read_again
 from duquantpp_jax.models.parameters import linear_names
 from tests.checkpoints.test_layouts import exported, quantized
 from tests.commands.test_quantize import assert_one_line
@@ -29,7 +32,8 @@ def served(tiny_directory, tmp_path_factory):
 def test_serve_takes_the_readers_rule_the_shared_form_and_folds_smoothing(served):
     job = Quantized(served[0]).job
     assert (job.recipe, job.fuse) == ("duquantpp:shared", True)
-    assert {*job.weight_formats.values(), *job.activation_formats.values()} == {"mxfp4:even"}
+    assert {*job.weight_formats.values()} == {"mxfp4:mse"}
+    assert {*job.activation_formats.values()} == {"mxfp4:even"}
 
 
 def test_one_matrix_for_each_site_stands_in_the_export_under_the_name_that_config_json_says(served):
@@ -79,7 +83,7 @@ def test_what_a_program_would_compute_otherwise_is_refused(served, tmp_path, cap
         (("vllm", "--activation-formats", "even"), "vllm rounds activations to mxfp4:rceil"),
         (
             ("transformers", "--weight-formats", "mxfp8"),
-            "takes weights in mxfp4, not in mxfp8:eve",
+            "takes weights in mxfp4, not in mxfp8:mse",
         ),
         (("vllm", "--refine", "2"), "no place for a matrix for each block"),
     ],
@@ -93,9 +97,24 @@ def test_it_is_refused_before_anything_is_quantized(more, says, tiny_directory, 
 
 def test_what_each_reader_does_is_said():
     same = readers.says(["mxfp4:even", "bf16"], moved=False, biases=True)
-    assert same["transformers"] == "gives this model's logits"
+    assert same["transformers"].startswith("gives this model's logits (by load_transformers in")
     assert same["vllm"].startswith("gives other logits: it rounds activations under rceil")
     moved = readers.says(["mxfp4:rceil"], moved=True, biases=False)
     assert moved["transformers"].startswith("refuses it in from_pretrained")
     assert moved["vllm"].startswith("gives this model's logits (in bfloat16")
     assert "fails" in readers.says(["mxfp4:rceil"], moved=True, biases=True)["vllm"]
+
+
+def test_what_was_written_is_read_again_and_a_changed_byte_is_found(served, tmp_path, capsys):
+    model, out = served
+    assert "Read again: 14 linears hold the bits of the quantized" in read_again(out, model)
+    for part in ("q_proj.weight_scale", "_input.weight"):
+        spoilt = tmp_path / part
+        shutil.copytree(out, spoilt)
+        path = spoilt / "model-00001-of-00003.safetensors"
+        tensors = load_file(path)
+        name = next(name for name in tensors if name.endswith(part))
+        tensors[name].flat[0] += 1
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match=f"{name} is not what the quantized model has"):
+            read_again(spoilt, model)

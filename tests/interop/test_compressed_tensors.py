@@ -1,17 +1,24 @@
-"""The library compressed-tensors reads what is exported for it (needs the extra `interop`)."""
+"""The library compressed-tensors and transformers read what is exported for them, and compute what
+the model here does (needs the extra `interop`)."""
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from duquantpp_jax.checkpoints import load_any
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.online import moved_online, stored_matrix, transform_of
 from duquantpp_jax.checkpoints.shards import inventory
+from duquantpp_jax.commands.export import export
+from duquantpp_jax.commands.options.export import ExportOptions
+from duquantpp_jax.evaluation.predict import kl_divergence
 from tests.checkpoints.test_layouts import exported, quantized
 from tests.checkpoints.test_mxfp4 import COMPRESSED, drawn, written
+from tests.checkpoints.test_serving import served  # noqa: F401
 from tests.conftest import tiny_decoder
 from tests.decompress import assert_equal, by_library, dequantized
 
@@ -93,3 +100,86 @@ def test_matrices_that_the_library_has_made_move_inputs_as_it_moves_them(kind, i
     with torch.no_grad():
         wanted = model(torch.from_numpy(x)).numpy()
     np.testing.assert_allclose(transform.activations(jnp.asarray(x)), wanted, rtol=1e-4, atol=1e-5)
+
+
+TOKENS = np.asarray(jax.random.randint(jax.random.key(4), (2, 24), 0, 257))
+RECIPES = [
+    ("identity", {}),
+    ("block_hadamard", {"exclude": ("*.q_proj", "*.0.mlp.down_proj")}),
+    ("wush_conditioned", {"activation_formats": ("bf16",), "rounding": "gptq"}),
+]
+
+
+def logits_of(directory):
+    """Of a quantized model here."""
+    decoder, linear, state = load_any(directory)
+    return jax.jit(lambda tokens: decoder(tokens, linear, state)[0])
+
+
+def logits_in_transformers(model, tokens):
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.from_numpy(np.asarray(tokens, np.int64))).logits
+        return jnp.asarray(logits.float().numpy())
+
+
+def kl(logits, other):
+    return float(kl_divergence(*map(jax.nn.log_softmax, (logits, other))).mean())
+
+
+def test_a_fitted_model_computes_and_writes_in_transformers_what_it_does_here(served):  # noqa: F811
+    import torch
+
+    from duquantpp_jax.interop import load_transformers
+
+    model, ours = load_transformers(served[1]), logits_of(served[0])
+    wanted = ours(TOKENS)
+    assert kl(wanted, logits_in_transformers(model, TOKENS)) < 1e-6
+    tokens = np.array(TOKENS)
+    for place in range(4, 24):
+        tokens[:, place] = ours(tokens)[:, place - 1].argmax(-1)
+    start = torch.from_numpy(TOKENS[:, :4].astype(np.int64))
+    written = model.generate(start, max_new_tokens=20, min_new_tokens=20, do_sample=False)
+    np.testing.assert_array_equal(written.numpy(), tokens)
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+    assert kl(wanted, logits_in_transformers(model, TOKENS)) > 0.01
+
+
+def test_transformers_alone_refuses_what_it_would_compute_wrongly(served):  # noqa: F811
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(ValueError, match=r"inputs are moved: load by duquantpp_jax\.interop"):
+        AutoModelForCausalLM.from_pretrained(served[1])
+    with pytest.raises(ValueError, match="model type `duquantpp_jax`"):
+        AutoModelForCausalLM.from_pretrained(served[0])
+    from duquantpp_jax.interop import load_transformers
+
+    with pytest.raises(ValueError, match="is no export in compressed-tensors"):
+        load_transformers(served[0])
+
+
+@pytest.mark.parametrize(("recipe", "more"), RECIPES)
+def test_exports_for_transformers_have_the_logits_of_the_model(
+    recipe, more, tiny_directory, tmp_path
+):
+    from duquantpp_jax.interop import load_transformers
+
+    model = quantized(tiny_directory, tmp_path / "q", recipe=recipe, serve="transformers", **more)
+    export(ExportOptions(model, serve="transformers", out=tmp_path / "e"))
+    found = logits_in_transformers(load_transformers(tmp_path / "e"), TOKENS)
+    assert kl(logits_of(model)(TOKENS), found) < (1e-4 if "activation_formats" in more else 1e-6)
+    if recipe == "identity":  # nothing is left out: transformers may load it alone, in bfloat16
+        from transformers import AutoModelForCausalLM
+
+        alone = AutoModelForCausalLM.from_pretrained(tmp_path / "e")
+        assert np.isfinite(logits_in_transformers(alone, TOKENS)).all()
+
+
+def test_a_dequantized_export_loads_as_a_float_model(served, tmp_path):  # noqa: F811
+    from duquantpp_jax.interop import load_transformers
+
+    exported(served[0], tmp_path / "d", "dequantized")
+    found = logits_in_transformers(load_transformers(tmp_path / "d"), TOKENS)
+    assert kl(logits_of(tmp_path / "d")(TOKENS), found) < 1e-6

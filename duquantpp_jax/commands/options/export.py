@@ -20,6 +20,7 @@ class ExportOptions:
         activations not quantized), or gpt-oss (its own layout of MXFP4 experts).
       serve: The program that is to read it: refuses what that would compute otherwise, which
         quantize --serve prevents.
+      check: Read what was written again, and compare every bit of packed linears.
       out: New directory.
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
@@ -27,5 +28,6 @@ class ExportOptions:
     model: Path
     format: Layout = "compressed-tensors"
     serve: Serve | None = None
+    check: bool = False
     out: Path = Path("exported")
     imports: Imports = ()

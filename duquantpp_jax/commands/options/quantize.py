@@ -20,11 +20,11 @@ class QuantizeOptions:
         a recipe.
       rounding: How moved weights are rounded.
       serve: The program that is to run the model as export --format compressed-tensors gives it:
-        takes its scale rule and the recipe's shared form, folds smoothing, and refuses what it
-        would compute otherwise (docs/serving.md).
+        takes its scale rule for activations and the recipe's shared form, folds smoothing, and
+        refuses what it would compute otherwise (docs/serving.md).
       scale_rule: How a block's scale is chosen where a format has scale rules and its name says
-        none: floor, ceil, even, rceil, mse; for mxfp4 also log256, fp32. Without it floor, or the
-        rule of --serve.
+        none: floor, ceil, even, rceil, mse; for mxfp4 also log256, fp32. With --serve of weights
+        alone. Without it floor; with --serve mse, which costs nothing to serve.
       calibration_text: Text to calibrate on, documents separated by <|endoftext|> or lines of a
         .jsonl file; without it model: rows that the model writes itself, with all of it in memory
         (or, without --model, the embedded rows).

@@ -1,0 +1,192 @@
+"""What does a quantized model lose on its way into other programs?
+
+Hypothesis: nothing where the program moves inputs by one matrix a site and rounds activations by
+  the rule that the model was quantized for; one matrix for all blocks costs a fitted recipe most of
+  what it gained on the Hadamard matrix.
+Method: each recipe is quantized with --serve transformers (weights under mse, activations under
+  even, smoothing folded), exported and loaded by `interop.load_transformers`. KL is to the float
+  model, of
+    ours          the quantized model here
+    loaded        the export in transformers and compressed-tensors, float32 on a CPU
+    left out      the same without its transform_config, which is what from_pretrained would give
+    vLLM's rule   the quantized model here, with activations under rceil, as in vLLM's source
+    dequantized   the export of plain bfloat16 weights, activations as they are
+  A recipe with a matrix for each block is refused by compressed-tensors; its row is there for what
+  sharing costs.
+Command: python -m experiments.elsewhere --out FILE, with the extra interop; and
+  [--model DIR --text FILE --calibration-text FILE --tokens N --recipes NAME ..]
+Cost: a minute a recipe on gutenberg-27m, on two cores that nothing else uses.
+Last result: docs/serving.md, made of results/elsewhere_*.json.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from duquantpp_jax import files
+from duquantpp_jax.checkpoints import load, load_any
+from duquantpp_jax.checkpoints.layouts import write_export
+from duquantpp_jax.commands.options.quantize import QuantizeOptions
+from duquantpp_jax.commands.quantize import quantize
+from duquantpp_jax.evaluation.predict import Predictor, Reference, kl_divergence
+from duquantpp_jax.evaluation.subject import environment, load_rows, model_and_hash, name_and_hash
+from duquantpp_jax.interop import load_transformers
+from duquantpp_jax.models import SITES
+from duquantpp_jax.ptq.site import QuantizedLinear
+from duquantpp_jax.recipes import SHARED, find_format
+
+RECIPES = (
+    "identity",
+    "block_hadamard",
+    "smooth_hadamard",
+    "duquantpp",
+    "wush_conditioned",
+    "learned_rotation",
+    "learned_affine",
+)
+FITTED = RECIPES[3:]
+"""Those with a matrix for each block, and a shared form."""
+COLUMNS = {
+    "ours": "KL of ours",
+    "loaded": "loaded in transformers",
+    "left_out": "matrices left out",
+    "vllm_rule": "vLLM's rule, ours",
+    "dequantized": "dequantized, W4A16",
+}
+
+
+def measure(
+    recipe: str, how: dict[str, Any], reference: Reference, place: Path, *, per_block: bool
+) -> dict[str, Any]:
+    """The KL of a recipe, by column, and bytes; with a matrix for each block of ours alone."""
+    same = {"recipe": recipe, "out": place / "q", **how}
+    if per_block:
+        formats = {"weight_formats": ("mse",), "activation_formats": ("even",)}
+        quantize(QuantizeOptions(fuse=True, **formats, **same))
+    else:
+        quantize(QuantizeOptions(serve="transformers", **same))
+    decoder, linear, state = load_any(place / "q")
+    targets = reference.tokens[:, 1:].size
+
+    def kl(predictor: Predictor) -> float:
+        return float(reference.row_sums(predictor).kl.sum() / targets)
+
+    rceil = QuantizedLinear(tuple((site, find_format("mxfp4:rceil")) for site in SITES))
+    found: dict[str, Any] = {
+        "ours": kl(Predictor(decoder, linear, state)),
+        "vllm_rule": kl(Predictor(decoder, rceil, state)),
+    }
+    write_export(place / "q", "dequantized", place / "d")
+    found["dequantized"] = kl(Predictor(load(place / "d")))
+    found["dequantized_bytes"] = _bytes(place / "d")
+    if not per_block:
+        write_export(place / "q", "compressed-tensors", place / "e")
+        found["bytes"] = _bytes(place / "e")
+        found |= in_transformers(place / "e", reference)
+    return found
+
+
+def in_transformers(directory: Path, reference: Reference) -> dict[str, float]:
+    """The KL of an export as loaded, and with its matrices left out, where it has some."""
+    import torch
+
+    model = load_transformers(directory)
+    given = reference._given
+    run = jax.jit(lambda tokens: given.log_probabilities(tokens))
+
+    def kl() -> float:
+        total = 0.0
+        for row in reference.tokens:
+            with torch.no_grad():
+                logits = model(torch.from_numpy(row[None, :-1].astype(np.int64))).logits.numpy()
+            log_q = jax.nn.log_softmax(jnp.asarray(logits))
+            total += float(kl_divergence(run(jnp.asarray(row[None])), log_q).sum())
+        return total / reference.tokens[:, 1:].size
+
+    found = {"loaded": kl()}
+    hooked = [m for m in model.modules() if m._forward_pre_hooks]
+    if hooked:
+        for module in hooked:
+            module._forward_pre_hooks.clear()
+        found["left_out"] = kl()
+    return found
+
+
+def _bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def table(results: dict[str, Any]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "| | " + " | ".join(COLUMNS.values()) + " | MB packed | MB dequantized |",
+        "| --- |" + " ---: |" * (len(COLUMNS) + 2),
+    ]
+    for name, row in results["rows"].items():
+        cells = [f"{row[c]:.4f}" if c in row else "-" for c in COLUMNS]
+        sizes = [row.get(c) for c in ("bytes", "dequantized_bytes")]
+        cells += [f"{size / 1e6:.1f}" if size else "refused" for size in sizes]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures what is not in the file yet, and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--calibration-text", type=Path)
+    parser.add_argument("--tokens", type=int, default=2044)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rounding", default="rtn")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    rows = load_rows(options.model, options.text, options.tokens, "evaluation")
+    reference = Reference(Predictor(load_any(options.model or _testbed())[0]), rows.tokens)
+    how = {
+        "model": options.model,
+        "calibration_text": options.calibration_text,
+        "rounding": options.rounding,
+        "rows": options.rows,
+    }
+    results: dict[str, Any] = {"rows": {}}
+    if options.out.is_file():
+        results = json.loads(options.out.read_text(encoding="utf-8"))
+    results |= {
+        "model": model_and_hash(options.model),
+        "text": name_and_hash(options.text),
+        "targets": rows.tokens[:, 1:].size,
+        "calibration_rows": options.rows,
+        "rounding": options.rounding,
+        "environment": environment(),
+    }
+    for recipe in options.recipes:
+        names = (recipe, recipe + SHARED) if recipe in FITTED else (recipe,)
+        for name in names:
+            if name in results["rows"]:
+                continue
+            per_block = name in FITTED
+            with tempfile.TemporaryDirectory() as place:
+                given = name.removesuffix(SHARED)
+                row = measure(given, how, reference, Path(place), per_block=per_block)
+            results["rows"][name] = row
+            files.write_whole(options.out, files.to_json(results))
+            print(name, row, flush=True)
+    print(table(results))
+
+
+def _testbed() -> Path:
+    from duquantpp_jax.checkpoints import testbed
+
+    return testbed.directory()
+
+
+if __name__ == "__main__":
+    main()
