@@ -1,12 +1,15 @@
-"""The command line: `duquantpp COMMAND`.
+"""The command line: `duquantpp COMMAND`; `duquantpp --version` prints versions.
 
 A command is a frozen dataclass of options. Bad input is one line on stderr and exit code 2, never
 a traceback; Ctrl-C is exit code 130.
 """
 
 import contextlib
+import difflib
 import importlib
+import importlib.metadata
 import io
+import platform
 import re
 import sys
 from collections.abc import Sequence
@@ -14,6 +17,7 @@ from typing import Any
 
 import tyro
 
+from duquantpp_jax import __version__
 from duquantpp_jax.commands import options
 from duquantpp_jax.commands.progress import remembering_interrupts
 
@@ -27,6 +31,7 @@ COMMANDS: dict[str, type] = {
     "quantize": options.QuantizeOptions,
     "export": options.ExportOptions,
     "inspect": options.InspectOptions,
+    "recipes": options.RecipesOptions,
     "kernels": options.KernelOptions,
 }
 """Options of each command."""
@@ -34,9 +39,13 @@ COMMANDS: dict[str, type] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments) == ["--version"]:
+        print(versions())
+        return 0
     try:
         with remembering_interrupts():
-            given = _parse(sys.argv[1:] if arguments is None else arguments)
+            given = _parse(arguments)
             name = next(name for name, kind in COMMANDS.items() if type(given) is kind)
             room = "kernels.proof" if name == "kernels" else f"commands.{name}"
             # Imported only now: `--help` and what the parser refuses need no JAX.
@@ -53,8 +62,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def versions() -> str:
+    """Versions of the package, of Python and of what computes, in one line.
+
+    They are read from the metadata of what is installed. Devices are not named: to ask for them
+    imports JAX and takes hold of a GPU.
+    """
+    computing = (f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax"))
+    python = f"Python {platform.python_version()}"
+    return ", ".join((f"duquantpp_jax {__version__}", *computing, python))
+
+
 def _parse(arguments: Sequence[str]) -> Any:
     """The options of the chosen command; ValueError has the parser's message as one line."""
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        near = difflib.get_close_matches(arguments[0].lower(), COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"
+        raise ValueError(f"unknown command {arguments[0]!r}: {hint}")
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

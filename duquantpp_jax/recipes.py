@@ -9,6 +9,7 @@ fit, a rounding or a format wherever one is named. A name that a file says impor
 import dataclasses
 import difflib
 import importlib
+import re
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -76,6 +77,17 @@ FITS: dict[str, Fit] = {
 """How each named recipe is fitted; all are rounded by any of ROUNDINGS, in any format."""
 
 ALIASES = {"identity": "rtn"}
+
+ELSEWHERE = {
+    "hadamard": "block_hadamard",
+    "quarot": "full_hadamard",
+    "smoothquant": "smooth",
+    "spinquant": "learned_rotation",
+    "flatquant": "learned_affine",
+    "bfloat16": "bf16",
+}
+"""Names that others use; an error suggests the nearest one that is known here."""
+
 SHARED = ":shared"
 
 ROUNDINGS: dict[str, Rounding] = {
@@ -258,10 +270,13 @@ def checked_seed(seed: int) -> int:
 
 
 def known(kind: str, name: str, names: Iterable[str]) -> str:
-    """`name`, if it is one of `names`; else ValueError, which says the nearest of them, or all."""
+    """`name`, if it is one of `names`; else ValueError, which says what was meant, or all."""
     names = list(names)
     if name in names:
         return name
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(names)}"
+    plain = re.sub(r"[^a-z0-9]+", "_", name.lower().replace("+", "p")).strip("_")
+    meant = {other: ours for other, ours in ELSEWHERE.items() if ours in names}
+    meant |= dict(zip(names, names, strict=True))
+    near = difflib.get_close_matches(plain, meant, n=1)
+    hint = f"did you mean {meant[near[0]]}?" if near else f"choose one of {', '.join(names)}"
     raise ValueError(f"unknown {kind} {name!r}: {hint}")

@@ -1,6 +1,7 @@
 """The command line as a user types it: the contract of results.json, and bad input in one line."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from duquantpp_jax import cli, files
+from duquantpp_jax import __version__, cli, files
 from duquantpp_jax.checkpoints import save
 from duquantpp_jax.commands.compare import CompareOptions, cells
 from experiments import bench_start
@@ -242,7 +243,9 @@ def test_a_bad_option_is_one_line(more, says, tiny_directory, tiny_text, tmp_pat
     ("arguments", "says"),
     [
         ([], "compare"),
-        (["compair"], "Unrecognized options: compair"),
+        (["compair"], "unknown command 'compair': did you mean compare?"),
+        (["Quantise", "--help"], "unknown command 'Quantise': did you mean quantize?"),
+        (["xyzzy"], "unknown command 'xyzzy': choose one of compare, ablate,"),
         (["kernels", "--target", "b2000"], "b2000"),
         (["compare", "--model", "somewhere"], "--model needs --text and --calibration-text"),
     ],
@@ -322,7 +325,9 @@ def test_an_interrupt_that_a_library_swallows_is_raised_at_the_next_step(
 ANSWERS = """
 import sys
 from duquantpp_jax import cli
-for words in (["--help"], ["compare", "--help"], ["quantize", "--rows", "x"]):
+for words in (
+    ["--help"], ["compare", "--help"], ["--version"], ["quantize", "--rows", "x"], ["compair"]
+):
     try:
         code = cli.main(words)
     except SystemExit as stop:
@@ -335,7 +340,15 @@ def test_help_and_what_the_parser_refuses_do_not_wait_for_jax():
     done = subprocess.run([sys.executable, "-c", ANSWERS], capture_output=True, text=True)
     assert bench_start.seconds(["--help"], 1)["user_seconds"] > 0
     said = [line for line in done.stdout.splitlines() if line.startswith("['")]
-    assert [line.split("] ")[1] for line in said] == ["0 False False"] * 2 + ["2 False False"]
+    assert [line.split("] ")[1] for line in said] == ["0 False False"] * 3 + ["2 False False"] * 2
+
+
+def test_the_package_runs_as_a_module_and_says_versions():
+    command = [sys.executable, "-m", "duquantpp_jax", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    ours, *others = done.stdout.strip().split(", ")
+    assert (done.returncode, done.stderr, ours) == (0, "", f"duquantpp_jax {__version__}")
+    assert f"jax {importlib.metadata.version('jax')}" in others
 
 
 LISTENING = """

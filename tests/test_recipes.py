@@ -7,8 +7,10 @@ from duquantpp_jax.formats import MXFP8, NVFP4, FP32Scale
 from duquantpp_jax.formats.plain import BFloat16
 from duquantpp_jax.recipes import (
     ALIASES,
+    ELSEWHERE,
     FITS,
     FORMATS,
+    ROUNDINGS,
     RULES,
     find_format,
     format_name,
@@ -141,8 +143,21 @@ def test_the_papers_setting_is_that_of_the_text():
         ("hadamrd", "floor", "rtn", "unknown recipe 'hadamrd'"),
         ("rtn", "rcel", "rtn", "did you mean rceil"),
         ("rtn", "floor", "nearest", "unknown rounding 'nearest': choose one of"),
+        ("hadamard", "floor", "rtn", "'hadamard': did you mean block_hadamard"),
+        ("hadamrd:shared", "floor", "rtn", "'hadamrd': did you mean block_hadamard"),
+        ("DuQuant++", "floor", "rtn", "did you mean duquantpp[?]"),
+        ("DuQuant", "floor", "rtn", "did you mean duquant[?]"),
+        ("QuaRot", "floor", "rtn", "did you mean full_hadamard"),
+        ("Smooth-Quant", "floor", "rtn", "did you mean smooth[?]"),
+        ("rtn", "MXFP4", "rtn", "did you mean mxfp4[?]"),
+        ("rtn", "floor", "GTPQ", "did you mean gptq[?]"),
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest(name, rule, rounding, says):
     with pytest.raises(ValueError, match=says):
         recipe(name, rule, rounding)
+
+
+def test_names_that_others_use_lead_to_names_that_are_known():
+    assert set(ELSEWHERE.values()) <= {*FITS, *ROUNDINGS, *FORMATS}
+    assert not set(ELSEWHERE) & {*FITS, *ROUNDINGS, *FORMATS}

@@ -16,6 +16,8 @@ class BFloat16(Format):
 
     Attributes:
       block_size: Channels that a block transform mixes; there are no scales.
+
+    Source: W4A16, as in GPTQ, arXiv 2210.17323.
     """
 
     _: dataclasses.KW_ONLY

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from duquantpp_jax.core import Format, Needs
 from duquantpp_jax.models import DecoderConfig
@@ -101,9 +102,21 @@ def running_bytes(config: DecoderConfig, rows: int, length: int, stored: float) 
 
 def packed_bytes(format: Format, n: int, k: int) -> int:
     """Bytes of weights [n, k] as they are stored: those of a block, for every block."""
-    block = format.encode(jnp.zeros((1, format.block_size), jnp.float32))
-    of_tensor = 4 * (block.tensor_scale is not None)
-    return n * k // format.block_size * (storage_bytes(block) - of_tensor) + of_tensor
+    of_block, of_tensor = block_bytes(format)
+    return n * k // format.block_size * of_block + of_tensor
+
+
+def block_bytes(format: Format) -> tuple[int, int]:
+    """Bytes of a block of weights as it is stored, and those of its tensor; nothing is computed."""
+    found = []
+
+    def measure(x: Array) -> None:
+        block = format.encode(x)
+        of_tensor = 4 * (block.tensor_scale is not None)
+        found.append((storage_bytes(block) - of_tensor, of_tensor))
+
+    jax.eval_shape(measure, jax.ShapeDtypeStruct((1, format.block_size), jnp.float32))
+    return found[0]
 
 
 def flops_per_second() -> float:

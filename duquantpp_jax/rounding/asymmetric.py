@@ -24,7 +24,7 @@ from duquantpp_jax.rounding.gptq import GPTQ, HIGHEST, damped
 
 @dataclasses.dataclass(frozen=True)
 class Asymmetric:
-    """The rounding. Needs moments of the quantized path's input, and of it with the float path's.
+    """Weights fitted to the float output on quantized inputs, then rounded by `rounding`.
 
     Attributes:
       damping: l, in units of the mean diagonal of X^^T X^.

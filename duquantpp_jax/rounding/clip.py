@@ -29,7 +29,7 @@ Importance = Float[Array, " k"]
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """The rounding.
+    """The scale of each block or row, of a few that are tried, with the least error.
 
     Attributes:
       option: What of `Format.quantize` is searched.

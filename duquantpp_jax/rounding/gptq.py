@@ -27,7 +27,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 @dataclasses.dataclass(frozen=True)
 class GPTQ:
-    """The rounding. Needs the Gram matrix of the moved and quantized input.
+    """Columns in turn; later ones compensate for the error of each (GPTQ).
 
     Attributes:
       damping: Added to H's diagonal, in units of its mean.

@@ -9,7 +9,10 @@ from duquantpp_jax.core import Format, MXArray, Needs, Stats
 
 @dataclasses.dataclass(frozen=True)
 class Rtn:
-    """The rounding."""
+    """Every number to the nearest that its format has.
+
+    Source: OCP MX v1.0, section 6.3.
+    """
 
     needs = Needs.NOTHING
 

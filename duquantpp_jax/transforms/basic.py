@@ -115,7 +115,10 @@ class Permute(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class FitIdentity:
-    """The identity."""
+    """Inputs stay as they are.
+
+    Source: by definition.
+    """
 
     needs = Needs.NOTHING
 

@@ -6,6 +6,8 @@ With X_b the tokens of a block and V the eigenvectors of X_b^T X_b, largest eige
 
 V concentrates the energy in few channels. That suits channels with a scale each, but not a block
 that shares a scale; the Hadamard matrix H spreads the energy evenly again.
+
+Source: Hotelling, Analysis of a complex of statistical variables into principal components (1933).
 """
 
 import dataclasses

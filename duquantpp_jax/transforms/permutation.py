@@ -51,7 +51,7 @@ def balanced(mass: Float[np.ndarray, " k"], size: int) -> Int[np.ndarray, " k"]:
 
 @dataclasses.dataclass(frozen=True)
 class FitPermutation:
-    """Chooses the channels that share a block; see the top of this file.
+    """Reorders channels, which chooses those that share a block.
 
     Attributes:
       size: Channels of a block, which a later rotation mixes.

@@ -66,7 +66,7 @@ def wush(
 
 @dataclasses.dataclass(frozen=True)
 class FitWush:
-    """WUSH in float64 on the host.
+    """WUSH: second moments of inputs and weights balanced, in float64 on the host.
 
     Attributes:
       damping: In units of the mean diagonal of each second moment; the least damping where

@@ -12,8 +12,9 @@ from duquantpp_jax.commands.options.inspect import InspectOptions
 from duquantpp_jax.commands.options.kernels import Options as KernelOptions
 from duquantpp_jax.commands.options.learn import LearnOptions, LearnSettings
 from duquantpp_jax.commands.options.quantize import QuantizeOptions
+from duquantpp_jax.commands.options.recipes import RecipesOptions
 from duquantpp_jax.commands.options.serve import ServeOptions
 
 __all__ = ["AblateFile", "AblateOptions", "CompareOptions", "EvaluateOptions", "ExportOptions"]
 __all__ += ["GenerateOptions", "InspectOptions", "KernelOptions", "LearnOptions", "LearnSettings"]
-__all__ += ["QuantizeOptions", "ServeOptions"]
+__all__ += ["QuantizeOptions", "RecipesOptions", "ServeOptions"]
