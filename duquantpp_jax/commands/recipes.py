@@ -71,7 +71,7 @@ def cost(value: Any) -> str:
 def bits(format: Format) -> float:
     """Stored bits of a number, scales with it; a scale of the whole tensor is left out."""
     if not format.holds_weights:
-        return 16
+        return 16.0  # what it leaves in bfloat16
     return 8 * block_bytes(format)[0] / format.block_size
 
 
