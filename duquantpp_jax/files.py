@@ -1,10 +1,20 @@
-"""Files that are written whole or not at all: under a temporary name that is then changed."""
+"""Files that are written whole or not at all, and are checked when they are read.
+
+A file is written under a temporary name that is then changed. Tensors are written with a hash of
+names, types, shapes, numbers and metadata, and whatever a reader raises for a broken file is one
+line that names the file (`reading`).
+"""
 
 import contextlib
+import errno
+import functools
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,8 +22,71 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+ABOUT = "duquantpp_jax"
+"""The entry of a safetensors file's metadata that says what its tensors are, as JSON."""
+
+
+def process(pid: int | None = None) -> dict[str, str | int]:
+    """Names a process of this machine, by default this one: a later one of its pid has another
+    start. The start is in the system's ticks; -1 if it is dead; 0 on systems without /proc."""
+    pid = os.getpid() if pid is None else pid
+    return {"host": socket.gethostname(), "pid": pid, "start": _start(pid)}
+
+
+def _start(pid: int) -> int:
+    try:
+        if not Path("/proc/self/stat").exists():
+            with contextlib.suppress(PermissionError):  # it lives and belongs to another user
+                os.kill(pid, 0)
+            return 0
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return -1
+    state, start = fields[0], fields[19]
+    return -1 if state in "ZX" else int(start)
+
+
+@contextlib.contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """A name beside a path that holds the name of this process; at the end it is removed.
+
+    Those that dead processes of this machine have left for the same path are removed before.
+    """
+    own = process()
+    host = re.sub(r"\W", "_", str(own["host"]))[:32]
+    left = re.compile(rf"\.{re.escape(path.name)}\.{host}-(\d+)-(\d+)-[0-9a-f]{{8}}")
+    for other in path.parent.iterdir():
+        found = left.fullmatch(other.name)
+        if found and process(int(found[1]))["start"] != int(found[2]):
+            _remove(other)
+    unique = f"{host}-{own['pid']}-{own['start']}-{secrets.token_hex(4)}"
+    name = path.parent / f".{path.name}.{unique}"
+    try:
+        yield name
+    finally:
+        _remove(name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or a directory is on the disk, where the system can say so."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def cache_directory() -> Path:
@@ -24,18 +97,12 @@ def cache_directory() -> Path:
 @contextlib.contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A temporary path to write to; at the end it is renamed to `path`."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink()
-        raise
+    with temporary(path) as name:
+        yield name
+        name.chmod(0o644)
+        sync(name)
+        os.replace(name, path)
+        sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -48,13 +115,11 @@ def new_directory(path: Path) -> Iterator[Path]:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} already exists: give the name of a new directory")
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        partial.chmod(0o755)  # mkdtemp's 0700 would hide it from others
+    with temporary(path) as partial:
+        partial.mkdir()
         yield partial
         partial.replace(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        sync(path.parent)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -64,20 +129,116 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Writes arrays as a safetensors file with `write_whole`."""
-    arrays = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
-    write_whole(path, safetensors.numpy.save(arrays, dict(metadata)))
+def write_tensors(path: Path, tensors: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Writes arrays as a safetensors file, whole or not at all, with a hash of its contents.
+
+    Args:
+      about: What JSON can say of the tensors; `read_tensors` gives it.
+    """
+    arrays = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
+    hashed = {**about, "sha256": _hash_of(arrays, about)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as temporary:
+        save_file(arrays, temporary, {ABOUT: to_json(hashed, indent=None).decode()})
 
 
-def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """All tensors of a safetensors file, and its metadata; raises ValueError if it is none."""
-    try:
+def read_tensors(path: Path, remedy: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors that `write_tensors` wrote, and what it was told of them.
+
+    Args:
+      remedy: What to do if the file is broken.
+
+    Raises:
+      ValueError: The file is no such file, or holds other contents than were written.
+    """
+    with reading(path, remedy):
+        about = read_about(path, remedy)
         with safe_open(path, framework="numpy") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from None
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    written = about.pop("sha256", None)
+    if written is None:
+        raise ValueError(f"{path} has no hash of its contents: it is of an old version; {remedy}")
+    if (found := _hash_of(tensors, about)) != written:
+        raise ValueError(
+            f"{path} holds contents of SHA-256 {found[:16]}, and says {written!s:.16}: {remedy}"
+        )
+    return tensors, about
+
+
+def read_about(path: Path, remedy: str) -> dict[str, Any]:
+    """What a safetensors file of this package says of its tensors; raises ValueError if nothing."""
+    with reading(path, remedy), safe_open(path, framework="numpy") as file:
+        about = json.loads((file.metadata() or {}).get(ABOUT, "null"))
+    if not isinstance(about, dict):
+        raise ValueError(f"{path} was not written by duquantpp_jax: {remedy}")
+    return about
+
+
+def check_finite(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError if a tensor of a file has NaN or Inf; names it and counts them."""
+    for name, array in tensors.items():
+        if np.issubdtype(array.dtype, np.integer) or array.dtype == bool:
+            continue
+        # The largest magnitude says it all: NaN wins every maximum. Bits, as integers are fast.
+        unsigned = np.dtype(f"uint{8 * array.itemsize}")
+        largest = (array.view(unsigned) & np.iinfo(unsigned).max >> 1).max(initial=0)
+        if not np.isfinite(largest.view(array.dtype)):
+            wrong = np.count_nonzero(~np.isfinite(array))
+            raise ValueError(
+                f"{path}: {name} has NaN or Inf in {wrong} of {array.size} numbers: all of them "
+                "must be finite"
+            )
+
+
+def _hash_of(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> str:
+    total = hashlib.sha256(json.dumps(about, sort_keys=True, allow_nan=False).encode())
+    for name, array in arrays.items():
+        total.update(f"{name} {array.dtype} {array.shape} ".encode())
+        total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def reading(path: Path, remedy: str) -> Iterator[None]:
+    """Whatever a broken file makes its reader raise becomes a ValueError of one line.
+
+    Args:
+      path: The file; an error that names it is left as it is.
+      remedy: What to do if it is broken.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: {remedy}") from None
+    except (
+        *(ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError),
+        *(SafetensorError, ValueError),
+    ) as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path} cannot be read ({kind}{one_line(error)}): {remedy}") from None
+
+
+def read_json(path: Path, remedy: str = "restore the file") -> dict[str, Any]:
+    """The object in a JSON file; raises ValueError if the file holds none."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({one_line(error)}): {remedy}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is a {type(content).__name__}: it must be a JSON object")
+    return content
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, on one line of at most 200 characters."""
+    return printable(" ".join(str(error).split()))[:200]
+
+
+def printable(text: str) -> str:
+    """Text whose control characters are written out, so that a terminal does not obey them."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def to_json(value: Any, *, indent: int | None = 1) -> bytes:
@@ -90,7 +251,14 @@ def to_json(value: Any, *, indent: int | None = 1) -> bytes:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """SHA-256 of a file, in hexadecimal; computed again only if the file was written again."""
+    found = path.stat()
+    written = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return _sha256(path, *written)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(path: Path, *written: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

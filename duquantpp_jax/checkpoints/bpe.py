@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from duquantpp_jax.checkpoints import sentencepiece
-from duquantpp_jax.checkpoints.shards import one_line
+from duquantpp_jax.files import one_line
 
 _CONTROL, _USER_DEFINED = 3, 4
 _WORDS = (

@@ -3,6 +3,7 @@
     config.json             the float model's, with a quantization_config that names the job, and
                             model_type duquantpp_jax, which transformers and vLLM refuse
     quantization.json       the job alone; written first
+    SHA256SUMS              the hash of every file, by which it is checked when it is read (seal.py)
     layer-00000.safetensors ...                  a file for each layer
     outside-*.safetensors                        embedding, last norm, head: as they were
     quantized.safetensors.index.json             which tensor is where; written last but config.json
@@ -22,41 +23,46 @@ and in its metadata one entry, a JSON text with the schema, the job, and what it
 tensors. (The order of several entries is not the same from run to run.)
 """
 
-import json
+import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from jaxtyping import Array
 from safetensors.numpy import load_file
 
+from duquantpp_jax import files
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint, outermost, take_layers
 from duquantpp_jax.checkpoints.packed import load_packed
-from duquantpp_jax.checkpoints.shards import read_json
+from duquantpp_jax.checkpoints.seal import SEALED, sealed
 from duquantpp_jax.checkpoints.source import CONFIG, Directory
-from duquantpp_jax.core import Fitted
+from duquantpp_jax.core import Fitted, Format, MXArray
+from duquantpp_jax.files import check_finite, read_json, reading
 from duquantpp_jax.formats.tensors import from_tensors
 from duquantpp_jax.models import Decoder, DecoderConfig, Linear, dense
 from duquantpp_jax.models.parameters import (
     LINEARS,
     SITE_WEIGHTS,
     SITES,
+    experts,
     layer_prefix,
+    parameter_shapes,
     tensor_name,
 )
 from duquantpp_jax.ptq.plan import Plan
-from duquantpp_jax.ptq.site import PackedFloat, QuantizedLinear, QuantizedSite
+from duquantpp_jax.ptq.site import PackedFloat, QuantizedLinear, QuantizedSite, quantize_input
 from duquantpp_jax.ptq.walk import State, stack_layers
 from duquantpp_jax.recipes import find_format
 from duquantpp_jax.transforms.storage import from_arrays
 
 METHOD = "duquantpp_jax"
-JOB, REPORT = "quantization.json", "report.json"
-ABOUT = "duquantpp_jax"
-"""The entry of a file's metadata."""
+JOB, REPORT = SEALED, "report.json"
+AGAIN = "copy the file again, or quantize again"
 
 
 def layer_file(number: int) -> str:
@@ -75,6 +81,7 @@ class Quantized:
     Attributes:
       fields: What config.json says, as that of the float model.
       job: What was done.
+      plan: What was done to which linears.
 
     Raises:
       ValueError: There is none, it is not finished, or was written by a newer version.
@@ -86,48 +93,80 @@ class Quantized:
             raise ValueError(
                 f"{directory} is no quantized model: give what duquantpp quantize wrote"
             )
-        described = read_json(self.directory / JOB)
-        check_schema(self.directory / JOB, described.get("schema"))
-        self.job = Job.from_dict(described.get("job", {}))
+        self.job = read_job(self.directory)
         if not (self.directory / CONFIG).is_file():
             raise ValueError(
                 f"{directory} is not finished: run the duquantpp quantize that began it again"
             )
+        sealed(self.directory / JOB)
         self.fields = Directory(self.directory).fields()
-        about = self.fields.pop("quantization_config", {})
-        if "model_type" in about:  # older directories kept it in its place
-            self.fields["model_type"] = about["model_type"]
-        self.config = DecoderConfig.from_dict(self.fields)
-
-    @property
-    def plan(self) -> Plan:
-        """What was done to which linears."""
-        return self.job.plan(self.config, done=True)
+        with reading(self.directory / CONFIG, AGAIN):
+            about = self.fields.pop("quantization_config", {})
+            if "model_type" in about:  # older directories kept it in its place
+                self.fields["model_type"] = about["model_type"]
+            self.config = DecoderConfig.from_dict(self.fields)
+        with reading(self.directory / JOB, AGAIN):
+            self.plan = self.job.plan(self.config, done=True)
+        found = len(list(self.directory.glob(layer_file(0).replace("00000", "*"))))
+        if found != self.config.num_hidden_layers:
+            raise ValueError(
+                f"{directory} has {found} files of layers, and {CONFIG} says "
+                f"{self.config.num_hidden_layers}: {AGAIN}"
+            )
 
     def layer(self, number: int) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSite]]:
-        """What `read_layer` gives."""
-        return read_layer(self.directory / layer_file(number))
+        """What `read_layer` gives, checked against the seal, the job and config.json."""
+        path = sealed(self.directory / layer_file(number))
+        with reading(path, AGAIN):
+            return checked(path, number, self.job, self.plan)
 
     def report(self) -> list[dict[str, Any]]:
         """What quantizing cost each linear (docs/quantize.md)."""
-        return read_json(self.directory / REPORT)["linears"]
+        path = sealed(self.directory / REPORT)
+        with reading(path, AGAIN):
+            return read_json(path)["linears"]
 
     def outside(self) -> dict[str, np.ndarray]:
         """Embedding, last norm and head, by tensor name, in the type they are stored in."""
-        files = sorted(self.directory.glob("outside-*.safetensors"))
-        return {name: array for file in files for name, array in load_file(file).items()}
+        shapes = {n: s for n, s in parameter_shapes(self.config).items() if "*" not in n}
+        found: dict[str, np.ndarray] = {}
+        for path in sorted(self.directory.glob("outside-*.safetensors")):
+            with reading(sealed(path), AGAIN):
+                tensors = load_file(path)
+            check_finite(path, tensors)
+            found |= tensors
+        wanted = {f"{name}.weight": shape for name, shape in shapes.items()}
+        if (shapes := {name: array.shape for name, array in found.items()}) != wanted:
+            raise ValueError(
+                f"{self.directory}: its outside-*.safetensors hold {shapes}, and config.json says "
+                f"{wanted}: {AGAIN}"
+            )
+        return found
+
+
+def read_job(directory: Path) -> Job:
+    """The job of a directory; raises ValueError if there is none that this version reads."""
+    described = read_json(path := directory / JOB, AGAIN)
+    check_schema(path, described.get("schema"))
+    with reading(path, AGAIN):
+        return Job.from_dict(described.get("job", {}))
 
 
 def read_about(path: Path) -> dict[str, Any]:
     """What a layer's file says of it; raises ValueError if it is none that this version reads."""
-    try:
-        with safe_open(path, framework="numpy") as file:
-            about = json.loads((file.metadata() or {}).get(ABOUT, "null"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): quantize again") from None
-    if not isinstance(about, dict):
-        raise ValueError(f"{path} was not written by duquantpp_jax quantize")
+    about = files.read_about(path, "quantize again")
     check_schema(path, about.get("schema"))
+    return about
+
+
+def about_layer(path: Path, number: int, job: Job) -> dict[str, Any]:
+    """What a layer's file says of it; raises ValueError if it is of another layer or job."""
+    about = read_about(path)
+    with reading(path, AGAIN):
+        if about["layer"] != number:
+            raise ValueError(f"{path} holds layer {about['layer']}, and not {number}: {AGAIN}")
+        if other := Job.from_dict(about["job"]).difference(job):
+            raise ValueError(f"{path} is of a job with {other}, which {JOB} says: {AGAIN}")
     return about
 
 
@@ -170,6 +209,67 @@ def read_layer(path: Path) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSi
     names = {name: name.removeprefix(prefix).removesuffix(".weight") for name in tensors}
     own = (name for name in names if name == prefix + tensor_name(names[name]))
     return {names[n]: tensors[n] for n in own if names[n] not in LINEARS}, sites
+
+
+def checked(
+    path: Path, number: int, job: Job, plan: Plan
+) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSite]]:
+    """What `read_layer` gives; raises ValueError unless it is what the job makes of this layer."""
+    about_layer(path, number, job)
+    rest, sites = read_layer(path)
+    every = parameter_shapes(plan.config).items()
+    shapes = {name.removeprefix(LAYER): shape[1:] for name, shape in every if LAYER in name}
+    found = {name: array.shape for name, array in rest.items()}
+    for site, state in sites.items():
+        found |= zip(SITE_WEIGHTS[site], (w.shape for w in state.weights), strict=True)
+        leaves = jax.tree.leaves((state.transform, state.clip, state.scale_offset))
+        for array in leaves:
+            check_finite(path, {site: np.asarray(array)})
+        for name, weight in zip(SITE_WEIGHTS[site], state.weights, strict=True):
+            packed = weight.packed if isinstance(weight, PackedFloat) else weight
+            if not isinstance(packed, MXArray):
+                check_finite(path, {name: np.asarray(packed)})
+            elif count := _nan_scales(packed):
+                raise ValueError(f"{path}: {name} has NaN or Inf in {count} scales: {AGAIN}")
+    for site, width in plan.widths(number).items():
+        names, format = plan.names(site, number), plan.recipes[site].weight_format
+        for name, weight in zip(SITE_WEIGHTS[site], sites[site].weights, strict=True):
+            kind = isinstance(weight, MXArray) and weight.block_size
+            if kind != (name in names and format.block_size):
+                raise ValueError(f"{path}: {name} has blocks of {kind}, and not of {format}")
+            if name in names:
+                shapes[name] = (*shapes[name][:-1], width)
+        state = dataclasses.replace(sites[site], weights=())
+        if experts(plan.config, site):  # the first of them, without compiling a slice
+            state = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[0]), state)
+        x = jax.ShapeDtypeStruct((1, width), jnp.float32)
+        moved = _seen.eval_shape(x, state, format=dict(plan.formats)[site])
+        if moved.shape != x.shape:
+            raise ValueError(f"{path}: {site} of width {width} is moved to {moved.shape[1]}")
+    if found != shapes:
+        name = next(n for n in shapes | found if shapes.get(n) != found.get(n))
+        raise ValueError(
+            f"{path}: {name} has shape {found.get(name)}, and {CONFIG} says {shapes.get(name)}: "
+            f"{AGAIN}"
+        )
+    check_finite(path, rest)
+    return rest, sites
+
+
+def _nan_scales(array: MXArray) -> int:
+    """How many scales are NaN or Inf: byte 255 of E8M0, magnitude 127 of E4M3."""
+    scales = np.asarray(array.scales)
+    if array.tensor_scale is not None and not np.isfinite(array.tensor_scale).all():
+        return scales.size
+    if scales.dtype == np.float32:
+        return int(np.count_nonzero(~np.isfinite(scales)))
+    mask = 255 if scales.dtype == jnp.float8_e8m0fnu else 127
+    return int(np.count_nonzero(scales.view(np.uint8) & mask == mask))
+
+
+@functools.partial(jax.jit, static_argnames="format")
+def _seen(x: Array, site: QuantizedSite, *, format: Format) -> Array:
+    return quantize_input(x, site, format)
 
 
 def load_quantized(directory: str | os.PathLike[str]) -> tuple[Decoder, QuantizedLinear, State]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.core import Fitted
+from duquantpp_jax.files import read_json
 from duquantpp_jax.learning.state import digest
 from duquantpp_jax.models import SITES
 from duquantpp_jax.transforms import storage

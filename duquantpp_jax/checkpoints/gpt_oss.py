@@ -56,7 +56,8 @@ def check(model: Quantized) -> None:
 def pack_layer(model: Quantized, number: int) -> Layer:
     """A layer; raises ValueError if anything but Hadamard matrices moves its inputs."""
     config, prefix, shapes = model.config, layer_prefix(number), linear_shapes(model.config)
-    file, (_, sites) = load_file(model.directory / layer_file(number)), model.layer(number)
+    _, sites = model.layer(number)  # which checks the file
+    file = load_file(model.directory / layer_file(number))
     tensors = {name: array for name, array in file.items() if "/" not in name}
     rotated = []
     for name in LINEARS:

@@ -34,8 +34,9 @@ from duquantpp_jax.checkpoints.experts import (
 )
 from duquantpp_jax.checkpoints.mxfp4 import unpacked
 from duquantpp_jax.checkpoints.online import matrix_tensors, moved_online
-from duquantpp_jax.checkpoints.shards import SINGLE, Stored, one_line
+from duquantpp_jax.checkpoints.shards import SINGLE, Stored
 from duquantpp_jax.checkpoints.source import CONFIG, TOKENIZER, TOKENIZER_CONFIG, Source, source
+from duquantpp_jax.files import one_line
 from duquantpp_jax.models.config import DecoderConfig
 from duquantpp_jax.models.decoder import Decoder
 from duquantpp_jax.models.parameters import parameter_shapes, tensor_name

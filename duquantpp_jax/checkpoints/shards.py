@@ -7,7 +7,6 @@ Source: the safetensors format description; the directory layout of transformers
 `save_pretrained` and of the hub's cache.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from jaxtyping import Float, Shaped
 from safetensors import SafetensorError, safe_open
 
 from duquantpp_jax.checkpoints.gguf import Blocks
+from duquantpp_jax.files import one_line, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OWN_INDEX = "quantized.safetensors.index.json"
@@ -45,17 +45,6 @@ class Tensor(NamedTuple):
 
 Stored = Tensor | Blocks
 """Both have a shard, a shape, a dtype, and `read`, which gives the array in that dtype."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises ValueError if the file holds none."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON ({one_line(error)}): restore the file") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is a {type(content).__name__}: it must be a JSON object")
-    return content
 
 
 def shard_files(directory: Path) -> dict[Path, set[str] | None]:
@@ -146,8 +135,3 @@ def read_stored(
             kind = "NaN" if np.isnan(array).any() else "Inf"
             raise ValueError(f"tensor {name} in {shard} has {kind}: all weights must be finite")
         yield name, array
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, on one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200]

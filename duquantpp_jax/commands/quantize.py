@@ -19,7 +19,6 @@ from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about
 from duquantpp_jax.checkpoints.job import Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint, outline
 from duquantpp_jax.checkpoints.readers import READERS, check_formats
-from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.checkpoints.writer import REFINED, begin, finish, write_layers, write_refined
 from duquantpp_jax.commands.options.common import MODEL, Serve
 from duquantpp_jax.commands.options.quantize import QuantizeOptions
@@ -35,6 +34,7 @@ from duquantpp_jax.evaluation.subject import (
     model_and_hash,
     model_name,
 )
+from duquantpp_jax.files import read_json
 from duquantpp_jax.learning import refine as refining
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.estimate import estimate

@@ -48,7 +48,7 @@ def own_rows(directory: Path, rows: int, seed: int) -> Int32[np.ndarray, "rows l
 def _kept(path: Path, config: DecoderConfig) -> Int32[np.ndarray, "batch length"] | None:
     """The rows of a file; None where there is no file, or one of no such rows."""
     try:
-        tokens = files.read_tensors(path)[0]["tokens"]
+        tokens = files.read_tensors(path, "write the rows again")[0]["tokens"]
     except (OSError, ValueError, KeyError):
         return None
     right = (tokens.dtype, tokens.shape) == (np.int32, (BATCH, TARGETS + 1))

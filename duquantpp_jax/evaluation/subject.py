@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,17 +98,37 @@ def name_and_hash(path: Path | None) -> dict[str, str]:
     return {"name": path.name, "sha256": files.sha256(path)}
 
 
+ANYWHERE = ("python", "cores")
+"""What of the environment changes no number."""
+
+
+def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """Where two environments first differ in what numbers depend on, in words; else None."""
+    for name in {**one, **other}:
+        if name not in ANYWHERE and one.get(name) != other.get(name):
+            return f"{name} {one.get(name)}, not {other.get(name)}"
+    return None
+
+
 def environment() -> dict[str, Any]:
     """Versions, device and threads of this process, for results.
 
-    On a CPU XLA splits sums over a pool of threads. It has a thread for each core that this process
-    may use, or as many as NPROC or PJRT_NPROC says, so the last digits of numbers depend on `cores`
-    and `threads`. `xla_flags` is without flags that only write files.
+    On a CPU XLA splits sums over a pool of threads, one for each core that this process may use, or
+    as many as PJRT_NPROC or NPROC says; LAPACK has a pool of its own, no larger than the cores. The
+    last digits of numbers depend on these `threads`, and not on `cores`. `xla_flags` is without
+    flags that only write files.
     """
     packages = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes", "tokenizers")
     device = jax.devices()[0]
     affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
     flags = os.environ.get("XLA_FLAGS", "").split()
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+
+    def threads(*variables: str) -> int:
+        return int(next(filter(None, map(os.environ.get, variables)), cores))
+
+    pools = {"xla": threads("PJRT_NPROC", "NPROC")}
+    pools["lapack"] = min(cores, threads("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
     return {
         "duquantpp_jax": duquantpp_jax.__version__,
         "python": platform.python_version(),
@@ -115,8 +136,8 @@ def environment() -> dict[str, Any]:
         "device": device.device_kind,
         "platform": device.platform,
         "devices": jax.device_count(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "threads": os.environ.get("PJRT_NPROC") or os.environ.get("NPROC"),
+        "cores": cores,
+        "threads": pools,
         "xla_flags": " ".join(sorted(flag for flag in flags if "dump" not in flag)),
         "machine": platform.machine(),
         "matmul_precision": "float32 (highest)",

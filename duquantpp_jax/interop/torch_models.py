@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from duquantpp_jax.checkpoints.readers import STATUS
-from duquantpp_jax.checkpoints.shards import inventory, read_json
+from duquantpp_jax.checkpoints.shards import inventory
+from duquantpp_jax.files import read_json
 
 
 def load_transformers(directory: str | os.PathLike[str], dtype: Any = None) -> Any:

@@ -30,6 +30,8 @@ from duquantpp_jax.ptq import stream
 from duquantpp_jax.recipes import checked_seed, format_name, recipe
 
 SCHEMA = 2
+"""Version of tables."""
+RECORDS = 3
 """Version of configurations and records; cells with records of another version run again."""
 FLOAT = "float"
 """The format of cells whose linears stay in float."""
@@ -159,7 +161,7 @@ class Cell:
         """
         method, own = self.method(), self.calibration_text == MODEL
         found = {
-            "schema": SCHEMA,
+            "schema": RECORDS,
             "method": canonical(method),
             "store": canonical(self.store),
             "seed": checked_seed(self.seed),
@@ -183,12 +185,17 @@ class Cell:
     @functools.cached_property
     def digest(self) -> str:
         """Name of the cell's files: 16 hexadecimal digits of the configuration's SHA-256."""
-        text = json.dumps(self.configuration(), sort_keys=True, allow_nan=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest_of(self.configuration())
 
     def labels(self) -> str:
         """The cell in a few words."""
         return f"{self.row}, {self.format_label}, seed {self.seed}"
+
+
+def digest_of(configuration: Mapping[str, Any]) -> str:
+    """The name of the files of a configuration."""
+    text = json.dumps(configuration, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def canonical(value: Any) -> Any:
@@ -232,23 +239,12 @@ def _named(kind: Any) -> dict[str, str]:
 
 
 def _model_hash(model: Path | None) -> str:
-    return _hashed(model_sha256, model or testbed.directory())
+    return model_sha256(model or testbed.directory())
 
 
 def _text_hash(text: Path | None) -> str:
     path = text or testbed.directory() / "tokens.npz"
     try:
-        return _hashed(files.sha256, path) + (" by lines" if is_lines(path) else "")
+        return files.sha256(path) + (" by lines" if is_lines(path) else "")
     except OSError as error:
         raise ValueError(f"cannot read {path} ({error.strerror}): give a text file") from None
-
-
-def _hashed(sha256: Callable[[Path], str], path: Path) -> str:
-    """The hash, computed again when the file, or a file of the directory, was written again."""
-    stats = [file.stat() for file in (path, *sorted(path.glob("*"))) if file.exists()]
-    return _cached_hash(sha256, path, *((s.st_mtime_ns, s.st_size) for s in stats))
-
-
-@functools.lru_cache
-def _cached_hash(sha256: Callable[[Path], str], path: Path, *written: tuple[int, int]) -> str:
-    return sha256(path)

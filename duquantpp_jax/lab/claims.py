@@ -16,11 +16,12 @@ import itertools
 import json
 import os
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from duquantpp_jax import files
 
 RENEWAL_SECONDS = 60
 STALE_SECONDS = 15 * 60
@@ -64,44 +65,31 @@ def _acquire(directory: Path, name: str) -> Path | None:
 
 
 def _create(path: Path) -> bool:
-    with tempfile.NamedTemporaryFile("w", prefix=".claim.", dir=path.parent) as file:
-        json.dump(_holder(os.getpid()), file)
-        file.flush()
+    with files.temporary(path.parent / "claim") as whole:
+        whole.write_bytes(files.to_json(files.process()))
+        files.sync(whole)
         try:
-            os.link(file.name, path)
+            os.link(whole, path)
         except FileExistsError:
             return False
+        files.sync(path.parent)
     return True
 
 
 def _is_live(path: Path) -> bool:
-    """Whether the holder lives; True for a claim that has just been released."""
+    """Whether the holder lives; True for a claim that has just been released.
+
+    A claim that cannot be read is one that a crash of the machine has cut short.
+    """
     try:
-        holder, renewed = json.loads(path.read_text()), path.stat().st_mtime
+        holder, renewed = json.loads(path.read_bytes()), path.stat().st_mtime
+        if holder["host"] != socket.gethostname():
+            return time.time() - renewed < STALE_SECONDS
+        return files.process(holder["pid"]) == holder
     except FileNotFoundError:
         return True
-    if holder["host"] != socket.gethostname():
-        return time.time() - renewed < STALE_SECONDS
-    return _holder(holder["pid"]) == holder
-
-
-def _holder(pid: int) -> dict[str, str | int]:
-    """Names a process: a later process with the same pid has another start."""
-    return {"host": socket.gethostname(), "pid": pid, "start": _start(pid)}
-
-
-def _start(pid: int) -> int:
-    """Start of a process in the system's ticks; -1 if it is dead; 0 on systems without /proc."""
-    try:
-        if not Path("/proc/self/stat").exists():
-            with contextlib.suppress(PermissionError):  # it lives and belongs to another user
-                os.kill(pid, 0)
-            return 0
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return -1
-    state, start = fields[0], fields[19]
-    return -1 if state in "ZX" else int(start)
+    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
+        return False
 
 
 def _renew(path: Path, done: threading.Event) -> None:

@@ -9,19 +9,23 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Literal
 
+from duquantpp_jax import files
 from duquantpp_jax.lab import records
 from duquantpp_jax.lab.cells import Cell
-from duquantpp_jax.lab.running import WAIT_SECONDS, work
+from duquantpp_jax.lab.running import WAIT_SECONDS, check_unmixed, work
 from duquantpp_jax.recipes import import_modules
 
 STARTS = 3
 """Processes started for each worker at most: the first, and then for those that die."""
+REFUSED = 2
+"""Exit code of a worker that must not go on, and has said why; no other is started for it."""
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -43,7 +47,11 @@ class Processes:
         try:
             while True:
                 for number in range(min(self.workers, len(cells))):
-                    dead = number not in running or running[number].exitcode not in (None, 0)
+                    dead = number not in running or running[number].exitcode not in (
+                        None,
+                        0,
+                        REFUSED,
+                    )
                     if dead and starts > 0:
                         starts -= 1
                         running[number] = self._start(number, cells, out, cache_bytes)
@@ -155,7 +163,13 @@ def _worker(
         os.sched_setaffinity(0, cores)  # XLA's thread pool is as large as this set
     import_modules(imports)
     parent = multiprocessing.parent_process()
-    work(cells, out, cache_bytes, first=first, wanted=lambda: parent is None or parent.is_alive())
+    try:
+        check_unmixed(cells, out)
+        wanted = lambda: parent is None or parent.is_alive()  # noqa: E731
+        work(cells, out, cache_bytes, first=first, wanted=wanted)
+    except (ValueError, OSError) as error:
+        print(f"duquantpp: {files.one_line(error)}", file=sys.stderr)
+        sys.exit(REFUSED)
 
 
 def _share_of_cores(number: int, workers: int) -> list[int]:

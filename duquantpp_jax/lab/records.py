@@ -4,10 +4,13 @@
     DIGEST.failed.json   a failed cell: configuration, and its error in one line
 
 A record holds the names of model and texts, and no directories. Files are written whole or not at
-all. A finished cell is never measured again; the next run tries a failed cell again.
+all, with a hash of what they say. A finished cell is never measured again; the next run tries a
+failed cell again. A file that is not what was written of its cell is refused.
 """
 
+import hashlib
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,13 @@ import numpy as np
 
 from duquantpp_jax import files
 from duquantpp_jax.evaluation.rows import TARGETS
-from duquantpp_jax.evaluation.subject import environment, model_name
+from duquantpp_jax.evaluation.subject import difference, environment, model_name
 from duquantpp_jax.lab.bench import Found
-from duquantpp_jax.lab.cells import SCHEMA, Cell
+from duquantpp_jax.lab.cells import RECORDS, Cell, digest_of
 
 Record = dict[str, Any]
 """The contents of one file."""
+ANEW = "remove it to measure its cell again"
 
 
 def path_of(out: Path, cell: Cell, *, failed: bool = False) -> Path:
@@ -36,12 +40,26 @@ def is_recorded(out: Path, cell: Cell) -> bool:
 def read(out: Path, cell: Cell, *, failed: bool = False) -> Record | None:
     """The record of a finished cell, or of a failed one; None if there is none."""
     path = path_of(out, cell, failed=failed)
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except ValueError:
-        raise ValueError(f"{path} is not the record of a cell: remove it to run it anew") from None
+    record = files.read_json(path, ANEW)
+    with files.reading(path, ANEW):
+        about = {n: value for n, value in record.items() if n != "sha256"}
+        if record.get("sha256") != (found := _hash_of(about)):
+            raise ValueError(f"says SHA-256 {record.get('sha256')!s:.16}, and has {found[:16]}")
+        if (other := digest_of(record["configuration"])) != cell.digest:
+            raise ValueError(f"is of the cell {other}, and not of {cell.labels()}")
+        if failed:
+            record["error"] = files.printable(record["error"])
+        elif any(record["metrics"][n] != v for n, v in _metrics(record["rows"]).items()):
+            raise ValueError("its metrics are not the means of its rows")
+    return record
+
+
+def mixed(records: Iterable[Record]) -> str | None:
+    """Where records were measured in environments whose numbers differ, in words; else None."""
+    every = [record["environment"] for record in records]
+    return next(filter(None, (difference(every[0], other) for other in every)), None)
 
 
 def record_of(cell: Cell, found: Found) -> Record:
@@ -51,33 +69,36 @@ def record_of(cell: Cell, found: Found) -> Record:
     """
     given = {"kl": found.sums.kl, "nll": found.sums.nll, "float_nll": found.sums.reference_nll}
     given |= {"agreement": found.sums.agreement}
-    sums = {name: rows.astype(np.float32) for name, rows in given.items()}
-    means = (float(np.mean(rows.astype(np.float64) / TARGETS)) for rows in sums.values())
-    kl, nll, float_nll, agreement = means
+    rows: dict[str, Any] = {"document": found.documents.tolist()}
+    rows |= {n: [float(str(v)) for v in sums.astype(np.float32)] for n, sums in given.items()}
     return _about(cell) | {
-        "metrics": {
-            "kl": kl,
-            "nll": nll,
-            "excess_nll": nll - float_nll,
-            "perplexity": float(np.exp(nll)),
-            "float_perplexity": float(np.exp(float_nll)),
-            "agreement": agreement,
-            "sqnr_db": found.sqnr,
-            "targets": len(found.documents) * TARGETS,
-        },
+        "metrics": _metrics(rows) | {"sqnr_db": found.sqnr},
         **({} if found.online is None else {"online": found.online}),
-        "rows": {
-            "document": found.documents.tolist(),
-            **{name: [float(str(value)) for value in rows] for name, rows in sums.items()},
-        },
+        "rows": rows,
         "environment": environment(),
         "seconds": {name: round(value, 3) for name, value in found.seconds.items()},
     }
 
 
+def _metrics(rows: Mapping[str, Any]) -> dict[str, float]:
+    """The means over targets that follow from the sums over rows."""
+    names = ("kl", "nll", "float_nll", "agreement")
+    sums = (np.asarray(rows[name], np.float32).astype(np.float64) for name in names)
+    kl, nll, float_nll, agreement = (float(np.mean(each / TARGETS)) for each in sums)
+    return {
+        "kl": kl,
+        "nll": nll,
+        "excess_nll": nll - float_nll,
+        "perplexity": float(np.exp(nll)),
+        "float_perplexity": float(np.exp(float_nll)),
+        "agreement": agreement,
+        "targets": len(rows["document"]) * TARGETS,
+    }
+
+
 def write(out: Path, cell: Cell, found: Found) -> None:
     """Records a finished cell."""
-    files.write_whole(path_of(out, cell), files.to_json(record_of(cell, found), indent=None))
+    _write(path_of(out, cell), record_of(cell, found))
 
 
 def write_error(out: Path, cell: Cell, error: Exception) -> None:
@@ -87,13 +108,21 @@ def write_error(out: Path, cell: Cell, error: Exception) -> None:
         if path is not None and path.parent != Path():
             line = line.replace(str(path), path.name)
     record = _about(cell) | {"error": line[:500], "environment": environment()}
-    files.write_whole(path_of(out, cell, failed=True), files.to_json(record, indent=None))
+    _write(path_of(out, cell, failed=True), record)
+
+
+def _write(path: Path, record: Record) -> None:
+    files.write_whole(path, files.to_json(record | {"sha256": _hash_of(record)}, indent=None))
+
+
+def _hash_of(record: Record) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _about(cell: Cell) -> Record:
     texts = {"text": cell.text, "calibration_text": cell.calibration_text}
     return {
-        "schema": SCHEMA,
+        "schema": RECORDS,
         "cell": {"recipe": cell.recipe, "format": cell.format_label}
         | {"seed": cell.seed, "draws": cell.draws},
         "configuration": cell.configuration(),

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from duquantpp_jax.evaluation.subject import environment
 from duquantpp_jax.lab import claims, records
 from duquantpp_jax.lab.bench import CACHE_BYTES, Bench, order
 from duquantpp_jax.lab.cells import Cell
@@ -55,6 +56,8 @@ def run(
     for cell in grid:  # failed cells are tried again
         records.path_of(out, cell, failed=True).unlink(missing_ok=True)
 
+    check_unmixed(grid, out, own=executor is None)
+
     def tick() -> None:
         paths = set(out.iterdir())
         wrong = sum(records.path_of(out, cell, failed=True) in paths for cell in grid)
@@ -64,7 +67,29 @@ def run(
     if left := [cell for cell in grid if not records.path_of(out, cell).exists()]:
         (executor or work)(order(left), out, cache_bytes, tick)
     claims.forget(out / CLAIMS, {cell.digest for cell in grid if records.is_recorded(out, cell)})
+    check_unmixed(grid, out, own=False)
     return outcome(grid, out)
+
+
+def check_unmixed(cells: Iterable[Cell], out: Path, *, own: bool = True) -> None:
+    """Checks the records of a grid before more are added to them.
+
+    Args:
+      own: Whether cells without a record are to be measured in this process.
+
+    Raises:
+      ValueError: A record is broken, or the numbers of some differ by where they were measured.
+    """
+    cells = list(cells)
+    found = list(outcome(cells, out).records.values())
+    if own and 0 < len(found) < len(cells):
+        found.append({"environment": environment()})
+    if found and (how := records.mixed(found)):
+        raise ValueError(
+            f"{out} has cells that were measured with {how}, whose numbers are not to be mixed: "
+            "give another --out, or measure them alike (PJRT_NPROC and OPENBLAS_NUM_THREADS set "
+            "the threads)"
+        )
 
 
 def outcome(cells: Iterable[Cell], out: Path) -> Outcome:

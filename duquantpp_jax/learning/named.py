@@ -200,11 +200,12 @@ def _learn_sites(
         return place / f"layer_{number}.safetensors"
 
     def finished(number: int) -> Any:
-        return storage.load(file(number)) if file(number).is_file() else None
+        path = file(number)
+        return storage.load(path, f"layer {number}") if path.is_file() else None
 
     found: list[dict[str, Fitted]] = []
     for number, (_, fits) in enumerate(_fits(plan, checkpoint, tokens, finished)):
-        storage.save(file(number), fits)
+        storage.save(file(number), fits, f"layer {number}")
         found.append({site: fits[site] for site in SITES})
         report("learning sites", number + 1, plan.config.num_hidden_layers)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)

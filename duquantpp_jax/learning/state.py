@@ -1,7 +1,7 @@
 """Checkpoints of learning: one safetensors file, written whole or not at all.
 
-Arrays are named by their path in the state. The metadata holds the settings, and a file of other
-settings is refused.
+Arrays are named by their path in the state. The metadata holds the settings and a hash of all; a
+file of other settings, or one that has been changed, is refused.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from duquantpp_jax import files
 
-FORMAT = "duquantpp_jax learning 1"
+FORMAT = "duquantpp_jax learning 2"
 HISTORY, START_LOSS = "history", "start_loss"
 
 History = list[tuple[int, float, float]]
@@ -70,14 +70,12 @@ def load(path: Path, like: Any, settings: Mapping[str, str]) -> tuple[Any, float
       ValueError: The file is no such checkpoint, or of other settings or shapes.
     """
     again = "remove it to begin anew, or give another path"
-    try:
-        tensors, metadata = files.read_tensors(path)
-    except ValueError as error:
-        raise ValueError(f"{error}: {again}") from None
+    tensors, about = files.read_tensors(path, again)
     for name, value in {"format": FORMAT, **settings}.items():
-        if metadata.get(name) != value:
+        if about.get(name) != value:
             raise ValueError(f"{path} is a checkpoint of another {name}: {again}")
-    history, start_loss = tensors.pop(HISTORY), tensors.pop(START_LOSS)
+    with files.reading(path, again):
+        history, start_loss = tensors.pop(HISTORY), tensors.pop(START_LOSS)
     wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in _named(like)}
     found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     if found != wanted:

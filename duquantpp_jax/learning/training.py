@@ -21,6 +21,7 @@ import optax
 from flax import struct
 from jaxtyping import Array, Float, Int, Integer, Key
 
+from duquantpp_jax import files
 from duquantpp_jax.core import Fitted
 from duquantpp_jax.learning import state as states
 
@@ -99,7 +100,7 @@ def train(
     settings = {}
     if checkpoint is not None:
         settings = {
-            "objective": f"{_choices(objective)!r} of {states.digest(objective)}",
+            "objective": f"{_said(objective)} of {states.digest(objective)}",
             "optimizer": states.describe(optimizer, learned),
             "pace": f"{steps} steps, batches of {batch_rows}, checked every {check_every}",
             "start": states.digest(learned),
@@ -191,11 +192,12 @@ def _loss(objective: Objective, learned: Any, batch: Rows) -> Float[Array, ""]:
     return objective.loss(learned, batch)
 
 
-def _choices(objective: Objective) -> dict[str, Any]:
-    """The static fields."""
-    fields = dataclasses.fields(objective)  # type: ignore[arg-type]
+def _said(objective: Objective) -> str:
+    """The class, the hash of its file if that is not in the package, and the static fields."""
+    kind, fields = type(objective), dataclasses.fields(objective)  # type: ignore[arg-type]
     static = [f.name for f in fields if not f.metadata.get("pytree_node", True)]
-    return {name: getattr(objective, name) for name in static}
+    choices = {name: getattr(objective, name) for name in static}
+    return f"{kind.__module__}.{kind.__qualname__} {files.module_hashes(kind.__module__)} {choices}"
 
 
 def _count(rows: Rows) -> int:

@@ -27,7 +27,8 @@ from jaxtyping import Array, Shaped
 from duquantpp_jax import files
 from duquantpp_jax.core import Fitted, Transform
 
-FORMAT = "duquantpp_jax transforms 1"
+FORMAT = "duquantpp_jax transforms 2"
+AGAIN = "make the transforms again"
 
 
 def to_arrays(
@@ -106,28 +107,41 @@ def from_arrays(
     return transform
 
 
-def save(path: str | os.PathLike[str], transforms: Mapping[str, Transform | Fitted]) -> None:
-    """Writes transforms, each by a name, to one safetensors file, whole or not at all."""
-    tensors, metadata = {}, {"format": FORMAT}
+def save(
+    path: str | os.PathLike[str], transforms: Mapping[str, Transform | Fitted], of: str = ""
+) -> None:
+    """Writes transforms, each by a name, to one safetensors file, whole or not at all.
+
+    Args:
+      of: What they move, in words; `load` asks for the same.
+    """
+    tensors, structures = {}, {}
     for name, transform in transforms.items():
-        if name == "format":
-            raise ValueError('a transform cannot be named "format": the file says its own there')
-        arrays, metadata[name] = to_arrays(transform)
+        arrays, structures[name] = to_arrays(transform)
         tensors |= {f"{name}/{key}": array for key, array in arrays.items()}
-    files.write_tensors(pathlib.Path(path), tensors, metadata)
+    about = {"format": FORMAT, "of": of, "structures": structures}
+    files.write_tensors(pathlib.Path(path), tensors, about)
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, Transform | Fitted]:
-    """Reads the transforms that `save` wrote; raises ValueError if the file is none of those."""
-    tensors, metadata = files.read_tensors(pathlib.Path(path))
-    if metadata.get("format") != FORMAT:
+def load(path: str | os.PathLike[str], of: str = "") -> dict[str, Transform | Fitted]:
+    """Reads the transforms that `save` wrote.
+
+    Raises:
+      ValueError: The file is none of those, has been changed, holds NaN or Inf, or moves other
+        things than `of` says.
+    """
+    path, transforms = pathlib.Path(path), {}
+    tensors, about = files.read_tensors(path, AGAIN)
+    if about.get("format") != FORMAT:
         raise ValueError(
-            f"{path} says format {metadata.get('format')!r} and not {FORMAT!r}: "
+            f"{path} says format {about.get('format')!r} and not {FORMAT!r}: "
             f"it was not written by {__name__}.save"
         )
-    transforms = {}
-    for name, structure in metadata.items():
-        if name != "format":
+    if about.get("of") != of:
+        raise ValueError(f"{path} holds transforms of {about.get('of')!r}, not of {of!r}: {AGAIN}")
+    files.check_finite(path, tensors)
+    with files.reading(path, AGAIN):
+        for name, structure in about["structures"].items():
             own = f"{name}/"
             arrays = {k.removeprefix(own): t for k, t in tensors.items() if k.startswith(own)}
             transforms[name] = from_arrays(arrays, structure)

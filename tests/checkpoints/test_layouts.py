@@ -11,6 +11,7 @@ import pytest
 
 from duquantpp_jax import cli
 from duquantpp_jax.checkpoints import Quantized, load, load_any, save
+from duquantpp_jax.checkpoints.seal import seal
 from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
 from duquantpp_jax.models import SITE_WEIGHTS, SITES
@@ -114,6 +115,7 @@ def test_a_format_that_the_layout_has_not_is_refused(job, says, tiny_directory, 
     described = json.loads((model / "quantization.json").read_text())
     described["job"] |= job
     (model / "quantization.json").write_text(json.dumps(described))
+    seal(model, {})
     arguments = ["export", "--model", str(model), "--out", str(tmp_path / "e")]
     assert_one_line(cli.main(arguments), capsys, says)
 

@@ -16,7 +16,7 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def three_layers(tmp_path_factory):
     """A tiny model of three layers, with a generation config and a hidden file beside it."""
     directory = tmp_path_factory.mktemp("models") / "three"
@@ -26,7 +26,7 @@ def three_layers(tmp_path_factory):
     return directory
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def quantized(three_layers, tmp_path_factory):
     """It, quantized without interruption."""
     out = tmp_path_factory.mktemp("quantized") / "whole"

@@ -11,10 +11,10 @@ from duquantpp_jax.checkpoints import load, load_any, sha256
 from duquantpp_jax.checkpoints.directory import layer_file
 from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about, save_fits
 from duquantpp_jax.checkpoints.lazy import Checkpoint
-from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.cli import main
 from duquantpp_jax.commands.learn import LearnOptions, learn_fits, split
 from duquantpp_jax.commands.quantize import QuantizeOptions, calibration_tokens, quantize
+from duquantpp_jax.files import read_json
 from duquantpp_jax.learning.moves import PRESETS, moves_named
 from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.plan import Plan

@@ -12,7 +12,6 @@ import time
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load_quantized, writer
@@ -43,10 +42,8 @@ def test_it_goes_on_from_the_last_layer_with_all_before_it_and_its_hidden_states
     for number in layers:
         (tmp_path / layer_file(number)).touch()
     for number in hidden:
-        save_file(
-            {"hidden": np.full((1, 1, 2), number, np.float32)},
-            writer._hidden_file(tmp_path, number),
-        )
+        hidden = {"hidden": np.full((1, 1, 2), number, np.float32)}
+        files.write_tensors(writer._hidden_file(tmp_path, number), hidden, {})
     found, states = writer._resume(tmp_path, 3)
     assert found == first
     assert (states is None) == (first in (0, 3))

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from duquantpp_jax import files
 from duquantpp_jax.lab import claims
 
 
@@ -51,7 +52,7 @@ def test_of_many_at_once_one_at_a_time_holds_it(tmp_path):
 
 
 def _left_by(tmp_path, generation, **changes):
-    holder = claims._holder(os.getpid()) | changes
+    holder = files.process() | changes
     path = tmp_path / f"a.{generation}"
     path.write_text(json.dumps(holder))
     return path
@@ -74,6 +75,14 @@ def test_the_claim_of_a_dead_process_passes_on_and_is_cleaned_up(dead, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]", "3", '{"host": 1', "[" * 10**5])
+def test_a_claim_that_a_crash_has_cut_short_passes_on(content, tmp_path):
+    (tmp_path / "a.0").write_text(content)
+    with claims.claim(tmp_path, "a") as ours:
+        assert ours
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_process_that_has_a_dead_ones_number_does_not_hold_its_claim(tmp_path):
     _left_by(tmp_path, 0, start=1)
     with claims.claim(tmp_path, "a") as ours:
@@ -83,7 +92,7 @@ def test_a_process_that_has_a_dead_ones_number_does_not_hold_its_claim(tmp_path)
 def test_a_dead_process_that_nobody_has_waited_for_is_dead(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", ""])
     deadline = time.monotonic() + 30
-    while claims._start(process.pid) != -1:
+    while files.process(process.pid)["start"] != -1:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.wait()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -164,7 +165,7 @@ def test_a_result_that_is_nan_is_a_failure(tiny, tmp_path):
 def test_a_record_that_is_none_is_refused_by_name(tiny, tmp_path):
     cell = tiny("rtn")
     records.path_of(tmp_path, cell).write_text("{")
-    with pytest.raises(ValueError, match=r"is not the record of a cell: remove it"):
+    with pytest.raises(ValueError, match=r"\.json is not JSON .*: remove it to measure its cell"):
         run([cell], tmp_path)
 
 
@@ -243,3 +244,65 @@ def test_a_store_alone_is_measured_with_all_linears_in_float(tiny):
     np.testing.assert_allclose(same.sums.kl, 0, atol=1e-3)  # 511 errors of float32
     assert rounded.sums.kl.min() > 10 * np.abs(same.sums.kl).max()
     assert same.sqnr is None
+
+
+def _edited(**changes):
+    def edit(path, other):
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return edit
+
+
+def _with_another_kl(path, other):
+    record = json.loads(path.read_text())
+    record["metrics"]["kl"] /= 2
+    del record["sha256"]
+    path.write_text(json.dumps(record | {"sha256": records._hash_of(record)}))
+
+
+SPOILT = {
+    "nothing": (lambda path, other: path.write_text("{}"), "says SHA-256 None, and has"),
+    "half": (lambda path, other: path.write_bytes(path.read_bytes()[:999]), "is not JSON"),
+    "brackets": (lambda path, other: path.write_text("[" * 10**5), "is not JSON"),
+    "a list": (lambda path, other: path.write_text("[]"), "must be a JSON object"),
+    "another cell": (lambda path, other: path.write_bytes(other.read_bytes()), "is of the cell"),
+    "another schema": (_edited(schema=9), "says SHA-256"),
+    "another number": (_edited(metrics={}), "says SHA-256"),
+    "another number, hashed": (_with_another_kl, "are not the means of its rows"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_record_that_is_not_what_was_written_of_its_cell_is_named(name, ran, tmp_path):
+    grid, out, _ = ran
+    spoil, says = SPOILT[name]
+    path, other = (
+        shutil.copy(records.path_of(out, cell), records.path_of(tmp_path, cell))
+        for cell in grid[:2]
+    )
+    spoil(path, other)
+    with pytest.raises(ValueError, match=rf"^[^\n]*{path.name}[^\n]*{says}[^\n]*$"):
+        run(grid[:2], tmp_path)
+
+
+def test_cells_of_other_threads_or_versions_are_not_mixed_with_what_is_recorded(
+    ran, tmp_path, monkeypatch
+):
+    grid, out, _ = ran
+    shutil.copy(records.path_of(out, grid[0]), tmp_path)
+    monkeypatch.setattr(Bench, "run", lambda *_: pytest.fail("it ran"))
+    monkeypatch.setenv("PJRT_NPROC", "99")
+    assert run(grid[:1], tmp_path).records  # nothing is left to measure
+    with pytest.raises(ValueError, match=r"measured with threads .*, not \{'xla': 99"):
+        run(grid[:2], tmp_path)
+    path = records.path_of(tmp_path, grid[1])
+    record = json.loads(records.path_of(out, grid[1]).read_text())
+    del record["sha256"]
+    for name, says in (("cores", None), ("jaxlib", "measured with jaxlib")):
+        record["environment"][name] = "other"
+        records._write(path, record)
+        if says is None:
+            assert len(run(grid[:2], tmp_path).records) == 2
+            continue
+        with pytest.raises(ValueError, match=says):
+            run(grid[:2], tmp_path)

@@ -9,12 +9,12 @@ import pytest
 
 from duquantpp_jax.checkpoints import load, load_any, sha256
 from duquantpp_jax.checkpoints.fits import load_fits, save_fits
-from duquantpp_jax.checkpoints.shards import read_json
 from duquantpp_jax.commands import quantize as command
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import load_rows
+from duquantpp_jax.files import read_json
 from duquantpp_jax.lab.bench import Bench
 from duquantpp_jax.lab.cells import Cell
 from duquantpp_jax.learning.refine import refine, refitted

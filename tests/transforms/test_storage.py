@@ -73,10 +73,11 @@ def test_arrays_and_structure_give_the_transform_back_bit_for_bit(name):
 
 
 def test_a_file_gives_every_transform_back_bit_for_bit(tmp_path):
-    storage.save(tmp_path / "all.safetensors", CASES)
+    finite = {name: transform for name, transform in CASES.items() if "odd" not in name}
+    storage.save(tmp_path / "all.safetensors", finite)
     loaded = storage.load(tmp_path / "all.safetensors")
-    assert set(loaded) == set(CASES)
-    for name, transform in CASES.items():
+    assert set(loaded) == set(finite)
+    for name, transform in finite.items():
         _same(loaded[name], transform)
     assert [p.name for p in tmp_path.iterdir()] == ["all.safetensors"]
 
@@ -119,15 +120,31 @@ def test_what_is_no_transform_is_refused(structure, says):
 def test_files_that_save_did_not_write_are_refused(tmp_path):
     other = tmp_path / "other.safetensors"
     save_file({"a": np.ones(2)}, other)
-    with pytest.raises(ValueError, match="it was not written by"):
+    with pytest.raises(ValueError, match="was not written by"):
         storage.load(other)
     other.write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match="is not a safetensors file"):
+    with pytest.raises(ValueError, match=r"other\.safetensors cannot be read .* make the"):
         storage.load(other)
+
+
+def test_a_file_that_was_changed_is_of_something_else_or_holds_nan_is_refused(tmp_path):
+    place = tmp_path / "one.safetensors"
+    storage.save(place, {"site": CASES["smooth"]}, "layer 3")
+    with pytest.raises(ValueError, match="holds transforms of 'layer 3', not of 'layer 2'"):
+        storage.load(place, "layer 2")
+    content = place.read_bytes()
+    for spoilt in (
+        content[:-1] + bytes([content[-1] ^ 1]),
+        content.replace(b"layer 3", b"layer 2"),
+    ):
+        place.write_bytes(spoilt)
+        with pytest.raises(ValueError, match=r"one.safetensors holds contents of SHA-256 \w{16}, "):
+            storage.load(place, "layer 2")
+    storage.save(place, {"site": CASES["bits of odd floats"]})
+    with pytest.raises(ValueError, match="site/scale has NaN or Inf in 2 of 4 numbers"):
+        storage.load(place)
 
 
 def test_a_field_that_json_cannot_say_is_refused():
     with pytest.raises(ValueError, match="power of Scaled holds object"):
         storage.to_arrays(Scaled((jnp.ones(2),), power=object()))
-    with pytest.raises(ValueError, match='cannot be named "format"'):
-        storage.save("never", {"format": Identity()})

@@ -1,0 +1,69 @@
+"""The seal of a quantized directory: SHA256SUMS, a line for each file, written before config.json.
+
+    sha256 of the file  name
+
+as `sha256sum` writes it, so that `sha256sum -c SHA256SUMS` checks a directory without this package.
+A file is checked when it is read, and not before: loading a model hashes every file once.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from duquantpp_jax import files
+
+SUMS, SEALED = "SHA256SUMS", "quantization.json"
+"""The seal, and the file that marks the directories that have one."""
+_LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\0]+)")
+
+
+def seal(directory: Path, last: Mapping[str, bytes]) -> None:
+    """Writes the hashes of all files of a directory.
+
+    Args:
+      last: Contents of files that are written after it.
+    """
+    paths = (path for path in directory.iterdir() if path.is_file() and path.name != SUMS)
+    sums = {path.name: files.sha256(path) for path in paths if not path.name.startswith(".")}
+    sums |= {name: hashlib.sha256(content).hexdigest() for name, content in last.items()}
+    lines = (f"{sums[name]}  {name}\n" for name in sorted(sums))
+    files.write_whole(directory / SUMS, "".join(lines).encode())
+
+
+def sealed(path: Path) -> Path:
+    """The path of a file, which is what SHA256SUMS says where its directory is a quantized one.
+
+    Raises:
+      ValueError: The file is another than was written; names the one that it is, if it is one of
+        the directory's.
+    """
+    if not (path.parent / SEALED).is_file():
+        return path
+    sums = _read(path.parent / SUMS)
+    if path.name not in sums:
+        raise ValueError(f"{path} is not in {SUMS}: remove it, or quantize again")
+    if not path.is_file():
+        raise ValueError(f"{path} is missing, and {SUMS} names it: copy it again")
+    if (found := files.sha256(path)) != sums[path.name]:
+        is_other = next((name for name, known in sums.items() if known == found), None)
+        held = f"holds what {is_other} must hold" if is_other else f"has SHA-256 {found[:16]}"
+        raise ValueError(
+            f"{path} {held}, and {SUMS} says {sums[path.name][:16]}: copy the file again, or "
+            "quantize again"
+        )
+    return path
+
+
+def _read(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise ValueError(
+            f"{path.parent} has no {SUMS}, which newer versions write and by which its files are "
+            f"checked: quantize again, or, if you trust the files, run in it: "
+            f"sha256sum *.json *.safetensors > {SUMS}"
+        )
+    with files.reading(path, "copy it again, or quantize again"):
+        lines = [_LINE.fullmatch(line) for line in path.read_text().splitlines()]
+        if not all(lines):
+            raise ValueError("a line is no SHA-256 and name")
+        return {line[2]: line[1] for line in lines if line}

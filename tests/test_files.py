@@ -1,0 +1,108 @@
+"""Files appear whole, and what killed processes left is removed by the next."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from duquantpp_jax import files
+
+
+def _left(directory, name, **changes):
+    """What a process that was killed while it wrote `name` leaves."""
+    other = files.process() | {"pid": 2**22 + 1, "start": 7} | changes
+    place = directory / f".{name}.{other['host']}-{other['pid']}-{other['start']}-0123abcd"
+    (place / "inside").mkdir(parents=True)
+    return place
+
+
+def test_what_dead_processes_left_is_removed_and_all_else_is_not(tmp_path):
+    dead = _left(tmp_path, "model")
+    others = [
+        _left(tmp_path, "model2"),
+        _left(tmp_path, "model", host="elsewhere"),
+        _left(tmp_path, "model", **files.process()),
+        tmp_path / ".model.mine",
+    ]
+    others[-1].touch()
+    with files.new_directory(tmp_path / "model") as partial:
+        (partial / "file").touch()
+        assert not dead.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "model"])
+    assert (tmp_path / "model" / "file").exists()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="of POSIX")
+def test_a_copy_that_a_killed_process_was_writing_is_gone_after_the_next(tmp_path):
+    code = (
+        "import os, pathlib, signal; from duquantpp_jax import files\n"
+        f"with files.new_directory(pathlib.Path({str(tmp_path / 'model')!r})):\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
+    assert [path.name[:7] for path in tmp_path.iterdir()] == [".model."]
+    with files.new_directory(tmp_path / "model"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_whole(path, b"old")
+
+    def fail():
+        with files.whole(path) as name:
+            name.write_bytes(b"half")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fail()
+    assert path.read_bytes() == b"old"
+    assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_rename_is_on_the_disk_with_its_directory(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
+    files.write_whole(tmp_path / "a", b"b")
+    assert synced == [path.stat().st_ino for path in (tmp_path / "a", tmp_path)]
+
+
+def test_tensors_are_read_as_they_were_written_or_refused(tmp_path):
+    path, tensors = tmp_path / "t.safetensors", {"a": np.arange(3.0), "b": np.int32([[1]])}
+    files.write_tensors(path, tensors, {"of": [1, None]})
+    again, about = files.read_tensors(path, "make it again")
+    assert about == {"of": [1, None]}
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(again[name], array)
+    first = path.read_bytes()
+    files.write_tensors(path, dict(reversed(tensors.items())), {"of": [1, None]})
+    assert path.read_bytes() == first
+    for spoilt in (first[:-1], first[:-1] + b"?", first.replace(b"null", b"true"), b"", b"{}"):
+        path.write_bytes(spoilt)
+        with pytest.raises(ValueError, match=r"^[^\n]*t\.safetensors [^\n]*make it again$"):
+            files.read_tensors(path, "make it again")
+
+
+def test_a_hash_is_computed_again_only_for_a_file_that_was_written_again(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    files.write_whole(path, b"1")
+    first = files.sha256(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("hashlib.file_digest", None)
+        assert files.sha256(path) == first
+    files.write_whole(path, b"2")
+    assert files.sha256(path) != first
+
+
+def test_errors_show_control_characters_and_obey_none(tmp_path):
+    path = tmp_path / "a\x1b[2J.json"
+    path.write_text(json.dumps({"a": 1})[:-1])
+    with pytest.raises(ValueError, match="is not JSON") as caught:
+        files.read_json(path)
+    assert files.one_line(caught.value).count(r"a\x1b[2J.json") == 1
+    assert files.printable("é\n\u202e\x9b") == "é\n\\u202e\\x9b"
