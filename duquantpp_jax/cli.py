@@ -1,7 +1,7 @@
 """The command line: `duquantpp COMMAND`; `duquantpp --version` prints versions.
 
 A command is a frozen dataclass of options. Bad input is one line on stderr and exit code 2, never
-a traceback; Ctrl-C is exit code 130.
+a traceback; Ctrl-C is exit code 130, SIGTERM 143, SIGHUP 129.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import tyro
 
 from duquantpp_jax import __version__
 from duquantpp_jax.commands import options
-from duquantpp_jax.commands.progress import remembering_interrupts
+from duquantpp_jax.commands.progress import guarded
 
 COMMANDS: dict[str, type] = {
     "compare": options.CompareOptions,
@@ -43,23 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if list(arguments) == ["--version"]:
         print(versions())
         return 0
-    try:
-        with remembering_interrupts():
-            given = _parse(arguments)
-            name = next(name for name, kind in COMMANDS.items() if type(given) is kind)
-            room = "kernels.proof" if name == "kernels" else f"commands.{name}"
-            # Imported only now: `--help` and what the parser refuses need no JAX.
-            module = importlib.import_module(f"duquantpp_jax.{room}")
-            from duquantpp_jax.commands.programs import kept_programs
 
-            with kept_programs():
-                return module.run(given)
-    except (ValueError, OSError, OverflowError) as error:
-        print("duquantpp: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("duquantpp: interrupted", file=sys.stderr)
-        return 130
+    def run() -> int:
+        given = _parse(arguments)
+        name = next(name for name, kind in COMMANDS.items() if type(given) is kind)
+        room = "kernels.proof" if name == "kernels" else f"commands.{name}"
+        # Imported only now: `--help` and what the parser refuses need no JAX.
+        module = importlib.import_module(f"duquantpp_jax.{room}")
+        from duquantpp_jax.commands.programs import kept_programs
+
+        with kept_programs():
+            return module.run(given)
+
+    return guarded("duquantpp", run)
 
 
 def versions() -> str:

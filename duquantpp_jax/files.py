@@ -2,7 +2,7 @@
 
 A file is written under a temporary name that is then changed. Tensors are written with a hash of
 names, types, shapes, numbers and metadata, and whatever a reader raises for a broken file is one
-line that names the file (`reading`).
+line that names the file (`refusing`).
 """
 
 import contextlib
@@ -151,7 +151,7 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, np.ndarray], dict[s
     Raises:
       ValueError: The file is no such file, or holds other contents than were written.
     """
-    with reading(path, remedy):
+    with refusing(path, remedy):
         about = read_about(path, remedy)
         with safe_open(path, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
@@ -167,7 +167,7 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, np.ndarray], dict[s
 
 def read_about(path: Path, remedy: str) -> dict[str, Any]:
     """What a safetensors file of this package says of its tensors; raises ValueError if nothing."""
-    with reading(path, remedy), safe_open(path, framework="numpy") as file:
+    with refusing(path, remedy), safe_open(path, framework="numpy") as file:
         about = json.loads((file.metadata() or {}).get(ABOUT, "null"))
     if not isinstance(about, dict):
         raise ValueError(f"{path} was not written by duquantpp_jax: {remedy}")
@@ -199,7 +199,7 @@ def _hash_of(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def reading(path: Path, remedy: str) -> Iterator[None]:
+def refusing(path: Path, remedy: str) -> Iterator[None]:
     """Whatever a broken file makes its reader raise becomes a ValueError of one line.
 
     Args:

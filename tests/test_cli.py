@@ -19,7 +19,7 @@ from duquantpp_jax import __version__, cli, files
 from duquantpp_jax.checkpoints import save
 from duquantpp_jax.commands.compare import CompareOptions, cells
 from experiments import bench_start
-from tests.conftest import byte_tokenizer, tiny_decoder
+from tests.conftest import TEXT, byte_tokenizer, tiny_decoder
 from tests.documented import undocumented
 
 ENTRY = [
@@ -349,6 +349,47 @@ def test_the_package_runs_as_a_module_and_says_versions():
     ours, *others = done.stdout.strip().split(", ")
     assert (done.returncode, done.stderr, ours) == (0, "", f"duquantpp_jax {__version__}")
     assert f"jax {importlib.metadata.version('jax')}" in others
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_to_stop_is_one_line_that_names_the_step_and_its_exit_code(
+    name, code, tmp_path, monkeypatch, capsys
+):
+    number = getattr(signal, name)
+    signal.signal(number, signal.SIG_DFL)
+
+    def stopped(_, progress):
+        progress("layer 2 of 3", 1, 3)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr("duquantpp_jax.commands.compare.compare", stopped)
+    assert cli.main(["compare", "--out", str(tmp_path / "out")]) == code
+    said = capsys.readouterr().err
+    assert said.startswith(f"duquantpp: stopped by {name} at layer 2 of 3 (1 of 3); ")
+    assert said.count("\n") == 1
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), MemoryError()]
+)
+def test_want_of_memory_names_the_step_and_what_to_lower(error, tmp_path, monkeypatch, capsys):
+    def full(_, progress):
+        progress("layer 2 of 3", 1, 3)
+        raise error
+
+    monkeypatch.setattr("duquantpp_jax.commands.compare.compare", full)
+    assert cli.main(["compare", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("duquantpp: out of memory at layer 2 of 3 (1 of 3): give a smaller")
+    assert said.count("\n") == 1
+
+
+def test_an_error_shows_control_characters_and_does_not_send_them(capsys):
+    assert cli.main(["evaluate", "--model", "a\x1b]0;b\x07", "--text", str(TEXT)]) == 2
+    said = capsys.readouterr().err
+    assert "\\x1b]0;b\\x07" in said
+    assert "\x1b" not in said
 
 
 LISTENING = """

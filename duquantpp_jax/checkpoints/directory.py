@@ -42,10 +42,11 @@ from duquantpp_jax.checkpoints.packed import load_packed
 from duquantpp_jax.checkpoints.seal import SEALED, sealed
 from duquantpp_jax.checkpoints.source import CONFIG, Directory
 from duquantpp_jax.core import Fitted, Format, MXArray
-from duquantpp_jax.files import check_finite, read_json, reading
+from duquantpp_jax.files import check_finite, read_json, refusing
 from duquantpp_jax.formats.tensors import from_tensors
 from duquantpp_jax.models import Decoder, DecoderConfig, Linear, dense
 from duquantpp_jax.models.parameters import (
+    LAYER,
     LINEARS,
     SITE_WEIGHTS,
     SITES,
@@ -81,7 +82,6 @@ class Quantized:
     Attributes:
       fields: What config.json says, as that of the float model.
       job: What was done.
-      plan: What was done to which linears.
 
     Raises:
       ValueError: There is none, it is not finished, or was written by a newer version.
@@ -100,13 +100,11 @@ class Quantized:
             )
         sealed(self.directory / JOB)
         self.fields = Directory(self.directory).fields()
-        with reading(self.directory / CONFIG, AGAIN):
+        with refusing(self.directory / CONFIG, AGAIN):
             about = self.fields.pop("quantization_config", {})
             if "model_type" in about:  # older directories kept it in its place
                 self.fields["model_type"] = about["model_type"]
             self.config = DecoderConfig.from_dict(self.fields)
-        with reading(self.directory / JOB, AGAIN):
-            self.plan = self.job.plan(self.config, done=True)
         found = len(list(self.directory.glob(layer_file(0).replace("00000", "*"))))
         if found != self.config.num_hidden_layers:
             raise ValueError(
@@ -114,16 +112,21 @@ class Quantized:
                 f"{self.config.num_hidden_layers}: {AGAIN}"
             )
 
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """What was done to which linears."""
+        return self.job.plan(self.config, done=True)
+
     def layer(self, number: int) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSite]]:
         """What `read_layer` gives, checked against the seal, the job and config.json."""
-        path = sealed(self.directory / layer_file(number))
-        with reading(path, AGAIN):
-            return checked(path, number, self.job, self.plan)
+        path, plan = sealed(self.directory / layer_file(number)), self.plan
+        with refusing(path, AGAIN):
+            return verified_layer(path, number, self.job, plan)
 
     def report(self) -> list[dict[str, Any]]:
         """What quantizing cost each linear (docs/quantize.md)."""
         path = sealed(self.directory / REPORT)
-        with reading(path, AGAIN):
+        with refusing(path, AGAIN):
             return read_json(path)["linears"]
 
     def outside(self) -> dict[str, np.ndarray]:
@@ -131,7 +134,7 @@ class Quantized:
         shapes = {n: s for n, s in parameter_shapes(self.config).items() if "*" not in n}
         found: dict[str, np.ndarray] = {}
         for path in sorted(self.directory.glob("outside-*.safetensors")):
-            with reading(sealed(path), AGAIN):
+            with refusing(sealed(path), AGAIN):
                 tensors = load_file(path)
             check_finite(path, tensors)
             found |= tensors
@@ -148,7 +151,7 @@ def read_job(directory: Path) -> Job:
     """The job of a directory; raises ValueError if there is none that this version reads."""
     described = read_json(path := directory / JOB, AGAIN)
     check_schema(path, described.get("schema"))
-    with reading(path, AGAIN):
+    with refusing(path, AGAIN):
         return Job.from_dict(described.get("job", {}))
 
 
@@ -162,7 +165,7 @@ def read_about(path: Path) -> dict[str, Any]:
 def about_layer(path: Path, number: int, job: Job) -> dict[str, Any]:
     """What a layer's file says of it; raises ValueError if it is of another layer or job."""
     about = read_about(path)
-    with reading(path, AGAIN):
+    with refusing(path, AGAIN):
         if about["layer"] != number:
             raise ValueError(f"{path} holds layer {about['layer']}, and not {number}: {AGAIN}")
         if other := Job.from_dict(about["job"]).difference(job):
@@ -211,7 +214,7 @@ def read_layer(path: Path) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSi
     return {names[n]: tensors[n] for n in own if names[n] not in LINEARS}, sites
 
 
-def checked(
+def verified_layer(
     path: Path, number: int, job: Job, plan: Plan
 ) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSite]]:
     """What `read_layer` gives; raises ValueError unless it is what the job makes of this layer."""

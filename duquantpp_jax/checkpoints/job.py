@@ -7,7 +7,8 @@ job, and a run that was killed is only taken up by its own.
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from types import UnionType
+from typing import Any, get_origin
 
 from duquantpp_jax.models import SITES, DecoderConfig
 from duquantpp_jax.ptq import stream
@@ -65,6 +66,18 @@ class Job:
         if not isinstance(fields, Mapping) or set(fields) | later != names:
             raise ValueError(f"a job has the fields {', '.join(sorted(names))}, and no others")
         given: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+        for field in dataclasses.fields(cls):
+            name, kind = field.name, field.type
+            kind: Any = kind if isinstance(kind, UnionType) else get_origin(kind) or kind
+            if not isinstance(value := given.get(name, field.default), kind):
+                raise ValueError(f"a job has no {name} {value!r:.60}")
+        for name in ("weight_formats", "activation_formats"):
+            if set(given[name]) != set(SITES):
+                raise ValueError(f"a job has {name} of {', '.join(SITES)}, not {[*given[name]]}")
+        texts = (given["model"], given["weight_formats"], given["activation_formats"])
+        strings = [*(v for text in texts for v in text.values()), *given["include"]]
+        if not all(isinstance(value, str) for value in (*strings, *given["exclude"])):
+            raise ValueError("a job has names of its model, formats, include and exclude")
         return cls(**given)
 
     @property

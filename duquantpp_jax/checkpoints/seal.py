@@ -18,7 +18,7 @@ SUMS, SEALED = "SHA256SUMS", "quantization.json"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\0]+)")
 
 
-def seal(directory: Path, last: Mapping[str, bytes]) -> None:
+def write_seal(directory: Path, last: Mapping[str, bytes]) -> None:
     """Writes the hashes of all files of a directory.
 
     Args:
@@ -62,7 +62,7 @@ def _read(path: Path) -> dict[str, str]:
             f"checked: quantize again, or, if you trust the files, run in it: "
             f"sha256sum *.json *.safetensors > {SUMS}"
         )
-    with files.reading(path, "copy it again, or quantize again"):
+    with files.refusing(path, "copy it again, or quantize again"):
         lines = [_LINE.fullmatch(line) for line in path.read_text().splitlines()]
         if not all(lines):
             raise ValueError("a line is no SHA-256 and name")

@@ -7,6 +7,7 @@ Source: the safetensors format description; the directory layout of transformers
 `save_pretrained` and of the hub's cache.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -30,7 +30,7 @@ from duquantpp_jax.checkpoints.directory import (
 )
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint
-from duquantpp_jax.checkpoints.seal import SUMS, seal
+from duquantpp_jax.checkpoints.seal import SUMS, write_seal
 from duquantpp_jax.checkpoints.shards import INDEX, OWN_INDEX
 from duquantpp_jax.checkpoints.source import CONFIG, Source
 from duquantpp_jax.core import Fitted, MXArray
@@ -282,5 +282,5 @@ def write_rest(
     content = {"metadata": metadata, "weight_map": dict(sorted(place.items()))}
     files.write_whole(out / index, files.to_json(content))
     if index == OWN_INDEX:
-        seal(out, {CONFIG: files.to_json(fields)})
+        write_seal(out, {CONFIG: files.to_json(fields)})
     files.write_whole(out / CONFIG, files.to_json(fields))

@@ -27,7 +27,7 @@ from rich.console import Console
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints.packed import decoded
 from duquantpp_jax.commands.options.ablate import AblateFile, AblateOptions
-from duquantpp_jax.commands.progress import progress_bar
+from duquantpp_jax.commands.progress import guarded, progress_bar
 from duquantpp_jax.lab import running, table
 from duquantpp_jax.lab.cells import DEFAULT_FORMAT, SCHEMA, Cell
 from duquantpp_jax.lab.executors import Processes, Slurm, gpus
@@ -46,11 +46,7 @@ def main(module: ModuleType, arguments: list[str] | None = None) -> None:
     """`python -m experiments.X`: runs the grid of the module with the options of `ablate`."""
     question = (module.__doc__ or "").partition("\n")[0]
     options = tyro.cli(AblateOptions, description=question, args=arguments)
-    try:
-        sys.exit(_run(module, options))
-    except (ValueError, OSError) as error:
-        print(f"{_name(module)}: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    sys.exit(guarded(_name(module), lambda: _run(module, options)))
 
 
 def _run(module: ModuleType, options: AblateOptions) -> int:
@@ -89,7 +85,7 @@ def _run(module: ModuleType, options: AblateOptions) -> int:
         page = webpage(name, module.__doc__ or "", found, outcome)
         files.write_whole(options.report, page.encode())
     for cell, error in outcome.errors.items():
-        print(f"failed: {cell.labels()}: {error}", file=sys.stderr)
+        print(f"failed: {cell.labels()}: {files.printable(error)}", file=sys.stderr)
     done = f"{len(outcome.records)} of {len(cells)} cells finished, {len(outcome.errors)} failed"
     print(f"{done}; records in {out}")
     return 1 if outcome.errors else 0

@@ -1,4 +1,4 @@
-"""The progress of commands, and Ctrl-C, which no library may swallow."""
+"""The progress of commands, and what ends them: bad input, signals, want of memory."""
 
 import contextlib
 import datetime
@@ -16,29 +16,70 @@ Step = Callable[[str, int, int], None]
 """Called with a description of the work, the steps done and the number of all steps."""
 
 
-_interrupted = threading.Event()
-"""Whether there was a Ctrl-C. Another library can lose a KeyboardInterrupt that is raised inside
-one of its callbacks; the next step of the progress bar then raises it again."""
+_stopped: list[int] = []
+"""The signal that asked to stop. Another library can lose an exception that is raised inside one of
+its callbacks; the next step of the progress bar then raises it again."""
+_doing = ["the start"]
+"""The last step that was reported."""
 
 
-def _interrupt(*_: Any) -> None:
-    _interrupted.set()
-    raise KeyboardInterrupt
+class Stopped(KeyboardInterrupt):
+    """A signal asked to stop; its number is the argument."""
+
+
+def _stop(number: int, _: Any) -> None:
+    _stopped[:] = [number]
+    raise Stopped(number)
 
 
 @contextlib.contextmanager
-def remembering_interrupts() -> Iterator[None]:
-    """Within the block Ctrl-C is remembered, unless the process handles it in another way."""
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not ours or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    _interrupted.clear()
-    signal.signal(signal.SIGINT, _interrupt)
+def stopping_on_signals() -> Iterator[None]:
+    """Within the block Ctrl-C, SIGTERM and SIGHUP raise `Stopped`, so that what is being written is
+    dropped. Signals that the process ignores or handles already are left alone."""
+    usual = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL}
+    usual |= {"SIGHUP": signal.SIG_DFL} if hasattr(signal, "SIGHUP") else {}
+    numbers = {getattr(signal, name): handler for name, handler in usual.items()}
+    ours = [number for number, handler in numbers.items() if signal.getsignal(number) is handler]
+    if threading.current_thread() is not threading.main_thread():
+        ours = []
+    _stopped.clear()
+    for number in ours:
+        signal.signal(number, _stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in ours:
+            signal.signal(number, numbers[number])
+
+
+def guarded(name: str, run: Callable[[], int]) -> int:
+    """Runs a command; what it raises for bad input, a signal or want of memory is one line.
+
+    Returns:
+      The exit code: that of `run`; 2 for bad input, a full disk or want of memory; 128 and the
+      number of the signal that asked to stop.
+    """
+    code = 2
+    try:
+        with stopping_on_signals():
+            return run()
+    except (ValueError, OSError, OverflowError) as error:
+        said = str(error)
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT
+        code, said = 128 + number, "interrupted"
+        if number != signal.SIGINT:
+            said = f"stopped by {signal.Signals(number).name} at {_doing[-1]}; what was being "
+            said += "written is dropped, and the same command goes on from what is finished"
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = f"out of memory at {_doing[-1]}: give a smaller --batch-rows, --window or --rows "
+        said += f"where the command has it, or a device with more memory ({str(error)[:200]})"
+    # As `files.printable` does, which needs NumPy.
+    plain = (c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(said.split()))
+    print(f"{name}: " + "".join(plain), file=sys.stderr)
+    return code
 
 
 SECONDS = 30.0
@@ -54,8 +95,9 @@ def progress_bar() -> Iterator[Step]:
     with _bar() if sys.stderr.isatty() else contextlib.nullcontext(_lines()) as show:
 
         def step(what: str, done: int, total: int) -> None:
-            if _interrupted.is_set():
-                raise KeyboardInterrupt
+            if _stopped:
+                raise Stopped(_stopped[-1])
+            _doing[-1] = f"{what} ({done} of {total})"
             show(what, done, total)
 
         yield step

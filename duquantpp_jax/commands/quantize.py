@@ -77,6 +77,12 @@ def quantize(options: QuantizeOptions, progress: Step = lambda *_: None) -> dict
             write_layers(options.out, checkpoint, job, plan, tokens, progress, check)
             if options.refine:
                 refine_layers(options, checkpoint, plan, tokens, progress)
+            if (now := model_and_hash(options.model)) != job.model:
+                raise ValueError(
+                    f"{options.model} was changed while it was quantized (SHA-256 "
+                    f"{now['sha256'][:16]}, and {job.model['sha256'][:16]} before): give a model "
+                    "that stays, and another --out"
+                )
             finish(options.out, checkpoint, job)
     return read_json(options.out / REPORT)
 

@@ -43,7 +43,7 @@ def read(out: Path, cell: Cell, *, failed: bool = False) -> Record | None:
     if not path.exists():
         return None
     record = files.read_json(path, ANEW)
-    with files.reading(path, ANEW):
+    with files.refusing(path, ANEW):
         about = {n: value for n, value in record.items() if n != "sha256"}
         if record.get("sha256") != (found := _hash_of(about)):
             raise ValueError(f"says SHA-256 {record.get('sha256')!s:.16}, and has {found[:16]}")
@@ -107,6 +107,8 @@ def write_error(out: Path, cell: Cell, error: Exception) -> None:
     for path in (cell.model, cell.text, cell.calibration_text, cell.fits):
         if path is not None and path.parent != Path():
             line = line.replace(str(path), path.name)
+    if "RESOURCE_EXHAUSTED" in line:
+        line = f"out of memory: lower batch_rows ({cell.batch_rows}) or --cache-gib; {line}"
     record = _about(cell) | {"error": line[:500], "environment": environment()}
     _write(path_of(out, cell, failed=True), record)
 

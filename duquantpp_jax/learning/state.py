@@ -74,7 +74,7 @@ def load(path: Path, like: Any, settings: Mapping[str, str]) -> tuple[Any, float
     for name, value in {"format": FORMAT, **settings}.items():
         if about.get(name) != value:
             raise ValueError(f"{path} is a checkpoint of another {name}: {again}")
-    with files.reading(path, again):
+    with files.refusing(path, again):
         history, start_loss = tensors.pop(HISTORY), tensors.pop(START_LOSS)
     wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in _named(like)}
     found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

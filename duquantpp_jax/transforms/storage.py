@@ -140,7 +140,7 @@ def load(path: str | os.PathLike[str], of: str = "") -> dict[str, Transform | Fi
     if about.get("of") != of:
         raise ValueError(f"{path} holds transforms of {about.get('of')!r}, not of {of!r}: {AGAIN}")
     files.check_finite(path, tensors)
-    with files.reading(path, AGAIN):
+    with files.refusing(path, AGAIN):
         for name, structure in about["structures"].items():
             own = f"{name}/"
             arrays = {k.removeprefix(own): t for k, t in tensors.items() if k.startswith(own)}

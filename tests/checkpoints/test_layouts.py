@@ -11,7 +11,7 @@ import pytest
 
 from duquantpp_jax import cli
 from duquantpp_jax.checkpoints import Quantized, load, load_any, save
-from duquantpp_jax.checkpoints.seal import seal
+from duquantpp_jax.checkpoints.seal import write_seal
 from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
 from duquantpp_jax.models import SITE_WEIGHTS, SITES
@@ -115,7 +115,7 @@ def test_a_format_that_the_layout_has_not_is_refused(job, says, tiny_directory, 
     described = json.loads((model / "quantization.json").read_text())
     described["job"] |= job
     (model / "quantization.json").write_text(json.dumps(described))
-    seal(model, {})
+    write_seal(model, {})
     arguments = ["export", "--model", str(model), "--out", str(tmp_path / "e")]
     assert_one_line(cli.main(arguments), capsys, says)
 
@@ -159,6 +159,7 @@ def test_smoothing_fused_before_rounding_is_exported_bit_for_bit_and_costs_no_ac
 ):
     model = quantized(tiny_directory, tmp_path / "q", recipe="smooth_hadamard", fuse=True)
     rewrite(model, torch_dtype="float16")
+    write_seal(model, {})
     *_, note = export(ExportOptions(model, out=tmp_path / "e"))
     fields, tensors = (
         json.loads((tmp_path / "e/config.json").read_text()),

@@ -78,7 +78,7 @@ def test_a_directory_is_read_once_its_module_is_given_and_imports_nothing_itself
     forget()
     assert run(command, *words) == 2
     error = capsys.readouterr().err
-    assert "my_parts:Mirror is not known here: give --import my_parts" in error
+    assert "my_parts:GRID is not known here: give --import my_parts" in error
     assert error.count("\n") == 1
     assert "my_parts" not in sys.modules
     assert run(command, *words, *IMPORT) == 0

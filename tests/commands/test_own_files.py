@@ -1,6 +1,6 @@
 """A quantized directory is read as a stranger's: a change is one line, and never a number.
 
-`seal` writes SHA256SUMS anew, as whoever meant to change a file would.
+`write_seal` writes SHA256SUMS anew, as whoever meant to change a file would.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from duquantpp_jax.checkpoints import Quantized, load_tokenizer
-from duquantpp_jax.checkpoints.seal import SUMS, seal
+from duquantpp_jax.checkpoints.seal import SUMS, write_seal
 from duquantpp_jax.files import ABOUT
 
 LAYERS = [f"layer-0000{number}.safetensors" for number in range(3)]
@@ -111,6 +111,10 @@ def one_element(tensors, about):
     tensors[NORM] = tensors[NORM][:1]
 
 
+def job_of(directory):
+    return json.loads((directory / "quantization.json").read_text())["job"]
+
+
 def nowhere(tensors, about):
     for key in about["sites"]:
         about["sites"][key] = '{"value": 3}'
@@ -161,6 +165,14 @@ MEANT = {
         lambda d: edit(d, "quantization.json", job=3),
         "quantization.json cannot be read",
     ),
+    "a job without formats": (
+        lambda d: edit(d, "quantization.json", job=job_of(d) | {"weight_formats": {}}),
+        "quantization.json cannot be read .*weight_formats of attention_in",
+    ),
+    "a job whose seed is a text": (
+        lambda d: edit(d, "quantization.json", job=job_of(d) | {"seed": "0"}),
+        "quantization.json cannot be read .*no seed '0'",
+    ),
     "brackets": (
         lambda d: (d / "quantization.json").write_text("[" * 10**5),
         "quantization.json is not JSON",
@@ -185,7 +197,7 @@ MEANT = {
 def test_a_directory_that_does_not_fit_its_job_is_refused_though_its_hashes_are_right(name, copy):
     change, says = MEANT[name]
     change(copy)
-    seal(copy, {})
+    write_seal(copy, {})
     with pytest.raises(ValueError, match=says) as caught:
         read(copy)
     assert "\n" not in str(caught.value)
@@ -201,7 +213,7 @@ def test_any_other_bytes_are_read_or_refused_in_a_line_that_names_the_file(copy)
         for _ in range(numbers.randint(1, 3)):
             content[numbers.randrange(5000)] = numbers.choice(b'[]{}":,0123456789nulltrue.\x00\xff')
         path.write_bytes(content)
-        seal(copy, {})
+        write_seal(copy, {})
         with contextlib.suppress(ValueError):
             Quantized(copy).layer(0)
             continue
