@@ -47,9 +47,9 @@ def sealed(path: Path) -> Path:
         raise ValueError(f"{path} is missing, and {SUMS} names it: copy it again")
     if (found := files.sha256(path)) != sums[path.name]:
         is_other = next((name for name, known in sums.items() if known == found), None)
-        held = f"holds what {is_other} must hold" if is_other else f"has SHA-256 {found[:16]}"
+        contents = f"holds what {is_other} must hold" if is_other else f"has SHA-256 {found[:16]}"
         raise ValueError(
-            f"{path} {held}, and {SUMS} says {sums[path.name][:16]}: copy the file again, or "
+            f"{path} {contents}, and {SUMS} says {sums[path.name][:16]}: copy the file again, or "
             "quantize again"
         )
     return path

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load_any, load_tokenizer
 from duquantpp_jax.checkpoints.hugging_face import chat_prompt
 from duquantpp_jax.checkpoints.packed import said
@@ -79,5 +80,6 @@ def continued(options: GenerateOptions) -> str:
 
 def run(options: GenerateOptions) -> int:
     """Runs the command and prints the text; returns the exit code."""
-    print(continued(options))
+    text = continued(options)
+    print(files.printable(text) if sys.stdout.isatty() else text)
     return 0

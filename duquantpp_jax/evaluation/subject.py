@@ -102,11 +102,11 @@ ANYWHERE = ("python", "cores")
 """What of the environment changes no number."""
 
 
-def difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+def difference(first: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
     """Where two environments first differ in what numbers depend on, in words; else None."""
-    for name in {**one, **other}:
-        if name not in ANYWHERE and one.get(name) != other.get(name):
-            return f"{name} {one.get(name)}, not {other.get(name)}"
+    for name in {**first, **other}:
+        if name not in ANYWHERE and first.get(name) != other.get(name):
+            return f"{name} {first.get(name)}, not {other.get(name)}"
     return None
 
 

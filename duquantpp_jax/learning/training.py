@@ -4,12 +4,13 @@
 
 Batches are drawn with a key, without replacement within a pass over the rows. At every check the
 parameters are brought within their bounds and the loss on held-out rows is measured; those with the
-least such loss, the start included, are the result.
+least such loss, the start included, are the result. Learning whose loss is NaN or Inf stops there.
 """
 
 import abc
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from duquantpp_jax import files
 from duquantpp_jax.core import Fitted
 from duquantpp_jax.learning import state as states
 
+LOG = logging.getLogger("duquantpp_jax")
 Rows = Any
 """A pytree of arrays whose leading axes are the rows that batches are drawn from."""
 
@@ -97,6 +99,8 @@ def train(
     best_loss = jnp.float32(held_out_loss(objective, learned, held_out, batch_rows))
     state = Progress(jnp.int32(0), learned, optimizer.init(learned), learned, best_loss)
     start_loss, history = float(best_loss), []
+    if not np.isfinite(start_loss):
+        raise ValueError("where learning starts the held-out loss is NaN or Inf: choose another")
     settings = {}
     if checkpoint is not None:
         settings = {
@@ -111,7 +115,7 @@ def train(
             state, start_loss, history = states.load(checkpoint, state, settings)
     order = batches(key, _count(rows), batch_rows, steps)
     state = jax.tree.map(jnp.copy, state)  # for it is given away
-    while (first := int(state.step)) < steps:
+    while (first := int(state.step)) < steps and not (history and _diverged(*history[-1])):
         part = jnp.asarray(order[first : first + check_every])
         state, losses = _advance(objective, state, rows, part, optimizer=optimizer)
         loss = held_out_loss(objective, state.learned, held_out, batch_rows)
@@ -122,7 +126,15 @@ def train(
         if checkpoint is not None:
             states.save(checkpoint, state, start_loss, history, settings)
         report(*history[-1])
+    if history and _diverged(*history[-1]):
+        LOG.warning("learning diverged by step %d (loss %g, held out %g) and was stopped; the "
+                    "best so far is kept, of held-out loss %g: give a lower rate",
+                    *history[-1], float(state.best_loss))  # fmt: skip
     return Trained(state.best, start_loss, history)
+
+
+def _diverged(step: int, loss: float, held_out: float) -> bool:
+    return not (np.isfinite(loss) and np.isfinite(held_out))
 
 
 def warmed_cosine(rate: float, steps: int) -> optax.Schedule:

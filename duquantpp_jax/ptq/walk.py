@@ -31,9 +31,9 @@ from jaxtyping import Array, Float, Float32, Integer
 from duquantpp_jax.core import Fitted, Needs, Stats
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder
 from duquantpp_jax.models.layers import join_layers
-from duquantpp_jax.models.parameters import LAYER, Parameters, experts
+from duquantpp_jax.models.parameters import LAYER, Parameters, experts, layer_prefix
 from duquantpp_jax.ptq.calibration import Hidden, calibrate_layer, embed, keep, layers_of
-from duquantpp_jax.ptq.experts import by_expert, pooled, pooled_moved
+from duquantpp_jax.ptq.experts import FEWEST, by_expert, pooled, pooled_moved
 from duquantpp_jax.ptq.fuse import fuse_layer, grouped
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import (
@@ -43,6 +43,7 @@ from duquantpp_jax.ptq.site import (
     layer_of,
     quantize_linear,
 )
+from duquantpp_jax.rounding.gptq import LOG, steady
 from duquantpp_jax.transforms.basic import Identity
 
 Progress = Callable[[str], None]
@@ -103,6 +104,10 @@ def quantize_layer(
             raise ValueError("a layer is calibrated on hidden states: give them, or its Stats")
         after = None if needs else last
         stats = pass_over(seen, widths, plan.fit_needs(number), after=after)
+    if number == 0:
+        warn_of_few_tokens(plan, stats)
+    for site in widths:
+        check_input(number, site, stats[site], "before it is moved")
     fits = fit_layer(plan, number, parameters, stats, progress)
     counts = {s: np.asarray(stats[s].count) for s in widths if experts(plan.config, s)}
     stats = {site: pooled(plan.config, site, stats[site]) for site in widths}
@@ -183,9 +188,50 @@ def fit_layer(
                 key = jax.random.split(key, count)
             own = pooled(plan.config, site, keep(stats[site], recipe.needs))
             fit = functools.partial(fit_linear, recipe)
-            fits[site] = by_expert(plan.config, site, fit, weights, own, key)
+            try:
+                fits[site] = by_expert(plan.config, site, fit, weights, own, key)
+            except ValueError as error:
+                raise ValueError(f"{layer_prefix(number)}{site}: {error}") from error
+            check_fit(number, site, fits[site])
         progress("fitting")
     return fits
+
+
+def check_input(number: int, site: str, stats: Stats, when: str) -> None:
+    """Raises ValueError if the input of a site of a layer is NaN or Inf; counts the channels."""
+    maxima = np.asarray(stats.absmax)
+    if wrong := np.count_nonzero(~np.isfinite(maxima)):
+        raise ValueError(
+            f"{layer_prefix(number)}{site}: on the calibration rows the input {when} is NaN or Inf "
+            f"in {wrong} of {maxima.size} channels: the model overflows in float32, and cannot be "
+            "calibrated on them"
+        )
+
+
+def warn_of_few_tokens(plan: Plan, stats: Mapping[str, Stats]) -> None:
+    """Warns where the first layer's sites saw fewer tokens than they need; says how many would do.
+
+    A Gram matrix of fewer tokens than channels is singular; maxima take `FEWEST`, as an expert's.
+    """
+    for site, width in plan.widths(0).items():
+        recipe, seen = plan.recipes[site], int(np.sum(np.asarray(stats[site].count)))
+        grams = Needs.GRAM in recipe.needs | recipe.rounding.needs
+        enough = max(FEWEST, width if grams else 0) * max(1, experts(plan.config, site))
+        if seen < enough:
+            LOG.warning("warning: %s is calibrated on %d tokens, and %s of %d channels takes %d: "
+                        "give more rows of text", site, seen,
+                        "a Gram matrix" if grams else "an input", width, enough)  # fmt: skip
+
+
+def check_fit(number: int, site: str, fitted: Fitted) -> None:
+    """Raises ValueError if what moves a site of a layer has NaN or Inf; counts them."""
+    for leaf in map(np.asarray, jax.tree.leaves(fitted)):
+        inexact = not np.issubdtype(leaf.dtype, np.integer)
+        if inexact and (wrong := np.count_nonzero(~np.isfinite(leaf))):
+            raise ValueError(
+                f"{layer_prefix(number)}{site}: its fit has NaN or Inf in {wrong} of {leaf.size} "
+                "numbers: choose another recipe, or exclude it"
+            )
 
 
 def fit_decoder(plan: Plan, model: Decoder, stats: Mapping[str, Stats]) -> dict[str, Fitted]:
@@ -265,13 +311,15 @@ def _round_site(
     """The linears of a site, rounded; those that are not chosen as they are."""
     names, quantized = plan.names(site, number), QuantizedSite(Identity(), ())
     if fitted is not None and moved is not None:
-        weights = _weights(parameters, names)
-        quantized = by_expert(
-            plan.config,
-            site,
-            lambda ws, own, fit: quantize_linear(plan.recipes[site], ws, own, fit, own),
-            *(weights, moved, fitted),
-        )
+        weights, where = _weights(parameters, names), layer_prefix(number) + site
+        check_input(number, site, moved, "after it is moved")
+
+        def rounded_of(ws: Any, own: Stats, fit: Fitted) -> QuantizedSite:
+            recipe = plan.recipes[site]
+            steadied = dataclasses.replace(recipe, rounding=steady(recipe.rounding, own, where))
+            return quantize_linear(steadied, ws, own, fit, own)
+
+        quantized = by_expert(plan.config, site, rounded_of, *(weights, moved, fitted))
     rounded = dict(zip(names, quantized.weights, strict=True))
     weights = tuple(rounded.get(name, parameters[name]) for name in SITE_WEIGHTS[site])
     return dataclasses.replace(quantized, weights=weights)

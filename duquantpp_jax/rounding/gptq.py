@@ -13,15 +13,18 @@ Source: GPTQ, Frantar et al., arXiv 2210.17323; on MX blocks as MR-GPTQ, arXiv 2
 
 import dataclasses
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
-from duquantpp_jax.core import Format, MXArray, Needs, Stats
+from duquantpp_jax.core import Format, MXArray, Needs, Rounding, Stats
 from duquantpp_jax.formats.elements import encode
 from duquantpp_jax.rounding.clip import Search
 
+LOG = logging.getLogger("duquantpp_jax")
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -97,8 +100,41 @@ def gptq(
         elements=blocks.elements.swapaxes(0, 1).reshape(rows, width),
         scales=blocks.scales[..., 0].T,
     )
-    worse = weighted_error(w, rounded, h) > weighted_error(w, nearest, h)
-    return nearest.where(worse[:, None], rounded).stored()
+    # Not `>`, which NaN passes.
+    fine = weighted_error(w, rounded, h) <= weighted_error(w, nearest, h)
+    return nearest.where(~fine[:, None], rounded).stored()
+
+
+def steady(rounding: Rounding, stats: Stats, where: str) -> Rounding:
+    """The rounding with its damping times the least power of ten that lets the Gram matrix be
+    factorized; warns if that is not one.
+
+    Args:
+      rounding: One with a field `damping`; another is returned as it is.
+      where: Layer and site, for the warning.
+
+    Raises:
+      ValueError: No damping does: the matrix has NaN or Inf.
+    """
+    damping = getattr(rounding, "damping", None)
+    if stats.gram is None or damping is None:
+        return rounding
+    gram = mean_gram(stats, "GPTQ")
+    for times in 10.0 ** np.arange(8):
+        if bool(_factorizes(gram, damping * times)):
+            break
+    else:
+        raise ValueError(f"{where}: the Gram matrix of the moved input has NaN or Inf")
+    if times == 1:
+        return rounding
+    LOG.warning("%s: damping raised from %g to %g, so that the Gram matrix of %d tokens can be "
+                "factorized", where, damping, damping * times, int(stats.count))  # fmt: skip
+    return dataclasses.replace(rounding, damping=float(damping * times))  # type: ignore[type-var]
+
+
+@jax.jit
+def _factorizes(gram: Float[Array, "k k"], damping: Float[Array, ""] | float) -> Bool[Array, ""]:
+    return jnp.all(jnp.isfinite(jnp.linalg.cholesky(damped(gram, damping))))
 
 
 def mean_gram(stats: Stats, who: str) -> Float[Array, "k k"]:

@@ -19,7 +19,9 @@ multiples of I, and cond(T) becomes 1.)
 Source: WUSH, arXiv 2512.00956.
 """
 
+import contextlib
 import dataclasses
+import logging
 from typing import Literal
 
 import jax.numpy as jnp
@@ -29,6 +31,8 @@ from jaxtyping import Float
 from duquantpp_jax.core import Fitted, Needs, RandomKey, Recipe, Stats, Weights, stack
 from duquantpp_jax.transforms.block import BlockAffine, rotation_size
 from duquantpp_jax.transforms.hadamard import hadamard
+
+LOG = logging.getLogger("duquantpp_jax")
 
 
 def block_gram(gram: Float[np.ndarray, "k k"], size: int) -> Float[np.ndarray, "blocks size size"]:
@@ -53,9 +57,25 @@ def wush(
     w_moments: Float[np.ndarray, "blocks n n"],
     damping: float,
 ) -> tuple[Float[np.ndarray, "blocks n n"], Float[np.ndarray, "blocks n n"]]:
-    """T^T of each block, which acts on x from the right, and its inverse."""
-    l_x = np.linalg.cholesky(damped_moments(x_moments, damping))
-    l_w = np.linalg.cholesky(damped_moments(w_moments, damping))
+    """T^T of each block, which acts on x from the right, and its inverse.
+
+    The damping is raised by powers of ten, with a warning, until the moments can be factorized.
+
+    Raises:
+      ValueError: They have NaN or Inf.
+    """
+    if not (np.isfinite(x_moments).all() and np.isfinite(w_moments).all()):
+        raise ValueError("the second moments of input or weights have NaN or Inf")
+    both = np.stack([x_moments, w_moments])
+    for times in 10.0 ** np.arange(8):
+        with contextlib.suppress(np.linalg.LinAlgError):
+            l_x, l_w = np.linalg.cholesky(damped_moments(both, damping * times))
+            break
+    else:
+        raise ValueError("the second moments of input or weights cannot be factorized")
+    if times > 1:
+        said = "WUSH: damping raised from %g to %g, so that second moments can be factorized"
+        LOG.warning(said, damping, damping * times)
     u, s, _ = np.linalg.svd(np.swapaxes(l_w, 1, 2) @ l_x)
     h = np.asarray(hadamard(x_moments.shape[-1]), np.float64)
     # T^T = L_w U S^(-1/2) H^T, and its inverse H S^(1/2) U^T L_w^-1.

@@ -137,6 +137,26 @@ def test_a_checkpoint_of_other_settings_is_refused(rows, tmp_path, changes, says
         run(rows, checkpoint=place, **changes)
 
 
+@struct.dataclass
+class OtherLine(Line):
+    """With the same fields and arrays: another objective by its class."""
+
+
+def test_learning_that_diverges_stops_keeps_the_best_and_says_so_once_resumed_too(
+    rows, tmp_path, caplog
+):
+    place, steep = tmp_path / "state.safetensors", optax.sgd(1e30)
+    for _ in range(2):
+        found = run(rows, optimizer=steep, checkpoint=place)
+        assert [step for step, *_ in found.history] == [10]
+        np.testing.assert_array_equal(found.learned["w"], np.zeros(4))
+    assert len(caplog.messages) == 2
+    assert "diverged by step 10" in caplog.messages[1]
+    assert f"of held-out loss {found.start_loss:g}: give a lower rate" in caplog.messages[1]
+    with pytest.raises(ValueError, match="another objective"):
+        run(rows, optimizer=steep, objective=OtherLine(jnp.float32(1.0)), checkpoint=place)
+
+
 def test_a_checkpoint_of_other_rows_and_a_file_that_is_none_are_refused(rows, tmp_path):
     place = tmp_path / "state.safetensors"
     run(rows, checkpoint=place)

@@ -7,14 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duquantpp_jax.core import Fitted, MXArray, Needs
+from duquantpp_jax.core import Fitted, MXArray, Needs, Stats
 from duquantpp_jax.formats import MXFP8
 from duquantpp_jax.formats.plain import BFloat16
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.report import report_layer
-from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder, quantize_layer, stack_layers
+from duquantpp_jax.ptq.walk import (
+    check_fit,
+    check_input,
+    fit_decoder,
+    quantize_decoder,
+    quantize_layer,
+    stack_layers,
+    warn_of_few_tokens,
+)
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.basic import Smooth
 from tests.conftest import TINY, tiny_decoder
@@ -150,3 +158,28 @@ def test_formats_may_differ_by_site(model):
 def test_a_choice_that_cannot_be_meant_is_refused(changes, says):
     with pytest.raises(ValueError, match=says):
         plan_of(**changes).check()
+
+
+def test_fewer_tokens_than_a_fit_needs_are_a_warning_that_says_how_many_do(caplog):
+    plan = Plan.of(TINY, recipe("wush"))
+    empty = {site: Stats.init(width, 1, 1) for site, width in plan.widths(0).items()}
+    for seen, warned in ((63, 4), (95, 1), (96, 0)):
+        caplog.clear()
+        few = {site: stats.replace(count=jnp.int32(seen)) for site, stats in empty.items()}
+        warn_of_few_tokens(plan, few)
+        assert len(caplog.messages) == warned
+    few = {site: stats.replace(count=jnp.int32(1)) for site, stats in empty.items()}
+    warn_of_few_tokens(plan, few)
+    assert (
+        "mlp_out is calibrated on 1 tokens, and a Gram matrix of 96 channels takes 96"
+        in (caplog.messages[3])
+    )
+
+
+def test_an_input_or_a_fit_that_is_nan_names_layer_and_site_and_counts():
+    spoilt = Stats.init(64, 1, 1).replace(absmax=jnp.full(64, jnp.inf))
+    with pytest.raises(ValueError, match=r"layers\.3\.mlp_in: .* moved is NaN or Inf in 64 of 64"):
+        check_input(3, "mlp_in", spoilt, "before it is moved")
+    fitted = Fitted(Smooth(jnp.asarray([1.0, jnp.nan])))
+    with pytest.raises(ValueError, match=r"layers\.3\.mlp_in: its fit has NaN or Inf in 1 of 2"):
+        check_fit(3, "mlp_in", fitted)

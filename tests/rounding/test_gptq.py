@@ -9,7 +9,14 @@ from duquantpp_jax import MXFP4, ScaleRule, Stats
 from duquantpp_jax.formats import NVFP4, FP32Scale
 from duquantpp_jax.recipes import FITS, recipe
 from duquantpp_jax.rounding.clip import SCALE
-from duquantpp_jax.rounding.gptq import GPTQ, damped, gptq, inverse_factor, weighted_error
+from duquantpp_jax.rounding.gptq import (
+    GPTQ,
+    damped,
+    gptq,
+    inverse_factor,
+    steady,
+    weighted_error,
+)
 
 VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 
@@ -172,3 +179,23 @@ def test_it_refuses_stats_without_a_gram_matrix():
 @pytest.mark.parametrize("name", sorted(FITS))
 def test_every_recipe_can_be_rounded_by_gptq(name):
     assert recipe(name, "floor", "gptq").rounding == GPTQ()
+
+
+def test_rows_whose_error_is_nan_are_rounded_to_nearest():
+    w, gram, _ = _case()
+    spoilt = gram.at[0, 0].set(jnp.nan)
+    found = gptq(w, MXFP4(), spoilt)
+    np.testing.assert_array_equal(found.dequantize(), MXFP4().fake_quantize(w))
+
+
+def test_damping_is_raised_with_a_warning_until_the_gram_matrix_can_be_factorized(caplog):
+    ones = np.ones((96, 96), np.float32)
+    stats = Stats.init(96, 1, 1).replace(gram=jnp.asarray(ones), count=jnp.int32(1))
+    assert steady(GPTQ(), stats, "layer 3") == GPTQ()
+    assert caplog.messages == []
+    raised = steady(GPTQ(damping=1e-12), stats, "layer 3")
+    assert 1e-12 < raised.damping < 1e-4
+    assert caplog.messages[0].startswith("layer 3: damping raised from 1e-12 to ")
+    ones[5] = np.nan
+    with pytest.raises(ValueError, match="layer 3: the Gram matrix of the moved input has NaN"):
+        steady(GPTQ(), stats.replace(gram=jnp.asarray(ones)), "layer 3")

@@ -202,3 +202,14 @@ def test_every_fit_on_a_real_models_massive_channel(name, data):
     weights = (jax.random.normal(jax.random.key(4), (48, WIDTH)),)
     transform = FITS[name](weights, stats_of(x), recipe(name, "even"), KEY).transform
     assert_stored_well(name, health_of(transform))
+
+
+def test_wush_raises_its_damping_with_a_warning_and_names_nan(caplog):
+    from duquantpp_jax.transforms.wush import wush
+
+    alike = np.ones((1, 32, 32))
+    forward, back = wush(alike, alike, 1e-20)
+    np.testing.assert_allclose(forward @ back, np.eye(32)[None], atol=1e-3)
+    assert caplog.messages[0].startswith("WUSH: damping raised from 1e-20 to 1e-")
+    with pytest.raises(ValueError, match="of input or weights have NaN"):
+        wush(np.nan * alike, alike, 1e-3)
