@@ -24,6 +24,7 @@ from duquantpp_jax.evaluation.subject import environment, model_and_hash, name_a
 from duquantpp_jax.lab.table import empty
 from duquantpp_jax.models import DecoderConfig
 from duquantpp_jax.ptq import stores as cache
+from duquantpp_jax.ptq.sharding import host_memory, mesh_of
 from duquantpp_jax.recipes import import_modules, known
 
 MEASURES = {
@@ -47,7 +48,9 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
     if options.rotate_keys and options.cache is None:
         raise ValueError("--rotate-keys is about cached keys: give --cache too")
     text = read_text(options.text, options.text_key)
-    predictor = Predictor(*load_any(options.model, options.activation_format))
+    mesh = None if options.mesh is None else mesh_of(options.mesh)
+    with host_memory(mesh):
+        predictor = Predictor(*load_any(options.model, options.activation_format))
     config = predictor.model.config
     protocol = _protocol(options, config)
     tokenizer = load_tokenizer(options.model, config)
@@ -59,7 +62,8 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
     if options.reference is not None:
         same = options.reference.resolve() == options.model.resolve()
         same = same and options.activation_format is None
-        reference = predictor if same else Predictor(*load_any(options.reference))
+        with host_memory(mesh):
+            reference = predictor if same else Predictor(*load_any(options.reference))
         if (size := reference.model.config.vocab_size) != config.vocab_size:
             raise ValueError(
                 f"{options.reference} has {size} tokens and {options.model} has "
@@ -69,8 +73,8 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
         store = cache.store(options.cache, config.head_dim, rotate_keys=options.rotate_keys)
         predictor = dataclasses.replace(predictor, store=store)
     step = functools.partial(progress, "evaluating")
-    sums = reference and Reference(reference, rows.tokens).row_sums(predictor, step)
-    nll = sums.nll if sums else Reference(predictor, rows.tokens).nll(step)
+    sums = reference and Reference(reference, rows.tokens, mesh=mesh).row_sums(predictor, step)
+    nll = sums.nll if sums else Reference(predictor, rows.tokens, mesh=mesh).nll(step)
     unit, cluster = clusters(rows.documents)
     return {
         "schema": 2,

@@ -1,5 +1,6 @@
 """`duquantpp generate`: a float or quantized model continues a text."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from duquantpp_jax.checkpoints.source import source
 from duquantpp_jax.commands.options.generate import GenerateOptions
 from duquantpp_jax.models.sampling import Sampling, generate
 from duquantpp_jax.ptq import stores as cache
+from duquantpp_jax.ptq.sharding import DATA, cut, host_memory, mesh_of
 from duquantpp_jax.recipes import checked_seed, import_modules
 
 ASKED = """do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff
@@ -46,7 +48,11 @@ def continued(options: GenerateOptions) -> str:
     """The prompt and its continuation, as text; of a chat the answer alone."""
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     import_modules(options.imports)
-    model, linear, state = load_any(options.model, options.activation_format)
+    mesh = None if options.mesh is None else mesh_of(options.mesh)
+    if mesh is not None and mesh.shape[DATA] > 1:
+        raise ValueError(f"--mesh {options.mesh}: a prompt is one row: give model=N alone")
+    with host_memory(mesh):
+        model, linear, state = load_any(options.model, options.activation_format)
     if (used := said(options.model, linear)) is not None:
         print(f"{options.model}: {used}", file=sys.stderr)
     if (note := left_out(options.model)) is not None:
@@ -69,8 +75,11 @@ def continued(options: GenerateOptions) -> str:
             "positions left"
         )
     key, new = jax.random.key(checked_seed(options.seed)), options.max_new_tokens
+    if mesh is not None:
+        model, linear, state = cut(mesh, model, linear, state)
     how: Any = {"linear": linear, "state": state, "store": store, "sampling": sampling}
-    (answer,) = generate(model, [prompt], key, new=new, **how)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        (answer,) = generate(model, [prompt], key, new=new, **how)
     if answer[-1] < 0:
         raise ValueError(
             f"the model gave NaN for token {len(answer)} after the prompt: no text is printed"

@@ -34,6 +34,7 @@ from duquantpp_jax.models import (
     parameter_shapes,
 )
 from duquantpp_jax.ptq.estimate import running_bytes
+from duquantpp_jax.ptq.sharding import DATA, MODEL, cut
 
 LARGEST_LOGITS = 2**28
 """Most logits of a batch (1 GiB in float32); a few such arrays are in memory together."""
@@ -43,7 +44,7 @@ BATCH_ROWS = 16
 Progress = Callable[[int, int], None]
 """Called after each batch with the number of rows done and of all rows."""
 
-ROWS = PartitionSpec("rows")
+ROWS = PartitionSpec(DATA)
 
 
 @struct.dataclass
@@ -107,11 +108,14 @@ class Reference:
         batch_rows: int = BATCH_ROWS,
         keep_bytes: int = 0,
         devices: Sequence[Any] | None = None,
+        mesh: Mesh | None = None,
     ):
         """Args:
           tokens: All but the last of a row are inputs, all but the first are targets.
           keep_bytes: Bound on the log-probabilities kept on each device.
           devices: They share the batches; all devices of this process by default.
+          mesh: In their place, of `ptq.sharding`: its groups share the batches, and the devices of
+            a group the weights.
 
         Raises:
           ValueError: There are no rows, or a batch has none.
@@ -124,17 +128,16 @@ class Reference:
         count, length = tokens.shape
         largest = most_rows(length, predictor.model.config)
         self.batch_rows = min(batch_rows, largest, count)
-        self._mesh = Mesh(np.asarray(devices or jax.local_devices()), ("rows",))
-        self._whole = NamedSharding(self._mesh, PartitionSpec())
-        self._given, self._placed = predictor, jax.device_put(predictor, self._whole)
+        self._mesh = mesh or Mesh(np.asarray(devices or jax.local_devices()), (DATA,))
+        self._given, self._on_devices = predictor, self._placed(predictor)
         self._kept: dict[int, _Predicted] = {}
-        self._left = keep_bytes * self._mesh.size
+        self._left = keep_bytes * self._mesh.shape[DATA]
 
     def row_sums(self, predictor: Predictor, progress: Progress = lambda *_: None) -> RowSums:
         """`RowSums` of a model compared with the reference."""
         if predictor.model is self._given.model:  # it is on the devices already
-            predictor = dataclasses.replace(predictor, model=self._placed.model)
-        predictor = jax.device_put(predictor, self._whole)
+            predictor = dataclasses.replace(predictor, model=self._on_devices.model)
+        predictor = self._placed(predictor)
         parts = [
             _by_row(*_compared(predictor, tokens, base, mesh=self._mesh))
             for tokens, base in self._batches(progress)
@@ -145,16 +148,23 @@ class Reference:
         """Sums of -log p_target over the targets of each row, of the reference itself."""
         return self._joined([_by_row(base.nll) for _, base in self._batches(progress)])[0]
 
+    def _placed(self, predictor: Predictor) -> Predictor:
+        """The predictor on the devices."""
+        if MODEL not in self._mesh.axis_names:
+            return jax.device_put(predictor, NamedSharding(self._mesh, PartitionSpec()))
+        parts = predictor.model, predictor.linear, predictor.state
+        return Predictor(*cut(self._mesh, *parts), predictor.store)
+
     def _batches(self, progress: Progress) -> Iterator[tuple[Array, _Predicted]]:
         """Tokens of a batch for every device, and the predictions of the reference."""
-        count, step = len(self.tokens), self.batch_rows * self._mesh.size
+        count, step = len(self.tokens), self.batch_rows * self._mesh.shape[DATA]
         for first in range(0, count, step):
             rows = np.arange(first, first + step)
             batch = rows // self.batch_rows * self.batch_rows  # first row of each row's batch
             filled = np.where(rows < count, rows, np.where(batch < count, batch, 0))
             tokens = jax.device_put(self.tokens[filled], NamedSharding(self._mesh, ROWS))
             if (base := self._kept.get(first)) is None:
-                base = _predicted(self._placed, tokens, mesh=self._mesh)
+                base = _predicted(self._on_devices, tokens, mesh=self._mesh)
                 if base.log_p.nbytes <= self._left:
                     self._left -= base.log_p.nbytes
                     self._kept[first] = base
@@ -189,12 +199,14 @@ def evaluation_bytes(config: DecoderConfig, length: int, stored: float = 2.0) ->
 
 
 def on_each_device(of_batch: Callable[..., Any]) -> Any:
-    """Compiles a function of a predictor and arrays; each device gets rows of its own."""
+    """Compiles a function of a predictor and arrays; each device, or group of them, gets rows of
+    its own."""
 
     @functools.partial(jax.jit, static_argnames="mesh")
     def run(predictor: Predictor, *arrays: Any, mesh: Mesh) -> Any:
         specs = (PartitionSpec(), *[ROWS] * len(arrays))
-        mapped = jax.shard_map(of_batch, mesh=mesh, in_specs=specs, out_specs=ROWS, check_vma=False)
+        options: Any = {"axis_names": {DATA}, "check_vma": False}
+        mapped = jax.shard_map(of_batch, mesh=mesh, in_specs=specs, out_specs=ROWS, **options)
         return mapped(predictor, *arrays)
 
     return run

@@ -32,6 +32,8 @@ class EvaluateOptions:
       text_key: Of the text in a .jsonl file.
       activation_format: Of the inputs of packed weights, which are used as they are stored; without
         it these inputs are not quantized.
+      mesh: Cut weights over devices, as in data=2,model=4: two groups of four devices share the
+        rows, and the devices of a group the weights; by default each device has all of them.
       out: File for the results, as JSON.
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
@@ -51,5 +53,6 @@ class EvaluateOptions:
     rotate_keys: Flag = False
     text_key: str = "text"
     activation_format: str | None = None
+    mesh: str | None = None
     out: Path | None = None
     imports: Imports = ()

@@ -25,6 +25,7 @@ class GenerateOptions:
       rotate_keys: Rotate keys and queries by a Hadamard matrix before keys are cached.
       activation_format: Of the inputs of packed weights, which are used as they are stored; without
         it these inputs are not quantized.
+      mesh: Cut weights over devices, as in model=4; by default one device has all of them.
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
 
@@ -40,4 +41,5 @@ class GenerateOptions:
     cache: str = "bf16"
     rotate_keys: Flag = False
     activation_format: str | None = None
+    mesh: str | None = None
     imports: Imports = ()
