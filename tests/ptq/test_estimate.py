@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from duquantpp_jax.checkpoints import load
 from duquantpp_jax.evaluation.predict import Predictor, _predicted, evaluation_bytes
@@ -15,6 +16,7 @@ MORE = 1.75
 """The prediction may be this many times what is measured, and never less."""
 
 
+@pytest.mark.slow
 def test_a_layer_and_an_evaluation_take_what_is_predicted(tiny_directory):
     model = load(tiny_directory)
     config, own = model.config, next(layers_of(model))
