@@ -26,7 +26,8 @@ def load_transformers(directory: str | os.PathLike[str], dtype: Any = None) -> A
 
     Returns:
       The `transformers` model. Its logits are those of the quantized model, if that was quantized
-      with `--serve transformers`; its inputs are rounded under the rule EVEN in any case.
+      with `--serve transformers`, until sums in another order round a number to another code
+      (docs/serving.md); its inputs are rounded under the rule EVEN in any case.
 
     Raises:
       ImportError: torch, transformers or compressed-tensors is missing; names the extra.
