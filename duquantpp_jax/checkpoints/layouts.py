@@ -121,7 +121,7 @@ def dequantize_layer(
     for site in SITES:
         for name, weight in zip(SITE_WEIGHTS[site], sites[site].weights, strict=True):
             if isinstance(weight, MXArray):
-                moved = by_expert(config, site, _moved_back, sites[site].transform, weight)
+                moved = by_expert(config, site, _moved_back)(sites[site].transform, weight)
                 weight = moved[..., : shapes[name][1]]
             tensors[f"{prefix}{name}.weight"] = np.asarray(weight).astype(ml_dtypes.bfloat16)
     named = {prefix + tensor_name(name): array for name, array in parameters.items()}

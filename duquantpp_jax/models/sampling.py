@@ -230,7 +230,7 @@ def _drawn(
     going = ~text.ended
     here = (jnp.arange(text.tokens.shape[1]) == text.lengths[:, None]) & going[:, None]
     if text.log_q is not None and text.likeliest is not None:
-        log_q = jax.nn.log_softmax(logits)
+        log_q = logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         drawn = jnp.take_along_axis(log_q, token[:, None], axis=1, mode="clip")
         best, ids = jax.lax.top_k(log_q, text.likeliest[0].shape[-1])
         new = ids[:, None].astype(jnp.int32), best[:, None]

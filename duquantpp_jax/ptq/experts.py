@@ -29,11 +29,11 @@ FEWEST = 64
 """Tokens that an expert must have seen for Stats of its own: two blocks of channels."""
 
 
-def by_expert(config: DecoderConfig, site: str, of_one: Callable[..., Any], *stacked: Any) -> Any:
-    """`of_one` of the part of each expert, stacked again; of the whole where there are none."""
+def by_expert(config: DecoderConfig, site: str, of_one: Callable[..., Any]) -> Callable[..., Any]:
+    """`of_one` for stacks: of the part of each expert, stacked again; itself where there are none."""
     if not (count := experts(config, site)):
-        return of_one(*stacked)
-    return join_layers(of_one(*parts) for parts in parts_of(count, *stacked))
+        return of_one
+    return lambda *stacked: join_layers(of_one(*parts) for parts in parts_of(count, *stacked))
 
 
 def parts_of(count: int, *stacked: Any) -> list[tuple[Any, ...]]:
@@ -94,4 +94,4 @@ def pooled_moved(
         found = jax.tree.map(jnp.zeros_like, own).update(tokens[None], jnp.int32(0))
         return dataclasses.replace(found, sample=tokens)
 
-    return pooled(config, site, moved, by_expert(config, site, alone, moved, stats, fits))
+    return pooled(config, site, moved, by_expert(config, site, alone)(moved, stats, fits))

@@ -129,12 +129,8 @@ def quantize_layer(
     else:
         moved = {
             site: by_expert(
-                plan.config,
-                site,
-                lambda plain, fitted: plain.through(fitted.transform),
-                keep(stats[site], Needs.NOTHING),
-                fits[site],
-            )
+                plan.config, site, lambda plain, fitted: plain.through(fitted.transform)
+            )(keep(stats[site], Needs.NOTHING), fits[site])
             for site in widths
         }
     samples = {site: stats[site].sample for site in widths}
@@ -189,7 +185,7 @@ def fit_layer(
             own = pooled(plan.config, site, keep(stats[site], recipe.needs))
             fit = functools.partial(fit_linear, recipe)
             try:
-                fits[site] = by_expert(plan.config, site, fit, weights, own, key)
+                fits[site] = by_expert(plan.config, site, fit)(weights, own, key)
             except ValueError as error:
                 raise ValueError(f"{layer_prefix(number)}{site}: {error}") from error
             check_fit(number, site, fits[site])
@@ -319,7 +315,7 @@ def _round_site(
             steadied = dataclasses.replace(recipe, rounding=steady(recipe.rounding, own, where))
             return quantize_linear(steadied, ws, own, fit, own)
 
-        quantized = by_expert(plan.config, site, rounded_of, *(weights, moved, fitted))
+        quantized = by_expert(plan.config, site, rounded_of)(weights, moved, fitted)
     rounded = dict(zip(names, quantized.weights, strict=True))
     weights = tuple(rounded.get(name, parameters[name]) for name in SITE_WEIGHTS[site])
     return dataclasses.replace(quantized, weights=weights)

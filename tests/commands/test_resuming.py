@@ -213,7 +213,7 @@ def test_twenty_processes_killed_at_random_leave_what_one_writes_and_exports(
     for format in ("compressed-tensors", "dequantized"):
         exported = [tmp_path / f"{format} of {job.out.name}" for job in (whole, options)]
         for job, place in zip((whole, options), exported, strict=True):
-            export(ExportOptions(job.out, format, place))
+            export(ExportOptions(job.out, format, out=place))
         assert contents(exported[0]) == contents(exported[1])
         if format == "compressed-tensors":
             assert_equal(by_numpy(exported[1]), dequantized(whole.out))

@@ -240,6 +240,10 @@ def test_the_program_is_no_longer_for_more_layers():
     assert products(2) == products(12) > 0
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11),
+    reason="XLA on a CPU widens bfloat16 before a loop that reads it",
+)
 def test_parameters_stay_in_their_types_and_are_widened_a_layer_at_a_time():
     def halved(layers: int) -> Decoder:
         model = a_model(a_config(tied=False, layers=layers))
