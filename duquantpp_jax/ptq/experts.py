@@ -30,7 +30,7 @@ FEWEST = 64
 
 
 def by_expert(config: DecoderConfig, site: str, of_one: Callable[..., Any]) -> Callable[..., Any]:
-    """`of_one` for stacks: of the part of each expert, stacked again; itself where there are none."""
+    """`of_one` of the part of each expert of stacks, stacked again; itself without experts."""
     if not (count := experts(config, site)):
         return of_one
     return lambda *stacked: join_layers(of_one(*parts) for parts in parts_of(count, *stacked))

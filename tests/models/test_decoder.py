@@ -242,7 +242,7 @@ def test_the_program_is_no_longer_for_more_layers():
 
 @pytest.mark.skipif(
     jax.__version_info__ < (0, 11),
-    reason="XLA on a CPU widens bfloat16 before a loop that reads it",
+    reason="XLA on a CPU widens bfloat16 before the loop",
 )
 def test_parameters_stay_in_their_types_and_are_widened_a_layer_at_a_time():
     def halved(layers: int) -> Decoder:
