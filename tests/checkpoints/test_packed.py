@@ -16,7 +16,7 @@ from duquantpp_jax.checkpoints import Quantized, load, load_any
 from duquantpp_jax.checkpoints.directory import layer_file, read_about
 from duquantpp_jax.checkpoints.experts import tensors_of
 from duquantpp_jax.checkpoints.lazy import Checkpoint
-from duquantpp_jax.checkpoints.seal import seal
+from duquantpp_jax.checkpoints.seal import write_seal
 from duquantpp_jax.checkpoints.writer import write_tensors
 from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
@@ -185,7 +185,7 @@ def test_experts_that_are_rounded_but_not_moved_need_no_transform(packed, option
     about, own = read_about(layer), load_file(layer)
     del about["arrays"]["mlp.down_proj"], own[f"{name}.codes"], own[f"{name}.scales"]
     write_tensors(layer, own | {f"{name}.weight": np.zeros((4, 64, 96), np.float32)}, about)
-    seal(tmp_path / "q", {})
+    write_seal(tmp_path / "q", {})
     with pytest.raises(ValueError, match="down_proj is in float"):
         export(ExportOptions(tmp_path / "q", "gpt-oss", out=tmp_path / "again"))
 
