@@ -81,7 +81,7 @@ def _parse(arguments: Sequence[str]) -> Any:
             return tyro.extras.subcommand_cli_from_dict(
                 COMMANDS,
                 prog="duquantpp",
-                description=__doc__,
+                description="Rotations, formats and rounding of language models in 4 bits.",
                 args=list(arguments),
             )
     except SystemExit as stop:

@@ -61,7 +61,8 @@ def temporary(path: Path) -> Iterator[Path]:
     for other in path.parent.iterdir():
         found = left.fullmatch(other.name)
         if found and process(int(found[1]))["start"] != int(found[2]):
-            _remove(other)
+            with contextlib.suppress(OSError):  # of another user
+                _remove(other)
     unique = f"{host}-{own['pid']}-{own['start']}-{secrets.token_hex(4)}"
     name = path.parent / f".{path.name}.{unique}"
     try:
@@ -138,8 +139,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], about: Mapping[str, An
     arrays = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
     hashed = {**about, "sha256": _hash_of(arrays, about)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary:
-        save_file(arrays, temporary, {ABOUT: to_json(hashed, indent=None).decode()})
+    save(path, arrays, {ABOUT: to_json(hashed, indent=None).decode()})
+
+
+def save(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, whole or not at all; raises OSError if the disk is full."""
+    try:
+        with whole(path) as temporary:
+            save_file({**arrays}, temporary, metadata)
+    except SafetensorError as error:
+        raise OSError(
+            f"cannot write {path} ({one_line(error)}): make room and run the same command again"
+        ) from None
 
 
 def read_tensors(path: Path, remedy: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -224,7 +235,9 @@ def read_json(path: Path, remedy: str = "restore the file") -> dict[str, Any]:
     """The object in a JSON file; raises ValueError if the file holds none."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({one_line(error)}): {remedy}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} is a {type(content).__name__}: it must be a JSON object")

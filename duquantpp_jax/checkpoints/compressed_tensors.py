@@ -21,6 +21,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float32
 
@@ -35,7 +36,7 @@ from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
 from duquantpp_jax.models.parameters import input_norms, layer_prefix, tensor_name
 from duquantpp_jax.ptq.fuse import moved_gain, split
 from duquantpp_jax.ptq.plan import linear_shapes
-from duquantpp_jax.ptq.site import QuantizedSite
+from duquantpp_jax.ptq.site import PackedFloat, QuantizedSite
 from duquantpp_jax.transforms.hadamard import hadamard
 
 HADAMARD = "hadamard"
@@ -123,7 +124,8 @@ def pack_layer(
                         f"{prefix}{name} is in float beside linears whose smoothing is folded into "
                         f"their norm, which {PACKED} cannot express: quantize again with --fuse"
                     )
-                tensors[f"{prefix}{name}.weight"] = np.asarray(weight)
+                exact = weight.astype(jnp.bfloat16) if isinstance(weight, PackedFloat) else weight
+                tensors[f"{prefix}{name}.weight"] = np.asarray(exact)
                 floats.append(prefix + name)
                 continue
             n, k = weight.shape

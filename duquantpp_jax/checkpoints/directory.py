@@ -63,7 +63,7 @@ from duquantpp_jax.transforms.storage import from_arrays
 
 METHOD = "duquantpp_jax"
 JOB, REPORT = SEALED, "report.json"
-AGAIN = "copy the file again, or quantize again"
+AGAIN = "copy the file again, or quantize again with --overwrite"
 
 
 def layer_file(number: int) -> str:
@@ -157,7 +157,7 @@ def read_job(directory: Path) -> Job:
 
 def read_about(path: Path) -> dict[str, Any]:
     """What a layer's file says of it; raises ValueError if it is none that this version reads."""
-    about = files.read_about(path, "quantize again")
+    about = files.read_about(path, AGAIN)
     check_schema(path, about.get("schema"))
     return about
 
@@ -179,7 +179,7 @@ def check_schema(path: Path, schema: Any) -> None:
         newer = isinstance(schema, int) and schema > SCHEMA
         raise ValueError(
             f"{path} has schema {schema!r}, and this version reads {SCHEMA}: "
-            + ("install a newer duquantpp_jax" if newer else "quantize again")
+            + ("install a newer duquantpp_jax" if newer else "quantize again with --overwrite")
         )
 
 

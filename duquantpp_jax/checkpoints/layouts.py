@@ -105,7 +105,7 @@ def write_export(
         write_rest(partial, INDEX, places, {}, Directory(model.directory), fields)
         card = partial / CARD
         own_card = card.read_text(encoding="utf-8") if card.is_file() else ""
-        files.write_whole(card, readers.card(own_card, notes).encode())
+        files.write_whole(card, readers.card(own_card, notes, loads=not own).encode())
     return notes
 
 

@@ -102,8 +102,12 @@ model = load_transformers(DIRECTORY)"""
 """How a user gets an export as compressed-tensors into transformers."""
 
 
-def card(own: str, notes: Sequence[str]) -> str:
-    """The README.md of an export: that of the model, and how this directory is read."""
+def card(own: str, notes: Sequence[str], *, loads: bool) -> str:
+    """The README.md of an export: that of the model, and how this directory is read.
+
+    Args:
+      loads: Whether `load_transformers` reads it.
+    """
     lines = "".join(f"- {line}\n" for line in notes)
-    code = f"\n```python\n{SNIPPET}\n```\n"
+    code = f"\n```python\n{SNIPPET}\n```\n" if loads else ""
     return f"{own}{2 * chr(10) if own else ''}# Exported by duquantpp_jax\n\n{lines}{code}"

@@ -42,7 +42,7 @@ def sealed(path: Path) -> Path:
         return path
     sums = _read(path.parent / SUMS)
     if path.name not in sums:
-        raise ValueError(f"{path} is not in {SUMS}: remove it, or quantize again")
+        raise ValueError(f"{path} is not in {SUMS}: remove it, or quantize again with --overwrite")
     if not path.is_file():
         raise ValueError(f"{path} is missing, and {SUMS} names it: copy it again")
     if (found := files.sha256(path)) != sums[path.name]:
@@ -50,7 +50,7 @@ def sealed(path: Path) -> Path:
         contents = f"holds what {is_other} must hold" if is_other else f"has SHA-256 {found[:16]}"
         raise ValueError(
             f"{path} {contents}, and {SUMS} says {sums[path.name][:16]}: copy the file again, or "
-            "quantize again"
+            "quantize again with --overwrite"
         )
     return path
 
@@ -59,10 +59,10 @@ def _read(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise ValueError(
             f"{path.parent} has no {SUMS}, which newer versions write and by which its files are "
-            f"checked: quantize again, or, if you trust the files, run in it: "
-            f"sha256sum *.json *.safetensors > {SUMS}"
+            "checked: run the same duquantpp quantize again, which writes it; or, if you trust "
+            f"the files, run in it: sha256sum * > {SUMS}"
         )
-    with files.refusing(path, "copy it again, or quantize again"):
+    with files.refusing(path, "copy it again, or quantize again with --overwrite"):
         lines = [_LINE.fullmatch(line) for line in path.read_text().splitlines()]
         if not all(lines):
             raise ValueError("a line is no SHA-256 and name")

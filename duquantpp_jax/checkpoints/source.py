@@ -123,7 +123,8 @@ class Directory:
 
 
 def _content(path: Path) -> bytes:
-    return sealed(path).read_bytes()
+    """Bytes of a companion; what only people read may be added to a sealed directory."""
+    return (sealed(path) if path.suffix in (".json", ".jinja", ".model") else path).read_bytes()
 
 
 Source = Directory | GGUFModel

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Integer
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints.directory import (
@@ -34,7 +34,7 @@ from duquantpp_jax.checkpoints.seal import SUMS, write_seal
 from duquantpp_jax.checkpoints.shards import INDEX, OWN_INDEX
 from duquantpp_jax.checkpoints.source import CONFIG, Source
 from duquantpp_jax.core import Fitted, MXArray
-from duquantpp_jax.files import ABOUT, one_line
+from duquantpp_jax.files import ABOUT
 from duquantpp_jax.formats.tensors import to_tensors
 from duquantpp_jax.models.parameters import (
     SITE_WEIGHTS,
@@ -66,7 +66,9 @@ def begin(out: Path, job: Job, *, overwrite: bool) -> bool:
     """
     begun = (out / JOB).is_file()
     if begun and overwrite:
-        _remove(out, CONFIG, SUMS, "*.safetensors", INDEX, OWN_INDEX, REPORT, JOB)
+        with only_writer(out):
+            _remove(out, CONFIG, SUMS, "*.safetensors", INDEX, OWN_INDEX, REPORT)
+            _remove(out, "generation_config.json", "tokenizer*", "*.jinja")  # of another model
     if overwrite or not begun:
         files.write_whole(out / JOB, files.to_json({"schema": SCHEMA, "job": job.to_dict()}))
         return False
@@ -74,7 +76,7 @@ def begin(out: Path, job: Job, *, overwrite: bool) -> bool:
         raise ValueError(
             f"{out} was begun with {other}: give another --out, or --overwrite to start anew"
         )
-    return (out / CONFIG).is_file()
+    return (out / CONFIG).is_file() and (out / SUMS).is_file()
 
 
 @contextlib.contextmanager
@@ -204,13 +206,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[
     """Writes a safetensors file, whole or not at all; raises OSError if the disk is full."""
     metadata = {"format": "pt"} if not about else {ABOUT: files.to_json(about).decode()}
     ordered = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
-    try:
-        with files.whole(path) as temporary:
-            save_file(ordered, temporary, metadata)
-    except SafetensorError as error:
-        raise OSError(
-            f"cannot write {path} ({one_line(error)}): make room and run the same command again"
-        ) from None
+    files.save(path, ordered, metadata)
 
 
 def _remove(directory: Path, *patterns: str) -> None:
@@ -231,7 +227,8 @@ def _resume(out: Path, count: int) -> tuple[int, Float32[np.ndarray, "rows lengt
         return count, None
     for number in range(min(finished, count - 1), 0, -1):
         if (path := _hidden_file(out, number)).is_file():
-            return number, files.read_tensors(path, "remove it to go on")[0]["hidden"]
+            remedy = "remove it, and all layers are done again"
+            return number, files.read_tensors(path, remedy)[0]["hidden"]
     return 0, None
 
 

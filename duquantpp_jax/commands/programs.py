@@ -82,8 +82,11 @@ def _own_directory(place: Path) -> Path | None:
         return None
     mark = f".{socket.gethostname()}."
     for left in place.glob(f"{mark}*"):  # of commands that were killed
+        host, _, pid = left.name.rpartition(".")[0].rpartition(".")
+        if f"{host}." != mark or not pid.isdigit():
+            continue
         try:
-            os.kill(int(left.name.removeprefix(mark).split(".")[0]), 0)
+            os.kill(int(pid), 0)
         except ProcessLookupError:
             shutil.rmtree(left, ignore_errors=True)
         except PermissionError:  # it runs, for another user

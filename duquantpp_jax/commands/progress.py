@@ -62,7 +62,10 @@ def guarded(name: str, run: Callable[[], int]) -> int:
     code = 2
     try:
         with stopping_on_signals():
-            return run()
+            code = run()
+            if _stopped:  # and the exception was lost
+                raise Stopped(_stopped[-1])
+            return code
     except (ValueError, OSError, OverflowError) as error:
         said = str(error)
     except KeyboardInterrupt as stop:
@@ -70,7 +73,7 @@ def guarded(name: str, run: Callable[[], int]) -> int:
         code, said = 128 + number, "interrupted"
         if number != signal.SIGINT:
             said = f"stopped by {signal.Signals(number).name} at {_doing[-1]}; what was being "
-            said += "written is dropped, and the same command goes on from what is finished"
+            said += "written is dropped (quantize, learn and ablate go on from what is finished)"
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise

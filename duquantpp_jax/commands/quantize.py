@@ -199,7 +199,10 @@ def job_of(options: QuantizeOptions, tokens: Tokens, source: str) -> Job:
     if options.recipe is not None and options.fits is not None:
         raise ValueError("--recipe and --fits both say how inputs are moved: give one of them")
     if options.fits is not None and (options.rotate_stream or options.rotate_values):
-        raise ValueError("--fits were learned for the model as it is: leave --rotate-.. out")
+        raise ValueError(
+            "--fits were learned for the model as it is: leave out --rotate-stream and "
+            "--rotate-values"
+        )
     about = None if options.fits is None else read_about(options.fits)
     name, formats = options.recipe or "block_hadamard", formats_by_site(options)
     name = ALIASES.get(name, name)

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
+from duquantpp_jax.checkpoints.packed import said
 from duquantpp_jax.commands.options.evaluate import EvaluateOptions
 from duquantpp_jax.evaluation import harness
 from duquantpp_jax.evaluation.subject import environment, model_and_hash
@@ -68,7 +69,11 @@ def scores_on_tasks(options: EvaluateOptions) -> dict[str, Any]:
         "tasks": {name: _measures(found["results"][name]) for name in sorted(found["results"])},
         "items": {name: counts["effective"] for name, counts in found["n-samples"].items()},
         "environment": environment(),
-        "options": {"cache": options.cache or "float32", "limit": options.limit},
+        "options": {
+            "cache": options.cache or "float32",
+            "limit": options.limit,
+            "packed": said(options.model, model.predictor.linear),
+        },
         "model": model_and_hash(options.model),
     }
 
@@ -93,4 +98,6 @@ def table_of_tasks(results: dict[str, Any]) -> tuple[str, Table]:
             error = measure["stderr"]
             row = str(results["items"].get(task, "")), f"{measure['value']:.4f}"
             table.add_row(f"{task}: {name}", *row, "" if error is None else f"{error:.4f}")
-    return f"{results['model']['name']}, key-value cache in {results['options']['cache']}.", table
+    options = results["options"]
+    about = f"{results['model']['name']}, key-value cache in {options['cache']}"
+    return f"{about}{', ' + options['packed'] if options['packed'] else ''}.", table

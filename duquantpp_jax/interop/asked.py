@@ -8,7 +8,6 @@ Source: OpenAI API reference, endpoints /v1/completions and /v1/chat/completions
 
 import dataclasses
 import json
-import math
 import secrets
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -168,7 +167,7 @@ def _real(fields: dict[str, Any], name: str, default: float) -> float:
         return default
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e6:
         raise Refused(f"{name} must be a number", field=name)
-    return float(value) if math.isfinite(value) else default
+    return float(value)
 
 
 def _flag(fields: dict[str, Any], name: str) -> bool:

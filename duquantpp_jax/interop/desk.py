@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from tokenizers import Tokenizer
 
 from duquantpp_jax.evaluation.continuing import Continuing, Wish, Written
@@ -68,7 +69,7 @@ class Desk:
         rows: Most texts that are written together.
         waiting: Most tickets that wait.
         """
-        self._scorer = Scorer(predictor, batch_rows=1)
+        self._scorer = Scorer(predictor, batch_rows=1, devices=jax.local_devices()[:1])
         self.predictor, self.tokenizer = self._scorer.predictor, tokenizer
         self._store, self._rows, self._most = store, rows, waiting
         self._tickets: queue.Queue[Ticket | None] = queue.Queue()
@@ -79,6 +80,8 @@ class Desk:
 
     def submit(self, tickets: list[Ticket]) -> None:
         """Puts tickets into the queue; raises Refused where it is full or closed."""
+        if len(tickets) > self._most:
+            raise Refused(f"a request of {len(tickets)} texts: ask for at most {self._most}")
         with self._lock:
             if self._closed.is_set() or self._tickets.qsize() + len(tickets) > self._most:
                 message = "too many requests wait: try again later"

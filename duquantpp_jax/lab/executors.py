@@ -146,6 +146,7 @@ def _job(
 ) -> None:
     """Works until no cell is left."""
     import_modules(imports)
+    check_unmixed(cells, out)
     work(cells, out, cache_bytes, first=first)
 
 

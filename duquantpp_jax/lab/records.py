@@ -10,6 +10,7 @@ failed cell again. A file that is not what was written of its cell is refused.
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,12 @@ def read(out: Path, cell: Cell, *, failed: bool = False) -> Record | None:
     path = path_of(out, cell, failed=failed)
     if not path.exists():
         return None
-    record = files.read_json(path, ANEW)
+    try:
+        record = files.read_json(path, ANEW)
+    except ValueError:
+        if path.exists():
+            raise
+        return None  # another run has just removed it, to try the cell again
     with files.refusing(path, ANEW):
         about = {n: value for n, value in record.items() if n != "sha256"}
         if record.get("sha256") != (found := _hash_of(about)):
@@ -51,7 +57,10 @@ def read(out: Path, cell: Cell, *, failed: bool = False) -> Record | None:
             raise ValueError(f"is of the cell {other}, and not of {cell.labels()}")
         if failed:
             record["error"] = files.printable(record["error"])
-        elif any(record["metrics"][n] != v for n, v in _metrics(record["rows"]).items()):
+        elif not all(
+            math.isclose(record["metrics"][n], v, rel_tol=1e-9, abs_tol=1e-12)
+            for n, v in _metrics(record["rows"]).items()
+        ):
             raise ValueError("its metrics are not the means of its rows")
     return record
 

@@ -64,8 +64,8 @@ def run(
         progress(sum(records.path_of(out, cell) in paths for cell in grid), wrong, len(grid))
 
     tick()
-    if left := [cell for cell in grid if not records.path_of(out, cell).exists()]:
-        (executor or work)(order(left), out, cache_bytes, tick)
+    if not all(records.path_of(out, cell).exists() for cell in grid):
+        (executor or work)(order(grid), out, cache_bytes, tick)
     claims.forget(out / CLAIMS, {cell.digest for cell in grid if records.is_recorded(out, cell)})
     check_unmixed(grid, out, own=False)
     return outcome(grid, out)

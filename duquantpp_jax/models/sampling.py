@@ -77,7 +77,7 @@ class Draws:
 
 
 @struct.dataclass
-class Continuation:
+class Unfinished:
     """Rows of text that are being continued.
 
     Attributes:
@@ -158,7 +158,7 @@ def begin(
     linear: Linear,
     state: Any = None,
     top: int | None = None,
-) -> Continuation:
+) -> Unfinished:
     """Reads prompts of these lengths, and draws the first token after each.
 
     Args:
@@ -184,28 +184,28 @@ def begin(
         best = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)
         scores = jnp.zeros(tokens.shape, jnp.float32), best
     ended, step = jnp.zeros(rows, bool), jnp.int32(0)
-    text = Continuation(tokens, at + 1, jnp.asarray(limits), ended, step, cache, *scores)
+    text = Unfinished(tokens, at + 1, jnp.asarray(limits), ended, step, cache, *scores)
     return _drawn(model, text, logits[:, 0], key, draws)
 
 
 @functools.partial(jax.jit, static_argnames="linear", donate_argnames="text")
 def proceed(
     model: Decoder,
-    text: Continuation,
+    text: Unfinished,
     key: Key[Array, "*rows"],
     draws: Draws,
     steps: Int32[Array, ""] | int,
     *,
     linear: Linear,
     state: Any = None,
-) -> Continuation:
+) -> Unfinished:
     """Draws up to `steps` further tokens of each row, fewer where all rows end."""
     last = text.step + steps
 
-    def running(text: Continuation) -> Bool[Array, ""]:
+    def running(text: Unfinished) -> Bool[Array, ""]:
         return (text.step < last) & ~jnp.all(text.ended)
 
-    def step(text: Continuation) -> Continuation:
+    def step(text: Unfinished) -> Unfinished:
         at = text.lengths - 1
         tokens = jnp.take_along_axis(text.tokens, at[:, None], axis=1, mode="clip")
         logits, cache = model.extend(tokens, replace(text.cache, length=at), linear, state)
@@ -217,11 +217,11 @@ def proceed(
 
 def _drawn(
     model: Decoder,
-    text: Continuation,
+    text: Unfinished,
     logits: Float32[Array, "rows vocab"],
     key: Key[Array, "*rows"],
     draws: Draws,
-) -> Continuation:
+) -> Unfinished:
     """The rows with a token more, drawn from the logits after each."""
     ends = model.config.eos_token_id
     ends = jnp.asarray([ends] if isinstance(ends, int) else ends or (), jnp.int32)
