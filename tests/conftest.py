@@ -52,7 +52,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Each worker takes neighbours, which share fixtures and programs; who is done helps another."""
+    """Each worker takes neighbours, which share fixtures and programs; who is done helps."""
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
