@@ -18,16 +18,16 @@ class ExportOptions:
       format: compressed-tensors (MXFP4, with at most one matrix for each site's input; what vLLM
         and transformers make of it is printed, docs/serving.md), dequantized (plain bfloat16,
         activations not quantized), or gpt-oss (its own layout of MXFP4 experts).
+      out: New directory.
       serve: The program that is to read it: refuses what that would compute otherwise, which
         quantize --serve prevents.
       check: Read what was written again, and compare every bit of packed linears.
-      out: New directory.
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
 
     model: Path
     format: Layout = "compressed-tensors"
+    out: Path = Path("exported")
     serve: Serve | None = None
     check: bool = False
-    out: Path = Path("exported")
     imports: Imports = ()
