@@ -237,7 +237,7 @@ def test_a_full_disk_is_one_line_and_the_finished_layers_are_kept(
         save_file(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr("duquantpp_jax.checkpoints.writer.save_file", full)
+        patch.setattr("duquantpp_jax.files.save_file", full)
         assert_one_line(cli.main(arguments), capsys, "No space left on device")
     assert sorted(path.name for path in (tmp_path / "q").iterdir()) == [
         *("hidden-00001.safetensors", "layer-00000.safetensors", "quantization.json"),

@@ -136,7 +136,7 @@ WRONG = {
     "tools": (wish(tools=[{}]), 400),
     "unknown": (wish(mirostat=1), 400),
     "many texts": (wish(n=65), 400),
-    "more than may wait": (wish(n=4), 503),
+    "more than may ever wait": (wish(n=4), 400),
     "many likely tokens": (wish(logprobs=6), 400),
 }
 
