@@ -42,7 +42,7 @@ def pytest_configure(config):
     if not hasattr(config, "workerinput"):
         directory = tempfile.TemporaryDirectory(prefix="duquantpp-compiled-")
         config.add_cleanup(directory.cleanup)
-        os.environ[COMPILED_VARIABLE] = directory.name
+        os.environ.setdefault(COMPILED_VARIABLE, directory.name)  # experiments/mutants.py gives one
         os.environ["DUQUANTPP_CACHE"] = str(pathlib.Path(directory.name) / "rows")
         # The workers use all cores; NumPy's BLAS would add threads that wait for them, busily.
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
