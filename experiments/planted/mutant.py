@@ -10,7 +10,6 @@ class Mutant:
     Attributes:
       tests: Files of the tests that should see it, by their paths in tests/ without ending.
       only: What pytest's -k gets; all of them by default.
-      slow: Whether tests that are marked slow run, too.
     """
 
     name: str
@@ -19,4 +18,3 @@ class Mutant:
     wrong: str
     tests: str
     only: str = ""
-    slow: bool = False

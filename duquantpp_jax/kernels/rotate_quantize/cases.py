@@ -63,7 +63,7 @@ class Case:
 SMALL = (
     *(Case(256, 512, scale_rule=rule) for rule in ScaleRule),
     Case(256, 512, shared=False, label="rotation per block"),
-    Case(136, 384, shared=False, smooth=True, label="smoothing; edges in m"),
+    Case(264, 384, shared=False, smooth=True, label="smoothing; edges in m"),
     Case(200, 352, scale_rule=ScaleRule.RCEIL, label="edges in m and k"),
     Case(1, 96, label="one token"),
 )

@@ -100,7 +100,7 @@ class Case:
 
 
 def _small(m, n, k, format: Format = "mxfp4", label: str = "", out: str = "float32", **cut: int):
-    """A case for an interpreter: few cores, so that each of them computes several tiles."""
+    """A case for an interpreter: few cores, so that one of them computes 2, 4 or 12 tiles."""
     tiling = Tiling(**{"columns": 128, "stages": 4, "cores": 3} | cut, collective=False)
     return Case(m, n, k, format, out, tiling, label)
 
@@ -109,11 +109,11 @@ _EDGES = "edges in m, n and k"
 SMALL = (
     _small(256, 256, 1024),
     _small(256, 512, 1280, label="accumulators overlap", columns=256, stages=3, cores=2),
-    _small(128, 384, 256, label="one step of K", cores=2),
+    _small(512, 384, 256, label="one step of K", cores=1),
     _small(200, 328, 512, label="edges in m and n", cores=2),
     _small(1, 128, 512, label="one token"),
     _small(40, 132, 1056, label=_EDGES, cores=2),
-    _small(96, 256, 2048, label="k split", splits=2),
+    _small(96, 256, 2048, label="k split", splits=2, cores=1),
     _small(129, 130, 800, label="bfloat16 out", out="bfloat16"),
     _small(256, 256, 1024, "nvfp4", columns=256, stages=3, cores=2),
     _small(130, 140, 272, "nvfp4", "edges"),
