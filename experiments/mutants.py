@@ -1,10 +1,11 @@
-"""Do the tests of the formats catch errors? Plants an error at a time and runs them.
+"""Do the tests catch errors? Plants one at a time and runs the tests that should see it.
 
-Question: is there an error in the formats that their quick tests miss?
-Hypothesis: none of those listed here.
+Question: is there an error of the kinds of `planted/` that the quick tests miss?
+Hypothesis: none of those listed there.
 Command: python -m experiments.mutants [--only NAME ...] [--jobs 2]
-Cost: about 6 minutes on 2 cores.
-Last result, 2026-11-25: all 60 caught (jax 0.12.0.1, Python 3.12).
+Cost: about 6 minutes on 2 cores for the formats, half an hour for the others.
+Last result, 2026-11-25, formats: all 60 caught (jax 0.12.0.1, Python 3.12). The others were listed
+on 2026-11-29, before any test was touched; they are being measured.
 
 Each mutant is a copy of the package in a temporary directory in which one piece of text, found
 exactly once, is replaced. The tests named beside it run against the copy, stop at the first
