@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import importlib.metadata
 import os
 import pathlib
 import shutil
@@ -21,9 +22,7 @@ from duquantpp_jax.models.parameters import LAYER
 
 DATA_VARIABLE = "DUQUANTPP_DATA"
 COMPILED_VARIABLE = "DUQUANTPP_TEST_COMPILED"
-QUICKLY_COMPILED = "--xla_backend_optimization_level=0"
-"""For processes that compare devices with one another: LLVM does not optimize, which saves half of
-what compiling costs, and where arrays are and what is computed of them stay the same."""
+LLVM_LEVEL = "--xla_backend_optimization_level"
 TEXT = pathlib.Path(__file__).parents[1] / "LICENSE"
 """A text of 21 rows in bytes, to calibrate on where the text does not matter."""
 
@@ -34,12 +33,20 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def pytest_configure(config):
-    """Compiles each program once in a run: the workers share a directory, empty at the start.
+    """Compiles each program once in a run, and quickly; processes of tests compile for themselves.
 
-    A program is found there by its text and by all that the compiler is told. Processes that the
-    tests start compile for themselves.
+    The workers share a directory of programs, empty at the start: a program is found there by its
+    text and by all that the compiler is told.
+
+    LLVM does not optimize, in these processes and in those that tests start, which saves half of
+    what compiling costs: what tests state holds at every level. Programs are optimized as those of
+    users where XLA_FLAGS names a level (.ci/run does, for all tests not marked slow), and where JAX
+    has a plugin of an accelerator.
     """
     if not hasattr(config, "workerinput"):
+        flags = os.environ.get("XLA_FLAGS", "")
+        if LLVM_LEVEL not in flags and not importlib.metadata.entry_points(group="jax_plugins"):
+            os.environ["XLA_FLAGS"] = f"{flags} {LLVM_LEVEL}=0".strip()
         directory = tempfile.TemporaryDirectory(prefix="duquantpp-compiled-")
         config.add_cleanup(directory.cleanup)
         os.environ.setdefault(COMPILED_VARIABLE, directory.name)  # experiments/mutants.py gives one
@@ -76,7 +83,8 @@ def data(request) -> pathlib.Path:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Says how many tests read real data, and how many went without."""
+    """Says how programs were compiled, how many tests read real data, how many went without."""
+    terminalreporter.write_line(f"XLA_FLAGS: {os.environ.get('XLA_FLAGS', '')}")
     reports = [
         r for kind in ("passed", "failed", "skipped") for r in terminalreporter.getreports(kind)
     ]

@@ -8,15 +8,11 @@ import sys
 import numpy as np
 import pytest
 
-from tests.conftest import QUICKLY_COMPILED
-
 
 def run(file, devices, *place):
     """A worker process with so many devices."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICKLY_COMPILED}",
-    }
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, "-m", "tests.calibration_worker", str(file), *map(str, place)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
