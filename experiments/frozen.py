@@ -1,0 +1,70 @@
+"""What do the learned methods reach on texts on which nothing was chosen?
+
+Rows as in beat_hadamard.py, at most one 32 x 32 matrix per block online, W4A4: **r** a rotation and
+scales that fold, **a** any matrix, weights to nearest, **b** those weights rounded by GPTQ, **b'**
+the matrices refined for them, **c** weights learned under WUSH.
+Hypothesis: their share of WUSH's KL is that of the development text.
+Frozen before a final text was read: the commands in LEARN, and what CELLS says. They were chosen on
+  the development text (results/smollm2_methods.md).
+Command: for each of LEARN and each seed
+    duquantpp learn ... --text TRAIN --rows 19264 --held-out 64 --formats floor --seed SEED \\
+      --model smollm2 --out FITS/NAME_floor_SEED
+  where TRAIN is the first 200,000 characters of each book of gutenberg_train.txt, and then
+    duquantpp ablate experiments/frozen.py --table --model smollm2 --data FITS \\
+      --calibration-text gutenberg_calibration.txt --text DEVELOPMENT BOOKS ARTICLES
+  DEVELOPMENT is the first 8 books of gutenberg_valid.txt, BOOKS the last 8, ARTICLES the last 30
+  of wikitext2_valid_articles.txt.
+"""
+
+import sys
+from collections.abc import Iterator
+
+from duquantpp_jax.commands.ablate import AblateOptions, main
+from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.lab import Cell
+from experiments.seeding import SEEDS, seeded
+
+BASELINE = "wush"
+RULE = "floor"
+RECIPES = ("rtn", "block_hadamard", "random_hadamard", "smooth_hadamard", "duquantpp", "wush")
+LEARN = {
+    "smooth_rotation": "--start smooth_hadamard --moves smooth_rotation --steps 800 --rate 6e-3",
+    "affine": "--start wush_conditioned --moves affine --steps 1600",
+    "weights": "--start wush_conditioned --moves weights --steps 1600",
+}
+"""Options of `duquantpp learn` for each row."""
+REFINED = 400
+"""Steps that the affine row is refined for its weights as rounded, on 1,792 of 2,048 rows."""
+
+
+def CELLS(options: AblateOptions) -> Iterator[Cell]:
+    """The recipes, and the learned fits that --data holds."""
+    for recipe in RECIPES:
+        for rounding in ("rtn", "gptq"):
+            yield from seeded(Cell(recipe, RULE, rounding=rounding))
+    for name in LEARN:
+        for seed in SEEDS:
+            fits = None if options.data is None else options.data / f"{name}_{RULE}_{seed}"
+            if fits is None or not fits.is_dir():
+                continue
+            for rounding, steps in (("rtn", 0), ("gptq", 0), ("gptq", REFINED)):
+                if steps == 0 or name == "affine":
+                    yield Cell(
+                        name,
+                        RULE,
+                        fits=fits,
+                        rounding=rounding,
+                        refine=steps,
+                        seed=seed,
+                        calibration_tokens=(2048 if steps else 64) * TARGETS,
+                    )
+
+
+def ROWS(cell: Cell) -> str:
+    """What is learned, how weights are rounded, and refining."""
+    steps = f", refined {cell.refine} steps" if cell.refine else ""
+    return cell.recipe + (f", {cell.rounding}" if cell.rounding != "rtn" else "") + steps
+
+
+if __name__ == "__main__":
+    main(sys.modules[__name__])
