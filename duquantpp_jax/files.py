@@ -171,7 +171,7 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, np.ndarray], dict[s
         raise ValueError(f"{path} has no hash of its contents: it is of an old version; {remedy}")
     if (found := _hash_of(tensors, about)) != written:
         raise ValueError(
-            f"{path} holds contents of SHA-256 {found[:16]}, and says {written!s:.16}: {remedy}"
+            f"{path} holds contents of SHA-256 {found[:16]}, and says {written!r:.18}: {remedy}"
         )
     return tensors, about
 
@@ -242,6 +242,25 @@ def read_json(path: Path, remedy: str = "restore the file") -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is a {type(content).__name__}: it must be a JSON object")
     return content
+
+
+def check_fields(value: Any, kinds: Any, path: str = "") -> None:
+    """Raises ValueError unless a JSON value is of a kind; names the part that is not.
+
+    Args:
+      kinds: A type, a union of types, or the kinds of an object's fields by name; other fields may
+        stand beside them.
+      path: Of the value, for the message.
+    """
+    if not isinstance(kinds, Mapping):
+        if not isinstance(value, kinds):
+            raise ValueError(f"has {path or 'a value'} {value!r:.40}, of another kind")
+        return
+    for name, kind in kinds.items():
+        inside = f"{path}.{name}".lstrip(".")
+        if not isinstance(value, dict) or name not in value:
+            raise ValueError(f"has no {inside}")
+        check_fields(value[name], kind, inside)
 
 
 def one_line(error: BaseException) -> str:

@@ -126,8 +126,11 @@ class Quantized:
     def report(self) -> list[dict[str, Any]]:
         """What quantizing cost each linear (docs/quantize.md)."""
         path = sealed(self.directory / REPORT)
+        kinds = {"linear": str, "bytes": int, "sqnr_db": int | float | None}
         with refusing(path, AGAIN):
-            return read_json(path)["linears"]
+            for row in (rows := read_json(path)["linears"]):
+                files.check_fields(row, kinds)
+        return rows
 
     def outside(self) -> dict[str, np.ndarray]:
         """Embedding, last norm and head, by tensor name, in the type they are stored in."""

@@ -19,6 +19,7 @@ from duquantpp_jax.transforms import storage
 
 SCHEMA = 1
 ARRAYS, ABOUT = "fits.safetensors", "fits.json"
+_FIELDS = {"model": {"name": str, "sha256": str}, "formats": {"weight": str, "activation": str}}
 
 
 def save_fits(directory: Path, fits: Mapping[str, Fitted], about: Mapping[str, Any]) -> None:
@@ -51,10 +52,12 @@ def read_about(directory: Path, model_sha256: str | None = None) -> dict[str, An
             f"{directory / ABOUT} has schema {about.get('schema')!r}, here it is {SCHEMA}: "
             "learn the fits again"
         )
-    found = about.get("model", {})
-    if model_sha256 is not None and found.get("sha256") != model_sha256:
+    with files.refusing(directory / ABOUT, "learn the fits again"):
+        files.check_fields(about, _FIELDS)
+    found = about["model"]
+    if model_sha256 is not None and found["sha256"] != model_sha256:
         raise ValueError(
-            f"the fits in {directory} are of another model ({found.get('name')}): "
+            f"the fits in {directory} are of another model ({found['name']}): "
             "learn them for this one"
         )
     return about

@@ -8,6 +8,7 @@ Source: the safetensors format description; the directory layout of transformers
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,15 +79,15 @@ def _inside(directory: Path, file: str) -> Path:
     # The hub's cache keeps a snapshot's files as links into the blobs beside all snapshots.
     if roots[0].parent.name == "snapshots":
         roots.append(roots[0].parent.parent / "blobs")
-    plain = file not in ("", ".", "..") and not set(file) & set("/\\\0")
+    plain = file not in ("", ".", "..") and file.isprintable() and not set(file) & set("/\\")
     if not plain or not any(path.resolve().is_relative_to(root) for root in roots):
         raise ValueError(
-            f"{directory / INDEX} names the file {file!r}, which is outside the directory: "
+            f"{directory / INDEX} names the file {file!r:.100}, which is outside the directory: "
             "shards must lie beside the index"
         )
-    if not path.is_file():
+    if not os.path.isfile(path):  # False, too, for names that no file can have
         raise ValueError(
-            f"{directory}: shard {file!r} is missing: {INDEX} names it; fetch it again"
+            f"{directory}: shard {file!r:.100} is missing: {INDEX} names it; fetch it again"
         )
     return path
 

@@ -26,6 +26,16 @@ from duquantpp_jax.lab.cells import RECORDS, Cell, digest_of
 Record = dict[str, Any]
 """The contents of one file."""
 ANEW = "remove it to measure its cell again"
+_TEXTS = {"model": str, "text": str}
+_FIELDS = {
+    "cell": {"seed": int, "draws": bool},
+    "subject": _TEXTS,
+    "configuration": _TEXTS,
+    "environment": dict,
+    "metrics": {"sqnr_db": int | float | None},
+    "seconds": {"fit": int | float, "total": int | float},
+}
+"""What tables read of a finished cell, besides what follows from its rows."""
 
 
 def path_of(out: Path, cell: Cell, *, failed: bool = False) -> Path:
@@ -57,7 +67,14 @@ def read(out: Path, cell: Cell, *, failed: bool = False) -> Record | None:
             raise ValueError(f"is of the cell {other}, and not of {cell.labels()}")
         if failed:
             record["error"] = files.printable(record["error"])
-        elif not all(
+            return record
+        files.check_fields(record, _FIELDS)
+        for cost in record.get("online", {}).values():
+            files.check_fields(cost, {"multiply_adds": int | float, "bytes": int | float})
+        rows = {name: np.asarray(values) for name, values in record["rows"].items()}
+        if any(array.shape != (len(rows["document"]),) for array in rows.values()):
+            raise ValueError("its rows are not numbers, one of each kind a row")
+        if not all(
             math.isclose(record["metrics"][n], v, rel_tol=1e-9, abs_tol=1e-12)
             for n, v in _metrics(record["rows"]).items()
         ):

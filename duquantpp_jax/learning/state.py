@@ -75,7 +75,8 @@ def load(path: Path, like: Any, settings: Mapping[str, str]) -> tuple[Any, float
         if about.get(name) != value:
             raise ValueError(f"{path} is a checkpoint of another {name}: {again}")
     with files.refusing(path, again):
-        history, start_loss = tensors.pop(HISTORY), tensors.pop(START_LOSS)
+        history, start_loss = tensors.pop(HISTORY), float(tensors.pop(START_LOSS).reshape(()))
+        checks = [(int(step), loss, held_out) for step, loss, held_out in history.tolist()]
     wanted = {name: (leaf.shape, leaf.dtype) for name, leaf in _named(like)}
     found = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     if found != wanted:
@@ -83,8 +84,7 @@ def load(path: Path, like: Any, settings: Mapping[str, str]) -> tuple[Any, float
         raise ValueError(f"{path} holds another state (at {wrong}): {again}")
     leaves = [jnp.asarray(tensors[name]) for name in wanted]
     state = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    checks = [(int(step), loss, held_out) for step, loss, held_out in history.tolist()]
-    return state, float(start_loss), checks
+    return state, start_loss, checks
 
 
 def _named(state: Any) -> list[tuple[str, Any]]:

@@ -1,0 +1,433 @@
+"""The readers that fuzz.py tries, each with valid files: what a command does to read them."""
+
+import gzip
+import json
+import lzma
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tokenizers import pre_tokenizers
+
+from duquantpp_jax import files
+from duquantpp_jax.analysis.contents import sqnr
+from duquantpp_jax.checkpoints import Quantized, load_config, load_tokenizer
+from duquantpp_jax.checkpoints.directory import read_job
+from duquantpp_jax.checkpoints.fits import load_fits, other_formats, save_fits
+from duquantpp_jax.checkpoints.hugging_face import chat_prompt
+from duquantpp_jax.checkpoints.lazy import Checkpoint
+from duquantpp_jax.checkpoints.mxfp4 import asked_for, unpacked
+from duquantpp_jax.checkpoints.packed import load_packed
+from duquantpp_jax.checkpoints.seal import write_seal
+from duquantpp_jax.commands.export import ExportOptions, export
+from duquantpp_jax.commands.generate import left_out
+from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
+from duquantpp_jax.core import Fitted
+from duquantpp_jax.evaluation import own_text
+from duquantpp_jax.evaluation.predict import RowSums
+from duquantpp_jax.evaluation.rows import TARGETS, read_text, rows_of_text
+from duquantpp_jax.formats import MXFP4
+from duquantpp_jax.formats.tensors import from_tensors, to_tensors
+from duquantpp_jax.interop.asked import asked
+from duquantpp_jax.lab import Cell, claims, records, table
+from duquantpp_jax.lab.bench import Found
+from duquantpp_jax.lab.pivot import COMPARED, Layout, pivots
+from duquantpp_jax.lab.running import Outcome
+from duquantpp_jax.learning import state
+from duquantpp_jax.models import SITES, DecoderConfig
+from duquantpp_jax.models.families import FAMILIES
+from duquantpp_jax.transforms import storage
+from experiments.torture import mutations, subjects
+from experiments.torture.fuzz import Reader, contents
+
+FILES = [
+    "files.py", "checkpoints/bpe.py", "checkpoints/directory.py", "checkpoints/experts.py",
+    "checkpoints/fits.py", "checkpoints/gguf.py", "checkpoints/hugging_face.py",
+    "checkpoints/job.py", "checkpoints/lazy.py", "checkpoints/llama_cpp.py",
+    "checkpoints/mxfp4.py", "checkpoints/online.py", "checkpoints/packed.py",
+    "checkpoints/seal.py", "checkpoints/sentencepiece.py", "checkpoints/shards.py",
+    "checkpoints/source.py", "models/config.py", "models/fields.py", "models/rope.py",
+    "formats/tensors.py", "transforms/storage.py", "learning/state.py", "lab/records.py",
+    "lab/claims.py", "evaluation/rows.py", "evaluation/own_text.py", "interop/asked.py",
+]  # fmt: skip
+"""Files of the package that read what others wrote; some also write."""
+AGAIN = "make it again"
+
+
+def _whole(place: Path) -> None:
+    """All that a command reads of a float model."""
+    checkpoint = Checkpoint(place)
+    checkpoint.source.sha256()
+    for number in range(checkpoint.config.num_hidden_layers):
+        checkpoint.layer(number)
+    list(checkpoint.outside())
+
+
+def families(place: Path) -> Reader:
+    """config.json of each family and packing, by itself."""
+    made = {f"{name}.json": subjects.fields_of(name) for name in FAMILIES}
+    made["Gemma3ForCausalLM.json"]["torch_dtype"] = "bfloat16"
+    for name, packing in subjects.PACKINGS.items():
+        own = "GptOssForCausalLM" if name == subjects.GPT_OSS else "LlamaForCausalLM"
+        more = {"expert_dtype": "fp4"} if name == subjects.DEEPSEEK else {}
+        made[f"{name}.json"] = subjects.fields_of(own, quantization_config=packing, **more)
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+    scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 1024}
+    made["scaled.json"] = subjects.fields_of(rope_scaling=scaling)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    parameters = {"rope_theta": 1e6, **yarn}
+    made["yarn.json"] = subjects.fields_of("Qwen3ForCausalLM", rope_parameters=parameters)
+
+    def read(place: Path) -> None:
+        for path in sorted(place.iterdir()):
+            fields = files.read_json(path)
+            DecoderConfig.from_dict(unpacked(fields))
+            asked_for(fields)
+
+    return Reader({name: files.to_json(fields) for name, fields in made.items()}, read)
+
+
+def config(place: Path) -> Reader:
+    """config.json with generation_config.json, of a Gemma 3 that also sees."""
+    text = subjects.fields_of("Gemma3ForCausalLM", torch_dtype="bfloat16")
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}
+    whole |= {"text_config": text, "vision_config": {"hidden_size": 8}, "torch_dtype": "bfloat16"}
+    said = {"eos_token_id": [1, 256], "bos_token_id": 256, "temperature": 0.6, "do_sample": True}
+    given = {"config.json": files.to_json(whole), "generation_config.json": files.to_json(said)}
+
+    def read(place: Path) -> None:
+        load_config(place)
+        left_out(place)
+
+    return Reader(given, read)
+
+
+def tokenizer(place: Path) -> Reader:
+    """tokenizer.json and tokenizer_config.json, and a text encoded by them."""
+    place.mkdir()
+    made = subjects.tokenizer()
+    made.add_special_tokens(["<|endoftext|>"])
+    settings = {"added_tokens_decoder": {"256": {"content": "<|endoftext|>"}}}
+    settings |= {"bos_token": "<|endoftext|>", "extra_special_tokens": ["<|endoftext|>"]}
+    given = {
+        "config.json": files.to_json(subjects.fields_of()),
+        "tokenizer.json": made.to_str().encode(),
+        "tokenizer_config.json": files.to_json(settings),
+    }
+    both = ("tokenizer.json", "tokenizer_config.json")
+    return Reader(given, lambda place: load_tokenizer(place).encode("It is <|endoftext|>é"), both)
+
+
+def chat(place: Path) -> Reader:
+    """A chat template, in its sandbox."""
+    template = (
+        "{% for m in messages %}{{ bos_token }}<|{{ m['role'] }}|>{{ m['content'] | trim }}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    given = {
+        "config.json": files.to_json(subjects.fields_of()),
+        "tokenizer_config.json": files.to_json({"bos_token": "<s>", "chat_template": "{{ 1 }}"}),
+        "chat_template.jinja": template.encode(),
+    }
+    both = ("tokenizer_config.json", "chat_template.jinja")
+    return Reader(given, lambda place: chat_prompt(place, "hello"), both)
+
+
+def safetensors(place: Path) -> Reader:
+    """A float model in two shards."""
+    return Reader(contents(subjects.write_model(place, shards=2)), _whole)
+
+
+def packed(packing: str) -> Callable[[Path], Reader]:
+    """A packed model, used as it is stored."""
+
+    def make(place: Path) -> Reader:
+        def read(place: Path) -> None:
+            load_packed(Checkpoint(place), None)
+
+        written = subjects.write_model(place, packing)
+        return Reader(contents(written), read, ("config.json", ".safetensors"))
+
+    return make
+
+
+def exported(place: Path) -> Reader:
+    """What `export` wrote: packed weights, and matrices that move their inputs."""
+    out = _quantized(place, recipe="random_hadamard:shared", weight_formats=("mxfp4",))
+    export(ExportOptions(out, out=place / "e"))
+    config = json.loads((place / "e" / "config.json").read_text())
+    config["quantization_config"].pop("quantization_status", None)
+    (place / "e" / "config.json").write_bytes(files.to_json(config))
+
+    def read(own: Path) -> None:
+        load_packed(Checkpoint(own), None)
+
+    return Reader(contents(place / "e"), read, ("config.json", ".safetensors"))
+
+
+def gguf(pieces: bool) -> Callable[[Path], Reader]:
+    """A GGUF file with its tokenizer: of merged bytes, or of pieces."""
+    return lambda _: Reader({"model.gguf": gguf_file(pieces)}, _gguf)
+
+
+def _gguf(place: Path) -> None:
+    path = place / "model.gguf"
+    _whole(path)
+    load_tokenizer(path)
+    left_out(path)
+
+
+def gguf_file(pieces: bool) -> bytes:
+    """A small llama as llama.cpp stores it."""
+
+    def string(text: str) -> bytes:
+        return struct.pack("<Q", len(text.encode())) + text.encode()
+
+    def array(kind: int, values: list[Any], packed: Callable[[Any], bytes]) -> tuple[int, bytes]:
+        joined = b"".join(map(packed, values))
+        return 9, struct.pack("<IQ", kind, len(values)) + joined
+
+    def number(value: float) -> tuple[int, bytes]:
+        return (6, struct.pack("<f", value)) if isinstance(value, float) else (
+            4, struct.pack("<I", value)
+        )  # fmt: skip
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if pieces:
+        tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+        kinds = [2, 3, 3] + [6] * 256
+        tokens += ["▁", "t", "h", "e", "th", "the", "▁the"]
+        kinds += [1] * 7
+    else:
+        tokens, kinds = ["<|endoftext|>", *letters, "th", "the"], [3] + [1] * 258
+    sizes = {"embedding_length": 32, "feed_forward_length": 64, "block_count": 1}
+    sizes |= {"attention.head_count": 2, "attention.head_count_kv": 1, "context_length": 2048}
+    sizes |= {"attention.layer_norm_rms_epsilon": 1e-5, "rope.freq_base": 1e4}
+    keys = {"general.architecture": (8, string("llama")), "general.alignment": number(32)}
+    keys |= {f"llama.{name}": number(value) for name, value in sizes.items()}
+    model = "tokenizer.ggml.model"
+    keys |= {model: (8, string("llama" if pieces else "gpt2"))}
+    keys |= {"tokenizer.ggml.pre": (8, string("default"))}
+    keys |= {"tokenizer.ggml.tokens": array(8, tokens, string)}
+    keys |= {"tokenizer.ggml.token_type": array(5, kinds, lambda n: struct.pack("<i", n))}
+    if pieces:
+        scores = [-float(n) for n in range(len(tokens))]
+        keys["tokenizer.ggml.scores"] = array(6, scores, lambda x: struct.pack("<f", x))
+    else:
+        keys["tokenizer.ggml.merges"] = array(8, ["t h", "th e"], string)
+    keys |= {f"tokenizer.ggml.{n}_token_id": number(i) for n, i in {"bos": 1, "eos": 2}.items()}
+    shapes = {"token_embd.weight": (len(tokens), 32), "output_norm.weight": (32,)}
+    layer = {"attn_norm": (32,), "attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32)}
+    layer |= {"attn_output": (32, 32), "ffn_norm": (32,), "ffn_up": (64, 32)}
+    layer |= {"ffn_gate": (64, 32), "ffn_down": (32, 64)}
+    shapes |= {f"blk.0.{name}.weight": shape for name, shape in layer.items()}
+    random, data, tensors = np.random.default_rng(0), b"", []
+    for name, shape in shapes.items():
+        kind, size = 0, 4 * int(np.prod(shape))
+        content = np.ones(shape, "<f4").tobytes()
+        if name.endswith(("up.weight", "down.weight")):  # Q8_0: a half and 32 bytes a block
+            kind, size = 8, 34 * int(np.prod(shape)) // 32
+            blocks = [np.float16(0.01).tobytes() + random.bytes(32) for _ in range(int(size) // 34)]
+            content = b"".join(blocks)
+        tensors.append((name.encode(), [*shape[::-1]], kind, len(data)))
+        data += content + bytes(-len(content) % 32)
+    named = [(name.encode(), *value) for name, value in keys.items()]
+    return mutations.gguf_of(named, tensors, data)
+
+
+def _quantized(place: Path, **changes: Any) -> Path:
+    model = subjects.write_model(place / "model")
+    given = {"recipe": "smooth_hadamard", "exclude": ("*.down_proj",), "rows": 2}
+    given |= {"weight_formats": ("mxfp4", "mlp_in=nvfp4"), "out": place / "out"}
+    text = subjects.write_text(place / "text.txt")
+    quantize(QuantizeOptions(model, calibration_text=text, **given | changes))
+    return place / "out"
+
+
+def quantized(place: Path) -> Reader:
+    """Every file of a directory that `quantize` wrote."""
+
+    def read(place: Path) -> None:
+        model = Quantized(place)
+        for number in range(model.config.num_hidden_layers):
+            model.layer(number)
+        model.outside()
+        sqnr(model)
+        load_tokenizer(place, model.config)
+
+    return Reader(contents(_quantized(place)), read, seal=lambda own: write_seal(own, {}))
+
+
+def job(place: Path) -> Reader:
+    """quantization.json alone."""
+    described = json.loads((_quantized(place) / "quantization.json").read_text())
+    config = DecoderConfig.from_dict(subjects.fields_of())
+    return Reader(
+        {"quantization.json": files.to_json(described)},
+        lambda own: read_job(own).plan(config, done=True),
+    )
+
+
+def mx(place: Path) -> Reader:
+    """MX arrays in a safetensors file with their records."""
+    x = np.random.default_rng(0).standard_normal((4, 64), np.float32)
+    tensors, record = to_tensors("x", MXFP4().quantize(jnp.asarray(x)))
+    files.write_tensors(place / "x.safetensors", tensors, {"x": record})
+
+    def read(own: Path) -> None:
+        path = own / "x.safetensors"
+        with files.refusing(path, AGAIN):
+            found, about = files.read_tensors(path, AGAIN)
+            from_tensors("x", about["x"], found)
+
+    return Reader(contents(place), read, believe=(files,))
+
+
+def _fits(place: Path) -> dict[str, Fitted]:
+    _, sites = Quantized(_quantized(place)).layer(0)
+    clip = jnp.ones((1, 1), jnp.float32)
+    return {site: Fitted(sites[site].transform, None, clip, None) for site in SITES}
+
+
+def transforms(place: Path) -> Reader:
+    """A file of transforms."""
+    storage.save(place / "own" / "t.safetensors", _fits(place), "a site")
+    return Reader(
+        contents(place / "own"),
+        lambda own: storage.load(own / "t.safetensors", "a site"),
+        believe=(files,),
+    )
+
+
+def fits(place: Path) -> Reader:
+    """A directory of fits."""
+    formats = {"weight": "mxfp4:floor", "activation": "mxfp4:floor"}
+    about = {"model": {"name": "m", "sha256": "0"}, "formats": formats}
+    save_fits(place / "own", _fits(place), about)
+
+    def read(own: Path) -> None:
+        _, about = load_fits(own, "0")
+        other_formats(about, "mxfp4:floor", "mxfp4:even")
+
+    return Reader(contents(place / "own"), read, believe=(files,))
+
+
+def learning(place: Path) -> Reader:
+    """The state of a learning that goes on."""
+    learned = {"a": jnp.ones((2, 3)), "b": jnp.zeros(4)}
+    like = {"learned": learned, "optimizer": optax.adam(1e-3).init(learned)}
+    settings = {"objective": "x", "optimizer": "y"}
+    state.save(place / "s.safetensors", like, 1.0, [(0, 1.0, 2.0), (5, 0.5, 1.0)], settings)
+    return Reader(
+        contents(place),
+        lambda own: state.load(own / "s.safetensors", like, settings),
+        believe=(files,),
+    )
+
+
+def record(place: Path) -> Reader:
+    """Records of a finished and of a failed cell, and the table of them."""
+    cells = [Cell("rtn", seed=seed, tokens=3 * TARGETS) for seed in range(2)]
+    rows = np.asarray([1.5, 2.5, 3.5])
+    online = {site: {"multiply_adds": 32.0, "bytes": 4096} for site in SITES}
+    sums = RowSums(rows * 500, rows * 499, rows, rows * 100)
+    found = Found(sums, np.arange(3), 20.0, online, {"fit": 1.0, "total": 2.0})
+    records.write(place, cells[0], found)
+    records.write_error(place, cells[1], ValueError("no"))
+
+    def read(own: Path) -> None:
+        records.read(own, cells[1], failed=True)
+        if (read := records.read(own, cells[0])) is not None:
+            for pivot in pivots(Outcome({cells[0]: read}, {}), Layout()):
+                for measure in COMPARED:
+                    table.terminal(pivot, measure)
+                for entry in pivot["entries"]:
+                    table.online(entry)
+            records.mixed([read, read])
+
+    return Reader(contents(place), read, believe=(records,))
+
+
+def claim(place: Path) -> Reader:
+    """The claim of another process."""
+
+    def read(own: Path) -> None:
+        with claims.claim(own, "cell"):
+            pass
+
+    return Reader({"cell.0": files.to_json(files.process() | {"pid": 2**22 + 1})}, read)
+
+
+def texts(place: Path) -> Reader:
+    """A text, lines of JSON, and packed texts."""
+    text = "It was a dark night.<|endoftext|>Ünd sie schwieg. " * 20
+    lines = [json.dumps({"text": f"{text} {n}", "id": n, "other": [1]}) for n in range(3)]
+    given = {"a.txt": text, "b.jsonl": "\n".join(lines)}
+    encoded = {name: content.encode() for name, content in given.items()}
+    encoded |= {"a.txt.gz": gzip.compress(encoded["a.txt"])}
+    encoded |= {"b.jsonl.xz": lzma.compress(encoded["b.jsonl"])}
+    tokenizer = subjects.tokenizer()
+
+    def read(own: Path) -> None:
+        for name in encoded:
+            rows_of_text(read_text(own / name), tokenizer, 256)
+
+    return Reader(encoded, read)
+
+
+def own_rows(place: Path) -> Reader:
+    """Rows that a model wrote for itself."""
+    tokens = np.full((own_text.BATCH, TARGETS + 1), 256, np.int32)
+    files.write_tensors(place / "r.safetensors", {"tokens": tokens}, {})
+    config = DecoderConfig.from_dict(subjects.fields_of())
+    return Reader(
+        contents(place),
+        lambda own: own_text._kept(own / "r.safetensors", config),
+        believe=(files,),
+    )
+
+
+def requests(place: Path) -> Reader:
+    """Bodies of requests to `serve`."""
+    completion = {"model": "m", "prompt": ["a", "b"], "max_tokens": 4, "temperature": 0.5, "n": 2}
+    completion |= {"stop": ["x"], "seed": 3, "stream": True, "logprobs": 2, "echo": False}
+    completion |= {"stream_options": {"include_usage": True}, "top_p": 0.9, "logit_bias": {}}
+    message = {"role": "user", "content": [{"type": "text", "text": "hello"}]}
+    talk = {"model": "m", "messages": [message, {"role": "assistant", "content": "a"}]}
+    talk |= {"max_completion_tokens": 3, "top_logprobs": 2, "logprobs": True, "tools": []}
+
+    def read(own: Path) -> None:
+        for kind in ("completions", "chat"):
+            asked((own / f"{kind}.json").read_bytes(), kind, "m")
+
+    given = {"completions": completion, "chat": talk}
+    return Reader({f"{name}.json": files.to_json(body) for name, body in given.items()}, read)
+
+
+MAKERS: dict[str, Callable[[Path], Reader]] = {
+    "config.json": config,
+    "config.json of families": families,
+    "tokenizer.json": tokenizer,
+    "chat template": chat,
+    "safetensors": safetensors,
+    "gguf": gguf(pieces=False),
+    "gguf of pieces": gguf(pieces=True),
+    **{f"packed, {name}": packed(name) for name in subjects.PACKINGS},
+    "exported": exported,
+    "quantized directory": quantized,
+    "quantization.json": job,
+    "MX arrays": mx,
+    "transforms": transforms,
+    "fits": fits,
+    "learning": learning,
+    "records": record,
+    "claims": claim,
+    "texts": texts,
+    "rows of a model": own_rows,
+    "requests": requests,
+}
+"""What makes a reader with its valid files in a directory that is not there, by its name."""
