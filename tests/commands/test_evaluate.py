@@ -6,6 +6,7 @@ import shlex
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from duquantpp_jax import cli
 from duquantpp_jax.checkpoints import save
@@ -187,14 +188,21 @@ def test_generate_prints_the_prompt_and_goes_on(tiny_directory, capsys):
 
 
 def test_a_chat_prints_the_answer_alone(directory, capsys):
-    """Of the same tokens: the template adds nothing to the prompt but the letter w."""
+    """Of the same tokens: the template adds the letter w, and the tokenizer nothing to a chat."""
     template = {"chat_template": "{{ messages[0].content }}w"}
     (directory / "tokenizer_config.json").write_text(json.dumps(template))
     command = ["generate", "--model", str(directory), "--max-new-tokens", "8", "--prompt"]
-    assert cli.main([*command, "once upon ", "--chat"]) == 0
-    answer = capsys.readouterr().out
     assert cli.main([*command, "once upon w"]) == 0
-    assert capsys.readouterr().out == f"once upon w{answer}"
+    plain = capsys.readouterr().out
+    tokenizer = byte_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 256)]
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    assert cli.main([*command, "once upon ", "--chat"]) == 0
+    assert f"once upon w{capsys.readouterr().out}" == plain
+    assert cli.main([*command, "once upon w"]) == 0
+    assert capsys.readouterr().out.partition("once upon w")[2] not in plain
 
 
 @pytest.mark.parametrize(

@@ -253,11 +253,16 @@ def _edited(**changes):
     return edit
 
 
-def _with_another_kl(path, other):
-    record = json.loads(path.read_text())
-    record["metrics"]["kl"] /= 2
-    del record["sha256"]
-    path.write_text(json.dumps(record | {"sha256": records._hash_of(record)}))
+def _with_another(metric):
+    """A millionth off, with the hash of what it then says."""
+
+    def edit(path, other):
+        record = json.loads(path.read_text())
+        record["metrics"][metric] *= 1 + 1e-6
+        del record["sha256"]
+        path.write_text(json.dumps(record | {"sha256": records._hash_of(record)}))
+
+    return edit
 
 
 SPOILT = {
@@ -268,7 +273,10 @@ SPOILT = {
     "another cell": (lambda path, other: path.write_bytes(other.read_bytes()), "is of the cell"),
     "another schema": (_edited(schema=9), "says SHA-256"),
     "another number": (_edited(metrics={}), "says SHA-256"),
-    "another number, hashed": (_with_another_kl, "are not the means of its rows"),
+    **{
+        f"another {metric}, hashed": (_with_another(metric), "are not the means of its rows")
+        for metric in ("kl", "excess_nll", "perplexity", "agreement", "targets")
+    },
 }
 
 

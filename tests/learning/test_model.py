@@ -11,7 +11,7 @@ from duquantpp_jax.checkpoints import load, testbed
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.formats import MXFP4
 from duquantpp_jax.learning.model import at_rates, learn_model
-from duquantpp_jax.learning.moves import Moves
+from duquantpp_jax.learning.moves import Learned, Moves
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import QuantizedLinear
@@ -81,6 +81,19 @@ def test_held_out_loss_falls_and_the_best_is_kept(model):
     *_, state = quantize_decoder(plan, model, rows[16:, :-1])
 
     assert _divergence(model, MXFP4(), state, rows[16:]) == pytest.approx(best, rel=0.05)
+
+
+@jax.numpy_dtype_promotion("standard")  # optax counts on it
+def test_each_part_moves_by_its_own_rate_of_each_step_and_others_stay():
+    rates = {"transform": lambda step: 0.5 + step, "log_clip": lambda step: 1 / (2 + step)}
+    update = Learned({"a": jnp.ones((1, 2, 2))}, (jnp.ones((2, 2)),), None, jnp.ones(1), None)
+    optimizer = at_rates(rates, optax.identity())
+    state = optimizer.init(update)
+    for step in range(3):
+        moved, state = optimizer.update(update, state)
+        np.testing.assert_allclose(moved.transform["a"], -(0.5 + step))
+        np.testing.assert_allclose(moved.log_clip, -1 / (2 + step), rtol=1e-6)
+        np.testing.assert_array_equal(moved.weights[0], 0)
 
 
 def test_rates_are_for_parts_that_learn():

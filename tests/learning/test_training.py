@@ -123,6 +123,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(rows, tmp_path):
         ({"key": jax.random.key(1)}, "another key"),
         ({"steps": 50}, "another pace"),
         ({"check_every": 20}, "another pace"),
+        ({"batch_rows": 5}, "another pace"),
         ({"objective": Line(jnp.float32(1.0), power=4.0)}, "another objective"),
         ({"objective": Line(jnp.float32(2.0))}, "another objective"),
         ({"optimizer": optax.sgd(1e-2)}, "another optimizer"),
@@ -161,8 +162,12 @@ def test_a_checkpoint_of_other_rows_and_a_file_that_is_none_are_refused(rows, tm
     place = tmp_path / "state.safetensors"
     run(rows, checkpoint=place)
     x, y = rows
-    with pytest.raises(ValueError, match="another rows"):
-        run((2 * x, y), checkpoint=place)
+    for number in (3, 45):  # to learn from, and held out
+        for part in (0, 1):
+            changed = [x.copy(), y.copy()]
+            changed[part][number] *= 1 + 2**-20
+            with pytest.raises(ValueError, match="another rows"):
+                run(tuple(changed), checkpoint=place)
     place.write_bytes(b"not this")
     with pytest.raises(ValueError, match=r"state\.safetensors cannot be read"):
         run(rows, checkpoint=place)

@@ -11,13 +11,14 @@ from duquantpp_jax.core import Fitted, MXArray, Needs, Stats
 from duquantpp_jax.formats import MXFP8
 from duquantpp_jax.formats.plain import BFloat16
 from duquantpp_jax.models import SITES
-from duquantpp_jax.ptq.calibration import calibrate
+from duquantpp_jax.ptq.calibration import calibrate, layers_of
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.report import report_layer
 from duquantpp_jax.ptq.walk import (
     check_fit,
     check_input,
     fit_decoder,
+    fit_layer,
     quantize_decoder,
     quantize_layer,
     stack_layers,
@@ -62,6 +63,19 @@ def test_stats_and_fits_that_were_found_before_change_no_bit(model, rounding):
     assert_same_bits(quantize_decoder(plan, model, TOKENS, stats=stats)[-1], wanted)
     given = plan_of("rtn", rounding, fits=fit_decoder(plan, model, stats))
     assert_same_bits(quantize_decoder(given, model, TOKENS)[-1], wanted)
+
+
+def test_what_is_drawn_differs_at_every_block_site_and_layer_and_with_the_seed(model):
+    plan = plan_of("random_hadamard")
+    widths = plan.widths(0)
+    stats = {site: Stats.init(width, 1, 1) for site, width in widths.items()}
+    found = []
+    for seed in (0, 1):
+        for number, parameters in enumerate(layers_of(model)):
+            own = dataclasses.replace(plan, seed=seed)
+            for site, fitted in fit_layer(own, number, parameters, stats).items():
+                found += [*np.asarray(fitted.transform.as_blocks(widths[site], 32).matrices)]
+    assert len(np.unique(found, axis=0)) == len(found) == 2 * 3 * sum(widths.values()) // 32
 
 
 def test_fits_that_are_given_must_cover_all_sites_and_layers(model):
