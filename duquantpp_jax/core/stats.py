@@ -79,18 +79,16 @@ class Stats:
         if not isinstance(needs, Needs):
             raise ValueError(f"needs={needs!r}: give Needs, as in Needs.GRAM | Needs.POSITIONS")
         stride = -(-rows * length // sample_limit)
-
-        def zeros(need: Needs, rows: int) -> Array | None:
-            return jnp.zeros((rows, width), jnp.float32) if need in needs else None
-
+        sums = {Needs.GRAM: width, Needs.POSITIONS: length, Needs.CROSS: width}
+        zeros = {n: jnp.zeros((r, width), jnp.float32) for n, r in sums.items() if n in needs}
         return cls(
             count=jnp.zeros((), jnp.int32),
             absmax=jnp.zeros(width, jnp.float32),
             sample=jnp.zeros((-(-rows * length // stride), width), jnp.float32),
-            gram=zeros(Needs.GRAM, width),
-            position_sum=zeros(Needs.POSITIONS, length),
+            gram=zeros.get(Needs.GRAM),
+            position_sum=zeros.get(Needs.POSITIONS),
             position_count=jnp.zeros(length, jnp.int32) if Needs.POSITIONS in needs else None,
-            cross=zeros(Needs.CROSS, width),
+            cross=zeros.get(Needs.CROSS),
             stride=stride,
         )
 

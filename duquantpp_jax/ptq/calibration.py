@@ -223,10 +223,10 @@ def batches(rows: int, mesh: Mesh | None) -> Iterator[slice]:
 
 def spread(tree: Any, mesh: Mesh | None, *axes: str) -> Any:
     """A pytree that every process has whole, laid over the devices of all of them."""
+    if mesh is None:
+        return jax.tree.map(jnp.asarray, tree)
 
     def place(leaf: Any) -> Array:
-        if mesh is None:
-            return jnp.asarray(leaf)
         array, sharding = np.asarray(leaf), NamedSharding(mesh, P(*axes))
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 

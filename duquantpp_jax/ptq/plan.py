@@ -64,16 +64,7 @@ class Plan:
 
     def names(self, site: str, number: int) -> tuple[str, ...]:
         """The linears of a layer's site that are quantized, by name inside the layer."""
-
-        def matches(name: str, patterns: tuple[str, ...]) -> bool:
-            whole = layer_prefix(number) + name
-            return any(fnmatch.fnmatchcase(whole, pattern) for pattern in patterns)
-
-        return tuple(
-            name
-            for name in SITE_WEIGHTS[site]
-            if matches(name, self.include) and not matches(name, self.exclude)
-        )
+        return _chosen(site, number, self.include, self.exclude)
 
     def widths(self, number: int) -> dict[str, int]:
         """Input width of each site of a layer that has a linear to quantize, zeros included.
@@ -153,3 +144,16 @@ def linear_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     """[out, in] of the linears of a layer, or of one of their experts, by name inside it."""
     shapes = parameter_shapes(config)
     return {name: shapes[LAYER + name][-2:] for name in LINEARS}  # type: ignore[misc]
+
+
+@functools.lru_cache(maxsize=4096)
+def _chosen(
+    site: str, number: int, include: tuple[str, ...], exclude: tuple[str, ...]
+) -> tuple[str, ...]:
+    names = {name: layer_prefix(number) + name for name in SITE_WEIGHTS[site]}
+    return tuple(
+        name
+        for name, whole in names.items()
+        if any(fnmatch.fnmatchcase(whole, pattern) for pattern in include)
+        and not any(fnmatch.fnmatchcase(whole, pattern) for pattern in exclude)
+    )

@@ -185,10 +185,10 @@ def _of_side(size: int, width: int, *sides: Float[Array, "blocks r r"]) -> Block
     count, side, _ = sides[0].shape
     if size % side or width % size:
         return None
+    if (each := size // side) == 1:
+        return Blocks(None, *sides)
 
     def joined(m: Float[Array, "blocks r r"]) -> Float[Array, "more s s"]:
-        if (each := size // side) == 1:
-            return m
         m = jnp.broadcast_to(m, (each, side, side)) if count == 1 else m
         grouped, eye = m.reshape(-1, each, side, side), jnp.eye(each, dtype=m.dtype)
         return jnp.einsum("gmij,mn->gminj", grouped, eye).reshape(-1, size, size)
