@@ -106,7 +106,8 @@ def test_round_robin_takes_the_first_row_of_every_book_first():
 
 @pytest.mark.slow
 def test_the_experiment_runs_at_toy_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(pretrain_testbed, "STRIDE", 512)  # one program, not four
+    monkeypatch.setattr(pretrain_testbed, "ROW", 64)
+    monkeypatch.setattr(pretrain_testbed, "STRIDE", 32)  # two programs, not four
     (tmp_path / "text").mkdir()
     rng = np.random.default_rng(0)
     words = ["".join(map(chr, rng.integers(97, 123, 4))) for _ in range(200)]

@@ -16,6 +16,13 @@ from tests.conftest import tiny_decoder
 BOS = 256
 
 
+@pytest.fixture
+def short(tmp_path, monkeypatch):
+    """Rows of 32 tokens, kept where there are none yet."""
+    monkeypatch.setattr(own_text, "TARGETS", 31)
+    monkeypatch.setenv("DUQUANTPP_CACHE", str(tmp_path / "kept"))
+
+
 def test_rows_have_the_entropy_that_the_model_says(tiny_directory):
     """E[-log p(x_t)] is the mean entropy of p; their difference over 2,044 draws has a standard
     error of about .03. Greedy tokens would be off by all of the entropy."""
@@ -30,12 +37,12 @@ def test_rows_have_the_entropy_that_the_model_says(tiny_directory):
 
 
 def test_a_row_depends_on_the_model_the_seed_and_its_number_alone(
-    tiny_directory, tmp_path, monkeypatch
+    short, tiny_directory, tmp_path, monkeypatch
 ):
     many = own_rows(tiny_directory, BATCH + 1, 1)
     assert len({row.tobytes() for row in many}) == BATCH + 1
     assert (own_rows(tiny_directory, 1, 2) != many[:1])[:, 1:].mean() > 0.5
-    monkeypatch.setenv("DUQUANTPP_CACHE", str(tmp_path))  # where none is kept
+    monkeypatch.setenv("DUQUANTPP_CACHE", str(tmp_path / "other"))  # where none is kept
     np.testing.assert_array_equal(own_rows(tiny_directory, 3, 1), many[:3])
 
 
@@ -57,7 +64,7 @@ def test_kept_rows_that_are_none_are_written_again(tiny_directory, tmp_path, mon
 
 
 def test_an_end_of_sequence_ends_no_row_and_what_cannot_be_kept_is_written(
-    tiny_directory, directory, monkeypatch
+    short, tiny_directory, directory, monkeypatch
 ):
     wanted = own_rows(tiny_directory, 2, 1)
     monkeypatch.setenv("DUQUANTPP_CACHE", "/dev/null/nowhere")
@@ -66,7 +73,7 @@ def test_an_end_of_sequence_ends_no_row_and_what_cannot_be_kept_is_written(
     np.testing.assert_array_equal(own_rows(directory, 2, 1), wanted)
 
 
-def test_a_model_that_gives_nan_writes_no_rows(tmp_path):
+def test_a_model_that_gives_nan_writes_no_rows(short):
     model = tiny_decoder()
     model.norm[...] = model.norm[...] * np.float32(np.inf)
     with pytest.raises(ValueError, match="gave NaN where it wrote rows"):
