@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import pathlib
 import shutil
+import socket
 import tempfile
 
 import jax
@@ -55,6 +56,33 @@ def pytest_configure(config):
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     jax.config.update("jax_compilation_cache_dir", os.environ[COMPILED_VARIABLE])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+_connecting = [False]
+"""Whether the test that runs may use a network."""
+
+
+def _refusing(real, where):
+    def call(*arguments, **options):
+        unix = len(arguments) > where and isinstance(arguments[where], str | bytes) and where == 1
+        if not _connecting[0] and not unix:
+            raise AssertionError(f"a network is asked for: {arguments[where:]}")
+        return real(*arguments, **options)
+
+    return call
+
+
+for _name in ("connect", "connect_ex", "bind", "sendto"):
+    setattr(socket.socket, _name, _refusing(getattr(socket.socket, _name), 1))
+socket.getaddrinfo = _refusing(socket.getaddrinfo, 0)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item):
+    """No command but `serve` asks for a network: only tests marked sockets may, and clients."""
+    _connecting[0] = item.get_closest_marker("sockets") is not None
+    yield
+    _connecting[0] = False
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -1,6 +1,11 @@
 """Short forms of experiments/torture, and what they have found: spoilt files are refused."""
 
+import itertools
 import json
+import re
+import socket
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +13,9 @@ import pytest
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import fits
 from duquantpp_jax.checkpoints.shards import shard_files
-from experiments.torture import fuzz
+from experiments.torture import fuzz, page
+
+ROOT = Path(__file__).parents[1]
 
 CHEAP = ["config.json", "config.json of families", "safetensors", "tokenizer.json", "records"]
 CHEAP += ["texts", "requests", "claims", "rows of a model"]
@@ -55,3 +62,31 @@ def test_a_hash_of_control_characters_is_said_and_not_obeyed(tmp_path):
     files.save(path, tensors, {files.ABOUT: json.dumps(about | {"sha256": "\x1b[2J\n"})})
     with pytest.raises(ValueError, match=r"says '\\x1b\[2J\\n': make it again"):
         files.read_tensors(path, "make it again")
+
+
+def test_a_network_is_refused_to_tests_and_so_to_every_command_they_run():
+    with socket.socket() as own:
+        for ask in (
+            lambda: socket.create_connection(("127.0.0.1", 9)),
+            lambda: socket.getaddrinfo("localhost", 80),
+            lambda: own.bind(("127.0.0.1", 0)),
+            lambda: own.connect(("127.0.0.1", 9)),
+        ):
+            with pytest.raises(AssertionError, match="a network is asked for"):
+                ask()
+
+
+def test_the_licence_of_every_dependency_is_named():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lists = project["dependencies"], *project["optional-dependencies"].values()
+    wanted = {re.split(r"[^\w-]", line)[0] for line in itertools.chain(*lists)}
+    section = (ROOT / "SECURITY.md").read_text(encoding="utf-8").split("## Dependencies")[1]
+    rows = re.findall(r"^\| ([\w, -]+) \|", section, re.MULTILINE)[1:]
+    assert {name for row in rows for name in row.split(", ") if name.strip("- ")} == wanted
+
+
+def test_the_tests_that_the_security_page_names_are_there():
+    pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("SECURITY.md",)]
+    named = re.findall(r"`((?:tests|experiments)/[\w./]+)`", "".join(pages))
+    assert len(named) > 10
+    assert [name for name in (*named, *page.TESTS.values()) if not (ROOT / name).exists()] == []

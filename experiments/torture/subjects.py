@@ -75,9 +75,9 @@ def tokenizer() -> Tokenizer:
     return made
 
 
-def floats(config: DecoderConfig) -> dict[str, np.ndarray]:
+def floats(config: DecoderConfig, seed: int = 1) -> dict[str, np.ndarray]:
     """The tensors of a model by the names of parameters, drawn so that outputs differ."""
-    random, made = np.random.default_rng(1), {}
+    random, made = np.random.default_rng(seed), {}
     for name, shape in parameter_shapes(config).items():
         layers = range(config.num_hidden_layers) if "*" in name else [None]
         for layer in layers:
@@ -88,7 +88,9 @@ def floats(config: DecoderConfig) -> dict[str, np.ndarray]:
     return made
 
 
-def write_model(place: Path, packing: str | None = None, shards: int = 1, **changes: Any) -> Path:
+def write_model(
+    place: Path, packing: str | None = None, shards: int = 1, seed: int = 1, **changes: Any
+) -> Path:
     """Writes a Hugging Face directory; gives it.
 
     Args:
@@ -98,7 +100,7 @@ def write_model(place: Path, packing: str | None = None, shards: int = 1, **chan
     own = {"architecture": "GptOssForCausalLM"} if packing == GPT_OSS else {}
     fields = fields_of(**own | changes)
     config = DecoderConfig.from_dict(fields)
-    tensors, random = floats(config), np.random.default_rng(2)
+    tensors, random = floats(config, seed), np.random.default_rng(2)
     packed = {}
     if packing is not None:
         fields["quantization_config"] = PACKINGS[packing]

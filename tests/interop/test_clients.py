@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.slow, pytest.mark.sockets, pytest.mark.filterwarnings("default")]
 
 
 @pytest.fixture(scope="module")

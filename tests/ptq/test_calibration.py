@@ -55,6 +55,7 @@ def test_eight_devices_give_what_one_gives(one_device, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.sockets
 def test_two_processes_give_what_one_gives(one_device, tmp_path):
     port = free_port()
     files = [tmp_path / f"{process}.npz" for process in range(2)]
