@@ -1,5 +1,6 @@
 """Files appear whole, and what killed processes left is removed by the next."""
 
+import hashlib
 import json
 import os
 import signal
@@ -10,30 +11,82 @@ import numpy as np
 import pytest
 
 from duquantpp_jax import files
+from duquantpp_jax.files import processes
 
 
 def _left(directory, name, **changes):
     """What a process that was killed while it wrote `name` leaves."""
-    other = files.process() | {"pid": 2**22 + 1, "start": 7} | changes
-    place = directory / f".{name}.{other['host']}-{other['pid']}-{other['start']}-0123abcd"
+    other = processes.process() | {"pid": 2**22 + 1, "start": 7} | changes
+    host = hashlib.sha256(other["host"].encode()).hexdigest()[:12]
+    place = directory / f".{name}.{host}-{other['pid']}-{other['start']}-0123abcd"
     (place / "inside").mkdir(parents=True)
     return place
 
 
 def test_what_dead_processes_left_is_removed_and_all_else_is_not(tmp_path):
-    dead = _left(tmp_path, "model")
+    dead = [_left(tmp_path, name) for name in ("model", "another")]
+    long = processes.host().ljust(40, "x")
     others = [
-        _left(tmp_path, "model2"),
         _left(tmp_path, "model", host="elsewhere"),
-        _left(tmp_path, "model", **files.process()),
+        _left(tmp_path, "model", host=long),  # as of two pods: the first 32 letters are the same
+        _left(tmp_path, "model2", **processes.process()),
         tmp_path / ".model.mine",
     ]
     others[-1].touch()
     with files.new_directory(tmp_path / "model") as partial:
         (partial / "file").touch()
-        assert not dead.exists()
+        assert not any(path.exists() for path in dead)
     assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "model"])
     assert (tmp_path / "model" / "file").exists()
+
+
+def test_a_directory_that_two_processes_write_is_refused_at_the_start_or_at_the_end(tmp_path):
+    with files.new_directory(tmp_path / "a"):
+        with pytest.raises(ValueError, match="a is being written by another process: wait"):
+            files.new_directory(tmp_path / "a").__enter__()
+        with files.new_directory(tmp_path / "ab") as partial:  # not that one
+            (partial / "file").touch()
+
+    def overtaken():
+        with files.new_directory(tmp_path / "b") as partial:
+            (partial / "mine").touch()
+            (tmp_path / "b").mkdir()
+            (tmp_path / "b" / "theirs").touch()
+
+    with pytest.raises(ValueError, match="b is being written by another process"):
+        overtaken()
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["theirs"]
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "ab", "b"}
+
+
+def test_one_process_at_a_time_is_in_a_directory_and_a_dead_ones_lock_is_none(tmp_path):
+    out = tmp_path / "out"
+    with processes.only_process(out):
+        with pytest.raises(ValueError, match="out is being written by another process"):
+            processes.only_process(out).__enter__()
+        assert [path.name for path in out.iterdir()] == [processes.LOCK]
+    assert list(out.iterdir()) == []
+    (out / processes.LOCK).touch()  # as a killed process leaves it
+    with processes.only_process(out) as alone:
+        assert alone
+    assert list(out.iterdir()) == []
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    import fcntl
+
+    real, removed = fcntl.flock, []
+
+    def flock(file, how):
+        real(file, how)
+        if not removed:  # its holder ends between opening and locking
+            removed.append((tmp_path / processes.LOCK).unlink())
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with processes.only_process(tmp_path):
+        monkeypatch.undo()
+        with pytest.raises(ValueError, match="by another process"):
+            processes.only_process(tmp_path).__enter__()
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="of POSIX")

@@ -22,9 +22,11 @@ from duquantpp_jax.checkpoints import Quantized, is_quantized, load_any, testbed
 from duquantpp_jax.checkpoints.packed import said
 from duquantpp_jax.commands.options.inspect import InspectOptions
 from duquantpp_jax.core import MXArray
+from duquantpp_jax.core.notices import about
 from duquantpp_jax.evaluation import subject
 from duquantpp_jax.models import SITES, Decoder, Linear, linear_names
 from duquantpp_jax.models.experts import Routed
+from duquantpp_jax.models.parameters import layer_prefix
 from duquantpp_jax.ptq.site import QuantizedSite, move_input, pad_channels
 from duquantpp_jax.ptq.walk import State
 from duquantpp_jax.recipes import import_modules
@@ -85,7 +87,8 @@ def inspect(
     for layer, site in chosen:
         in_float = plan is None or not plan.names(site, layer)
         names = ("input",) if in_float else ("input", "moved")
-        found = {n: statistics(moments[n][site].layer(layer), thresholds) for n in names}
+        with about(f"{layer_prefix(layer)}{site}"):
+            found = {n: statistics(moments[n][site].layer(layer), thresholds) for n in names}
         linears = list(linear_names(site, layer))
         sites.append({"site": site, "layer": layer, "linears": linears, **found})
     stored = None if quantized is None else holds.scales_and_codes(quantized)

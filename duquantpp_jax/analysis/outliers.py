@@ -130,8 +130,11 @@ def statistics(moments: Moments, thresholds: Thresholds) -> dict[str, Any]:
     Raises:
       ValueError: The input had NaN or Inf.
     """
-    if not np.all(np.isfinite(moments.absmax)):
-        raise ValueError("an input of a linear has NaN or Inf: the model cannot be inspected")
+    if wrong := np.count_nonzero(~np.isfinite(moments.absmax)):
+        raise ValueError(
+            f"the input has NaN or Inf in {wrong} of {moments.absmax.size} channels: the model "
+            "cannot be inspected"
+        )
     values = moments.tokens * moments.absmax.size
     energy = float(np.sum(moments.energy))
     top = max(1, round(thresholds.share * moments.absmax.size))

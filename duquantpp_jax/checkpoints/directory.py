@@ -39,7 +39,7 @@ from duquantpp_jax import files
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint, outermost, take_layers
 from duquantpp_jax.checkpoints.packed import load_packed
-from duquantpp_jax.checkpoints.seal import SEALED, sealed
+from duquantpp_jax.checkpoints.seal import SEALED, check_all_there, sealed
 from duquantpp_jax.checkpoints.source import CONFIG, Directory
 from duquantpp_jax.core import Fitted, Format, MXArray
 from duquantpp_jax.files import check_finite, read_json, refusing
@@ -98,6 +98,7 @@ class Quantized:
             raise ValueError(
                 f"{directory} is not finished: run the duquantpp quantize that began it again"
             )
+        check_all_there(self.directory)
         sealed(self.directory / JOB)
         self.fields = Directory(self.directory).fields()
         with refusing(self.directory / CONFIG, AGAIN):

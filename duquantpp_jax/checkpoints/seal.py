@@ -15,6 +15,8 @@ from duquantpp_jax import files
 
 SUMS, SEALED = "SHA256SUMS", "quantization.json"
 """The seal, and the file that marks the directories that have one."""
+READ = (".safetensors", ".json", ".jinja", ".model")
+"""Endings of the files that programs read; others only people."""
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\\0]+)")
 
 
@@ -53,6 +55,14 @@ def sealed(path: Path) -> Path:
             "quantize again with --overwrite"
         )
     return path
+
+
+def check_all_there(directory: Path) -> None:
+    """Raises ValueError if a file is missing that the seal names; people's texts may be."""
+    for name in _read(directory / SUMS):
+        path = directory / name
+        if path.suffix in READ and not path.is_file():
+            raise ValueError(f"{path} is missing, and {SUMS} names it: copy it again")
 
 
 def _read(path: Path) -> dict[str, str]:

@@ -21,7 +21,7 @@ from typing import Any
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import shards
 from duquantpp_jax.checkpoints.llama_cpp import GGUFModel
-from duquantpp_jax.checkpoints.seal import SEALED, SUMS, sealed
+from duquantpp_jax.checkpoints.seal import READ, SEALED, SUMS, sealed
 from duquantpp_jax.checkpoints.shards import Stored, shard_files
 from duquantpp_jax.files import read_json
 
@@ -124,7 +124,7 @@ class Directory:
 
 def _content(path: Path) -> bytes:
     """Bytes of a companion; what only people read may be added to a sealed directory."""
-    return (sealed(path) if path.suffix in (".json", ".jinja", ".model") else path).read_bytes()
+    return (sealed(path) if path.suffix in READ else path).read_bytes()
 
 
 Source = Directory | GGUFModel

@@ -15,17 +15,15 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Integer
-from safetensors import safe_open
-from safetensors.numpy import load_file
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints.directory import (
+    AGAIN,
     JOB,
     METHOD,
     REPORT,
     about_layer,
     layer_file,
-    read_about,
     read_job,
 )
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
@@ -35,6 +33,7 @@ from duquantpp_jax.checkpoints.shards import INDEX, OWN_INDEX
 from duquantpp_jax.checkpoints.source import CONFIG, Source
 from duquantpp_jax.core import Fitted, MXArray
 from duquantpp_jax.files import ABOUT
+from duquantpp_jax.files.processes import LOCK, only_process
 from duquantpp_jax.formats.tensors import to_tensors
 from duquantpp_jax.models.parameters import (
     SITE_WEIGHTS,
@@ -66,9 +65,8 @@ def begin(out: Path, job: Job, *, overwrite: bool) -> bool:
     """
     begun = (out / JOB).is_file()
     if begun and overwrite:
-        with only_writer(out):
-            _remove(out, CONFIG, SUMS, "*.safetensors", INDEX, OWN_INDEX, REPORT)
-            _remove(out, "generation_config.json", "tokenizer*", "*.jinja")  # of another model
+        _remove(out, CONFIG, SUMS, "*.safetensors", INDEX, OWN_INDEX, REPORT)
+        _remove(out, "generation_config.json", "tokenizer*", "*.jinja")  # of another model
     if overwrite or not begun:
         files.write_whole(out / JOB, files.to_json({"schema": SCHEMA, "job": job.to_dict()}))
         return False
@@ -83,23 +81,27 @@ def begin(out: Path, job: Job, *, overwrite: bool) -> bool:
 def only_writer(out: Path) -> Iterator[None]:
     """While no other process writes the directory; removes what killed ones were writing.
 
+    Where the block ends with a ValueError before a layer is finished, nothing is left either.
+
     Raises:
       ValueError: Another process writes it.
     """
-    with (out / JOB).open("r+b") as file:
-        try:
-            import fcntl  # of POSIX
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{out} is being written by another process: wait for it, or give another --out"
-            ) from None
-        except (ImportError, OSError):  # no locks here: the files may be another's
-            pass
-        else:  # safetensors has a temporary name of its own, .tmpXXXXXX
-            _remove(out, ".*.safetensors.*", ".*.json.*", ".SHA256SUMS.*", ".tmp??????")
-        yield
+    made = not out.exists()
+    try:
+        with only_process(out) as alone:
+            if alone:  # safetensors has a temporary name of its own, .tmpXXXXXX
+                _remove(out, ".*.safetensors.*", ".*.json.*", ".SHA256SUMS.*", ".tmp??????")
+            try:
+                yield
+            except ValueError:
+                if {path.name for path in out.iterdir()} <= {JOB, LOCK}:
+                    _remove(out, JOB)
+                raise
+    except ValueError:
+        if made:
+            with contextlib.suppress(OSError):  # it is not empty
+                out.rmdir()
+        raise
 
 
 def write_layers(
@@ -114,6 +116,8 @@ def write_layers(
     """Writes the layers that are not finished; `check` is called with each before it is written."""
     count = checkpoint.config.num_hidden_layers
     first, hidden = _resume(out, count)
+    for number in range(first):
+        _finished(out, number, job)
     if first == count:
         return
     if hidden is None:
@@ -138,7 +142,7 @@ def write_layers(
         tensors, about = layer_tensors(number, layer, stored)
         about = {"schema": SCHEMA, "job": job.to_dict(), **about}
         about["report"] = report_layer(plan, number, layer)
-        write_tensors(out / layer_file(number), tensors, about)
+        files.write_tensors(out / layer_file(number), tensors, about)
         if number + 1 < count:
             files.write_tensors(_hidden_file(out, number + 1), {"hidden": hidden}, {})
         for past in range(number + 1):  # last the one that a killed run goes on from
@@ -177,16 +181,16 @@ def layer_tensors(
 
 def write_refined(path: Path, sites: Mapping[str, QuantizedSite]) -> None:
     """Gives a layer's file the transforms, clips and scale offsets of `sites`, and marks it."""
-    about = read_about(path)
+    tensors, about = files.read_tensors(path, AGAIN)
     number = about["layer"]
     moved, structures = _moves(number, sites)
     old = tuple(f"{layer_prefix(number)}{site}/" for site in SITES)
-    kept = {name: array for name, array in load_file(path).items() if not name.startswith(old)}
+    kept = {name: array for name, array in tensors.items() if not name.startswith(old)}
     for row in about["report"]:
         site = next(site for site in SITES if row["linear"] in linear_names(site, number))
         online = online_cost(sites[site].transform, sites[site].weights[0].shape[-1])
         row |= {"online_multiply_adds": online.multiply_adds, "online_bytes": online.bytes}
-    write_tensors(path, kept | moved, about | {"sites": structures, REFINED: True})
+    files.write_tensors(path, kept | moved, about | {"sites": structures, REFINED: True})
 
 
 def _moves(
@@ -232,6 +236,17 @@ def _resume(out: Path, count: int) -> tuple[int, Float32[np.ndarray, "rows lengt
     return 0, None
 
 
+def _finished(out: Path, number: int, job: Job) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors of a finished layer, and what its file says of it.
+
+    Raises:
+      ValueError: The file holds another layer, or anything but what was written.
+    """
+    path = out / layer_file(number)
+    tensors, _ = files.read_tensors(path, "remove it, and the layers are done again")
+    return tensors, about_layer(path, number, job)
+
+
 def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
     """Writes what is not in layers; config.json last."""
     place, rows = {}, []
@@ -240,10 +255,9 @@ def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
         write_tensors(out / file, {name: array}, {})
         place[name] = file
     for number in range(checkpoint.config.num_hidden_layers):
-        name = layer_file(number)
-        rows += about_layer(out / name, number, job)["report"]
-        with safe_open(out / name, framework="numpy") as file:
-            place |= dict.fromkeys(file.keys(), name)
+        tensors, about = _finished(out, number, job)
+        rows += about["report"]
+        place |= dict.fromkeys(tensors, layer_file(number))
     fields = checkpoint.source.fields()
     if untied := bool(fields.get("tie_word_embeddings")) > checkpoint.config.tie_word_embeddings:
         fields["tie_word_embeddings"] = False

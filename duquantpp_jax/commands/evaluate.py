@@ -19,6 +19,7 @@ from duquantpp_jax.commands.options.evaluate import EvaluateOptions
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.evaluation import Predictor, Reference, RowSums, clusters, estimate, rows_of_text
 from duquantpp_jax.evaluation.intervals import clustered
+from duquantpp_jax.evaluation.predict import check_sums
 from duquantpp_jax.evaluation.rows import PROTOCOLS, Protocol, Rows, read_text, rows_for_targets
 from duquantpp_jax.evaluation.subject import environment, model_and_hash, name_and_hash
 from duquantpp_jax.lab.table import empty
@@ -47,10 +48,11 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
         raise ValueError("--limit and --download are about --tasks: leave them out")
     if options.rotate_keys and options.cache is None:
         raise ValueError("--rotate-keys is about cached keys: give --cache too")
-    text = read_text(options.text, options.text_key)
+    text, about_text = read_text(options.text, options.text_key), name_and_hash(options.text)
     mesh = None if options.mesh is None else mesh_of(options.mesh)
     with host_memory(mesh):
         predictor = Predictor(*load_any(options.model, options.activation_format))
+    model = model_and_hash(options.model)  # now: the files may be others at the end
     config = predictor.model.config
     protocol = _protocol(options, config)
     tokenizer = load_tokenizer(options.model, config)
@@ -58,12 +60,13 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
     every = max(1, len(rows.documents)) * rows.targets  # a text without a row is refused
     targets = every if options.tokens is None else options.tokens
     rows = rows_for_targets(rows, targets, str(options.text))
-    reference = None
+    reference = about_reference = None
     if options.reference is not None:
         same = options.reference.resolve() == options.model.resolve()
         same = same and options.activation_format is None
         with host_memory(mesh):
             reference = predictor if same else Predictor(*load_any(options.reference))
+        about_reference = model_and_hash(options.reference)
         if (size := reference.model.config.vocab_size) != config.vocab_size:
             raise ValueError(
                 f"{options.reference} has {size} tokens and {options.model} has "
@@ -84,7 +87,7 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
         "interval": "text",
         "environment": environment(),
         "options": {
-            "text": name_and_hash(options.text),
+            "text": about_text,
             "text_key": options.text_key,
             "protocol": options.protocol,
             "window": protocol.window,
@@ -93,8 +96,8 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
             "rotate_keys": options.rotate_keys,
             "packed": said(options.model, predictor.linear),
         },
-        "model": model_and_hash(options.model),
-        "reference": options.reference and model_and_hash(options.reference),
+        "model": model,
+        "reference": about_reference,
     }
 
 
@@ -125,9 +128,8 @@ def _measures(
     """Means over targets, each with what is possible of its 95 % interval."""
 
     def mean(row_sums: np.ndarray, least: float = 0.0, most: float = np.inf) -> dict[str, Any]:
+        check_sums(row_sums, "the model")
         value, ci95, *_ = estimate({0: row_sums / rows.targets}, cluster)
-        if not np.isfinite(value):
-            raise ValueError("the model gave NaN or Inf: no result is reported")
         # A t interval of few rows also covers values that no text can have.
         possible = ci95 and (max(ci95[0], min(least, value)), min(ci95[1], max(most, value)))
         return {"value": value, "ci95": possible}

@@ -19,10 +19,17 @@ from duquantpp_jax.checkpoints.packed import decoded
 from duquantpp_jax.commands.options.learn import LearnOptions, LearnSettings
 from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.core import Fitted, Recipe
-from duquantpp_jax.evaluation.predict import Predictor, Reference
+from duquantpp_jax.evaluation.predict import Predictor, Reference, check_sums
 from duquantpp_jax.evaluation.rows import TARGETS
-from duquantpp_jax.evaluation.subject import environment, load_rows, model_and_hash, name_and_hash
+from duquantpp_jax.evaluation.subject import (
+    check_unchanged,
+    environment,
+    load_rows,
+    model_and_hash,
+    name_and_hash,
+)
 from duquantpp_jax.files import read_json
+from duquantpp_jax.files.processes import LOCK, only_process
 from duquantpp_jax.learning.named import (
     CALIBRATION_ROWS,
     Report,
@@ -78,17 +85,19 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
         "environment": environment(),
     }
     place = options.out / PROGRESS
-    if _begin(options, asked):
-        return read_about(options.out)
-    found = learn(options, checkpoint, method, rows, held_out, place=place, report=report)
-    kl = {}
-    if options.measure:
-        report("measuring", options.steps, options.steps)
-        kl = held_out_kl(load(directory), method, found.fits, rows, held_out, options.seed)
-    history = [[x if np.isfinite(x) else None for x in check] for check in found.history]
-    about = asked | {"start_loss": found.start_loss, "history": history, "held_out_kl": kl}
-    save_fits(options.out, found.fits, about)
-    shutil.rmtree(place)
+    with only_process(options.out):
+        if _begin(options, asked):
+            return read_about(options.out)
+        found = learn(options, checkpoint, method, rows, held_out, place=place, report=report)
+        kl = {}
+        if options.measure:
+            report("measuring", options.steps, options.steps)
+            kl = held_out_kl(load(directory), method, found.fits, rows, held_out, options.seed)
+        check_unchanged(options.model, asked["model"])
+        history = [[x if np.isfinite(x) else None for x in check] for check in found.history]
+        about = asked | {"start_loss": found.start_loss, "history": history, "held_out_kl": kl}
+        save_fits(options.out, found.fits, about)
+        shutil.rmtree(place)
     return read_about(options.out)
 
 
@@ -126,9 +135,8 @@ def held_out_kl(
     for name, plan in {"start": start, "end": dataclasses.replace(start, fits=fits)}.items():
         predictor = Predictor(*quantize_decoder(plan, model, rows[:CALIBRATION_ROWS, :-1]))
         sums = reference.row_sums(predictor)
+        check_sums(sums.kl, f"the {name} of learning")
         kl[name] = float(np.sum(sums.kl)) / targets
-    if not np.isfinite([*kl.values()]).all():
-        raise ValueError("learning gave NaN or Inf: give a lower --rate")
     return kl
 
 
@@ -141,7 +149,7 @@ def _begin(options: LearnOptions, asked: dict[str, Any]) -> bool:
             (out / name).unlink(missing_ok=True)
     finished = (out / ABOUT).is_file()
     if not finished and not (place / BEGUN).is_file():
-        if out.exists() and any(out.iterdir()):
+        if any(path.name != LOCK for path in out.iterdir()):
             raise ValueError(f"{out} holds other files: give an empty or new directory")
         files.write_whole(place / BEGUN, files.to_json(asked))
         return False

@@ -29,12 +29,14 @@ from duquantpp_jax.evaluation.predict import evaluation_bytes
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import (
     check_rows,
+    check_unchanged,
     environment,
     load_rows,
     model_and_hash,
     model_name,
 )
 from duquantpp_jax.files import read_json
+from duquantpp_jax.files.processes import LOCK
 from duquantpp_jax.learning import refine as refining
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.estimate import estimate
@@ -71,18 +73,13 @@ def quantize(options: QuantizeOptions, progress: Step = lambda *_: None) -> dict
         progress("the model writes its calibration rows", 0, options.rows)
     job, plan, tokens, _ = _planned(options)
     checkpoint = Checkpoint(options.model or testbed.directory(), job.turn)
-    if not begin(options.out, job, overwrite=options.overwrite):
-        with writer.only_writer(options.out):
+    with writer.only_writer(options.out):
+        if not begin(options.out, job, overwrite=options.overwrite):
             check = functools.partial(_check_layer, plan, options.serve)
             write_layers(options.out, checkpoint, job, plan, tokens, progress, check)
             if options.refine:
                 refine_layers(options, checkpoint, plan, tokens, progress)
-            if (now := model_and_hash(options.model)) != job.model:
-                raise ValueError(
-                    f"{options.model} was changed while it was quantized (SHA-256 "
-                    f"{now['sha256'][:16]}, and {job.model['sha256'][:16]} before): give a model "
-                    "that stays, and another --out"
-                )
+            check_unchanged(options.model, job.model)
             finish(options.out, checkpoint, job)
     return read_json(options.out / REPORT)
 
@@ -171,7 +168,7 @@ def check_out(options: QuantizeOptions) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a directory")
     # A run that was killed before it wrote its job leaves only a temporary file.
-    others = [path for path in out.glob("*") if not path.name.startswith(f".{JOB}.")]
+    others = [path for path in out.glob("*") if not path.name.startswith((f".{JOB}.", LOCK))]
     if others and not is_quantized(out):
         raise ValueError(f"{out} holds other files: give an empty or new directory")
 

@@ -84,6 +84,15 @@ class RowSums(NamedTuple):
     agreement: Float64[np.ndarray, " rows"]
 
 
+def check_sums(sums: Float[np.ndarray, " rows"], who: str) -> None:
+    """Raises ValueError if the sums of some rows are NaN or Inf; counts them."""
+    if len(wrong := np.flatnonzero(~np.isfinite(sums))):
+        raise ValueError(
+            f"{who} gave NaN or Inf in {len(wrong)} of {len(sums)} rows, first in row {wrong[0]}: "
+            "no result is reported"
+        )
+
+
 class _Predicted(NamedTuple):
     """Predictions of the reference on a batch: log p, its first token, and -log p_target."""
 

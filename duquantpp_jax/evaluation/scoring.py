@@ -88,8 +88,11 @@ class Scorer:
             values = jax.tree.map(np.asarray, _scored(self.predictor, placed, mesh=self._mesh))
             for number, *row in zip(numbers, *values, strict=False):
                 found[number] = RowScores(*(each[: len(rows[number]) - 1] for each in row))
-                if np.isnan(found[number].log_q).any():
-                    raise ValueError("the model gave NaN: no score is reported")
+                if wrong := np.count_nonzero(np.isnan(found[number].log_q)):
+                    raise ValueError(
+                        f"the model gave NaN for {wrong} tokens of row {number}: no score is "
+                        "reported"
+                    )
             progress(len(found), len(rows))
         return [found[number] for number in range(len(rows))]
 

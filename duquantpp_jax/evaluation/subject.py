@@ -29,6 +29,17 @@ def model_and_hash(model: Path | None) -> dict[str, str]:
     return {"name": model_name(model), "sha256": sha256(model or testbed.directory())}
 
 
+def check_unchanged(model: Path | None, before: Mapping[str, str]) -> None:
+    """Raises ValueError unless a model still is what `model_and_hash` gave before it was read."""
+    with files.refusing(model or testbed.directory(), "give a model that stays"):
+        now = model_and_hash(model)["sha256"]
+    if now != before["sha256"]:
+        raise ValueError(
+            f"{model} was changed while it was read (SHA-256 {now[:16]}, and "
+            f"{before['sha256'][:16]} before): give a model that stays, and another --out"
+        )
+
+
 def check_texts(model: Path | None, text: Path | None, calibration_text: Path | None) -> None:
     """Raises ValueError if a model is given without texts: the embedded ones are not its own."""
     given = {"--text": text, "--calibration-text": calibration_text}

@@ -24,6 +24,7 @@ from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.commands.options.common import MODEL
 from duquantpp_jax.core import Fitted, Needs, Stats
 from duquantpp_jax.evaluation import Predictor, Reference, RowSums, mean_sqnr
+from duquantpp_jax.evaluation.predict import check_sums
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import check_texts, load_rows
 from duquantpp_jax.lab.cells import Cell
@@ -103,8 +104,9 @@ class Bench:
             online = costs_by_site(predictor.state)
         predictor = dataclasses.replace(predictor, store=cell.store)
         sums = reference.row_sums(predictor)
-        if not np.isfinite([np.sum(sums.kl), np.sum(sums.nll), sqnr or 0.0]).all():
-            raise ValueError(f"{cell.labels()} gave NaN or Inf: no result is reported")
+        check_sums(sums.kl + sums.nll, cell.labels())
+        if not np.isfinite(sqnr or 0.0):
+            raise ValueError(f"{cell.labels()} has an SQNR of {sqnr} dB: no result is reported")
         give_back_memory()
         seconds = {"fit": fit_seconds, "total": time.perf_counter() - began}
         return Found(sums, rows.documents, sqnr, online, seconds)

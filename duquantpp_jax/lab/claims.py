@@ -15,13 +15,13 @@ import contextlib
 import itertools
 import json
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from duquantpp_jax import files
+from duquantpp_jax.files.processes import host, process
 
 RENEWAL_SECONDS = 60
 STALE_SECONDS = 15 * 60
@@ -66,7 +66,7 @@ def _acquire(directory: Path, name: str) -> Path | None:
 
 def _create(path: Path) -> bool:
     with files.temporary(path.parent / "claim") as whole:
-        whole.write_bytes(files.to_json(files.process()))
+        whole.write_bytes(files.to_json(process()))
         files.sync(whole)
         try:
             os.link(whole, path)
@@ -83,9 +83,9 @@ def _is_live(path: Path) -> bool:
     """
     try:
         holder, renewed = json.loads(path.read_bytes()), path.stat().st_mtime
-        if holder["host"] != socket.gethostname():
+        if holder["host"] != host():
             return time.time() - renewed < STALE_SECONDS
-        return files.process(holder["pid"]) == holder
+        return process(holder["pid"]) == holder
     except FileNotFoundError:
         return True
     except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):

@@ -93,6 +93,12 @@ def record_of(cell: Cell, found: Found) -> Record:
 
     Sums over rows are written with the fewest digits that read back as the same float32.
     """
+    with files.refusing(cell.model or Path("the model"), "give a model and texts that stay"):
+        if digest_of(cell.configuration()) != cell.digest:
+            raise ValueError(
+                f"{cell.labels()}: model, texts or fits were changed while they were read: give "
+                "those that stay"
+            )
     given = {"kl": found.sums.kl, "nll": found.sums.nll, "float_nll": found.sums.reference_nll}
     given |= {"agreement": found.sums.agreement}
     rows: dict[str, Any] = {"document": found.documents.tolist()}
@@ -123,7 +129,7 @@ def _metrics(rows: Mapping[str, Any]) -> dict[str, float]:
 
 
 def write(out: Path, cell: Cell, found: Found) -> None:
-    """Records a finished cell."""
+    """Records a finished cell; raises ValueError if its model or texts were changed meanwhile."""
     _write(path_of(out, cell), record_of(cell, found))
 
 

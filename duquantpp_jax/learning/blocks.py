@@ -20,6 +20,7 @@ from flax import struct
 from jaxtyping import Array, Float, Float32, Key
 
 from duquantpp_jax.core import Format
+from duquantpp_jax.core.notices import about
 from duquantpp_jax.learning.moves import Learned, Moves, SitesObjective
 from duquantpp_jax.learning.site import relative_error
 from duquantpp_jax.learning.training import Trained
@@ -84,23 +85,27 @@ def learn_blocks(
         where = positional_of(config, number)
         objective = BlockError(dict(start), moves, formats, arrays, where, config)
         plain = tuple(_run(objective, None, hidden, batch_rows) for hidden in plain)
-        found = objective.learn(
-            weights,
-            (given[0], plain[0]),
-            (given[1], plain[1]),
-            jax.random.fold_in(key, number),
-            batch_rows=batch_rows,
-            checkpoint=checkpoint and checkpoint / f"block_{number}.safetensors",
-            **options,
-        )
+        with about(f"block {number}"):
+            found = objective.learn(
+                weights,
+                (given[0], plain[0]),
+                (given[1], plain[1]),
+                jax.random.fold_in(key, number),
+                batch_rows=batch_rows,
+                checkpoint=checkpoint and checkpoint / f"block_{number}.safetensors",
+                **options,
+            )
         yield found
         given = tuple(_run(objective, found.learned, hidden, batch_rows) for hidden in given)
 
 
 def stack_blocks(learned: Sequence[Trained]) -> Trained:
-    """What `learn_blocks` gave: fits stacked over layers, losses as means over blocks."""
+    """What `learn_blocks` gave: fits stacked over layers, losses as means over blocks.
+
+    The history ends with that of a block that has diverged.
+    """
     fits = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(found.fits for found in learned))
-    checks = np.mean([found.history for found in learned], axis=0)
+    checks = np.mean([*zip(*(found.history for found in learned), strict=False)], axis=1)
     history = [(int(step), float(loss), float(held_out)) for step, loss, held_out in checks]
     start_loss = float(np.mean([found.start_loss for found in learned]))
     return Trained(None, start_loss, history, fits)

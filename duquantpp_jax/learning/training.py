@@ -10,7 +10,6 @@ least such loss, the start included, are the result. Learning whose loss is NaN 
 import abc
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,9 +23,9 @@ from jaxtyping import Array, Float, Int, Integer, Key
 
 from duquantpp_jax import files
 from duquantpp_jax.core import Fitted
+from duquantpp_jax.core.notices import warn
 from duquantpp_jax.learning import state as states
 
-LOG = logging.getLogger("duquantpp_jax")
 Rows = Any
 """A pytree of arrays whose leading axes are the rows that batches are drawn from."""
 
@@ -100,7 +99,10 @@ def train(
     state = Progress(jnp.int32(0), learned, optimizer.init(learned), learned, best_loss)
     start_loss, history = float(best_loss), []
     if not np.isfinite(start_loss):
-        raise ValueError("where learning starts the held-out loss is NaN or Inf: choose another")
+        raise ValueError(
+            f"where learning starts the loss of {_count(held_out)} held-out rows is NaN or Inf: "
+            "start from another fit"
+        )
     settings = {}
     if checkpoint is not None:
         settings = {
@@ -127,9 +129,9 @@ def train(
             states.save(checkpoint, state, start_loss, history, settings)
         report(*history[-1])
     if history and _diverged(*history[-1]):
-        LOG.warning("learning diverged by step %d (loss %g, held out %g) and was stopped; the "
-                    "best so far is kept, of held-out loss %g: give a lower rate",
-                    *history[-1], float(state.best_loss))  # fmt: skip
+        warn("learning diverged by step %d (loss %g, held out %g) and was stopped; the best so "
+             "far is kept, of held-out loss %g: give a lower rate",
+             *history[-1], float(state.best_loss))  # fmt: skip
     return Trained(state.best, start_loss, history)
 
 

@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Integer
 
 from duquantpp_jax.core import Fitted, Needs, Stats
+from duquantpp_jax.core.notices import about, warn
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder
 from duquantpp_jax.models.layers import join_layers
 from duquantpp_jax.models.parameters import LAYER, Parameters, experts, layer_prefix
@@ -43,7 +44,7 @@ from duquantpp_jax.ptq.site import (
     layer_of,
     quantize_linear,
 )
-from duquantpp_jax.rounding.gptq import LOG, steady
+from duquantpp_jax.rounding.gptq import steady
 from duquantpp_jax.transforms.basic import Identity
 
 Progress = Callable[[str], None]
@@ -184,10 +185,8 @@ def fit_layer(
                 key = jax.random.split(key, count)
             own = pooled(plan.config, site, keep(stats[site], recipe.needs))
             fit = functools.partial(fit_linear, recipe)
-            try:
+            with about(f"{layer_prefix(number)}{site}"):
                 fits[site] = by_expert(plan.config, site, fit)(weights, own, key)
-            except ValueError as error:
-                raise ValueError(f"{layer_prefix(number)}{site}: {error}") from error
             check_fit(number, site, fits[site])
         progress("fitting")
     return fits
@@ -214,9 +213,9 @@ def warn_of_few_tokens(plan: Plan, stats: Mapping[str, Stats]) -> None:
         grams = Needs.GRAM in recipe.needs | recipe.rounding.needs
         enough = max(FEWEST, width if grams else 0) * max(1, experts(plan.config, site))
         if seen < enough:
-            LOG.warning("warning: %s is calibrated on %d tokens, and %s of %d channels takes %d: "
-                        "give more rows of text", site, seen,
-                        "a Gram matrix" if grams else "an input", width, enough)  # fmt: skip
+            warn("warning: %s is calibrated on %d tokens, and %s of %d channels takes %d: "
+                 "give more rows of text", site, seen,
+                 "a Gram matrix" if grams else "an input", width, enough)  # fmt: skip
 
 
 def check_fit(number: int, site: str, fitted: Fitted) -> None:
@@ -307,15 +306,16 @@ def _round_site(
     """The linears of a site, rounded; those that are not chosen as they are."""
     names, quantized = plan.names(site, number), QuantizedSite(Identity(), ())
     if fitted is not None and moved is not None:
-        weights, where = _weights(parameters, names), layer_prefix(number) + site
+        weights = _weights(parameters, names)
         check_input(number, site, moved, "after it is moved")
 
         def rounded_of(ws: Any, own: Stats, fit: Fitted) -> QuantizedSite:
             recipe = plan.recipes[site]
-            steadied = dataclasses.replace(recipe, rounding=steady(recipe.rounding, own, where))
+            steadied = dataclasses.replace(recipe, rounding=steady(recipe.rounding, own))
             return quantize_linear(steadied, ws, own, fit, own)
 
-        quantized = by_expert(plan.config, site, rounded_of)(weights, moved, fitted)
+        with about(f"{layer_prefix(number)}{site}"):
+            quantized = by_expert(plan.config, site, rounded_of)(weights, moved, fitted)
     rounded = dict(zip(names, quantized.weights, strict=True))
     weights = tuple(rounded.get(name, parameters[name]) for name in SITE_WEIGHTS[site])
     return dataclasses.replace(quantized, weights=weights)

@@ -13,7 +13,6 @@ Source: GPTQ, Frantar et al., arXiv 2210.17323; on MX blocks as MR-GPTQ, arXiv 2
 
 import dataclasses
 import functools
-import logging
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +20,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from duquantpp_jax.core import Format, MXArray, Needs, Rounding, Stats
+from duquantpp_jax.core.notices import warn
 from duquantpp_jax.formats.elements import encode
 from duquantpp_jax.rounding.clip import Search
 
-LOG = logging.getLogger("duquantpp_jax")
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -105,13 +104,12 @@ def gptq(
     return nearest.where(~fine[:, None], rounded).stored()
 
 
-def steady(rounding: Rounding, stats: Stats, where: str) -> Rounding:
+def steady(rounding: Rounding, stats: Stats) -> Rounding:
     """The rounding with its damping times the least power of ten that lets the Gram matrix be
     factorized; warns if that is not one.
 
     Args:
       rounding: One with a field `damping`; another is returned as it is.
-      where: Layer and site, for the warning.
 
     Raises:
       ValueError: No damping does: the matrix has NaN or Inf.
@@ -124,11 +122,16 @@ def steady(rounding: Rounding, stats: Stats, where: str) -> Rounding:
         if bool(_factorizes(gram, damping * times)):
             break
     else:
-        raise ValueError(f"{where}: the Gram matrix of the moved input has NaN or Inf")
+        wrong = np.count_nonzero(~np.isfinite(np.asarray(gram)))
+        raise ValueError(
+            f"the Gram matrix of the moved input has NaN or Inf in {wrong} of {gram.size} numbers"
+            if wrong
+            else f"the Gram matrix of the moved input cannot be factorized, damped by {damping:g}"
+        )
     if times == 1:
         return rounding
-    LOG.warning("%s: damping raised from %g to %g, so that the Gram matrix of %d tokens can be "
-                "factorized", where, damping, damping * times, int(stats.count))  # fmt: skip
+    warn("GPTQ: damping raised from %g to %g, so that the Gram matrix of %d tokens can be "
+         "factorized", damping, damping * times, int(stats.count))  # fmt: skip
     return dataclasses.replace(rounding, damping=float(damping * times))  # type: ignore[type-var]
 
 

@@ -21,7 +21,6 @@ Source: WUSH, arXiv 2512.00956.
 
 import contextlib
 import dataclasses
-import logging
 from typing import Literal
 
 import jax.numpy as jnp
@@ -29,10 +28,9 @@ import numpy as np
 from jaxtyping import Float
 
 from duquantpp_jax.core import Fitted, Needs, RandomKey, Recipe, Stats, Weights, stack
+from duquantpp_jax.core.notices import warn
 from duquantpp_jax.transforms.block import BlockAffine, rotation_size
 from duquantpp_jax.transforms.hadamard import hadamard
-
-LOG = logging.getLogger("duquantpp_jax")
 
 
 def block_gram(gram: Float[np.ndarray, "k k"], size: int) -> Float[np.ndarray, "blocks size size"]:
@@ -65,7 +63,11 @@ def wush(
       ValueError: They have NaN or Inf.
     """
     if not (np.isfinite(x_moments).all() and np.isfinite(w_moments).all()):
-        raise ValueError("the second moments of input or weights have NaN or Inf")
+        wrong = [np.count_nonzero(~np.isfinite(moments)) for moments in (x_moments, w_moments)]
+        raise ValueError(
+            f"second moments have NaN or Inf in {wrong[0]} numbers of the input's and {wrong[1]} "
+            "of the weights'"
+        )
     both = np.stack([x_moments, w_moments])
     for times in 10.0 ** np.arange(8):
         with contextlib.suppress(np.linalg.LinAlgError):
@@ -75,7 +77,7 @@ def wush(
         raise ValueError("the second moments of input or weights cannot be factorized")
     if times > 1:
         said = "WUSH: damping raised from %g to %g, so that second moments can be factorized"
-        LOG.warning(said, damping, damping * times)
+        warn(said, damping, damping * times)
     u, s, _ = np.linalg.svd(np.swapaxes(l_w, 1, 2) @ l_x)
     h = np.asarray(hadamard(x_moments.shape[-1]), np.float64)
     # T^T = L_w U S^(-1/2) H^T, and its inverse H S^(1/2) U^T L_w^-1.

@@ -88,7 +88,12 @@ CHANGES = {
     ),
     "another tokenizer": (lambda d: edit(d, "tokenizer.json", version="2"), "tokenizer.json has"),
     "no report": (lambda d: (d / "report.json").unlink(), "report.json is missing"),
-    "no outside": (lambda d: (d / "outside-0.safetensors").unlink(), "hold"),
+    "no outside": (lambda d: (d / "outside-0.safetensors").unlink(), "ensors is missing, and SHA"),
+    "no ends": (
+        lambda d: (d / "generation_config.json").unlink(),
+        "generation_config.json is missing, and SHA256SUMS names it",
+    ),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json is missing, and"),
     "no seal": (
         lambda d: (d / SUMS).unlink(),
         r"has no SHA256SUMS.* run in it: sha256sum \* >",

@@ -62,6 +62,20 @@ def test_one_process_writes_a_directory_and_removes_what_none_is_writing(tmp_pat
         assert left.exists()
 
 
+def test_a_refusal_before_a_layer_is_finished_leaves_nothing_and_a_later_one_the_layers(tmp_path):
+    def fails(out, *names):
+        with writer.only_writer(out):
+            for name in names:
+                (out / name).touch()
+            raise ValueError("NaN")
+
+    for out, names in ((tmp_path / "a", ()), (tmp_path / "b", (layer_file(0),))):
+        with pytest.raises(ValueError, match="NaN"):
+            fails(out, "quantization.json", *names)
+    assert not (tmp_path / "a").exists()
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"quantization.json", *names}
+
+
 class Killed(BaseException):
     """In place of a signal: nothing after it runs, not even what tidies up."""
 
@@ -99,8 +113,9 @@ def test_killed_before_anything_has_its_name_it_begins_anew(three_layers, quanti
         killed_at(1, patch)
         with pytest.raises(Killed):
             quantize(options)
-    (left,) = options.out.iterdir()
+    left, lock = sorted(options.out.iterdir(), reverse=True)
     assert left.name.startswith(".quantization.json.")
+    assert lock.name == ".lock"
     quantize(options)
     assert contents(options.out) == contents(quantized)
 
@@ -123,6 +138,15 @@ def test_killed_before_it_drops_old_hidden_states_it_drops_them_later(
     assert len(list(options.out.glob("hidden-*"))) == 2
     finished = {path: path.stat().st_ino for path in options.out.glob("layer-*")}
     assert len(finished) == 2
+    path, whole = options.out / layer_file(0), (options.out / layer_file(0)).read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"layer-00000\.safetensors holds contents .*: remove it"):
+        quantize(options)
+    shutil.copy(options.out / layer_file(1), path)
+    with pytest.raises(ValueError, match=r"layer-00000\.safetensors holds layer 1, and not 0"):
+        quantize(options)
+    path.write_bytes(whole)
+    finished[path] = path.stat().st_ino
     quantize(options)
     assert {path: path.stat().st_ino for path in finished} == finished  # none is done again
     assert contents(options.out) == contents(quantized)

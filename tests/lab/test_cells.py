@@ -101,6 +101,15 @@ def test_fits_change_the_name_by_their_contents_and_are_of_this_model(fits, tiny
             dataclasses.replace(cell, **wrong).configuration()
 
 
+@pytest.mark.parametrize(
+    "content", ["", "[]", "[" * 10**5, "{}", '{"schema": 1}', '{"schema": 1, "model": 3}']
+)
+def test_fits_that_say_nothing_of_themselves_are_refused_in_a_line(content, fits):
+    (fits / "fits.json").write_text(content)
+    with pytest.raises(ValueError, match=r"^[^\n]*fits\.json [^\n]*$"):
+        Cell("mine", "floor", fits=fits).configuration()
+
+
 @pytest.mark.parametrize("field", CHANGES)
 def test_everything_that_decides_the_result_changes_the_name(field):
     changed = dataclasses.replace(Cell("rtn"), **{field: CHANGES[field]})

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from duquantpp_jax import MXFP4, ScaleRule, Stats
+from duquantpp_jax.core.notices import about
 from duquantpp_jax.formats import NVFP4, FP32Scale
 from duquantpp_jax.recipes import FITS, recipe
 from duquantpp_jax.rounding.clip import SCALE
@@ -191,11 +192,13 @@ def test_rows_whose_error_is_nan_are_rounded_to_nearest():
 def test_damping_is_raised_with_a_warning_until_the_gram_matrix_can_be_factorized(caplog):
     ones = np.ones((96, 96), np.float32)
     stats = Stats.init(96, 1, 1).replace(gram=jnp.asarray(ones), count=jnp.int32(1))
-    assert steady(GPTQ(), stats, "layer 3") == GPTQ()
+    assert steady(GPTQ(), stats) == GPTQ()
     assert caplog.messages == []
-    raised = steady(GPTQ(damping=1e-12), stats, "layer 3")
+    with about("layer 3"):
+        raised = steady(GPTQ(damping=1e-12), stats)
     assert 1e-12 < raised.damping < 1e-4
-    assert caplog.messages[0].startswith("layer 3: damping raised from 1e-12 to ")
+    assert caplog.messages[0].startswith("layer 3: GPTQ: damping raised from 1e-12 to ")
     ones[5] = np.nan
-    with pytest.raises(ValueError, match="layer 3: the Gram matrix of the moved input has NaN"):
-        steady(GPTQ(), stats.replace(gram=jnp.asarray(ones)), "layer 3")
+    says = "layer 3: the Gram matrix of the moved input has NaN or Inf in 96 of 9216 numbers"
+    with pytest.raises(ValueError, match=says), about("layer 3"):
+        steady(GPTQ(), stats.replace(gram=jnp.asarray(ones)))

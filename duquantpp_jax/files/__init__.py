@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,50 +24,42 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from duquantpp_jax.files.processes import host, process, taken
+
 ABOUT = "duquantpp_jax"
 """The entry of a safetensors file's metadata that says what its tensors are, as JSON."""
-
-
-def process(pid: int | None = None) -> dict[str, str | int]:
-    """Names a process of this machine, by default this one: a later one of its pid has another
-    start. The start is in the system's ticks; -1 if it is dead; 0 on systems without /proc."""
-    pid = os.getpid() if pid is None else pid
-    return {"host": socket.gethostname(), "pid": pid, "start": _start(pid)}
-
-
-def _start(pid: int) -> int:
-    try:
-        if not Path("/proc/self/stat").exists():
-            with contextlib.suppress(PermissionError):  # it lives and belongs to another user
-                os.kill(pid, 0)
-            return 0
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return -1
-    state, start = fields[0], fields[19]
-    return -1 if state in "ZX" else int(start)
 
 
 @contextlib.contextmanager
 def temporary(path: Path) -> Iterator[Path]:
     """A name beside a path that holds the name of this process; at the end it is removed.
 
-    Those that dead processes of this machine have left for the same path are removed before.
+    Those that dead processes of this machine have left in the same directory are removed before.
     """
-    own = process()
-    host = re.sub(r"\W", "_", str(own["host"]))[:32]
-    left = re.compile(rf"\.{re.escape(path.name)}\.{host}-(\d+)-(\d+)-[0-9a-f]{{8}}")
-    for other in path.parent.iterdir():
-        found = left.fullmatch(other.name)
-        if found and process(int(found[1]))["start"] != int(found[2]):
+    for other, alive in _temporaries(path.parent):
+        if not alive:
             with contextlib.suppress(OSError):  # of another user
                 _remove(other)
-    unique = f"{host}-{own['pid']}-{own['start']}-{secrets.token_hex(4)}"
+    own = process()
+    unique = f"{_here()}-{own['pid']}-{own['start']}-{secrets.token_hex(4)}"
     name = path.parent / f".{path.name}.{unique}"
     try:
         yield name
     finally:
         _remove(name)
+
+
+def _temporaries(directory: Path) -> Iterator[tuple[Path, bool]]:
+    """The temporary names of this machine's processes in a directory, and whether they live."""
+    pattern = re.compile(rf"\..+\.{_here()}-(\d+)-(\d+)-[0-9a-f]{{8}}")
+    for path in directory.iterdir():
+        if found := pattern.fullmatch(path.name):
+            yield path, process(int(found[1]))["start"] == int(found[2])
+
+
+def _here() -> str:
+    """The host in a name: the first letters of one may be those of many others."""
+    return hashlib.sha256(host().encode()).hexdigest()[:12]
 
 
 def _remove(path: Path) -> None:
@@ -111,15 +102,22 @@ def new_directory(path: Path) -> Iterator[Path]:
     """A temporary directory to write to, renamed to `path` at the end.
 
     Raises:
-      ValueError: `path` exists and is not an empty directory.
+      ValueError: `path` exists and is not an empty directory, or another process writes it.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} already exists: give the name of a new directory")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if any(alive and p.name.startswith(f".{path.name}.") for p, alive in _temporaries(path.parent)):
+        raise ValueError(taken(path))
     with temporary(path) as partial:
         partial.mkdir()
         yield partial
-        partial.replace(path)
+        try:
+            partial.replace(path)
+        except OSError:
+            if path.is_dir() and any(path.iterdir()):
+                raise ValueError(taken(path)) from None
+            raise
         sync(path.parent)
 
 
