@@ -151,14 +151,19 @@ def pack_layer(
     return Layer(tensors | named_rest, moved, floats)
 
 
-def _check_site(where: str, names: Sequence[str], state: QuantizedSite, fused: bool) -> None:
-    """Raises ValueError for what no reader can do with a site, and for one half in float."""
+def check_activations(where: str, state: QuantizedSite, layout: str = PACKED) -> None:
+    """Raises ValueError for what no reader can do with the activations of a site."""
     for part in ("clip", "scale_offset"):
         if getattr(state, part) is not None:
             raise ValueError(
-                f"{where}: its activations have a {part} by block, which no reader of {PACKED} "
+                f"{where}: its activations have a {part} by block, which no reader of {layout} "
                 "applies: quantize without it, or export --format dequantized"
             )
+
+
+def _check_site(where: str, names: Sequence[str], state: QuantizedSite, fused: bool) -> None:
+    """Raises ValueError for what no reader can do with a site, and for one half in float."""
+    check_activations(where, state)
     quantized = [isinstance(weight, MXArray) for weight in state.weights]
     if fused and any(quantized) and not all(quantized):
         name = names[quantized.index(False)]

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from duquantpp_jax.checkpoints.compressed_tensors import (
     HADAMARD,
     Layer,
+    check_activations,
     shared_matrix,
     transform_groups,
 )
@@ -54,7 +55,8 @@ def check(model: Quantized) -> None:
 
 
 def pack_layer(model: Quantized, number: int) -> Layer:
-    """A layer; raises ValueError if anything but Hadamard matrices moves its inputs."""
+    """A layer; raises ValueError if anything but Hadamard matrices moves its inputs, or activations
+    have clips or scale offsets."""
     config, prefix, shapes = model.config, layer_prefix(number), linear_shapes(model.config)
     _, sites = model.layer(number)  # which checks the file
     file = load_file(model.directory / layer_file(number))
@@ -78,6 +80,7 @@ def pack_layer(model: Quantized, number: int) -> Layer:
         if not isinstance(state.weights[0], MXArray):
             continue
         width, where = shapes[names[0]][1], f"{prefix}{site}"
+        check_activations(where, state, LAYOUT)
         parts = parts_of(config.num_experts, state.transform)
         found = {_turned(moving(part, width), width, where) for (part,) in parts}
         if len(found) > 1:

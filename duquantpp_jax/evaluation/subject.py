@@ -127,7 +127,7 @@ def environment() -> dict[str, Any]:
     On a CPU XLA splits sums over a pool of threads, one for each core that this process may use, or
     as many as PJRT_NPROC or NPROC says; LAPACK has a pool of its own, no larger than the cores. The
     last digits of numbers depend on these `threads`, and not on `cores`. `xla_flags` is without
-    flags that only write files.
+    flags that only write files. Of a GPU or TPU `runtime` has the versions of what runs it.
     """
     packages = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes", "tokenizers")
     device = jax.devices()[0]
@@ -150,6 +150,11 @@ def environment() -> dict[str, Any]:
         "cores": cores,
         "threads": pools,
         "xla_flags": " ".join(sorted(flag for flag in flags if "dump" not in flag)),
+        **({} if device.platform == "cpu" else {"runtime": _runtime(device)}),
         "machine": platform.machine(),
         "matmul_precision": "float32 (highest)",
     }
+
+
+def _runtime(device: Any) -> str:
+    return " ".join(device.client.platform_version.split())

@@ -26,6 +26,9 @@ from duquantpp_jax.files.processes import host, process
 RENEWAL_SECONDS = 60
 STALE_SECONDS = 15 * 60
 """Age at which a claim of another machine that was not renewed counts as dead."""
+UNREADABLE = (AttributeError, KeyError, OSError, OverflowError, RecursionError)
+UNREADABLE += (TypeError, ValueError)
+"""What a claim that a crash has cut short makes its reader raise."""
 
 
 @contextlib.contextmanager
@@ -53,6 +56,17 @@ def forget(directory: Path, names: set[str]) -> None:
     for path in directory.glob("*.*"):
         if path.name.partition(".")[0] in names:
             path.unlink(missing_ok=True)
+
+
+def left_by(directory: Path, pid: int) -> set[str]:
+    """What a process of this machine that is dead had claimed."""
+    found = set()
+    for path in directory.glob("*.*"):
+        with contextlib.suppress(*UNREADABLE):
+            holder = json.loads(path.read_bytes())
+            if (holder["host"], holder["pid"]) == (host(), pid):
+                found.add(path.name.partition(".")[0])
+    return found
 
 
 def _acquire(directory: Path, name: str) -> Path | None:
@@ -88,7 +102,7 @@ def _is_live(path: Path) -> bool:
         return process(holder["pid"]) == holder
     except FileNotFoundError:
         return True
-    except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError):
+    except UNREADABLE:
         return False
 
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Literal
 
 from duquantpp_jax import files
-from duquantpp_jax.lab import records
+from duquantpp_jax.core.notices import warn
+from duquantpp_jax.lab import claims, records
 from duquantpp_jax.lab.cells import Cell
-from duquantpp_jax.lab.running import WAIT_SECONDS, check_unmixed, work
+from duquantpp_jax.lab.running import CLAIMS, WAIT_SECONDS, check_unmixed, work
 from duquantpp_jax.recipes import import_modules
 
 STARTS = 3
@@ -52,6 +53,8 @@ class Processes:
                         0,
                         REFUSED,
                     )
+                    if dead and number in running:
+                        _say_died(number, running.pop(number), cells, out, again=starts > 0)
                     if dead and starts > 0:
                         starts -= 1
                         running[number] = self._start(number, cells, out, cache_bytes)
@@ -171,6 +174,18 @@ def _worker(
     except (ValueError, OSError) as error:
         print(f"duquantpp: {files.one_line(error)}", file=sys.stderr)
         sys.exit(REFUSED)
+
+
+def _say_died(
+    number: int, process: SpawnProcess, cells: list[Cell], out: Path, *, again: bool
+) -> None:
+    """Warns of a worker that is dead; names its cell, and what killed it."""
+    code, pid = process.exitcode or 0, process.pid or 0
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    held = claims.left_by(out / CLAIMS, pid)
+    at = "; ".join(cell.labels() for cell in cells if cell.digest in held)
+    goes_on = "it is replaced, and the cell measured again" if again else "it is not replaced"
+    warn("worker %d (process %d) %s%s: %s", number + 1, pid, how, at and f" at {at}", goes_on)
 
 
 def _share_of_cores(number: int, workers: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Packed experts of a gpt-oss: decoded bit for bit, used as stored, quantized again, written."""
 
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -186,6 +187,21 @@ def test_experts_that_are_rounded_but_not_moved_need_no_transform(
     monkeypatch.setattr(gpt_oss, "load_file", lambda _: own)
     with pytest.raises(ValueError, match="down_proj is in float"):
         export(ExportOptions(tmp_path / "q", "gpt-oss", out=tmp_path / "again"))
+    # Nor does another program clip an input, or add to the exponents of its scales.
+    layer, part = Quantized.layer, "clip"
+
+    def learned(self, number):
+        rest, sites = layer(self, number)
+        given = {part: jnp.ones(3, jnp.int32)}
+        return rest, sites | {"mlp_in": dataclasses.replace(sites["mlp_in"], **given)}
+
+    monkeypatch.undo()
+    monkeypatch.setattr(Quantized, "layer", learned)
+    for part in ("clip", "scale_offset"):
+        with pytest.raises(
+            ValueError, match=rf"0\.mlp_in: .*{part} by block, which no reader of the"
+        ):
+            export(ExportOptions(tmp_path / "q", "gpt-oss", out=tmp_path / "again"))
 
 
 @pytest.mark.slow

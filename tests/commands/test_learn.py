@@ -15,12 +15,14 @@ from duquantpp_jax.cli import main
 from duquantpp_jax.commands.learn import LearnOptions, learn_fits, split
 from duquantpp_jax.commands.quantize import QuantizeOptions, calibration_tokens, quantize
 from duquantpp_jax.files import read_json
+from duquantpp_jax.files.processes import only_process
 from duquantpp_jax.learning.moves import PRESETS, moves_named
 from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.walk import fit_decoder
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms import storage
+from tests.commands.conftest import contents
 
 
 @pytest.fixture
@@ -73,15 +75,30 @@ def test_killed_and_resumed_it_writes_the_same_fits(options, tmp_path, through):
         learn_fits(dataclasses.replace(again, rate=0.5))
     with pytest.raises(ValueError, match="no finished fits"):
         read_about(again.out)
+    with only_process(again.out), pytest.raises(ValueError, match="by another process: wait"):
+        learn_fits(again)
     learn_fits(again)
-    # fits.json has the hash of all arrays; safetensors orders its header at random.
-    assert (again.out / "fits.json").read_bytes() == (options.out / "fits.json").read_bytes()
-    assert sorted(path.name for path in again.out.iterdir()) == ["fits.json", "fits.safetensors"]
+    assert contents(again.out) == contents(options.out)
+    assert sorted(contents(again.out)) == ["fits.json", "fits.safetensors"]
     learn_fits(again, killing(1))  # finished: nothing is done
     fits, _ = load_fits(again.out, sha256(options.model))
     for fitted in fits.values():
         assert fitted.weights is not None
         assert {leaf.shape[0] for leaf in jax.tree.leaves(fitted)} == {2}
+
+
+def test_a_model_that_is_changed_while_it_is_learned_from_gives_no_fits(
+    options, directory, monkeypatch
+):
+    def learn(*_, **__):
+        path = directory / "config.json"
+        path.write_text(path.read_text() + " ")
+
+    monkeypatch.setattr("duquantpp_jax.commands.learn.learn", learn)
+    options = dataclasses.replace(options, model=directory, measure=False)
+    with pytest.raises(ValueError, match="model was changed while it was read"):
+        learn_fits(options)
+    assert not (options.out / "fits.json").exists()
 
 
 def test_rows_that_fill_no_batch_are_refused_before_anything_is_written(options):

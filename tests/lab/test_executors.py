@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -49,7 +50,9 @@ def _assert_alike(outcome, here):
 
 
 @pytest.mark.slow
-def test_processes_measure_what_this_one_does_and_a_killed_one_is_replaced(cells, here, tmp_path):
+def test_processes_measure_what_this_one_does_and_a_killed_one_is_replaced(
+    cells, here, tmp_path, caplog
+):
     seen, killed = [], []
 
     def progress(*counts):
@@ -70,6 +73,9 @@ def test_processes_measure_what_this_one_does_and_a_killed_one_is_replaced(cells
     outcome = run(cells, tmp_path, Processes(2), progress=progress)
     killer.join()
     assert len(killed) == 1
+    (said,) = caplog.messages
+    assert f"(process {killed[0]}) was killed by SIGKILL at random_hadamard, mxfp4, seed " in said
+    assert said.endswith(": it is replaced, and the cell measured again")
     assert not outcome.errors
     _assert_alike(outcome, here)
     assert seen[0] == (0, 0, 4)
@@ -85,7 +91,9 @@ def test_jobs_of_submitit_measure_what_this_process_does(cells, here, tmp_path):
     _assert_alike(outcome, here)
 
 
-def test_processes_import_what_is_given_and_are_reported_if_all_die(cells, tmp_path, monkeypatch):
+def test_processes_import_what_is_given_and_are_reported_if_all_die(
+    cells, tmp_path, monkeypatch, caplog
+):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(executors, "STARTS", 1)
     code = f"import os, pathlib; pathlib.Path({str(tmp_path / 'done')!r}).touch(); os._exit(9)"
@@ -93,6 +101,9 @@ def test_processes_import_what_is_given_and_are_reported_if_all_die(cells, tmp_p
     with pytest.raises(ValueError, match=r"1 worker processes died.*4 cells are left, run again"):
         run(cells, tmp_path, Processes(1, imports=("deadly",)))
     assert (tmp_path / "done").exists()
+    assert re.fullmatch(
+        r"worker 1 \(process \d+\) ended with code 9: it is not replaced", caplog.messages[0]
+    )
     assert not any(records.is_recorded(tmp_path, cell) for cell in cells)
 
 

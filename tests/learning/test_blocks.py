@@ -12,6 +12,7 @@ from duquantpp_jax.formats import MXFP4
 from duquantpp_jax.learning.blocks import learn_blocks, stack_blocks
 from duquantpp_jax.learning.model import at_rates
 from duquantpp_jax.learning.moves import Moves
+from duquantpp_jax.learning.training import Trained
 from duquantpp_jax.models import SITES, dense
 from duquantpp_jax.models.layers import layer, positional_of
 from duquantpp_jax.ptq.plan import Plan
@@ -89,6 +90,14 @@ def test_held_out_loss_falls_and_is_that_of_the_quantized_blocks(model, learned)
 
 
 @pytest.mark.slow
+def test_the_history_of_blocks_ends_with_that_of_a_block_that_diverged():
+    whole = Trained(None, 1.0, [(3, 1.0, 2.0), (6, 0.5, 1.0)], {})
+    diverged = Trained(None, 3.0, [(3, float("nan"), 4.0)], {})
+    found = stack_blocks([whole, diverged])
+    np.testing.assert_array_equal(found.history, [(3, np.nan, 3.0)])
+    assert found.start_loss == 2.0
+
+
 def test_blocks_know_of_those_before(model):
     other = start(model)
     for site, rotations in start(model, seed=1).items():

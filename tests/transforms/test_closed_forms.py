@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from duquantpp_jax.core import stack
+from duquantpp_jax.core.notices import about
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.basic import FitSmooth, _smooth_scale
 from duquantpp_jax.transforms.pca import FitPca
-from duquantpp_jax.transforms.wush import FitWush, damped_moments
+from duquantpp_jax.transforms.wush import FitWush, damped_moments, wush
 from tests.conftest import heavy_tails, stats_of
 
 KEY = jax.random.key(3)
@@ -94,6 +95,21 @@ def test_wush_survives_dead_and_massive_channels():
     wanted = x @ stack(weights).T
     error = jnp.linalg.norm(moved - wanted) / jnp.linalg.norm(wanted)
     assert float(error) < 1e-3
+
+
+def test_wush_raises_its_damping_with_a_warning_and_counts_what_is_not_finite(caplog):
+    ones = np.ones((1, 32, 32))
+    wush(ones, ones, 1e-3)
+    assert caplog.messages == []
+    with about("layer 3"):
+        forward, back = wush(ones, ones, 1e-18)
+    np.testing.assert_allclose(forward[0] @ back[0], np.eye(32), atol=1e-3)
+    assert caplog.messages[0].startswith("layer 3: WUSH: damping raised from 1e-18 to 1e-1")
+    spoilt = ones.copy()
+    spoilt[0, 2] = np.inf
+    says = r"layer 3: .* in 0 numbers of the input's and 32 of the weights'"
+    with pytest.raises(ValueError, match=says), about("layer 3"):
+        wush(ones, spoilt, 1e-3)
 
 
 @pytest.mark.parametrize("bound", [1.01, 2.0, 5.0])
