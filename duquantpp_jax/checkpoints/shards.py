@@ -135,5 +135,9 @@ def read_stored(
         largest = (array.view(unsigned) & np.iinfo(unsigned).max >> 1).max(initial=0)
         if not np.isfinite(largest.view(array.dtype)):
             kind = "NaN" if np.isnan(array).any() else "Inf"
-            raise ValueError(f"tensor {name} in {shard} has {kind}: all weights must be finite")
+            wrong = np.count_nonzero(~np.isfinite(array))
+            raise ValueError(
+                f"tensor {name} in {shard} has {kind} in {wrong} of {array.size} numbers: all "
+                "weights must be finite"
+            )
         yield name, array

@@ -132,10 +132,10 @@ def write_layers(
             progress(f"{what}: {doing}", next(done), count * steps)  # noqa: B023
 
         layer = quantize_layer(plan, number, checkpoint.layer(number), hidden, says)
-        if not np.isfinite(hidden).all():
+        if wrong := np.count_nonzero(~np.isfinite(hidden).all((1, 2))):
             raise ValueError(
-                f"{what} gives NaN or Inf on the calibration rows: the float model overflows "
-                "in float32, and cannot be calibrated on them"
+                f"{what} gives NaN or Inf on {wrong} of {len(hidden)} calibration rows: the float "
+                "model overflows in float32, and cannot be calibrated on them"
             )
         check(number, layer)
         stored = checkpoint.layer_as_stored(number)[1] if checkpoint.packed else {}

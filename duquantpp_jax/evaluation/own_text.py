@@ -61,6 +61,9 @@ def _written(model: Decoder, key: jax.Array) -> Int32[np.ndarray, "batch length"
     begin: Any = [model.config.bos_token_id]
     how: Any = {"store": stores.store("float32", model.config.head_dim), "linear": dense}
     new = generate(model, [begin] * BATCH, key, new=TARGETS, sampling=Sampling(1.0), **how)
-    if min(map(min, new)) < 0:
-        raise ValueError("the model gave NaN where it wrote rows to calibrate on: give a text")
+    if wrong := sum(min(row) < 0 for row in new):
+        raise ValueError(
+            f"the model gave NaN where it wrote rows to calibrate on, in {wrong} of {len(new)}: "
+            "give a text"
+        )
     return np.asarray([begin + row for row in new], np.int32)

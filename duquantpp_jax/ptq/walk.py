@@ -187,7 +187,7 @@ def fit_layer(
             fit = functools.partial(fit_linear, recipe)
             with about(f"{layer_prefix(number)}{site}"):
                 fits[site] = by_expert(plan.config, site, fit)(weights, own, key)
-            check_fit(number, site, fits[site])
+        check_fit(number, site, fits[site])
         progress("fitting")
     return fits
 

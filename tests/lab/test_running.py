@@ -89,15 +89,15 @@ def test_a_cell_that_is_measured_again_gives_the_same_record_but_for_the_seconds
 
 
 def test_a_text_that_is_changed_while_a_cell_is_measured_gives_no_record(tiny, tiny_text, tmp_path):
-    text = shutil.copy(tiny_text, tmp_path / "text.txt")
+    text, nothing = shutil.copy(tiny_text, tmp_path / "text.txt"), bench.Found(*[None] * 5)
     cell = dataclasses.replace(tiny("rtn"), text=text)
     assert cell.digest
     text.write_text(text.read_text() + "more")
     with pytest.raises(ValueError, match="rtn, floor, seed 0: model, texts or fits were changed"):
-        records.record_of(cell, None)
+        records.record_of(cell, nothing)
     text.unlink()
     with pytest.raises(ValueError, match=r"give a model and texts that stay|give a text file"):
-        records.record_of(cell, None)
+        records.record_of(cell, nothing)
 
 
 def test_cells_of_one_configuration_run_once(tiny, tmp_path):
