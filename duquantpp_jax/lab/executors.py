@@ -182,8 +182,8 @@ def _say_died(
     """Warns of a worker that is dead; names its cell, and what killed it."""
     code, pid = process.exitcode or 0, process.pid or 0
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    held = claims.left_by(out / CLAIMS, pid)
-    at = "; ".join(cell.labels() for cell in cells if cell.digest in held)
+    left = claims.left_by(out / CLAIMS, pid)
+    at = "; ".join(cell.labels() for cell in cells if cell.digest in left)
     goes_on = "it is replaced, and the cell measured again" if again else "it is not replaced"
     warn("worker %d (process %d) %s%s: %s", number + 1, pid, how, at and f" at {at}", goes_on)
 
