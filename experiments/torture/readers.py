@@ -45,7 +45,7 @@ from experiments.torture import mutations, subjects
 from experiments.torture.fuzz import Reader, contents
 
 FILES = [
-    "files.py", "checkpoints/bpe.py", "checkpoints/directory.py", "checkpoints/experts.py",
+    "files/__init__.py", "checkpoints/bpe.py", "checkpoints/directory.py", "checkpoints/experts.py",
     "checkpoints/fits.py", "checkpoints/gguf.py", "checkpoints/hugging_face.py",
     "checkpoints/job.py", "checkpoints/lazy.py", "checkpoints/llama_cpp.py",
     "checkpoints/mxfp4.py", "checkpoints/online.py", "checkpoints/packed.py",
