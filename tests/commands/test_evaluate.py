@@ -228,12 +228,12 @@ def test_generate_refuses_bad_input_in_one_line(more, says, tiny_directory, caps
 
 @pytest.mark.slow
 def test_gutenberg_27m_has_its_known_perplexity_and_a_cache_in_mxfp8_costs_little(data, tmp_path):
-    """16 rows of 128, on which KL is .0017 with a cache in MXFP8."""
+    """Four rows of 128; test_hugging_face.py has their perplexity, and that of 16."""
     model, out = data / "models/gutenberg-27m", tmp_path / "out.json"
-    more = ("--reference", model, "--cache", "mxfp8", "--tokens", 16 * 511, "--out", out)
+    more = ("--reference", model, "--cache", "mxfp8", "--tokens", 4 * 511, "--out", out)
     assert cli.main(arguments(model, data / "text/gutenberg_valid.txt", *more)) == 0
     results = json.loads(out.read_text())
-    assert results["reference_perplexity"]["value"] == pytest.approx(23.726, abs=0.005)
+    assert results["reference_perplexity"]["value"] == pytest.approx(24.510, abs=0.005)
     assert 0.001 < results["kl"]["value"] < 0.002
 
 

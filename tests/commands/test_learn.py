@@ -59,10 +59,8 @@ def killing(after):
     return report
 
 
-@pytest.mark.parametrize(
-    "through",
-    [*(pytest.param(word, marks=pytest.mark.slow) for word in ("site", "block")), "model"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("through", ["site", "block", "model"])
 def test_killed_and_resumed_it_writes_the_same_fits(options, tmp_path, through):
     options = dataclasses.replace(options, through=through, measure=False)
     if through == "block":  # where one layer may learn and another not
@@ -173,6 +171,7 @@ def test_every_preset_moves_what_it_says_and_they_add_up():
     assert (moves.weights, moves.clip, moves.transform is None) == ("given", "site", False)
 
 
+@pytest.mark.slow
 def test_fits_that_are_given_write_what_the_recipe_writes_that_made_them(
     tiny_directory, tiny_text, tmp_path, capsys, monkeypatch
 ):

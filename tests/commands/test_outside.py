@@ -70,7 +70,14 @@ def commands(quantized, text, out):
     }
 
 
-@pytest.mark.parametrize("command", ["evaluate", "generate", "inspect", "export"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "evaluate",
+        *(pytest.param(c, marks=pytest.mark.slow) for c in ("generate", "inspect")),
+        "export",
+    ],
+)
 def test_a_directory_is_read_once_its_module_is_given_and_imports_nothing_itself(
     command, quantized, tiny_text, tmp_path, capsys
 ):

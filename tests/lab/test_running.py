@@ -241,6 +241,7 @@ def test_neighbours_share_the_fit(tiny):
     )
 
 
+@pytest.mark.slow
 def test_one_calibration_serves_the_fits_that_need_less(tiny, monkeypatch):
     calibrate, needs = bench.calibrate, []
 

@@ -45,6 +45,7 @@ def clipped(tiny_directory, tiny_text, tmp_path_factory):
     return out, rows
 
 
+@pytest.mark.slow
 def test_a_refined_cell_measures_what_quantize_refine_writes_killed_and_resumed(
     tiny_directory, tiny_text, tmp_path, monkeypatch, clipped
 ):
