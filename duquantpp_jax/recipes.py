@@ -111,6 +111,7 @@ FORMATS: dict[str, Format] = {
     "mxfp8_e5m2": formats.MXFP8(formats.E5M2),
     "nvfp4": formats.NVFP4(),
     "nvfp4_four_over_six": formats.NVFP4(four_over_six=True),
+    "nvfp4_calibrated": formats.NVFP4(calibrated=True),
     "log256": formats.Log256(),
     "fp32": formats.FP32Scale(),
     "fpquant": formats.FPQuant(),

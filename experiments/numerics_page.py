@@ -199,12 +199,13 @@ to nearest" cannot be compared until the rule is named.
 
 Checked against the libraries themselves where they run on a CPU (tests/goldens): torchao 0.18.0
 agrees bit for bit under all four rules and all five elements except for elements under byte 0,
-which it divides by 2^-126 (floor, ceil, even) or by 1 (rceil); compressed-tensors 0.20.0 agrees
+which it divides by 2^-126 (floor, ceil, even) or by 1 (rceil); compressed-tensors 0.20.1 agrees
 with `even` for MXFP4 and MXFP6 where its scale is not below byte 0, and rounds the amax of MXFP8
 to one mantissa bit, not three; microxcaling agrees with `floor`, its `nearest` is our `away`; qwix
 0.1.8 agrees with `rceil` except where a float log2 is off by one, and flushes tiny blocks; the
 reference of four over six agrees with `NVFP4(four_over_six=True)`; torchao's NVFP4 agrees with
-`NVFP4()` except that its block scales are at least 2^-6.
+`NVFP4()` except that its block scales are at least 2^-6; compressed-tensors' NVFP4 agrees with
+`NVFP4(calibrated=True)`.
 
 ## Rounding of elements
 
@@ -234,7 +235,8 @@ where a scale has no byte), and what the first numbers of the block become.
   round once more). A width that blocks do not divide, and a single number, are refused. Empty
   arrays stay empty.
 - A tensor scale of NVFP4 is 1 for an all-zero tensor and at least 2^-126; a block scale is at least
-  2^-9, E4M3's smallest, unless its block is zero.
+  2^-9, E4M3's smallest, unless its block is zero. Calibrated, a tensor scale is a power of two, and
+  a block scale that rounds to zero is 2^-3.
 """
 
 

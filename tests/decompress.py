@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
-from safetensors.numpy import load_file
 
 from duquantpp_jax.checkpoints import Quantized
+from duquantpp_jax.checkpoints.shards import inventory
 from duquantpp_jax.models import SITE_WEIGHTS
 
 Weights = dict[str, Float32[np.ndarray, "n k"]]
@@ -28,11 +28,8 @@ def dequantized(directory: Path) -> Weights:
 
 
 def tensors_of(directory: Path) -> dict[str, np.ndarray]:
-    """All tensors of a Hugging Face directory."""
-    tensors = {}
-    for path in directory.glob("*.safetensors"):
-        tensors |= load_file(path)
-    return tensors
+    """All tensors of a Hugging Face directory; scales of eight bits as their bytes."""
+    return {name: tensor.read() for name, tensor in inventory(directory).items()}
 
 
 def packed(directory: Path) -> dict[str, dict[str, np.ndarray]]:

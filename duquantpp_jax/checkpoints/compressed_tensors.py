@@ -1,6 +1,10 @@
-"""A quantized model in the layout of the library compressed-tensors, its mxfp4-pack-quantized.
+"""A quantized model in the layouts of the library compressed-tensors: mxfp4-pack-quantized, and
+nvfp4-pack-quantized.
 
-Codes and scale bytes are laid out as mxfp4.py says. What moves the input of a linear X is
+Codes and scale bytes are laid out as mxfp4.py says. NVFP4's scales are float8_e4m3fn, of 16 codes
+each, and beside them lie X.weight_global_scale and X.input_global_scale [1], the reciprocals of the
+tensor scales of weights and of activations: exact, as those of nvfp4_calibrated are powers of two.
+What moves the input of a linear X is
 
     x' = blockdiag(T, ..., T)^T x,     one T [32, 32] for all blocks of a site,
 
@@ -13,12 +17,12 @@ Smoothing before q/k/v and up/gate is folded into the norm before them, g / s, i
 has not done it; other smoothing only that folds, before rounding. Whatever else moves an input the
 layout cannot express, and it is refused.
 
-Source: the library compressed-tensors 0.20: compressors/mxfp4, quantization/quant_config.py and
-transform/.
+Source: the library compressed-tensors 0.20: compressors/mxfp4 and nvfp4,
+quantization/quant_config.py and transform/.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -26,8 +30,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from duquantpp_jax.checkpoints.directory import Quantized
-from duquantpp_jax.checkpoints.mxfp4 import BLOCK, COMPRESSED, PACKED
-from duquantpp_jax.checkpoints.readers import ANY, READERS, STATUS, check_formats
+from duquantpp_jax.checkpoints.mxfp4 import BLOCK, COMPRESSED, INPUT_SCALE, NVFP4_PACKED, PACKED
+from duquantpp_jax.checkpoints.readers import ANY, NVFP4, READERS, STATUS, check_formats
 from duquantpp_jax.commands.options.common import Serve
 from duquantpp_jax.core import MXArray, Transform
 from duquantpp_jax.formats import E2M1
@@ -64,14 +68,12 @@ def check(model: Quantized, serve: Serve | None) -> None:
     if serve is not None:
         check_formats(serve, job.weight_formats.values(), job.activation_formats.values())
     check_architecture(model.config)
-    for name in job.weight_formats.values():
-        if name.partition(":")[0] != "mxfp4":
-            raise ValueError(f"{PACKED} holds MXFP4 weights: this model has weights in {name}")
+    layout = layout_of(job.weight_formats.values())
     for name in job.activation_formats.values():
-        if name.partition(":")[0] not in _ACTIVATIONS:
+        if name.partition(":")[0] not in layout.activations:
             raise ValueError(
-                f"{PACKED} with activations in {name} is not known to its readers: "
-                f"use one of {', '.join(_ACTIVATIONS)}"
+                f"{layout.name} with activations in {name} is not known to its readers: "
+                f"use one of {', '.join(layout.activations)}"
             )
 
 
@@ -136,7 +138,7 @@ def pack_layer(
                 )
             codes = pack_codes(np.asarray(weight.codes()), E2M1.bits)
             tensors[f"{prefix}{name}.weight_packed"] = codes.reshape(n, k // 2)
-            tensors[f"{prefix}{name}.weight_scale"] = np.asarray(weight.scale_bytes())
+            tensors |= scale_tensors(prefix + name, weight, state)
             if matrix is None:
                 continue
             if f"{name}.bias" in parameters and not reader.biases:
@@ -207,6 +209,19 @@ def shared_matrix(
     return matrices[0]
 
 
+def scale_tensors(linear: str, weight: MXArray, state: QuantizedSite) -> Tensors:
+    """The tensors of scales of a quantized linear."""
+    if weight.tensor_scale is None:
+        return {f"{linear}.weight_scale": np.asarray(weight.scale_bytes())}
+    found = {f"{linear}.weight_scale": np.asarray(weight.scales)}
+    whole = {".weight_global_scale": weight.tensor_scale, INPUT_SCALE: state.tensor_scale}
+    return found | {
+        linear + name: np.float32(1) / np.asarray(scale, np.float32).reshape(1)
+        for name, scale in whole.items()
+        if scale is not None
+    }
+
+
 _MXFP4 = {
     "num_bits": 4,
     "type": "float",
@@ -216,12 +231,54 @@ _MXFP4 = {
     "scale_dtype": "torch.uint8",
     "zp_dtype": "torch.uint8",
 }
-_ACTIVATIONS: dict[str, dict[str, Any] | None] = {
-    "mxfp4": {**_MXFP4, "dynamic": True},
-    "mxfp8": {**_MXFP4, "num_bits": 8, "dynamic": True},
-    "bf16": None,
+_NVFP4 = {
+    **_MXFP4,
+    "strategy": "tensor_group",
+    "group_size": 16,
+    "scale_dtype": "torch.float8_e4m3fn",
+    "zp_dtype": "torch.float8_e4m3fn",
 }
-"""What the library calls our activation formats."""
+
+
+class Layout(NamedTuple):
+    """A layout of the library, by what it calls the formats of weights and of activations."""
+
+    name: str
+    weights: dict[str, Any]
+    activations: dict[str, dict[str, Any] | None]
+
+
+LAYOUTS = {
+    "mxfp4": Layout(
+        PACKED,
+        {**_MXFP4, "dynamic": False},
+        {
+            "mxfp4": {**_MXFP4, "dynamic": True},
+            "mxfp8": {**_MXFP4, "num_bits": 8, "dynamic": True},
+            "bf16": None,
+        },
+    ),
+    NVFP4: Layout(
+        NVFP4_PACKED,
+        {**_NVFP4, "dynamic": False},
+        {NVFP4: {**_NVFP4, "dynamic": "local"}, "bf16": None},
+    ),
+}
+"""By the format of weights."""
+
+
+def layout_of(weights: Iterable[str]) -> Layout:
+    """The layout of weights in formats of these names; ValueError if there is none."""
+    names = sorted({name.partition(":")[0] for name in weights})
+    if len(names) > 1:
+        raise ValueError(
+            f"one export has weights in one format: this model has {' and '.join(names)}"
+        )
+    if names[0] not in LAYOUTS:
+        has = f"{PACKED} holds MXFP4 weights: this model has weights in {names[0]}"
+        near = names[0].startswith("nvfp4")
+        raise ValueError(f"{has} (of NVFP4 {NVFP4} is exported)" if near else has)
+    return LAYOUTS[names[0]]
 
 
 def quantization_config(
@@ -232,18 +289,19 @@ def quantization_config(
     groups: dict[str, Any] = {}
     # The library has no names for scale rules: formats that differ in the rule alone are one group.
     formats = {site: name.partition(":")[0] for site, name in model.job.activation_formats.items()}
+    layout = layout_of(model.job.weight_formats.values())
     for number, format in enumerate(dict.fromkeys(formats.values())):
         names = [n for site in SITES if formats[site] == format for n in SITE_WEIGHTS[site]]
         groups[f"group_{number}"] = {
             "targets": [f"re:.*{re.escape(name)}$" for name in names],
-            "weights": {**_MXFP4, "dynamic": False},
-            "input_activations": _ACTIVATIONS[format],
+            "weights": layout.weights,
+            "input_activations": layout.activations[format],
             "output_activations": None,
-            "format": PACKED,
+            "format": layout.name,
         }
     return {
         "quant_method": COMPRESSED,
-        "format": PACKED,
+        "format": layout.name,
         "quantization_status": STATUS if moved else "compressed",
         "config_groups": groups,
         "ignore": ["lm_head", *floats],

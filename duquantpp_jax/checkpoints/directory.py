@@ -63,6 +63,8 @@ from duquantpp_jax.transforms.storage import from_arrays
 
 METHOD = "duquantpp_jax"
 JOB, REPORT = SEALED, "report.json"
+TENSOR_SCALE = "tensor_scale"
+"""Of the activations of a site, in a layer's file, where calibration has chosen it."""
 AGAIN = "copy the file again, or quantize again with --overwrite"
 
 
@@ -212,7 +214,10 @@ def read_layer(path: Path) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSi
         if not isinstance(fitted, Fitted):
             raise ValueError(f"{path}: site {site} holds {type(fitted).__name__}, not Fitted")
         weights = tuple(map(weight, SITE_WEIGHTS[site]))
-        sites[site] = QuantizedSite(fitted.transform, weights, fitted.clip, fitted.scale_offset)
+        scale = moved.get(TENSOR_SCALE)
+        scale = None if scale is None else jnp.asarray(scale)
+        parts = fitted.transform, weights, fitted.clip, fitted.scale_offset, scale
+        sites[site] = QuantizedSite(*parts)
     names = {name: name.removeprefix(prefix).removesuffix(".weight") for name in tensors}
     own = (name for name in names if name == prefix + tensor_name(names[name]))
     return {names[n]: tensors[n] for n in own if names[n] not in LINEARS}, sites
@@ -229,7 +234,7 @@ def verified_layer(
     found = {name: array.shape for name, array in rest.items()}
     for site, state in sites.items():
         found |= zip(SITE_WEIGHTS[site], (w.shape for w in state.weights), strict=True)
-        leaves = jax.tree.leaves((state.transform, state.clip, state.scale_offset))
+        leaves = jax.tree.leaves(dataclasses.replace(state, weights=()))
         for array in leaves:
             check_finite(path, {site: np.asarray(array)})
         for name, weight in zip(SITE_WEIGHTS[site], state.weights, strict=True):
@@ -249,6 +254,9 @@ def verified_layer(
         state = dataclasses.replace(sites[site], weights=())
         if experts(plan.config, site):  # the first of them, without compiling a slice
             state = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)[0]), state)
+        wanted = dict(plan.formats)[site].calibrated_scale(jnp.float32(1))
+        if (wanted is None) != (state.tensor_scale is None):
+            raise ValueError(f"{path}: {site} has a scale for activations, or none: {AGAIN}")
         x = jax.ShapeDtypeStruct((1, width), jnp.float32)
         moved = _seen.eval_shape(x, state, format=dict(plan.formats)[site])
         if moved.shape != x.shape:

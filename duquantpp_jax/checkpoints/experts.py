@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from duquantpp_jax.checkpoints.mxfp4 import BLOCK, BLOCKS, SCALES, Packing, array_of, packing_of
+from duquantpp_jax.checkpoints.mxfp4 import BLOCKS, SCALES, Packing, array_of, packing_of
 from duquantpp_jax.checkpoints.shards import Stored
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.models.config import DecoderConfig
@@ -63,7 +63,7 @@ def wanted(
         if (packing := _packing(name, stored, found)) is None:
             tensors |= dict.fromkeys(stored, Wanted(_whole(shape, at)))
             continue
-        types = (packing.code_type,), packing.scale_types
+        types = packing.types()
         both = packing.shapes(_whole(shape, at._replace(transposed=False)))
         for tensor in stored:
             tensors |= zip(packing.names(tensor), map(Wanted, both, types), strict=True)
@@ -89,7 +89,8 @@ def views(config: DecoderConfig, found: Mapping[str, Stored]) -> dict[str, Store
         else:
             rows = at._replace(transposed=False)
             *outputs, blocks = _part(parts[0][1].shape, rows, len(parts))
-            shape, kind = (*outputs, BLOCK * blocks), "BF16"
+            shape = (*outputs, packing.block * blocks)
+            kind = "F32" if packing.whole else "BF16"
             packed = functools.partial(_decode, name, parts, rows)
             read = functools.partial(_dequantized, packed)
         seen[name] = View(first.shard, shape, kind, read, packed)
@@ -186,5 +187,7 @@ def _decode(name: str, parts: list[list[Stored]], at: In) -> MXArray:
 
 
 def _dequantized(packed: Callable[[], MXArray]) -> np.ndarray:
-    """In bfloat16, which holds E2M1 times a power of two exactly."""
-    return np.asarray(packed().dequantize().astype(jnp.bfloat16))
+    """In bfloat16, which holds E2M1 times a power of two exactly; of NVFP4 in float32."""
+    array = packed()
+    exact = jnp.bfloat16 if array.tensor_scale is None else jnp.float32
+    return np.asarray(array.dequantize().astype(exact))

@@ -32,7 +32,7 @@ from duquantpp_jax.checkpoints.experts import (
     views,
     wanted,
 )
-from duquantpp_jax.checkpoints.mxfp4 import unpacked
+from duquantpp_jax.checkpoints.mxfp4 import INPUT_SCALE, unpacked
 from duquantpp_jax.checkpoints.online import matrix_tensors, moved_online
 from duquantpp_jax.checkpoints.shards import SINGLE, Stored
 from duquantpp_jax.checkpoints.source import CONFIG, TOKENIZER, TOKENIZER_CONFIG, Source, source
@@ -86,6 +86,9 @@ def headers(
     moved = moved_online(model.fields(), [*widths])
     for name, side in matrix_tensors(moved, widths, found).items():
         right[name] = Wanted((side, side), (*FLOATS, "F64"))
+    for name in (part + INPUT_SCALE for part in widths):
+        if name in found:  # of packed NVFP4
+            right[name] = Wanted((1,), ("F32",))
     for name, (shape, _) in right.items():
         if name not in found:
             near = next((n for n in found if n.endswith(name) or name.endswith(n)), None)

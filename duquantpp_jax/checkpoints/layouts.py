@@ -1,6 +1,7 @@
 """A quantized checkpoint in the layouts that other programs read.
 
-compressed-tensors   packed MXFP4, with one matrix for each site's input (compressed_tensors.py).
+compressed-tensors   packed MXFP4 or NVFP4, with one matrix for each site's input
+    (compressed_tensors.py).
 dequantized          every weight moved back through its transform, W = W^ T, and rounded to
     bfloat16; activations are not quantized.
 gpt-oss              experts as packed MXFP4 (gpt_oss.py).
@@ -20,7 +21,6 @@ from duquantpp_jax import files
 from duquantpp_jax.checkpoints import Quantized, compressed_tensors, gpt_oss, readers
 from duquantpp_jax.checkpoints.compressed_tensors import Layer, Tensors, pack_layer
 from duquantpp_jax.checkpoints.experts import tensors_of
-from duquantpp_jax.checkpoints.mxfp4 import PACKED
 from duquantpp_jax.checkpoints.readers import CARD
 from duquantpp_jax.checkpoints.shards import INDEX
 from duquantpp_jax.checkpoints.source import Directory
@@ -148,9 +148,10 @@ def _notes(model: Quantized, format: Layout, moved: Mapping[str, list[str]]) -> 
             )
         return notes
     formats = set(model.job.activation_formats.values())
+    name = compressed_tensors.layout_of(model.job.weight_formats.values()).name
     biases = any(name.endswith(tuple(model.config.biases)) for name in linears)
     return [
-        f"Weights are {PACKED}, bit for bit those of the quantized model.",
+        f"Weights are {name}, bit for bit those of the quantized model.",
         f"Activations are for {', '.join(sorted(formats))}; the inputs of {len(linears)} linears "
         f"are moved online, by {len(moved)} matrices.",
         *(f"{name} {line}." for name, line in readers.says(formats, bool(moved), biases).items()),

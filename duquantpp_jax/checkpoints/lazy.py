@@ -98,7 +98,7 @@ class Checkpoint:
         for name, inside in names.items():
             if (decode := getattr(self.found[name], "packed", None)) is not None:
                 packed[inside] = decode()
-                if int(packed[inside].scale_bytes().max()) > LARGEST_SCALE:
+                if _may_be_infinite(packed[inside]):
                     next(read_stored(self.found, [name]))  # checks the numbers
         floats = [name for name, inside in names.items() if inside not in packed]
         return {names[n]: array for n, array in read_stored(self.found, floats)}, packed
@@ -138,6 +138,12 @@ class Checkpoint:
     def _read(self, name: str) -> Float[np.ndarray, "..."]:
         ((_, array),) = read_stored(self.found, [f"{name}.weight"])
         return array
+
+
+def _may_be_infinite(array: MXArray) -> bool:
+    if (whole := array.tensor_scale) is None:
+        return int(array.scale_bytes().max()) > LARGEST_SCALE
+    return not np.isfinite(whole).all() or int((array.scale_bytes() & 127).max()) == 127
 
 
 def outline(

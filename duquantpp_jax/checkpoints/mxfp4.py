@@ -1,4 +1,4 @@
-"""Packed MXFP4 as four programs lay it out, and what config.json says of it.
+"""Packed MXFP4 as four programs lay it out, NVFP4 as one does, and what config.json says of it.
 
 A weight T = X.weight of a checkpoint, [out, in], is two tensors there:
 
@@ -8,7 +8,9 @@ A weight T = X.weight of a checkpoint, [out, in], is two tensors there:
     gpt-oss              T_blocks uint8 [experts, out, in / 32, 16]
                          T_scales uint8 [experts, out, in / 32]
 
-A byte of codes is two of E2M1, lower index low; scales are E8M0. Names and types of the tensors say
+A byte of codes is two of E2M1, lower index low; scales are E8M0. NVFP4 of compressed-tensors has
+scales in E4M3 [out, in / 16], X.weight_global_scale [1], the reciprocal of the weight's tensor
+scale, and X.input_global_scale [1], that of its input's. Names and types of the tensors say
 which layout it is, weight by weight; a config.json that says more than that is refused.
 
 Source: compressed-tensors 0.20, compressors/mxfp4; amd-quark 0.13, torch/utils/pack.py;
@@ -20,17 +22,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from duquantpp_jax.checkpoints.readers import STATUS
+from duquantpp_jax.checkpoints.readers import NVFP4, STATUS
 from duquantpp_jax.checkpoints.shards import Stored
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.formats.tensors import from_tensors
 from duquantpp_jax.models.fields import short
 
-BLOCK = 32
+BLOCK, NVFP4_BLOCK = 32, 16
 GPT_OSS, COMPRESSED, QUARK, DEEPSEEK = "mxfp4", "compressed-tensors", "quark", "fp8"
 """What config.json calls the packing, as quant_method."""
-PACKED = "mxfp4-pack-quantized"
+PACKED, NVFP4_PACKED = "mxfp4-pack-quantized", "nvfp4-pack-quantized"
 """What compressed-tensors calls it, as format."""
+INPUT_SCALE = ".input_global_scale"
+"""Behind the name of a linear."""
 BLOCKS, SCALES = "_blocks", "_scales"
 _OFFLINE = {"smooth", "awq", "autosmoothquant", "gptq", "gptaq", "autoround", "qronos"}
 """Algorithms of Quark that leave nothing to do when the model runs."""
@@ -43,21 +47,29 @@ class Packing(NamedTuple):
     scales: str
     code_type: str = "U8"
     scale_types: tuple[str, ...] = ("U8",)
+    block: int = BLOCK
+    whole: str = ""
 
-    def names(self, tensor: str) -> tuple[str, str]:
-        """The tensors of codes and of scales of a weight."""
+    def names(self, tensor: str) -> tuple[str, ...]:
+        """The tensors of codes and of scales of a weight; behind them of its reciprocal scale."""
         module = tensor.removesuffix(".weight")
-        return tensor + self.codes, self.scales.format(tensor=tensor, module=module)
+        scales = self.scales.format(tensor=tensor, module=module)
+        return tensor + self.codes, scales, *([tensor + self.whole] if self.whole else [])
 
-    def shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Their shapes, for a weight of a shape."""
         *outputs, width = shape
         codes = (width // BLOCK, BLOCK // 2) if self.codes == BLOCKS else (width // 2,)
-        return (*outputs, *codes), (*outputs, width // BLOCK)
+        return (*outputs, *codes), (*outputs, width // self.block), *([(1,)] if self.whole else [])
+
+    def types(self) -> tuple[tuple[str, ...], ...]:
+        """Which types each of them may have."""
+        return (self.code_type,), self.scale_types, *([("F32",)] if self.whole else [])
 
 
 PACKINGS = (
     Packing(BLOCKS, "{tensor}" + SCALES),
+    Packing("_packed", "{tensor}_scale", scale_types=("F8_E4M3",), block=16, whole="_global_scale"),
     Packing("_packed", "{tensor}_scale"),
     Packing("", "{tensor}_scale"),
     Packing("", "{module}.scale", "I8", ("F8_E8M0", "U8")),
@@ -67,25 +79,33 @@ PACKINGS = (
 def packing_of(tensor: str, found: Mapping[str, Stored]) -> Packing | None:
     """The layout of a weight among the tensors of a checkpoint; None where it is not packed."""
     for packing in PACKINGS:
-        codes, scales = packing.names(tensor)
+        codes, scales, *rest = packing.names(tensor)
         if codes == tensor:  # which floats are called, too
             fits = codes in found and found[codes].dtype == packing.code_type and scales in found
         else:
-            fits = codes in found and tensor not in found
+            fits = codes in found and tensor not in found and all(name in found for name in rest)
         if fits:
             return packing
     return None
 
 
-def array_of(name: str, codes: np.ndarray, scales: np.ndarray) -> MXArray:
-    """The numbers of codes and scales, whose leading axes are those of the weight."""
+def array_of(
+    name: str, codes: np.ndarray, scales: np.ndarray, reciprocal: np.ndarray | None = None
+) -> MXArray:
+    """The numbers of codes and scales, whose leading axes are those of the weight; of NVFP4 where
+    there is a reciprocal of its tensor scale."""
+    block = BLOCK if reciprocal is None else NVFP4_BLOCK
     about = {
         "element": "e2m1",
-        "block_size": BLOCK,
-        "shape": (*scales.shape[:-1], BLOCK * scales.shape[-1]),
-        "scales": "float8_e8m0fnu",
+        "block_size": block,
+        "shape": (*scales.shape[:-1], block * scales.shape[-1]),
+        "scales": "float8_e8m0fnu" if reciprocal is None else "float8_e4m3fn",
     }
     parts = {"codes": codes.view(np.uint8).ravel(), "scales": scales}
+    if reciprocal is not None:
+        if reciprocal.ndim > 1:
+            raise ValueError(f"{name}: packed NVFP4 of experts is not read: give the float model")
+        parts["tensor_scale"] = np.float32(1) / reciprocal[0]
     return from_tensors(name, about, {f"{name}.{end}": array for end, array in parts.items()})
 
 
@@ -132,6 +152,8 @@ def _format(given: Any) -> str:
     match given:
         case {"num_bits": 4 | 8 as bits, "type": "float", "group_size": 32}:
             return f"mxfp{bits}"
+        case {"num_bits": 4, "type": "float", "group_size": 16}:
+            return NVFP4
         case {"dtype": "fp4", "group_size": 32}:
             return "mxfp4"
         case {"num_bits": bits, "type": kind}:
@@ -151,12 +173,12 @@ def _compressed(packing: Mapping[str, Any]) -> Refusal:
         return "config_groups", groups, "an object of groups"
     for group in groups.values():
         match group:
-            case {"weights": {"num_bits": 4, "type": "float", "group_size": 32}}:
+            case {"weights": {"num_bits": 4, "type": "float", "group_size": 16 | 32 as size}}:
                 format = group.get("format") or packing.get("format")
             case _:
                 return "a group", group, "one of MXFP4 weights (4 bits, float, group_size 32)"
-        if format != PACKED:
-            return "format", format, PACKED
+        if format != (right := PACKED if size == BLOCK else NVFP4_PACKED):
+            return "format", format, right
         if group.get("output_activations") is not None:
             return "output_activations", group["output_activations"], "null"
     status, sparsity = packing.get("quantization_status"), packing.get("sparsity_config")

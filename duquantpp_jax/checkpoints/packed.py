@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32
 
 from duquantpp_jax.checkpoints.lazy import Checkpoint, outermost, take_layers
-from duquantpp_jax.checkpoints.mxfp4 import asked_for
+from duquantpp_jax.checkpoints.mxfp4 import INPUT_SCALE, NVFP4_PACKED, asked_for
 from duquantpp_jax.checkpoints.online import stored_matrix, transform_of
 from duquantpp_jax.checkpoints.source import source
 from duquantpp_jax.core import Format, MXArray, Transform
@@ -43,6 +44,7 @@ def load_packed(
                 site: QuantizedSite(
                     _transform(checkpoint, number, site, packed),
                     tuple(weights[name] for name in SITE_WEIGHTS[site]),
+                    tensor_scale=_input_scale(checkpoint, number, site, packed, activation_format),
                 )
                 for site in SITES
             }
@@ -67,7 +69,9 @@ def said(model: str | os.PathLike[str], linear: Linear) -> str | None:
         seen = f"not quantized (config.json asks for {asked}: --activation-format)"
     else:
         seen = "not quantized"
-    return f"packed weights as they are stored (mxfp4), their inputs {seen}"
+    packing = source(model).fields().get("quantization_config") or {}
+    kind = "nvfp4" if packing.get("format") == NVFP4_PACKED else "mxfp4"
+    return f"packed weights as they are stored ({kind}), their inputs {seen}"
 
 
 def decoded(model: str | os.PathLike[str] | None) -> str | None:
@@ -122,6 +126,37 @@ def _transform(
     if (count := experts(checkpoint.config, site)) and transforms:
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), transform)
     return transform
+
+
+def _input_scale(
+    checkpoint: Checkpoint,
+    number: int,
+    site: str,
+    packed: Mapping[str, MXArray],
+    format: Format | None,
+) -> Float32[Array, ""] | None:
+    """The tensor scale of the input of a site, for formats that calibration gives one.
+
+    Raises:
+      ValueError: The checkpoint has none, or several.
+    """
+    if format is None or format.calibrated_scale(jnp.float32(1)) is None:
+        return None
+    prefix, found = layer_prefix(number), checkpoint.found
+    linears = [n for name in SITE_WEIGHTS[site] if name in packed
+               for n in checkpoint.linears[prefix + name]]  # fmt: skip
+    if missing := [name for name in linears if name + INPUT_SCALE not in found]:
+        raise ValueError(
+            f"{missing[0]} has no {INPUT_SCALE[1:]}: give another --activation-format than "
+            f"{format_name(format)}, as nvfp4"
+        )
+    scales = {float(found[name + INPUT_SCALE].read()[0]) for name in linears}
+    if len(scales) > 1:
+        raise ValueError(
+            f"{prefix}{site}: its linears share an input, and have {len(scales)} scales for it: "
+            "one for all of them is read"
+        )
+    return jnp.float32(1) / jnp.float32(scales.pop()) if scales else None
 
 
 def _equal(a: Transform, b: Transform) -> bool:

@@ -2,7 +2,8 @@
 
     transformers   compressed-tensors 0.20 rounds activations under EVEN. It leaves transform_config
                    out, so an export whose inputs are moved is refused by it (`STATUS`) and loaded
-                   by `duquantpp_jax.interop.load_transformers`.
+                   by `duquantpp_jax.interop.load_transformers`. NVFP4 it rounds as
+                   nvfp4_calibrated, bit for bit.
     vllm           FlashInfer rounds them under RCEIL, on a GPU of compute capability 10; elsewhere
                    vLLM leaves them in bfloat16, whatever config.json says of activations. It
                    applies transform_config, with matrices in bfloat16, on one GPU, to linears
@@ -25,7 +26,8 @@ class Reader:
 
     Attributes:
       rule: The scale rule under which it rounds activations to MXFP4.
-      fuses: Whether linears that share an input are one linear to it.
+      fuses: Whether linears that share an input are one linear to it: their weights in NVFP4 then
+        have one tensor scale, and are not exported for it.
       biases: Whether it adds a bias behind an input that is moved.
     """
 
@@ -41,6 +43,8 @@ READERS: dict[str, Reader] = {
 ANY = Reader("", fuses=True, biases=True)
 """Of an export that is not for one of them: what the layout itself holds."""
 
+NVFP4 = "nvfp4_calibrated"
+"""The format of ours that is exported as NVFP4."""
 STATUS = "inputs are moved: load by duquantpp_jax.interop"
 """Stands for quantization_status where inputs are moved. The library refuses it, and prints it;
 vLLM does not read it."""
@@ -49,11 +53,14 @@ vLLM does not read it."""
 def check_formats(serve: Serve, weights: Iterable[str], activations: Iterable[str]) -> None:
     """Raises ValueError if a reader would round otherwise than formats say, by their full names."""
     rule = READERS[serve].rule
+    takes = ("mxfp4",) if READERS[serve].fuses else ("mxfp4", NVFP4)
     for name in weights:
-        if name.partition(":")[0] != "mxfp4":
-            raise ValueError(f"--serve {serve} takes weights in mxfp4, not in {name}")
+        if name.partition(":")[0] not in takes:
+            raise ValueError(
+                f"--serve {serve} takes weights in {' or '.join(takes)}, not in {name}"
+            )
     for name in activations:
-        if name not in (f"mxfp4:{rule}", "bf16"):
+        if name not in (f"mxfp4:{rule}", "bf16", *takes[1:]):
             raise ValueError(
                 f"{serve} rounds activations to mxfp4:{rule}, and the model is quantized for "
                 f"{name}: quantize with --serve {serve}, or with --activation-formats mxfp4:{rule}"
@@ -70,8 +77,10 @@ def says(activations: Iterable[str], moved: bool, biases: bool) -> dict[str, str
     """
     own, found = sorted(set(activations)), {}
     for name, reader in READERS.items():
-        wrong = [given for given in own if given not in (f"mxfp4:{reader.rule}", "bf16")]
+        wrong = [given for given in own if given not in (f"mxfp4:{reader.rule}", "bf16", NVFP4)]
         result = "gives this model's logits"
+        if NVFP4 in own and reader.fuses:
+            result = "gives other logits: it takes one tensor scale for q, k and v, up and gate"
         if wrong:
             rule = f"{reader.rule}, not as {', '.join(wrong)}"
             result = f"gives other logits: it rounds activations under {rule}"

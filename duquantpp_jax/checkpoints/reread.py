@@ -9,7 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from duquantpp_jax.checkpoints.compressed_tensors import BLOCK, HADAMARD, shared_matrix
+from duquantpp_jax.checkpoints.compressed_tensors import (
+    BLOCK,
+    HADAMARD,
+    scale_tensors,
+    shared_matrix,
+)
 from duquantpp_jax.checkpoints.directory import Quantized
 from duquantpp_jax.checkpoints.hugging_face import headers
 from duquantpp_jax.checkpoints.shards import Tensor, inventory, read_json
@@ -51,9 +56,9 @@ def read_again(out: Path, directory: Path) -> str:
                 if isinstance(weight, MXArray):
                     linears += 1
                     codes = pack_codes(np.asarray(weight.codes()), E2M1.bits)
-                    wanted = {"weight_packed": codes, "weight_scale": weight.scale_bytes()}
-                    for part, array in wanted.items():
-                        _check(found, f"{prefix}{name}.{part}", np.asarray(array))
+                    _check(found, f"{prefix}{name}.weight_packed", codes)
+                    for tensor, array in scale_tensors(prefix + name, weight, state).items():
+                        _check(found, tensor, array)
                     _check_moved(found, prefix + name, moved, matrix)
                 elif prefix + name in moved:
                     raise ValueError(f"{prefix}{name} is in float, and its input is moved")
@@ -64,6 +69,8 @@ def read_again(out: Path, directory: Path) -> str:
 
 
 def _check(found: dict[str, Tensor], name: str, wanted: np.ndarray) -> None:
+    if wanted.itemsize == 1:
+        wanted = wanted.view(np.uint8)
     if name not in found or not np.array_equal(found[name].read().ravel(), wanted.ravel()):
         raise ValueError(f"{name} is not what the quantized model has: export again")
 

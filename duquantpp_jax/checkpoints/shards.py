@@ -24,6 +24,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OWN_INDEX = "quantized.safetensors.index.json"
 """Of what `duquantpp quantize` writes: a name that no other program looks for."""
 
+BYTES = ("F8_E8M0", "F8_E4M3")
+"""Types that the library does not give to NumPy."""
+
 
 class Tensor(NamedTuple):
     """Where one tensor of a safetensors file lies and what the header says."""
@@ -34,9 +37,9 @@ class Tensor(NamedTuple):
     dtype: str
 
     def read(self) -> Shaped[np.ndarray, "..."]:
-        """Maps the file, parses its header, and reads this tensor alone; E8M0 as its bytes."""
+        """Maps the file, parses its header, and reads this tensor alone; scales as their bytes."""
         with _opened(self.shard) as file:
-            if self.dtype != "F8_E8M0":  # which the library does not give to NumPy
+            if self.dtype not in BYTES:
                 return file.get_tensor(self.name)
         with self.shard.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")

@@ -22,6 +22,7 @@ from duquantpp_jax.checkpoints.directory import (
     JOB,
     METHOD,
     REPORT,
+    TENSOR_SCALE,
     about_layer,
     layer_file,
     read_job,
@@ -201,6 +202,8 @@ def _moves(
     for site in SITES:
         moves = Fitted(sites[site].transform, None, sites[site].clip, sites[site].scale_offset)
         arrays, structures[site] = to_arrays(moves)
+        if (scale := sites[site].tensor_scale) is not None:
+            arrays[TENSOR_SCALE] = scale
         prefix = f"{layer_prefix(number)}{site}/"
         tensors |= {prefix + path: np.asarray(array) for path, array in arrays.items()}
     return tensors, structures

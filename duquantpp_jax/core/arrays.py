@@ -294,6 +294,13 @@ class Format(abc.ABC):
         """
         return self.encode(x, **options).stored()
 
+    def calibrated_scale(self, amax: Float[Array, "*layers"]) -> Float32[Array, "*layers"] | None:
+        """The tensor scale of activations whose largest magnitude in calibration is amax.
+
+        None in a format that has none, or takes it from the activations at hand.
+        """
+        return None
+
     def fake_quantize(
         self, x: Array | np.ndarray, *, saturated_gradient: bool = True, **options: Any
     ) -> Float32[Array, "*batch k"]:

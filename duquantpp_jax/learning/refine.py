@@ -103,7 +103,9 @@ def refitted(
 ) -> dict[str, QuantizedSite]:
     """The sites with their weights as they are, moved by the fits."""
     return {
-        name: QuantizedSite(fit.transform, sites[name].weights, fit.clip, fit.scale_offset)
+        name: dataclasses.replace(
+            sites[name], transform=fit.transform, clip=fit.clip, scale_offset=fit.scale_offset
+        )
         for name, fit in fits.items()
     }
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from duquantpp_jax.core import Fitted, Format, Needs, Recipe
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
@@ -125,6 +126,11 @@ class Plan:
             raise ValueError(
                 "a rounding that compares the quantized path with the float one (asymmetric) is "
                 "not for experts: the two may send a token to different ones; use gptq"
+            )
+        calibrated = any(f.calibrated_scale(jnp.float32(1)) is not None for _, f in self.formats)
+        if self.config.num_experts and calibrated:
+            raise ValueError(
+                "activations under a tensor scale from calibration are not for experts: use nvfp4"
             )
         if not any(self.widths(number) for number in layers):
             raise ValueError("--include and --exclude leave nothing to quantize")

@@ -55,13 +55,14 @@ class QuantizedSite:
     Attributes:
       transform: Moves the input.
       weights: Of each linear: moved and rounded, or as they are where it is left in float.
-      clip, scale_offset: As in `Format.quantize`, for the activations.
+      clip, scale_offset, tensor_scale: As in `Format.quantize`, for the activations.
     """
 
     transform: Transform
     weights: tuple[MXArray | PackedFloat | Float[Array, "*layers _ _"], ...]
     clip: Float[Array, "*layers blocks"] | None = None
     scale_offset: Int[Array, "*layers blocks"] | None = None
+    tensor_scale: Float32[Array, "*layers"] | None = None
 
 
 def pad_channels(x: Any, width: int) -> Any:
@@ -92,15 +93,16 @@ def quantize_linear(
       moved: Of the input as the linear will see it, moved and quantized (a second calibration),
         for roundings that need it; else what `stats` say of the moved input.
     """
-    width = stats.absmax.shape[-1]
+    width, seen = stats.absmax.shape[-1], moved or stats.through(fitted.transform)
     rounded = _move_and_round(
         _widened(fitted.weights or weights, width),
         fitted.transform,
-        moved or stats.through(fitted.transform),
+        seen,
         rounding=recipe.rounding,
         format=recipe.weight_format,
     )
-    return QuantizedSite(fitted.transform, rounded, fitted.clip, fitted.scale_offset)
+    scale = recipe.activation_format.calibrated_scale(jnp.max(seen.absmax))
+    return QuantizedSite(fitted.transform, rounded, fitted.clip, fitted.scale_offset, scale)
 
 
 def _widened(weights: Weights, width: int) -> tuple[Float32[Array, "_ _"], ...]:
@@ -170,6 +172,8 @@ def move_input(x: Any, transform: Transform) -> Any:
 def quantize_input(x: Any, site: QuantizedSite | Fitted, format: Format) -> Any:
     """The input as the quantized linears see it: moved and quantized, in float32."""
     options = {"clip": site.clip, "scale_offset": site.scale_offset}
+    if isinstance(site, QuantizedSite):
+        options["tensor_scale"] = site.tensor_scale
     given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
     moved = move_input(x, site.transform)
     if not isinstance(moved, Routed):

@@ -4,16 +4,21 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from duquantpp_jax import cli
-from duquantpp_jax.checkpoints import Quantized, readers
+from duquantpp_jax.checkpoints import Quantized, load_any, readers
 from duquantpp_jax.checkpoints.compressed_tensors import pack_layer
 from duquantpp_jax.checkpoints.reread import read_again
+from duquantpp_jax.checkpoints.shards import inventory
+from duquantpp_jax.formats import NVFP4
+from duquantpp_jax.models import SITES
 from duquantpp_jax.models.parameters import linear_names
+from duquantpp_jax.ptq.site import quantize_input
 from tests.checkpoints.test_layouts import exported, quantized
 from tests.commands.test_quantize import assert_one_line
 from tests.conftest import TEXT
@@ -59,6 +64,40 @@ def test_a_program_that_would_leave_the_matrices_out_cannot_read_config_json(ser
     assert "load_transformers" in (served[1] / readers.CARD).read_text()
 
 
+def test_nvfp4_is_exported_with_scales_of_tensors_that_calibration_chose(
+    tiny_directory, tmp_path, capsys
+):
+    formats = {"formats": ("nvfp4_calibrated",), "serve": "transformers"}
+    model = quantized(tiny_directory, tmp_path / "q", recipe="identity", **formats)
+    tensors = exported(model, tmp_path / "e")
+    assert "Read again: 14 linears hold the bits of the quantized" in read_again(
+        tmp_path / "e", model
+    )
+    name, state = "model.layers.1.mlp.up_proj", Quantized(model).layer(1)[1]["mlp_in"]
+    weight = state.weights[0]
+    scales = inventory(tmp_path / "e")[f"{name}.weight_scale"]
+    assert scales[2:] == ((weight.shape[0], weight.shape[1] // 16), "F8_E4M3")
+    for side, scale in {"weight": weight.tensor_scale, "input": state.tensor_scale}.items():
+        np.testing.assert_array_equal(tensors[f"{name}.{side}_global_scale"], [1 / scale])
+    fields = json.loads((tmp_path / "e" / "config.json").read_text())["quantization_config"]
+    assert fields["format"] == "nvfp4-pack-quantized"
+    assert fields["config_groups"]["group_0"]["input_activations"]["dynamic"] == "local"
+    x = np.random.default_rng(0).standard_normal((2, 64)).astype(np.float32)
+    beside = x * np.float32([[1], [1000]])  # another token beside the first changes nothing
+    first, again = (
+        quantize_input(jnp.asarray(x), state, NVFP4(calibrated=True))[0] for x in (x, beside)
+    )
+    np.testing.assert_array_equal(first, again)
+    own, packed = load_any(model)[2], load_any(tmp_path / "e", "nvfp4_calibrated")[2]
+    for site in SITES:
+        for part in ("weights", "tensor_scale"):
+            pair = (jax.tree.leaves(getattr(state[site], part)) for state in (own, packed))
+            for wanted, found in zip(*pair, strict=True):
+                np.testing.assert_array_equal(found, wanted)
+    words = ["export", "--model", str(model), "--out", str(tmp_path / "v"), "--serve", "vllm"]
+    assert_one_line(cli.main(words), capsys, "takes weights in mxfp4, not in nvfp4_calibrated")
+
+
 def test_what_a_program_would_compute_otherwise_is_refused(served, tmp_path, capsys):
     arguments = ["export", "--model", str(served[0]), "--out", str(tmp_path / "e"), "--serve"]
     assert_one_line(
@@ -83,7 +122,7 @@ def test_what_a_program_would_compute_otherwise_is_refused(served, tmp_path, cap
         (("vllm", "--activation-formats", "even"), "vllm rounds activations to mxfp4:rceil"),
         (
             ("transformers", "--weight-formats", "mxfp8"),
-            "takes weights in mxfp4, not in mxfp8:mse",
+            "takes weights in mxfp4 or nvfp4_calibrated, not in mxfp8:mse",
         ),
         (("vllm", "--refine", "2"), "no place for a matrix for each block"),
     ],

@@ -124,6 +124,16 @@ def test_torchao_nvfp4_agrees_but_for_block_scales_below_two_to_the_minus_six():
     np.testing.assert_array_equal(packed[same], theirs["nvfp4.codes"][same])
 
 
+def test_compressed_tensors_has_the_bits_of_calibrated_nvfp4():
+    theirs = golden("compressed_tensors")
+    q = NVFP4(calibrated=True).quantize(theirs["nvfp4.x"])
+    assert float(q.tensor_scale) == 1 / theirs["nvfp4.reciprocal"]
+    bytes_ = np.asarray(q.scale_bytes())
+    np.testing.assert_array_equal(bytes_, theirs["nvfp4.bytes"])
+    np.testing.assert_array_equal(pack_nibbles(q.codes()), theirs["nvfp4.codes"])
+    assert 1 < (bytes_ == 0x20).sum() < 24  # 2^-3 in place of zero
+
+
 def test_four_over_six_agrees_with_its_authors():
     theirs, x = golden("fouroversix"), X[:24].reshape(-1, 16)
     q = NVFP4(four_over_six=True).quantize(x)

@@ -73,7 +73,11 @@ def torchao(x: np.ndarray) -> dict[str, np.ndarray]:
 
 def compressed_tensors(x: np.ndarray) -> dict[str, np.ndarray]:
     import torch
+    from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
     from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
+    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization.quant_scheme import NVFP4
+    from compressed_tensors.quantization.utils import calculate_qparams
     from compressed_tensors.quantization.utils.mxfp_utils import generate_mx_scales
 
     amax = torch.from_numpy(x).abs().amax(-1).to(torch.bfloat16)
@@ -82,6 +86,19 @@ def compressed_tensors(x: np.ndarray) -> dict[str, np.ndarray]:
     values = torch.cat([grid, -grid]).repeat(2, 1).flip(0)
     out["values"] = values.float().numpy()
     out["packed"] = pack_fp4_to_uint8(values).numpy()
+    ordinary = torch.from_numpy(x[:24].reshape(-1, 16).copy())
+    ordinary[:16] *= 2.0 ** -torch.arange(16, 32)[:, None]  # scales that E4M3 rounds to zero
+    ordinary[0] = 0
+    reciprocal = 2.0 ** -np.ceil(np.log2(ordinary.abs().max().item() / 2688))
+    whole, args = torch.tensor([reciprocal], dtype=torch.float32), NVFP4["weights"]
+    scales, _ = calculate_qparams(ordinary.amin(-1), ordinary.amax(-1), args, global_scale=whole)
+    state = {"weight": ordinary, "weight_scale": scales[:, None], "weight_global_scale": whole}
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    compressed = NVFP4PackedCompressor.compress(state, scheme)
+    out["nvfp4.x"] = ordinary.numpy()
+    out["nvfp4.reciprocal"] = whole.numpy()
+    out["nvfp4.bytes"] = compressed["weight_scale"].view(torch.uint8).numpy()
+    out["nvfp4.codes"] = compressed["weight_packed"].numpy()
     return out
 
 

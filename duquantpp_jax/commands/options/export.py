@@ -15,9 +15,10 @@ class ExportOptions:
 
     Attributes:
       model: Directory that `duquantpp quantize` wrote.
-      format: compressed-tensors (MXFP4, with at most one matrix for each site's input; what vLLM
-        and transformers make of it is printed, docs/serving.md), dequantized (plain bfloat16,
-        activations not quantized), or gpt-oss (its own layout of MXFP4 experts).
+      format: compressed-tensors (MXFP4, or NVFP4 of nvfp4_calibrated, with at most one matrix for
+        each site's input; what vLLM and transformers make of it is printed, docs/serving.md),
+        dequantized (plain bfloat16, activations not quantized), or gpt-oss (its own layout of MXFP4
+        experts).
       out: New directory.
       serve: The program that is to read it: refuses what that would compute otherwise, which
         quantize --serve prevents.
