@@ -8,9 +8,14 @@ Method: each recipe is quantized with --serve transformers (weights under mse, a
   model, of
     ours          the quantized model here
     loaded        the export in transformers and compressed-tensors, float32 on a CPU
+    apart         of the model that is loaded to ours, and not to the float model
+    last bits     of ours to ours, with each input of a linear moved by 2^-24 of the largest number
+                  of its token: what rounding makes of the last bit, in which sums in another order
+                  differ, too
     left out      the same without its transform_config, which is what from_pretrained would give
     vLLM's rule   the quantized model here, with activations under rceil, as in vLLM's source
     dequantized   the export of plain bfloat16 weights, activations as they are
+  NAME/nvfp4_calibrated has weights and activations in NVFP4, which vLLM takes otherwise (docs).
   A recipe with a matrix for each block is refused by compressed-tensors; its row is there for what
   sharing costs.
 Command: python -m experiments.elsewhere --out FILE, with the extra interop; and
@@ -20,6 +25,7 @@ Last result: docs/serving.md, made of results/elsewhere_*.json.
 """
 
 import argparse
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -49,12 +55,16 @@ RECIPES = (
     "wush_conditioned",
     "learned_rotation",
     "learned_affine",
+    "identity/nvfp4_calibrated",
+    "block_hadamard/nvfp4_calibrated",
 )
-FITTED = RECIPES[3:]
+FITTED = RECIPES[3:7]
 """Those with a matrix for each block, and a shared form."""
 COLUMNS = {
     "ours": "KL of ours",
     "loaded": "loaded in transformers",
+    "apart": "loaded \\|\\| ours",
+    "last_bits": "last bits of ours",
     "left_out": "matrices left out",
     "vllm_rule": "vLLM's rule, ours",
     "dequantized": "dequantized, W4A16",
@@ -64,8 +74,15 @@ COLUMNS = {
 def measure(
     recipe: str, how: dict[str, Any], reference: Reference, place: Path, *, per_block: bool
 ) -> dict[str, Any]:
-    """The KL of a recipe, by column, and bytes; with a matrix for each block of ours alone."""
+    """The KL of a recipe, by column, and bytes; with a matrix for each block of ours alone.
+
+    Args:
+      recipe: Its name, or NAME/FORMAT for another format than MXFP4.
+    """
+    recipe, _, format = recipe.partition("/")
     same = {"recipe": recipe, "out": place / "q", **how}
+    if format:
+        same["formats"] = (format,)
     if per_block:
         formats = {"weight_formats": ("mse",), "activation_formats": ("even",)}
         quantize(QuantizeOptions(fuse=True, **formats, **same))
@@ -74,47 +91,64 @@ def measure(
     decoder, linear, state = load_any(place / "q")
     targets = reference.tokens[:, 1:].size
 
-    def kl(predictor: Predictor) -> float:
-        return float(reference.row_sums(predictor).kl.sum() / targets)
+    def kl(predictor: Predictor, to: Reference = reference) -> float:
+        return float(to.row_sums(predictor).kl.sum() / targets)
 
     rceil = QuantizedLinear(tuple((site, find_format("mxfp4:rceil")) for site in SITES))
+    own = Reference(Predictor(decoder, linear, state), reference.tokens)
     found: dict[str, Any] = {
         "ours": kl(Predictor(decoder, linear, state)),
-        "vllm_rule": kl(Predictor(decoder, rceil, state)),
+        "last_bits": kl(Predictor(decoder, LastBits(linear), state), own),
     }
+    if not format:
+        found["vllm_rule"] = kl(Predictor(decoder, rceil, state))
     write_export(place / "q", "dequantized", place / "d")
     found["dequantized"] = kl(Predictor(load(place / "d")))
     found["dequantized_bytes"] = _bytes(place / "d")
     if not per_block:
         write_export(place / "q", "compressed-tensors", place / "e")
         found["bytes"] = _bytes(place / "e")
-        found |= in_transformers(place / "e", reference)
+        found |= in_transformers(place / "e", reference, own)
     return found
 
 
-def in_transformers(directory: Path, reference: Reference) -> dict[str, float]:
-    """The KL of an export as loaded, and with its matrices left out, where it has some."""
+@dataclasses.dataclass(frozen=True)
+class LastBits:
+    """A linear whose input is moved up or down by half a unit in the last place of the largest
+    number of each token, which is what one float32 addition of such numbers may lose."""
+
+    linear: QuantizedLinear
+    seed: int = 0
+
+    def __call__(self, site: str, x: jax.Array, weights: Any, state: Any) -> Any:
+        key = jax.random.fold_in(jax.random.key(self.seed), SITES.index(site))
+        signs = jax.random.rademacher(key, x.shape, jnp.float32)
+        step = jnp.max(jnp.abs(x), axis=-1, keepdims=True) * np.float32(2**-24)
+        return self.linear(site, x + signs * step, weights, state)
+
+
+def in_transformers(directory: Path, reference: Reference, own: Reference) -> dict[str, float]:
+    """The KL of an export as loaded, to both, and with its matrices left out, if it has some."""
     import torch
 
     model = load_transformers(directory)
-    given = reference._given
-    run = jax.jit(lambda tokens: given.log_probabilities(tokens))
+    given = [jax.jit(to._given.log_probabilities) for to in (reference, own)]
 
-    def kl() -> float:
-        total = 0.0
+    def kl() -> np.ndarray:
+        total = np.zeros(2)
         for row in reference.tokens:
             with torch.no_grad():
                 logits = model(torch.from_numpy(row[None, :-1].astype(np.int64))).logits.numpy()
             log_q = jax.nn.log_softmax(jnp.asarray(logits))
-            total += float(kl_divergence(run(jnp.asarray(row[None])), log_q).sum())
+            total += [kl_divergence(run(jnp.asarray(row[None])), log_q).sum() for run in given]
         return total / reference.tokens[:, 1:].size
 
-    found = {"loaded": kl()}
+    found = dict(zip(("loaded", "apart"), map(float, kl()), strict=True))
     hooked = [m for m in model.modules() if m._forward_pre_hooks]
     if hooked:
         for module in hooked:
             module._forward_pre_hooks.clear()
-        found["left_out"] = kl()
+        found["left_out"] = float(kl()[0])
     return found
 
 
@@ -168,7 +202,7 @@ def main() -> None:
         "environment": environment(),
     }
     for recipe in options.recipes:
-        names = (recipe, recipe + SHARED) if recipe in FITTED else (recipe,)
+        names = (recipe, recipe + SHARED) if recipe in FITTED else (recipe,)  # or NAME:shared alone
         for name in names:
             if name in results["rows"]:
                 continue

@@ -9,18 +9,22 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from duquantpp_jax.checkpoints import load_any
+from duquantpp_jax.checkpoints import load, load_any, testbed
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.online import moved_online, stored_matrix, transform_of
 from duquantpp_jax.checkpoints.shards import inventory
 from duquantpp_jax.commands.export import export
 from duquantpp_jax.commands.options.export import ExportOptions
+from duquantpp_jax.commands.options.quantize import QuantizeOptions
+from duquantpp_jax.commands.quantize import quantize
 from duquantpp_jax.evaluation.predict import kl_divergence
+from duquantpp_jax.models import SITE_WEIGHTS
+from duquantpp_jax.ptq.site import move_input
 from tests.checkpoints.test_layouts import exported, quantized
 from tests.checkpoints.test_mxfp4 import COMPRESSED, drawn, written
 from tests.checkpoints.test_serving import served  # noqa: F401
 from tests.conftest import tiny_decoder
-from tests.decompress import assert_equal, by_library, dequantized
+from tests.decompress import assert_equal, by_library, dequantized, tensors_of
 
 pytest.importorskip("compressed_tensors", reason="needs the extra interop")
 
@@ -147,6 +151,75 @@ def test_a_fitted_model_computes_and_writes_in_transformers_what_it_does_here(se
     assert kl(wanted, logits_in_transformers(model, TOKENS)) > 0.01
 
 
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """The embedded model quantized, and its export, with a row of 511 tokens."""
+    place = tmp_path_factory.mktemp("embedded")
+    options = {"rows": 4, "serve": "transformers", "recipe": "block_hadamard"}
+    quantize(QuantizeOptions(out=place / "q", **options))
+    export(ExportOptions(place / "q", serve="transformers", out=place / "e"))
+    return place, testbed.evaluation_rows()[:1, :-1]
+
+
+def test_given_our_codes_transformers_has_our_logits_over_a_whole_row(embedded, monkeypatch):
+    """It parts from ours where a sum that rounds otherwise in its last bit takes a number over the
+    border of two codes, and nowhere else: its rounding of any input is ours, bit for bit."""
+    import torch
+    from compressed_tensors.quantization.lifecycle import forward
+
+    from duquantpp_jax.interop import load_transformers
+
+    place, tokens = embedded
+    decoder, linear, state = load_any(place / "q")
+
+    def recorded(site, x, weights, state):
+        format = dict(linear.activation_formats)[site]
+        seen = move_input(x, state.transform), linear.quantized(x, state, format)
+        return linear(site, x, weights, state)[0], seen
+
+    wanted, seen = jax.jit(lambda tokens: decoder(tokens, recorded, state))(tokens)
+    model, theirs = load_transformers(place / "e"), forward.forward_quantize
+    where = {
+        model.get_submodule(f"model.layers.{layer}.{name}"): (site, layer)
+        for layer in range(decoder.config.num_hidden_layers)
+        for site, names in SITE_WEIGHTS.items()
+        for name in names
+    }
+    differ = []
+
+    def ours(module, value, base_name, args):
+        site, layer = where[module]
+        moved, rounded = (np.asarray(part)[layer] for part in seen[site])
+        scale = np.abs(moved).max(-1, keepdims=True)
+        given = value.numpy()
+        np.testing.assert_allclose(given / scale, moved / scale, atol=1e-5)
+        found = theirs(module, value, base_name, args).numpy()
+        format = dict(linear.activation_formats)[site]
+        np.testing.assert_array_equal(found, format.fake_quantize(jnp.asarray(given)))
+        differ.append((found != rounded).mean())
+        return torch.from_numpy(np.array(rounded))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(forward, "forward_quantize", ours)
+        found = logits_in_transformers(model, tokens)
+    assert max(differ) < 1e-4
+    assert kl(wanted, found) < 1e-8
+
+
+def test_the_two_part_no_further_than_ours_does_after_last_bits_were_changed(embedded):
+    from duquantpp_jax.interop import load_transformers
+    from experiments.elsewhere import LastBits
+
+    place, tokens = embedded
+    decoder, linear, state = load_any(place / "q")
+    wanted = logits_of(place / "q")(tokens)
+    others = [LastBits(linear, seed) for seed in range(2)]
+    run = jax.jit(lambda tokens, other: decoder(tokens, other, state)[0], static_argnames="other")
+    noise = [kl(wanted, run(tokens, other=other)) for other in others]
+    found = kl(wanted, logits_in_transformers(load_transformers(place / "e"), tokens))
+    assert 1e-5 < found < 3 * max(noise)
+
+
 def test_transformers_alone_refuses_what_it_would_compute_wrongly(served):  # noqa: F811
     from transformers import AutoModelForCausalLM
 
@@ -175,6 +248,44 @@ def test_exports_for_transformers_have_the_logits_of_the_model(
 
         alone = AutoModelForCausalLM.from_pretrained(tmp_path / "e")
         assert np.isfinite(logits_in_transformers(alone, TOKENS)).all()
+
+
+@pytest.mark.parametrize("recipe", ["identity", "block_hadamard"])
+def test_nvfp4_has_the_codes_of_the_library_and_the_logits_of_the_model(
+    recipe, tiny_directory, tmp_path
+):
+    import torch
+    from compressed_tensors.compressors.nvfp4.base import NVFP4PackedCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization.quant_scheme import NVFP4
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    from duquantpp_jax.interop import load_transformers
+
+    options = {"recipe": recipe, "serve": "transformers", "formats": ("nvfp4_calibrated",)}
+    model = quantized(tiny_directory, tmp_path / "q", **options)
+    export(ExportOptions(model, serve="transformers", check=True, out=tmp_path / "e"))
+    loaded = load_transformers(tmp_path / "e")
+    assert kl(logits_of(model)(TOKENS), logits_in_transformers(loaded, TOKENS)) < 1e-6
+    tensors, wanted = tensors_of(tmp_path / "e"), dequantized(model)
+    for name, w in wanted.items():
+        np.testing.assert_array_equal(loaded.get_submodule(name).weight.detach().numpy(), w)
+        assert np.frexp(tensors[f"{name}.input_global_scale"])[0].tolist() == [0.5]
+    if recipe == "identity":
+        floats, args = load(tiny_directory), NVFP4["weights"]
+        for name in wanted:
+            layer, inside = name.removeprefix("model.layers.").split(".", 1)
+            weight = np.array(floats.layers[inside][...][int(layer)], np.float32)
+            whole = torch.from_numpy(tensors[f"{name}.weight_global_scale"].copy())
+            weight = torch.from_numpy(weight)
+            blocks = weight.unflatten(-1, (-1, 16))
+            scales, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), args, whole)
+            state = {"weight": weight, "weight_scale": scales, "weight_global_scale": whole}
+            scheme = QuantizationScheme(targets=["Linear"], weights=args)
+            theirs = NVFP4PackedCompressor.compress(state, scheme)
+            for part in ("weight_packed", "weight_scale"):
+                found = theirs[part].view(torch.uint8).numpy()
+                np.testing.assert_array_equal(tensors[f"{name}.{part}"].view(np.uint8), found)
 
 
 def test_a_dequantized_export_loads_as_a_float_model(served, tmp_path):  # noqa: F811
