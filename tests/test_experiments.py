@@ -101,19 +101,29 @@ def test_the_short_form_of_rotations_is_that_of_the_results():
     assert tables.beside(pivots) in (RESULTS / "rotations.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("measure", ["kl", "excess_nll"])
-def test_the_readmes_table_is_that_of_the_results(measure):
-    (pivot,) = tables.read(RESULTS / "grid_headline_smollm2_128rows.json")
+HEADLINES = [RESULTS / f"grid_headline_{name}_128rows.json" for name in ("smollm2", "gemma3_270m")]
+
+
+@pytest.mark.parametrize(
+    ("path", "measure"),
+    [(HEADLINES[0], "kl"), (HEADLINES[0], "excess_nll"), (HEADLINES[1], "kl")],
+    ids=["smollm2, kl", "smollm2, excess_nll", "gemma3, kl"],
+)
+def test_the_readmes_tables_are_those_of_the_results(path, measure):
+    (pivot,) = tables.read(path)
     rows = ("rtn", "block_hadamard", "smooth_hadamard", "duquantpp", "wush")
     columns = ("rtn, floor", "rtn, even", "gptq, even")
     readme = (RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
     assert markdown(tables.chosen(pivot, rows, columns), measure) in readme
 
 
-def test_the_long_tables_of_rotations_are_those_of_the_results(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["tables", *map(str, ROTATIONS)])
+@pytest.mark.parametrize(
+    ("name", "paths"), [("rotations.md", ROTATIONS), ("headline.md", HEADLINES)]
+)
+def test_long_tables_are_those_of_the_results(name, paths, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tables", *map(str, paths)])
     tables.main()
-    assert (RESULTS / "rotations.md").read_text(encoding="utf-8").endswith(capsys.readouterr().out)
+    assert (RESULTS / name).read_text(encoding="utf-8").endswith(capsys.readouterr().out)
 
 
 def test_the_short_form_of_a_grid_leaves_out_what_was_not_run():
