@@ -10,7 +10,7 @@ from duquantpp_jax.core.notices import about
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.basic import FitSmooth, _smooth_scale
 from duquantpp_jax.transforms.pca import FitPca
-from duquantpp_jax.transforms.wush import FitWush, damped_moments, wush
+from duquantpp_jax.transforms.wush import FitWush, wush
 from tests.conftest import heavy_tails, stats_of
 
 KEY = jax.random.key(3)
@@ -69,6 +69,11 @@ def test_another_alpha_compiles_nothing():
     assert compiled() == before
 
 
+def damped(moment, damping):
+    """By the docstring of wush.py: in units of the mean diagonal."""
+    return moment + damping * np.mean(np.diag(moment)) * np.eye(len(moment))
+
+
 @pytest.mark.parametrize("damping", [1e-6, 1e-3])
 def test_wush_makes_both_damped_second_moments_equal_and_even(damping):
     weights, x = _site()
@@ -78,8 +83,8 @@ def test_wush_makes_both_damped_second_moments_equal_and_even(damping):
     back = np.swapaxes(np.asarray(transform.inverses, np.float64), 1, 2)
     for block in (0, 1):
         part = slice(32 * block, 32 * block + 32)
-        x_moment = damped_moments(tokens[:, part].T @ tokens[:, part] / len(tokens), damping)
-        w_moment = damped_moments(w[:, part].T @ w[:, part] / len(w), damping)
+        x_moment = damped(tokens[:, part].T @ tokens[:, part] / len(tokens), damping)
+        w_moment = damped(w[:, part].T @ w[:, part] / len(w), damping)
         moved_x = forward[block].T @ x_moment @ forward[block]
         moved_w = back[block].T @ w_moment @ back[block]
         np.testing.assert_allclose(moved_x, moved_w, atol=2e-4 * np.trace(moved_x) / 32)
