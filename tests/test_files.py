@@ -118,6 +118,28 @@ def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path):
     assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
 
 
+@pytest.mark.parametrize("kind", ["bytes", "tensors"])
+def test_a_disk_without_room_is_an_error_and_leaves_what_was_there(kind, tmp_path):
+    resource = pytest.importorskip("resource", reason="of POSIX")
+    path, limits = tmp_path / "a", resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write(count):
+        if kind == "bytes":
+            return files.write_whole(path, bytes(count))
+        files.write_tensors(path, {"a": np.zeros(count, np.uint8)}, {})
+
+    write(10)
+    old = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write(200_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == old
+    assert [each.name for each in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_rename_is_on_the_disk_with_its_directory(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))

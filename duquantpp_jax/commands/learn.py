@@ -87,6 +87,7 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
     place = options.out / PROGRESS
     with only_process(options.out):
         if _begin(options, asked):
+            shutil.rmtree(place, ignore_errors=True)  # left by a run that was killed at its end
             return read_about(options.out)
         found = learn(options, checkpoint, method, rows, held_out, place=place, report=report)
         kl = {}
@@ -149,7 +150,7 @@ def _begin(options: LearnOptions, asked: dict[str, Any]) -> bool:
             (out / name).unlink(missing_ok=True)
     finished = (out / ABOUT).is_file()
     if not finished and not (place / BEGUN).is_file():
-        if any(path.name != LOCK for path in out.iterdir()):
+        if any(path not in (place, out / LOCK) for path in out.iterdir()):
             raise ValueError(f"{out} holds other files: give an empty or new directory")
         files.write_whole(place / BEGUN, files.to_json(asked))
         return False

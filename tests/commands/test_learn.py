@@ -1,17 +1,19 @@
 """`duquantpp learn`: fits for other commands; killed, resumed, and refused where they differ."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from duquantpp_jax.checkpoints import load, load_any, sha256
+from duquantpp_jax.checkpoints import fits, load, load_any, sha256
 from duquantpp_jax.checkpoints.directory import layer_file
 from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about, save_fits
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.cli import main
+from duquantpp_jax.commands import learn
 from duquantpp_jax.commands.learn import LearnOptions, learn_fits, split
 from duquantpp_jax.commands.quantize import QuantizeOptions, calibration_tokens, quantize
 from duquantpp_jax.files import read_json
@@ -97,6 +99,29 @@ def test_a_model_that_is_changed_while_it_is_learned_from_gives_no_fits(
     with pytest.raises(ValueError, match="model was changed while it was read"):
         learn_fits(options)
     assert not (options.out / "fits.json").exists()
+
+
+def test_killed_at_its_first_or_its_last_step_it_leaves_nothing_that_stops_the_next(
+    options, monkeypatch
+):
+    place, learned = options.out / learn.PROGRESS, []
+    place.mkdir(parents=True)
+    left = place / ".begun.json.another-1-1-01234567"
+    left.touch()  # killed while it wrote what it was asked
+
+    def no_steps(*_, **__):
+        learned.append(1)
+        raise Killed
+
+    monkeypatch.setattr(learn, "learn", no_steps)
+    with pytest.raises(Killed):
+        learn_fits(options)
+    asked = read_json(place / learn.BEGUN)
+    about = asked | {"schema": fits.SCHEMA, "sha256": "", "held_out_kl": {}}
+    (options.out / fits.ABOUT).write_text(json.dumps(about))  # killed before it tidied up
+    assert learn_fits(options) == about
+    assert [path.name for path in options.out.iterdir()] == [fits.ABOUT]
+    assert learned == [1]
 
 
 def test_rows_that_fill_no_batch_are_refused_before_anything_is_written(options):

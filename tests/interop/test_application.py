@@ -151,6 +151,14 @@ def test_a_wrong_request_is_refused_in_the_form_of_the_interface(name, applicati
     assert len(error["message"]) < 300
 
 
+def test_where_too_many_wait_the_next_is_told_to_try_later(application, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(application._desk._tickets, "qsize", lambda: 3)
+        status, answer = ask(application, COMPLETIONS, wish())
+    assert (status, json.loads(answer)["error"]["code"]) == (503, "server_busy")
+    assert ask(application, COMPLETIONS, wish())[0] == 200
+
+
 def test_other_paths_methods_and_kinds_of_body_are_refused(application):
     assert ask(application, "/v1/edits", b"")[0] == 404
     assert ask(application, COMPLETIONS, b"", method="GET")[0] == 405
