@@ -35,7 +35,7 @@ class Command:
 
     Attributes:
       arguments: But for --out.
-      goes_on: Whether a run takes up what a killed one has left.
+      goes_on: Whether a run takes up, or overwrites, what a killed one has left under --out.
     """
 
     name: str
@@ -69,7 +69,7 @@ def commands(place: Path) -> dict[str, Command]:
     made = (
         Command("quantize", quantized, True),
         Command("export", ("export", "--model", str(place / "quantized")), False),
-        Command("compare", ("compare", *both, *shared), False),
+        Command("compare", ("compare", *both, *shared), True),
         Command("ablate", ("ablate", str(place / "grid.py"), *both), True),
         Command("learn", ("learn", *given, *learning), True),
     )
