@@ -25,8 +25,17 @@ if TYPE_CHECKING:
     from duquantpp_jax.kernels import quantized_linear
     from duquantpp_jax.lab import Cell
     from duquantpp_jax.models import Decoder, DecoderConfig
-    from duquantpp_jax.ptq import Plan, calibrate, fit_linear, quantize_decoder, quantize_linear
-    from duquantpp_jax.recipes import FITS, FORMATS, ROUNDINGS, recipe
+    from duquantpp_jax.ptq import (
+        MXLinear,
+        Plan,
+        calibrate,
+        convert,
+        fit_linear,
+        quantize,
+        quantize_decoder,
+        quantize_linear,
+    )
+    from duquantpp_jax.recipes import FITS, FORMATS, ROUNDINGS, fake_quantize, recipe
 
 __version__ = "0.1.0"
 
@@ -35,8 +44,10 @@ __all__ += ["MXFP4", "MXFP6", "MXFP8", "NVFP4", "Transform"]
 __all__ += ["FITS", "FORMATS", "Cell", "Decoder", "DecoderConfig", "Plan", "Predictor"]
 __all__ += ["ROUNDINGS", "Reference", "calibrate", "fit_linear", "load", "load_quantized"]
 __all__ += ["load_tokenizer", "quantize_decoder", "quantize_linear", "quantized_linear", "recipe"]
+__all__ += ["MXLinear", "convert", "fake_quantize", "quantize"]
 
 _NOUNS = ("Chain", "Fitted", "Format", "MXArray", "Needs", "Recipe", "ScaleRule", "Stats")
+_QUANTIZERS = ("quantize_decoder", "quantize_linear")
 _LATER = {
     "checkpoints": ("load", "load_quantized", "load_tokenizer"),
     "core": (*_NOUNS, "Transform"),
@@ -45,8 +56,8 @@ _LATER = {
     "kernels": ("quantized_linear",),
     "lab": ("Cell",),
     "models": ("Decoder", "DecoderConfig"),
-    "ptq": ("Plan", "calibrate", "fit_linear", "quantize_decoder", "quantize_linear"),
-    "recipes": ("FITS", "FORMATS", "ROUNDINGS", "recipe"),
+    "ptq": ("MXLinear", "Plan", "calibrate", "convert", "fit_linear", "quantize", *_QUANTIZERS),
+    "recipes": ("FITS", "FORMATS", "ROUNDINGS", "fake_quantize", "recipe"),
 }
 
 

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+import jax
+
 from duquantpp_jax import formats
 from duquantpp_jax.core import Fit, Format, Needs, Recipe, Rounding, ScaleRule, shared
 from duquantpp_jax.formats.plain import BFloat16
@@ -149,6 +151,26 @@ def recipe(
         find_rounding(rounding) if isinstance(rounding, str) else rounding,
         *(side if isinstance(side, Format) else find_format(side) for side in sides),
     )
+
+
+def fake_quantize(
+    x: Any, format: str | Format, axis: int = -1, pad: bool = False, **options: Any
+) -> Any:
+    """`Format.fake_quantize` of every array of a pytree: the numbers of a format, in x's types.
+
+    >>> import jax.numpy as jnp
+    >>> weights = {"kernel": jnp.ones((32, 8), jnp.bfloat16), "bias": jnp.ones(8)}
+    >>> rounded = fake_quantize(weights, "mxfp4:even", axis=0, pad=True)
+    >>> rounded["kernel"].shape, rounded["kernel"].dtype.name
+    ((32, 8), 'bfloat16')
+
+    Args:
+      x: An array, or a pytree of them.
+      format: Or its name, as in `find_format`.
+      axis, pad, options: As in `Format.fake_quantize`.
+    """
+    found = find_format(format) if isinstance(format, str) else format
+    return jax.tree.map(lambda a: found.fake_quantize(a, axis=axis, pad=pad, **options), x)
 
 
 def find_fit(name: str) -> Fit:

@@ -9,7 +9,8 @@
 A new method is a new value of one of them. The other rooms make such values.
 """
 
-from duquantpp_jax.core.arrays import Element, ElementRounding, Format, MXArray, ScaleRule
+from duquantpp_jax.core.arrays import Element, Format, MXArray
+from duquantpp_jax.core.choices import ElementRounding, ScaleRule
 from duquantpp_jax.core.recipe import (
     Fit,
     Fitted,

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # a field is given as a member or by its name, and read as a 
 else:
     RuleField, RoundingField = ScaleRule | str, ElementRounding | str
 
-FLOAT_TYPES = ("float32", "bfloat16", "float16")
+FLOAT_TYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")
 OPTIONS = {
     "tensor_scale": "formats with two levels of scale, such as NVFP4",
     "scale_offset": "scales that are powers of two, such as MXFP4's",

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
-from duquantpp_jax.core.arrays import Element, ElementRounding, times_power_of_two
+from duquantpp_jax.core.arrays import Element, times_power_of_two
+from duquantpp_jax.core.choices import ElementRounding
 from duquantpp_jax.formats import scales as sc
 from duquantpp_jax.formats.division import divide_by, magnitude_bits, quotient, split
 from duquantpp_jax.formats.elements import E2M1, E4M3, encode

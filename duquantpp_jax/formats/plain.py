@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float
 
 from duquantpp_jax.core import Format, MXArray
 
@@ -29,7 +29,14 @@ class BFloat16(Format):
         raise ValueError("bf16 has no elements and no scales: it is for activations (W4A16)")
 
     def fake_quantize(
-        self, x: Array | np.ndarray, *, saturated_gradient: bool = True, **options: Any
-    ) -> Float32[Array, "*batch k"]:
-        """x rounded to bfloat16, nearest even."""
-        return jnp.asarray(x).astype(jnp.bfloat16).astype(jnp.float32)
+        self,
+        x: Array | np.ndarray,
+        *,
+        axis: int = -1,
+        pad: bool = False,
+        saturated_gradient: bool = True,
+        **options: Any,
+    ) -> Float[Array, "*shape"]:
+        """x rounded to bfloat16, nearest even, in its own type."""
+        x = jnp.asarray(x)
+        return x.astype(jnp.bfloat16).astype(x.dtype)

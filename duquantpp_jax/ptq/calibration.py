@@ -121,7 +121,7 @@ def calibrate_layer(
         y, inputs = run(hidden[batch], sites)
         beside = {} if exact is None else run(exact[batch], {})[1]
         for site in stats:
-            stats[site] = _fold(
+            stats[site] = fold_input(
                 stats[site],
                 inputs[site],
                 np.int32(batch.start * length),
@@ -179,7 +179,7 @@ def _run_layer(
 
 
 @functools.partial(jax.jit, donate_argnames="stats", static_argnames=("format", "mesh"))
-def _fold(
+def fold_input(
     stats: Stats,
     x: Any,
     first: Int[Array, ""] | np.int32,
@@ -191,14 +191,14 @@ def _fold(
 ) -> Stats:
     """Folds the input of one site into its Stats, moved and quantized if there is a fit.
 
-    A format whose scale spans a tensor sees BATCH_ROWS rows at a time, on any number of devices.
-    Tokens of an expert are numbered as they come.
+    A format whose scale spans a tensor sees BATCH_ROWS rows at a time on a mesh of any number of
+    devices, and without a mesh the input as it is. Tokens of an expert are numbered as they come.
     """
     x = pad_channels(x, stats.absmax.shape[-1])
     if exact is not None and fitted is not None:
         exact = fitted.transform.activations(pad_channels(exact, x.shape[-1]))
     if fitted is not None and format is not None:
-        count = max(1, jax.tree.leaves(x)[0].shape[0] // BATCH_ROWS)
+        count = 1 if mesh is None else max(1, jax.tree.leaves(x)[0].shape[0] // BATCH_ROWS)
         groups = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), x)
         groups = jax.vmap(lambda group: quantize_input(group, fitted, format))(groups)
         x = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), groups)

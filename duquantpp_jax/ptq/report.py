@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from duquantpp_jax.core import Format, MXArray
+from duquantpp_jax.core import Format, MXArray, Recipe, Stats
 from duquantpp_jax.models.layers import matmul
 from duquantpp_jax.models.parameters import SITES, expert_name, experts, layer_prefix
 from duquantpp_jax.ptq.experts import FEWEST, parts_of
@@ -17,6 +18,7 @@ from duquantpp_jax.ptq.fuse import online_cost
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import QuantizedSite, layer_of, pad_channels, quantize_input
 from duquantpp_jax.ptq.walk import QuantizedLayer, State
+from duquantpp_jax.recipes import format_name
 
 
 def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[str, Any]]:
@@ -35,22 +37,84 @@ def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[st
                 tokens = int(layer.counts[site][number_of])
                 seen = {"tokens": tokens, "pooled": tokens < FEWEST}
             energies = sensitivity(*part, format=format)
-            online = online_cost(part[2].transform, sample.shape[-1])
-            linears = zip(names, part[2].weights, energies, strict=True)
-            report += [
-                {
-                    "linear": layer_prefix(number)
-                    + (expert_name(name, number_of) if count else name),
-                    "bytes": storage_bytes(q),
-                    "sqnr_db": _decibel(signal, error),
-                    "weight_error": float(weight_error) / max(float(signal), 1e-30),
-                    "online_multiply_adds": online.multiply_adds,
-                    "online_bytes": online.bytes,
-                    **seen,
-                }
-                for name, q, (signal, error, weight_error) in linears
-            ]
+            inside = (expert_name(name, number_of) if count else name for name in names)
+            own = [layer_prefix(number) + name for name in inside]
+            report += [row | seen for row in _rows(own, part[2], energies, sample.shape[-1])]
     return report
+
+
+def _rows(
+    names: Sequence[str], site: QuantizedSite, energies: Any, width: int
+) -> list[dict[str, Any]]:
+    """A row for each linear of a site, of what `sensitivity` says of it."""
+    online = online_cost(site.transform, width)
+    return [
+        {
+            "linear": name,
+            "bytes": storage_bytes(q),  # type: ignore[arg-type]
+            "sqnr_db": _decibel(signal, error),
+            "weight_error": float(weight_error) / max(float(signal), 1e-30),
+            "online_multiply_adds": online.multiply_adds,
+            "online_bytes": online.bytes,
+        }
+        for name, q, (signal, error, weight_error, *_) in zip(
+            names, site.weights, energies, strict=True
+        )
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleReport:
+    """What `quantize` made of a module; printed, a table.
+
+    Attributes:
+      linears: A row for each quantized linear, in the order of the calls: those of report.json
+        (docs/quantize.md), the tokens that it saw, its formats, its number of weights and the SQNR
+        of its moved weight.
+      left: The paths of what is left in float, and why.
+    """
+
+    linears: list[dict[str, Any]]
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        paths = [row["linear"] for row in self.linears] + [*self.left]
+        wide = max(map(len, ["linear", *paths]))
+        lines = [f"{'linear':{wide}}  {'weight':13}{'input':13} bits  SQNR of W  of y, dB"]
+        for row in self.linears:
+            formats = f"{row['weight_format']:13}{row['activation_format']:13}"
+            sqnr = (row["weight_sqnr_db"], row["sqnr_db"])
+            weight, output = ("-" if x is None else f"{x:.1f}" for x in sqnr)
+            bits = 8 * row["bytes"] / row["weights"]
+            lines.append(f"{row['linear']:{wide}}  {formats}{bits:5.2f}{weight:>11}{output:>10}")
+        lines += [f"{path:{wide}}  float: {why}" for path, why in self.left.items()]
+        return "\n".join(lines)
+
+
+def module_rows(
+    names: Sequence[str],
+    recipe: Recipe,
+    stats: Stats,
+    weights: tuple[Float[Array, "_ _"], ...],
+    site: QuantizedSite,
+) -> list[dict[str, Any]]:
+    """The rows of a ModuleReport for the linears of a site.
+
+    Args:
+      stats: Of its float input, as wide as the quantized weights.
+      weights: In float, before they are moved.
+    """
+    weights = tuple(w.astype(jnp.float32) for w in weights)
+    energies = sensitivity(stats.sample, weights, site, format=recipe.activation_format)
+    rows = _rows(names, site, energies, stats.sample.shape[-1])
+    about = {
+        "tokens": int(stats.count),
+        "weight_format": format_name(recipe.weight_format),
+        "activation_format": format_name(recipe.activation_format),
+    }
+    for row, w, (*_, moved, error) in zip(rows, weights, energies, strict=True):
+        row |= about | {"weights": w.size, "weight_sqnr_db": _decibel(moved, error)}
+    return rows
 
 
 def costs_by_site(state: State) -> dict[str, dict[str, float]]:
@@ -99,14 +163,15 @@ def sensitivity(
     Returns:
       For each linear the energies sum y^2, sum (y - y^)^2 and sum (x^ (W' - W^)^T)^2: of the
       output, of its error, and of the part of it that rounding the weights alone gives; W' is
-      moved, W^ rounded, x^ the moved and quantized input.
+      moved, W^ rounded, x^ the moved and quantized input. Then sum W'^2 and sum (W' - W^)^2.
     """
     seen = quantize_input(sample, site, format)
 
     def energies(w: Float[Array, "n _"], q: MXArray) -> tuple[Array, ...]:
         y, rounded = matmul(sample[:, : w.shape[-1]], w), q.dequantize()
-        off = site.transform.weights(pad_channels(w, sample.shape[-1])) - rounded
-        parts = (y, y - matmul(seen, rounded), matmul(seen, off))
+        moved = site.transform.weights(pad_channels(w, sample.shape[-1]))
+        off = moved - rounded
+        parts = (y, y - matmul(seen, rounded), matmul(seen, off), moved, off)
         return tuple(jnp.sum(jnp.square(part)) for part in parts)
 
     return [energies(w, q) for w, q in zip(weights, site.weights, strict=True)]  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Float32, Int, Key
 
 from duquantpp_jax.core import Fitted, Format, MXArray, Recipe, Rounding, Stats, Transform, Weights
 from duquantpp_jax.formats import MX
+from duquantpp_jax.formats.mx import to_float32
 from duquantpp_jax.models.experts import Routed
 from duquantpp_jax.models.layers import matmul
 from duquantpp_jax.transforms.block import lower
@@ -177,6 +178,6 @@ def quantize_input(x: Any, site: QuantizedSite | Fitted, format: Format) -> Any:
     given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
     moved = move_input(x, site.transform)
     if not isinstance(moved, Routed):
-        return format.fake_quantize(moved, **given)
+        return format.fake_quantize(to_float32(moved), **given)
     given = {name: v[moved.expert] for name, v in given.items()}
-    return dataclasses.replace(moved, x=format.fake_quantize(moved.x, **given))
+    return dataclasses.replace(moved, x=format.fake_quantize(to_float32(moved.x), **given))

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Integer
 
-from duquantpp_jax.core import Fitted, Needs, Stats
+from duquantpp_jax.core import Fitted, Needs, Recipe, Stats
 from duquantpp_jax.core.notices import about, warn
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder
 from duquantpp_jax.models.layers import join_layers
@@ -105,10 +105,11 @@ def quantize_layer(
             raise ValueError("a layer is calibrated on hidden states: give them, or its Stats")
         after = None if needs else last
         stats = pass_over(seen, widths, plan.fit_needs(number), after=after)
-    if number == 0:
-        warn_of_few_tokens(plan, stats)
+    for site, width in widths.items() if number == 0 else ():
+        tokens, count = int(np.sum(np.asarray(stats[site].count))), experts(plan.config, site)
+        warn_of_few_tokens(site, plan.recipes[site], width, tokens, count)
     for site in widths:
-        check_input(number, site, stats[site], "before it is moved")
+        check_input(layer_prefix(number) + site, stats[site], "before it is moved")
     fits = fit_layer(plan, number, parameters, stats, progress)
     counts = {s: np.asarray(stats[s].count) for s in widths if experts(plan.config, s)}
     stats = {site: pooled(plan.config, site, stats[site]) for site in widths}
@@ -187,45 +188,46 @@ def fit_layer(
             fit = functools.partial(fit_linear, recipe)
             with about(f"{layer_prefix(number)}{site}"):
                 fits[site] = by_expert(plan.config, site, fit)(weights, own, key)
-        check_fit(number, site, fits[site])
+        check_fit(layer_prefix(number) + site, fits[site])
         progress("fitting")
     return fits
 
 
-def check_input(number: int, site: str, stats: Stats, when: str) -> None:
-    """Raises ValueError if the input of a site of a layer is NaN or Inf; counts the channels."""
+def check_input(where: str, stats: Stats, when: str) -> None:
+    """Raises ValueError if the input of a site is NaN or Inf; counts the channels."""
     maxima = np.asarray(stats.absmax)
     if wrong := np.count_nonzero(~np.isfinite(maxima)):
         raise ValueError(
-            f"{layer_prefix(number)}{site}: on the calibration rows the input {when} is NaN or Inf "
-            f"in {wrong} of {maxima.size} channels: the model overflows in float32, and cannot be "
-            "calibrated on them"
+            f"{where}: on the calibration rows the input {when} is NaN or Inf in {wrong} of "
+            f"{maxima.size} channels: the model overflows in float32, and cannot be calibrated "
+            "on them"
         )
 
 
-def warn_of_few_tokens(plan: Plan, stats: Mapping[str, Stats]) -> None:
-    """Warns where the first layer's sites saw fewer tokens than they need; says how many would do.
+def warn_of_few_tokens(site: str, recipe: Recipe, width: int, seen: int, count: int = 0) -> None:
+    """Warns if a site saw fewer tokens than its recipe needs; says how many would do.
 
     A Gram matrix of fewer tokens than channels is singular; maxima take `FEWEST`, as an expert's.
+
+    Args:
+      count: Experts of the site, among which the tokens are spread; 0 where it has none.
     """
-    for site, width in plan.widths(0).items():
-        recipe, seen = plan.recipes[site], int(np.sum(np.asarray(stats[site].count)))
-        grams = Needs.GRAM in recipe.needs | recipe.rounding.needs
-        enough = max(FEWEST, width if grams else 0) * max(1, experts(plan.config, site))
-        if seen < enough:
-            warn("warning: %s is calibrated on %d tokens, and %s of %d channels takes %d: "
-                 "give more rows of text", site, seen,
-                 "a Gram matrix" if grams else "an input", width, enough)  # fmt: skip
+    grams = Needs.GRAM in recipe.needs | recipe.rounding.needs
+    enough = max(FEWEST, width if grams else 0) * max(1, count)
+    if seen < enough:
+        warn("warning: %s is calibrated on %d tokens, and %s of %d channels takes %d: "
+             "give more rows of text", site, seen,
+             "a Gram matrix" if grams else "an input", width, enough)  # fmt: skip
 
 
-def check_fit(number: int, site: str, fitted: Fitted) -> None:
-    """Raises ValueError if what moves a site of a layer has NaN or Inf; counts them."""
+def check_fit(where: str, fitted: Fitted) -> None:
+    """Raises ValueError if what moves a site has NaN or Inf; counts them."""
     for leaf in map(np.asarray, jax.tree.leaves(fitted)):
         inexact = not np.issubdtype(leaf.dtype, np.integer)
         if inexact and (wrong := np.count_nonzero(~np.isfinite(leaf))):
             raise ValueError(
-                f"{layer_prefix(number)}{site}: its fit has NaN or Inf in {wrong} of {leaf.size} "
-                "numbers: choose another recipe, or exclude it"
+                f"{where}: its fit has NaN or Inf in {wrong} of {leaf.size} numbers: choose "
+                "another recipe, or exclude it"
             )
 
 
@@ -306,15 +308,15 @@ def _round_site(
     """The linears of a site, rounded; those that are not chosen as they are."""
     names, quantized = plan.names(site, number), QuantizedSite(Identity(), ())
     if fitted is not None and moved is not None:
-        weights = _weights(parameters, names)
-        check_input(number, site, moved, "after it is moved")
+        weights, where = _weights(parameters, names), layer_prefix(number) + site
+        check_input(where, moved, "after it is moved")
 
         def rounded_of(ws: Any, own: Stats, fit: Fitted) -> QuantizedSite:
             recipe = plan.recipes[site]
             steadied = dataclasses.replace(recipe, rounding=steady(recipe.rounding, own))
             return quantize_linear(steadied, ws, own, fit, own)
 
-        with about(f"{layer_prefix(number)}{site}"):
+        with about(where):
             quantized = by_expert(plan.config, site, rounded_of)(weights, moved, fitted)
     rounded = dict(zip(names, quantized.weights, strict=True))
     weights = tuple(rounded.get(name, parameters[name]) for name in SITE_WEIGHTS[site])

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from duquantpp_jax.core.arrays import ElementRounding, times_power_of_two
+from duquantpp_jax.core.arrays import times_power_of_two
+from duquantpp_jax.core.choices import ElementRounding
 from duquantpp_jax.formats import elements
 from duquantpp_jax.formats.mx import to_float32
 

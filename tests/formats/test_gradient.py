@@ -7,6 +7,7 @@ import pytest
 
 from duquantpp_jax.core import ElementRounding
 from duquantpp_jax.formats import MXFP4, NVFP4, FP32Scale
+from duquantpp_jax.recipes import fake_quantize
 
 FORMATS = pytest.mark.parametrize(
     "format", [MXFP4(), NVFP4(), FP32Scale()], ids=lambda f: type(f).__name__
@@ -53,9 +54,10 @@ def test_numbers_at_the_largest_element_pass():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_gradient_has_the_type_of_the_input(dtype):
     x = numbers().astype(dtype)
-    gradient = jax.grad(lambda x: jnp.sum(SLOPE * MXFP4().fake_quantize(x)))(x)
+    slope = SLOPE.astype(dtype)
+    gradient = jax.grad(lambda x: jnp.sum(slope * MXFP4().fake_quantize(x)))(x)
     assert gradient.dtype == dtype
-    np.testing.assert_array_equal(gradient, jnp.broadcast_to(SLOPE.astype(dtype), x.shape))
+    np.testing.assert_array_equal(gradient, jnp.broadcast_to(slope, x.shape))
 
 
 @pytest.mark.slow
@@ -95,5 +97,35 @@ def test_stochastic_rounding_passes_gradients_and_follows_its_key():
 
 
 def test_float64_is_refused_and_not_cast():
-    with pytest.raises(ValueError, match="cannot quantize float64"):
-        MXFP4().fake_quantize(np.ones((1, 32)))
+    for options in ({}, {"axis": 0, "pad": True}):
+        with pytest.raises(ValueError, match="cannot quantize float64"):
+            MXFP4().fake_quantize(np.ones((1, 32)), **options)
+    with pytest.raises(ValueError, match=r"shape \(4, 64\) has no axis 2"):
+        MXFP4().fake_quantize(numbers(), axis=2)
+
+
+def test_blocks_lie_along_any_axis_and_zeros_fill_the_last():
+    x, slope = np.asarray(numbers()), np.asarray(SLOPE)
+    wanted = np.asarray(MXFP4().fake_quantize(x))
+    np.testing.assert_array_equal(MXFP4().fake_quantize(x.T, axis=0), wanted.T)
+    filled = x.copy()
+    filled[:, 40:] = 0
+    cut = MXFP4().fake_quantize(jnp.asarray(x[:, :40]), pad=True)
+    np.testing.assert_array_equal(cut, np.asarray(MXFP4().fake_quantize(filled))[:, :40])
+    loss = lambda x: jnp.sum(slope[:40, None] * MXFP4().fake_quantize(x, axis=0, pad=True))  # noqa: E731
+    gradient = jax.grad(loss)(jnp.asarray(x[:, :40].T))
+    np.testing.assert_array_equal(gradient, np.broadcast_to(slope[:40, None], (40, 4)))
+
+
+def test_a_pytree_keeps_its_types_and_bfloat16_holds_the_numbers():
+    x = numbers().astype(jnp.bfloat16)
+    given = {"a": x, "b": [x.astype(jnp.float32), x.astype(jnp.float8_e5m2)]}
+    found = fake_quantize(given, "mxfp4:floor")
+    assert jax.tree.map(lambda a: a.dtype, found) == jax.tree.map(lambda a: a.dtype, given)
+    np.testing.assert_array_equal(found["a"].astype(jnp.float32), found["b"][0])
+    np.testing.assert_array_equal(found["b"][0], MXFP4().quantize(x).dequantize())
+
+
+def test_the_gradient_of_quantize_then_dequantize_is_zero_as_is_said():
+    gradient = jax.grad(lambda x: MXFP4().quantize(x).dequantize().sum())(numbers())
+    np.testing.assert_array_equal(gradient, np.zeros((4, 64)))

@@ -186,7 +186,7 @@ def test_numbers_below_half_the_smallest_step_are_zero():
         (np.ones((2, 32), np.int8), "cannot quantize int8"),
         (np.ones((2, 32), bool), "cannot quantize bool"),
         (np.ones((2, 32), np.complex64), "cannot quantize complex64"),
-        (np.ones((2, 32), ml_dtypes.float8_e5m2), "cannot quantize float8_e5m2"),
+        (np.ones((2, 32), ml_dtypes.float8_e8m0fnu), "cannot quantize float8_e8m0fnu"),
         (
             np.ones((2, 40), np.float32),
             "width of 40 is not a multiple of block 32: pad to 64 or choose",

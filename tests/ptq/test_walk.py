@@ -175,15 +175,12 @@ def test_a_choice_that_cannot_be_meant_is_refused(changes, says):
 
 
 def test_fewer_tokens_than_a_fit_needs_are_a_warning_that_says_how_many_do(caplog):
-    plan = Plan.of(TINY, recipe("wush"))
-    empty = {site: Stats.init(width, 1, 1) for site, width in plan.widths(0).items()}
-    for seen, warned in ((63, 4), (95, 1), (96, 0)):
+    widths = Plan.of(TINY, recipe("wush")).widths(0)
+    for seen, warned in ((63, 4), (95, 1), (96, 0), (1, 4)):
         caplog.clear()
-        few = {site: stats.replace(count=jnp.int32(seen)) for site, stats in empty.items()}
-        warn_of_few_tokens(plan, few)
+        for site, width in widths.items():
+            warn_of_few_tokens(site, recipe("wush"), width, seen)
         assert len(caplog.messages) == warned
-    few = {site: stats.replace(count=jnp.int32(1)) for site, stats in empty.items()}
-    warn_of_few_tokens(plan, few)
     assert (
         "mlp_out is calibrated on 1 tokens, and a Gram matrix of 96 channels takes 96"
         in (caplog.messages[3])
@@ -193,7 +190,7 @@ def test_fewer_tokens_than_a_fit_needs_are_a_warning_that_says_how_many_do(caplo
 def test_an_input_or_a_fit_that_is_nan_names_layer_and_site_and_counts():
     spoilt = Stats.init(64, 1, 1).replace(absmax=jnp.full(64, jnp.inf))
     with pytest.raises(ValueError, match=r"layers\.3\.mlp_in: .* moved is NaN or Inf in 64 of 64"):
-        check_input(3, "mlp_in", spoilt, "before it is moved")
+        check_input("model.layers.3.mlp_in", spoilt, "before it is moved")
     fitted = Fitted(Smooth(jnp.asarray([1.0, jnp.nan])))
     with pytest.raises(ValueError, match=r"layers\.3\.mlp_in: its fit has NaN or Inf in 1 of 2"):
-        check_fit(3, "mlp_in", fitted)
+        check_fit("model.layers.3.mlp_in", fitted)
