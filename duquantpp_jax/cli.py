@@ -5,6 +5,7 @@ a traceback; Ctrl-C is exit code 130, SIGTERM 143, SIGHUP 129.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import importlib
 import importlib.metadata
@@ -19,6 +20,7 @@ import tyro
 
 from duquantpp_jax import __version__
 from duquantpp_jax.commands import options
+from duquantpp_jax.commands.options.common import Terminal
 from duquantpp_jax.commands.progress import guarded
 
 COMMANDS: dict[str, type] = {
@@ -33,6 +35,7 @@ COMMANDS: dict[str, type] = {
     "inspect": options.InspectOptions,
     "recipes": options.RecipesOptions,
     "kernels": options.KernelOptions,
+    "completion": options.CompletionOptions,
 }
 """Options of each command."""
 
@@ -47,15 +50,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def run() -> int:
         given = _parse(arguments)
         name = next(name for name, kind in COMMANDS.items() if type(given) is kind)
+        if name == "completion":
+            script = _completion(given.shell)
+            given.terminal.give({"shell": given.shell, "script": script}, lambda: print(script))
+            return 0
         room = "kernels.proof" if name == "kernels" else f"commands.{name}"
         # Imported only now: `--help` and what the parser refuses need no JAX.
         module = importlib.import_module(f"duquantpp_jax.{room}")
         from duquantpp_jax.commands.programs import kept_programs
 
         with kept_programs():
+            if given.terminal.verbose:
+                print(f"{versions()}; {_devices()}", file=sys.stderr)
             return module.run(given)
 
-    return guarded("duquantpp", run)
+    return guarded("duquantpp", run, "--verbose" in arguments)
 
 
 def versions() -> str:
@@ -67,6 +76,35 @@ def versions() -> str:
     computing = (f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax"))
     python = f"Python {platform.python_version()}"
     return ", ".join((f"duquantpp_jax {__version__}", *computing, python))
+
+
+def _devices() -> str:
+    import jax
+
+    found = jax.devices()
+    return f"{len(found)} of {found[0].device_kind}"
+
+
+def _completion(shell: str) -> str:
+    """The script that the parser makes for a shell."""
+    script = io.StringIO()
+    with contextlib.redirect_stdout(script), contextlib.suppress(SystemExit):
+        _parse(["--tyro-print-completion", shell])
+    return script.getvalue().rstrip()
+
+
+def _unknown_option(command: str, word: str) -> str:
+    """One line about an option that a command does not have."""
+    if command not in COMMANDS:
+        return f"there is no option {command} before the command: see duquantpp --help"
+    fields = (*dataclasses.fields(COMMANDS[command]), *dataclasses.fields(Terminal))
+    flags = ["--" + field.name.replace("_", "-") for field in fields if field.name != "terminal"]
+    flags = ["--import" if flag == "--imports" else flag for flag in flags]
+    near = difflib.get_close_matches(
+        word.partition("=")[0].replace("_", "-"), flags, n=1, cutoff=0.7
+    )
+    hint = f"did you mean {near[0]}?" if near else f"see duquantpp {command} --help"
+    return f"{command} has no option {word}: {hint}"
 
 
 def _parse(arguments: Sequence[str]) -> Any:
@@ -87,6 +125,8 @@ def _parse(arguments: Sequence[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
+    if stated := re.search(r"Unrecognized options: (-\S+)", complaint.getvalue()):
+        raise ValueError(_unknown_option(arguments[0], stated[1].rstrip(",")))
     # Without the title in the first line, the lines of the boxes, and the pointer to --help.
     text = re.sub(r"[─-╿]|-{3,}", " ", complaint.getvalue())
     lines = [" ".join(line.split()) for line in text.splitlines()[1:]]

@@ -1,6 +1,8 @@
 """The command line as a user types it: the contract of results.json, and bad input in one line."""
 
+import contextlib
 import importlib.metadata
+import io
 import json
 import shutil
 import subprocess
@@ -47,13 +49,20 @@ def compared(tiny_directory, tiny_text, tmp_path_factory):
         recipes = ("--recipes", "rtn", "block_hadamard", "random_hadamard")
         recipes += ("--scale-rules", "floor", "log256", "--seeds", "2")
         assert cli.main(_arguments(tiny_directory, tiny_text, out / "a", *recipes)) == 0
-        assert cli.main(_arguments(tiny_directory, tiny_text, out / "b", *recipes)) == 0
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            again = _arguments(tiny_directory, tiny_text, out / "b", *recipes, "--json")
+            assert cli.main(again) == 0
+        (out / "printed").write_text(printed.getvalue())
     return out
 
 
 def test_the_same_seed_gives_the_same_bytes(compared):
     for name in ("results.json", "compare.png"):
         assert (compared / "a" / name).read_bytes() == (compared / "b" / name).read_bytes()
+
+
+def test_json_on_stdout_is_what_is_written(compared):
+    assert (compared / "printed").read_text() == (compared / "a" / "results.json").read_text()
 
 
 def test_results_keep_their_contract(compared):
@@ -221,7 +230,8 @@ def test_a_bad_model_is_one_line(name, tiny_directory, tiny_text, tmp_path, caps
         (("--tokens", "999999"), "whole rows"),
         (("--tokens", "100"), "at least 511"),
         (("--tokens", "many"), "--tokens"),
-        (("--nonsense",), "Unrecognized options: --nonsense"),
+        (("--nonsense",), "compare has no option --nonsense: see duquantpp compare --help"),
+        (("--recipez", "rtn"), "compare has no option --recipez: did you mean --recipes?"),
         (("--recipes",), "--recipes is empty"),
         (("--seeds", "0"), "--seeds 0: give each once (0 1 2), or how many (--seeds 3)"),
         (("--seeds", "0", "-1"), "--seed -1: give a whole number from 0 to 4294967295"),

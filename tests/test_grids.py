@@ -215,9 +215,11 @@ def test_a_file_runs_to_its_table_its_summary_and_its_page(
     module = importlib.import_module(file.stem)
     out = ["--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stop:
-        main(module, [*_arguments(tiny_directory, tiny_text), *out, "--only", "rtn"])
+        main(module, [*_arguments(tiny_directory, tiny_text), *out, "--only", "rtn", "--json"])
     assert stop.value.code == 0
-    assert "2 of 2 cells finished, 0 failed" in capsys.readouterr().out
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["grid"] == file.stem
+    assert printed["tables"][0]["rows"] == ["rtn", "block_hadamard"]
 
 
 @pytest.mark.parametrize(

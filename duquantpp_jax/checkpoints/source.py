@@ -1,4 +1,4 @@
-"""Where a float model is read from: a Hugging Face directory, a GGUF file, or an installed package.
+"""Where a float model is read from: a Hugging Face directory, its hub, a GGUF file, or a package.
 
 Whatever `--model` names becomes a `Source`, the one thing that the rest of this room reads. Each
 kind of source has
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints import shards
+from duquantpp_jax.checkpoints import hub, shards
 from duquantpp_jax.checkpoints.llama_cpp import GGUFModel
 from duquantpp_jax.checkpoints.seal import READ, SEALED, SUMS, sealed
 from duquantpp_jax.checkpoints.shards import Stored, shard_files
@@ -37,8 +37,11 @@ _NOT_TEXT = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
 def source(path: str | os.PathLike[str]) -> "Source":
-    """The source that a path, or a name of `PACKAGES`, means; ValueError if there is none."""
+    """The source that a path, a name of the hub or of `PACKAGES` means; ValueError if there is
+    none."""
     path = Path(path)
+    if str(path).startswith(hub.PREFIX) and not path.exists():
+        path = hub.snapshot(str(path))
     if str(path) in PACKAGES and not path.exists():
         package, command = PACKAGES[str(path)]
         spec = importlib.util.find_spec(package)  # imports nothing

@@ -46,7 +46,8 @@ def main(module: ModuleType, arguments: list[str] | None = None) -> None:
     """`python -m experiments.X`: runs the grid of the module with the options of `ablate`."""
     question = (module.__doc__ or "").partition("\n")[0]
     options = tyro.cli(AblateOptions, description=question, args=arguments)
-    sys.exit(guarded(_name(module), lambda: _run(module, options)))
+    verbose = options.terminal.verbose
+    sys.exit(guarded(_name(module), lambda: _run(module, options), verbose))
 
 
 def _run(module: ModuleType, options: AblateOptions) -> int:
@@ -63,8 +64,8 @@ def _run(module: ModuleType, options: AblateOptions) -> int:
     for model in dict.fromkeys(cell.model for cell in cells):
         with contextlib.suppress(ValueError):  # its cells fail and say why
             if (used := decoded(model)) is not None:
-                print(used)
-    with progress_bar() as bar:
+                print(used, file=sys.stderr)
+    with progress_bar(options.terminal) as bar:
 
         def progress(done: int, failed: int, total: int) -> None:
             bar(name + (f", {failed} failed" if failed else ""), done + failed, total)
@@ -72,14 +73,8 @@ def _run(module: ModuleType, options: AblateOptions) -> int:
         cache_bytes = int(options.cache_gib * 2**30)
         outcome = running.run(cells, out, executor, cache_bytes=cache_bytes, progress=progress)
     found = pivots(outcome, layout)
-    if options.table:
-        console = Console(width=1000)  # a wide table is wrapped by the terminal, not cut short
-        for pivot in found:
-            print(f"{table.title(pivot)}\n{table.legend(pivot)}")
-            for measure in COMPARED if pivot["entries"] else ():
-                console.print(table.terminal(pivot, measure))
+    summary = {"schema": SCHEMA, "grid": name, "tables": found}
     if options.summary:
-        summary = {"schema": SCHEMA, "grid": name, "tables": found}
         files.write_whole(options.summary, files.to_json(summary))
     if options.report:
         page = webpage(name, module.__doc__ or "", found, outcome)
@@ -87,8 +82,19 @@ def _run(module: ModuleType, options: AblateOptions) -> int:
     for cell, error in outcome.errors.items():
         print(f"failed: {cell.labels()}: {files.printable(error)}", file=sys.stderr)
     done = f"{len(outcome.records)} of {len(cells)} cells finished, {len(outcome.errors)} failed"
-    print(f"{done}; records in {out}")
+    done += f"; records in {out}"
+    options.terminal.give(summary, lambda: _show(found if options.table else [], done))
     return 1 if outcome.errors else 0
+
+
+def _show(found: list[dict[str, Any]], done: str) -> None:
+    """Prints tables, and what was done."""
+    console = Console(width=1000)  # a wide table is wrapped by the terminal, not cut short
+    for pivot in found:
+        print(f"{table.title(pivot)}\n{table.legend(pivot)}")
+        for measure in COMPARED if pivot["entries"] else ():
+            console.print(table.terminal(pivot, measure))
+    print(done)
 
 
 def cells_of(module: ModuleType, options: AblateOptions) -> list[Cell]:

@@ -6,6 +6,7 @@ any grid (lab/pivot.py), with block_hadamard as the baseline of each format.
 """
 
 import dataclasses
+import functools
 import itertools
 import sys
 import time
@@ -168,7 +169,14 @@ def _chosen(options: CompareOptions) -> dict[str, Any]:
         "seeds": list(_seeds(options)),
         "calibration_text": name_and_hash(options.calibration_text),
     }
-    left = ("model", "text", "imports", "out", "seed")  # model and text stand beside the options
+    left = (
+        "model",
+        "text",
+        "imports",
+        "out",
+        "seed",
+        "terminal",
+    )  # model and text stand beside the options
     return {name: value for name, value in fields.items() if name not in left}
 
 
@@ -182,22 +190,21 @@ def run(options: CompareOptions) -> int:
         print(warning, file=sys.stderr)
     check_texts(options.model, options.text, options.calibration_text)
     if (used := decoded(options.model)) is not None:
-        print(used)
+        print(used, file=sys.stderr)
     if options.fuse and load_config(options.model or testbed.directory()).num_experts:
-        print(ALONE)
-    with progress_bar() as progress:
+        print(ALONE, file=sys.stderr)
+    with progress_bar(options.terminal) as progress:
         comparison = compare(options, progress)
     figure = figures.comparison(comparison.results, comparison.channels)
     files.write_whole(options.out / "compare.png", figures.picture(figure, "png"))
     files.write_whole(options.out / "timings.json", files.to_json(comparison.timings))
     files.write_whole(options.out / "results.json", files.to_json(comparison.results))
-    _print_table(comparison)
-    print(table.verdict(comparison.results))
-    print(f"Written to {options.out}: results.json, timings.json, compare.png")
+    options.terminal.give(comparison.results, functools.partial(_show, comparison, options.out))
     return 0
 
 
-def _print_table(comparison: Comparison) -> None:
+def _show(comparison: Comparison, out: Path) -> None:
+    """Prints the tables, and a verdict."""
     results, options = comparison.results, comparison.results["options"]
     print(f"{table.title(results)}; weights rounded by {options['rounding']}.")
     print(f"{table.legend(results)}.")
@@ -220,3 +227,5 @@ def _print_table(comparison: Comparison) -> None:
     console.print(distances)
     print("Online: multiply-adds for each value of the four sites' inputs; KiB of all layers.")
     console.print(others)
+    print(table.verdict(comparison.results))
+    print(f"Written to {out}: results.json, timings.json, compare.png")

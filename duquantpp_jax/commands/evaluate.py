@@ -179,9 +179,9 @@ def run(options: EvaluateOptions) -> int:
         results, described = scores_on_tasks(options), table_of_tasks
     else:
         described = summary
-        with progress_bar() as progress:
+        with progress_bar(options.terminal) as progress:
             results = evaluate(options, progress)
     if options.out is not None:
         files.write_whole(options.out, files.to_json(results))
-    Console(width=100).print(*described(results))
+    options.terminal.give(results, lambda: Console(width=100).print(*described(results)))
     return 0

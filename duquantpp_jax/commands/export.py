@@ -21,9 +21,11 @@ def export(options: ExportOptions, progress: Step = lambda *_: None) -> list[str
 
 def run(options: ExportOptions) -> int:
     """Runs the command and prints the notes; returns the exit code."""
-    with progress_bar() as progress:
+    with progress_bar(options.terminal) as progress:
         notes = export(options, progress)
-    print("\n".join([*notes, f"Written to {options.out}."]))
+    said = [*notes, f"Written to {options.out}."]
     if options.format == "compressed-tensors":
-        print(readers.SNIPPET.replace("DIRECTORY", repr(str(options.out))))
+        said.append(readers.SNIPPET.replace("DIRECTORY", repr(str(options.out))))
+    result = {"out": str(options.out), "format": options.format, "notes": notes}
+    options.terminal.give(result, lambda: print("\n".join(said)))
     return 0

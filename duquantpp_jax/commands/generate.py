@@ -1,6 +1,7 @@
 """`duquantpp generate`: a float or quantized model continues a text."""
 
 import contextlib
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -25,6 +26,10 @@ exponential_decay_length_penalty dola_layers constraints force_words_ids sequenc
 suppress_tokens begin_suppress_tokens forced_bos_token_id forced_eos_token_id watermarking_config
 token_healing stop_strings min_length min_new_tokens"""
 """Fields of generation_config.json that change which tokens a row has; docs/fields.md has all."""
+
+
+LEFT = ("model", "prompt", "imports", "terminal")
+"""Options that are not among those of a result."""
 
 
 def left_out(model: Path) -> str | None:
@@ -90,5 +95,9 @@ def continued(options: GenerateOptions) -> str:
 def run(options: GenerateOptions) -> int:
     """Runs the command and prints the text; returns the exit code."""
     text = continued(options)
-    print(files.printable(text) if sys.stdout.isatty() else text)
+    asked = {name: value for name, value in dataclasses.asdict(options).items() if name not in LEFT}
+    result = {"model": options.model.resolve().name, "prompt": options.prompt, "text": text}
+    result |= {"options": asked}
+    shown = files.printable(text) if sys.stdout.isatty() else text
+    options.terminal.give(result, lambda: print(shown))
     return 0

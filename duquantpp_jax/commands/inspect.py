@@ -89,14 +89,19 @@ def run(options: InspectOptions) -> int:
     from duquantpp_jax.analysis import figures
 
     files.check_writable(options.out)
-    with progress_bar() as progress:
+    with progress_bar(options.terminal) as progress:
         found = inspect(options, progress)
     made = {f"{name}.png": fig for name, fig in figures_of(found, options.block_size).items()}
     for name, figure in made.items():
         files.write_whole(options.out / name, figures.picture(figure, "png"))
     files.write_whole(options.out / "outliers.json", files.to_json(found.results))
-    console = Console(width=120)
-    console.print(sentence(found.results), highlight=False)
-    console.print(table(found.results))
-    print(f"Written to {options.out}: outliers.json, {', '.join(made)}")
+    written = f"Written to {options.out}: outliers.json, {', '.join(made)}"
+    options.terminal.give(found.results, lambda: _show(found.results, written))
     return 0
+
+
+def _show(results: Mapping[str, Any], written: str) -> None:
+    console = Console(width=120)
+    console.print(sentence(results), highlight=False)
+    console.print(table(results))
+    print(written)

@@ -4,12 +4,16 @@ A run keeps its progress in the output directory. After a kill the same command 
 the same bits; another command is refused in that directory.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optax
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load, testbed
@@ -30,24 +34,37 @@ from duquantpp_jax.evaluation.subject import (
 )
 from duquantpp_jax.files import read_json
 from duquantpp_jax.files.processes import LOCK, only_process
+from duquantpp_jax.learning.callbacks import Callback, each, tensorboard, wandb
 from duquantpp_jax.learning.named import (
     CALIBRATION_ROWS,
+    MakeOptimizer,
     Report,
     Tokens,
     check_learnable,
     check_settings,
+    fingerprint,
     learn,
+    optimizer_of,
 )
 from duquantpp_jax.models import Decoder
 from duquantpp_jax.ptq import Plan, quantize_decoder
 from duquantpp_jax.recipes import format_name, import_modules, recipe, under_rule
 
+SETTINGS = dataclasses.fields(LearnSettings)
 PROGRESS, BEGUN = "progress", "begun.json"
 """The directory of an unfinished run inside --out, and its file that holds the command."""
 
 
-def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[str, Any]:
+def learn_fits(
+    options: LearnOptions,
+    report: Report = lambda *_: None,
+    callback: Callback = lambda *_: None,
+    optimizer: MakeOptimizer | optax.GradientTransformation | None = None,
+) -> dict[str, Any]:
     """Learns fits, or resumes learning, and writes them; returns the contents of fits.json.
+
+    Args:
+      callback, optimizer: As of `learning.learn`.
 
     Raises:
       OSError: A file cannot be written; progress is kept.
@@ -60,6 +77,7 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
     files.check_writable(options.out)
     import_modules(options.imports)
     check_settings(options)
+    make = optimizer_of(options, optimizer)
     directory = options.model or testbed.directory()
     checkpoint = Checkpoint(directory)
     check_learnable(checkpoint)
@@ -74,13 +92,16 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
     if len(rows) < options.batch_rows and options.through != "site":
         batch = f"a batch of {options.batch_rows}: give more --rows, or fewer --batch-rows"
         raise ValueError(f"{len(rows)} rows are less than {batch}")
-    how = [field.name for field in dataclasses.fields(LearnSettings)]
     counts = {"rows": len(rows), "held_out": len(held_out)}
     counts |= {"tokens": hashlib.sha256(tokens.tobytes()).hexdigest()}
+    learned_by = {field.name: getattr(options, field.name) for field in SETTINGS}
+    learned_by |= {"moves": list(options.moves)}
+    if optimizer is not None:
+        learned_by["optimizer"] = f"object {fingerprint(make, options)[:16]}"
     asked = {
         "model": model_and_hash(options.model),
         "formats": {"weight": weight, "activation": activation},
-        "learn": {name: getattr(options, name) for name in how} | {"moves": list(options.moves)},
+        "learn": learned_by,
         "text": name_and_hash(options.text) | counts,
         "environment": environment(),
     }
@@ -89,7 +110,8 @@ def learn_fits(options: LearnOptions, report: Report = lambda *_: None) -> dict[
         if _begin(options, asked):
             shutil.rmtree(place, ignore_errors=True)  # left by a run that was killed at its end
             return read_about(options.out)
-        found = learn(options, checkpoint, method, rows, held_out, place=place, report=report)
+        found = learn(options, checkpoint, method, rows, held_out, place=place, report=report,
+                      callback=callback, optimizer=optimizer)  # fmt: skip
         kl = {}
         if options.measure:
             report("measuring", options.steps, options.steps)
@@ -175,13 +197,30 @@ def _words(value: Any) -> str:
 def run(options: LearnOptions) -> int:
     """Runs the command and prints the held-out KL; returns the exit code."""
     if options.text is not None and (used := decoded(options.model)) is not None:
-        print(used)
-    with progress_bar() as progress:
-        about = learn_fits(options, progress)
+        print(used, file=sys.stderr)
+    with contextlib.ExitStack() as stack:
+        if (options.tensorboard or options.wandb) and options.through == "site":
+            raise ValueError(
+                "--tensorboard and --wandb show losses, which learning site by site does not give: "
+                "leave them out, or give --through block or model"
+            )
+        loggers: list[Callback] = []
+        if options.tensorboard:
+            loggers.append(stack.enter_context(tensorboard(options.tensorboard)))
+        if options.wandb:
+            config = {field.name: getattr(options, field.name) for field in SETTINGS}
+            loggers.append(stack.enter_context(wandb(options.wandb, config=config)))
+        progress = stack.enter_context(progress_bar(options.terminal))
+        about = learn_fits(options, progress, each(*loggers))
+    options.terminal.give(about, lambda: _show(about, options.out))
+    return 0
+
+
+def _show(about: dict[str, Any], out: Path) -> None:
+    """Prints what was learned, and the held-out KL."""
     how = about["learn"]
     what = f"{' and '.join(how['moves'])} from {how['start']}, through the {how['through']}"
     print(f"{about['model']['name']}: {what}, {how['steps']} steps")
     if kl := about["held_out_kl"]:
         print(f"held-out KL: {kl['start']:.5f} at the start, {kl['end']:.5f} at the end")
-    print(f"Written to {options.out}; give it to duquantpp quantize --fits.")
-    return 0
+    print(f"Written to {out}; give it to duquantpp quantize --fits.")

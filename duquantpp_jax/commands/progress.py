@@ -6,11 +6,14 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from duquantpp_jax.commands.options.common import Terminal
 
 Step = Callable[[str, int, int], None]
 """Called with a description of the work, the steps done and the number of all steps."""
@@ -52,8 +55,11 @@ def stopping_on_signals() -> Iterator[None]:
             signal.signal(number, numbers[number])
 
 
-def guarded(name: str, run: Callable[[], int]) -> int:
+def guarded(name: str, run: Callable[[], int], verbose: bool = False) -> int:
     """Runs a command; what it raises for bad input, a signal or want of memory is one line.
+
+    Args:
+      verbose: Print before that line where it was raised.
 
     Returns:
       The exit code: that of `run`; 2 for bad input, a full disk or want of memory; 128 and the
@@ -61,7 +67,7 @@ def guarded(name: str, run: Callable[[], int]) -> int:
     """
     code = 2
     try:
-        with stopping_on_signals():
+        with stopping_on_signals(), _traced() if verbose else contextlib.nullcontext():
             code = run()
             if _stopped:  # and the exception was lost
                 raise Stopped(_stopped[-1])
@@ -79,10 +85,23 @@ def guarded(name: str, run: Callable[[], int]) -> int:
             raise
         said = f"out of memory at {_doing[-1]}: give a smaller --batch-rows, --window or --rows "
         said += f"where the command has it, or a device with more memory ({str(error)[:200]})"
-    # As `files.printable` does, which needs NumPy.
-    plain = (c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(said.split()))
-    print(f"{name}: " + "".join(plain), file=sys.stderr)
+    print(f"{name}: {_plain(' '.join(said.split()))}", file=sys.stderr)
     return code
+
+
+@contextlib.contextmanager
+def _traced() -> Iterator[None]:
+    """Prints where an exception was raised."""
+    try:
+        yield
+    except Exception:
+        print(_plain(traceback.format_exc()), file=sys.stderr)
+        raise
+
+
+def _plain(text: str) -> str:
+    """As `files.printable` does, which needs NumPy."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 SECONDS = 30.0
@@ -90,12 +109,14 @@ SECONDS = 30.0
 
 
 @contextlib.contextmanager
-def progress_bar() -> Iterator[Step]:
+def progress_bar(terminal: Terminal = Terminal()) -> Iterator[Step]:
     """Progress on stderr; call it with a description, steps done, all steps.
 
-    A bar if stderr is a terminal; else a line with the time left, after at least SECONDS each.
+    A bar if stderr is a terminal; else a line with the time left, after at least SECONDS each. With
+    --verbose a line for every step.
     """
-    with _bar() if sys.stderr.isatty() else contextlib.nullcontext(_lines()) as show:
+    lines = contextlib.nullcontext(_lines(0.0 if terminal.verbose else SECONDS))
+    with lines if terminal.verbose or not sys.stderr.isatty() else _bar() as show:
 
         def step(what: str, done: int, total: int) -> None:
             if _stopped:
@@ -117,7 +138,7 @@ def _bar() -> Iterator[Step]:
         )
 
 
-def _lines() -> Step:
+def _lines(seconds: float) -> Step:
     """Prints lines; the time left is that of the steps since the count began, or began anew."""
     printed = time.monotonic()
     begun = printed, 0  # when, and the steps done then
@@ -129,7 +150,7 @@ def _lines() -> Step:
         if done < last[0] or total != last[1]:
             begun = now, done
         last = done, total
-        if now - printed < SECONDS:
+        if now - printed < seconds:
             return
         printed, (start, first) = now, begun
         line = f"{what}: {done} of {total}"

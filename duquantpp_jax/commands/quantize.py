@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -145,12 +146,13 @@ def refine_layers(
     if not all(read_about_layer(path).get(REFINED) for path in paths):
         layers = [read_layer(path)[1] for path in paths]
 
-        def report(step: int, _: float, loss: float) -> None:
+        def callback(step: int, numbers: Mapping[str, float]) -> None:
+            loss = numbers["held_out_loss"]
             progress(f"refining: held-out KL {loss:.5f}", step, options.refine)
 
         if not learned.is_file():
             what = plan, checkpoint.decoder(), stack_layers(layers), tokens, options.refine
-            storage.save(learned, refining.refine(*what, checkpoint=begun, report=report))
+            storage.save(learned, refining.refine(*what, checkpoint=begun, callback=callback))
         fits: Any = storage.load(learned)
         for number, path in enumerate(paths):
             write_refined(path, refining.refitted(layers[number], layer_of(fits, number)))
@@ -246,23 +248,30 @@ def formats_by_site(options: QuantizeOptions) -> dict[str, dict[str, str]]:
 
 def run(options: QuantizeOptions) -> int:
     """Runs the command and prints the report; returns the exit code."""
-    console = Console(width=100)
     import_modules(options.imports)
     used = formats_of(formats_by_site(options))
     if options.fits and (warning := other_formats(read_about(options.fits), *used)):
         print(warning, file=sys.stderr)
     if options.dry_run:
         found = dry_run(options)
-        console.print(table(found["linears"]), dry_line(found))
         if options.fuse and load_config(options.model or testbed.directory()).num_experts:
-            print(ALONE)
+            print(ALONE, file=sys.stderr)
+        line, said = dry_line(found), []
         if options.refine:
-            print("Refining is not counted: it holds the whole model and its gradients in memory.")
+            said = [
+                "Refining is not counted: it holds the whole model and its gradients in memory."
+            ]
         if options.text == MODEL:
-            print("Calibration rows are not counted: the whole model writes them, in memory.")
-        return 0
-    with progress_bar() as progress:
-        done = quantize(options, progress)
-    console.print(table(done["linears"]), quantized_line(done))
-    print(f"Written to {options.out}; report.json has every linear.")
+            said += ["Calibration rows are not counted: the whole model writes them, in memory."]
+    else:
+        with progress_bar(options.terminal) as progress:
+            found = quantize(options, progress)
+        line = quantized_line(found)
+        said = [f"Written to {options.out}; report.json has every linear."]
+
+    def show() -> None:
+        Console(width=100).print(table(found["linears"]), line)
+        print("\n".join(said), end="\n" if said else "")
+
+    options.terminal.give(found, show)
     return 0

@@ -9,12 +9,11 @@ import dataclasses
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
-from duquantpp_jax import files
 from duquantpp_jax.commands.options import RecipesOptions
 from duquantpp_jax.core import Format, Needs
 from duquantpp_jax.lab.table import empty
@@ -127,9 +126,11 @@ def _given(value: Any) -> Iterator[tuple[str, Any]]:
 def run(options: RecipesOptions) -> int:
     """Prints the lists; returns the exit code."""
     found = listing()
-    if options.json:
-        print(files.to_json(found).decode(), end="")
-        return 0
+    options.terminal.give(found, lambda: _show(found))
+    return 0
+
+
+def _show(found: Mapping[str, Sequence[Mapping[str, str]]]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     for kind, rows in found.items():
         shown = empty(kind, right=())
@@ -140,4 +141,3 @@ def run(options: RecipesOptions) -> int:
         console.print(shown, highlight=False)
     print(f"MX formats take a scale rule, as in mxfp4:even, of {', '.join(RULES)}.")
     print(f"RECIPE{SHARED} has one matrix for all blocks; module:NAME names what is your own.")
-    return 0

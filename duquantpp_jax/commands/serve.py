@@ -106,7 +106,10 @@ def run(options: ServeOptions) -> int:
             await asyncio.sleep(0.05)
         if server.started:
             port = server.servers[0].sockets[0].getsockname()[1]
-            print(f"serving {options.model} on http://{options.host}:{port}/v1", flush=True)
+            url = f"http://{options.host}:{port}/v1"
+            line = f"serving {options.model} on {url}"
+            result = {"model": options.name or options.model.resolve().name, "url": url}
+            options.terminal.give(result, lambda: print(line, flush=True))
         await task
 
     try:

@@ -3,8 +3,10 @@
 Nothing is downloaded unless it is asked for; the tasks gutenberg_... are in the package.
 """
 
+import contextlib
 import dataclasses
 import os
+import sys
 from typing import Any
 
 from rich.table import Table
@@ -16,6 +18,7 @@ from duquantpp_jax.evaluation.subject import environment, model_and_hash
 from duquantpp_jax.lab.table import empty
 
 USED = {"model", "tasks", "limit", "download", "cache", "activation_format", "out", "imports"}
+USED |= {"terminal"}
 """Options that say something of tasks; the others are about --text."""
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 
@@ -56,10 +59,11 @@ def scores_on_tasks(options: EvaluateOptions) -> dict[str, Any]:
         imports="+".join(options.imports),
     )
     try:
-        found = lm_eval.simple_evaluate(
-            model, tasks=list(options.tasks), task_manager=manager, limit=options.limit,
-            log_samples=False, bootstrap_iters=1000,
-        )  # fmt: skip
+        with contextlib.redirect_stdout(sys.stderr):  # stdout has the result alone
+            found = lm_eval.simple_evaluate(
+                model, tasks=list(options.tasks), task_manager=manager, limit=options.limit,
+                log_samples=False, bootstrap_iters=1000,
+            )  # fmt: skip
     except ConnectionError as error:
         raise ValueError(
             f"{error}: the data is not on this machine: give --download to fetch it"

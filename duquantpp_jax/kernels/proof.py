@@ -47,20 +47,17 @@ def run(options: Options) -> int:
         print(f"compiling for {options.target} needs {wheels}: {target.INSTALL}", file=sys.stderr)
         return 2
     records = []
-    if not options.json:
+    if not options.terminal.json:
         print(_HEADER)
     for record in prove(options):
         records.append(record)
-        if not options.json:
+        if not options.terminal.json:
             print(_line(record), flush=True)
     failed = [record for record in records if record.failures]
-    if options.json:
-        print(json.dumps([dataclasses.asdict(record) for record in records], indent=1))
-    else:
-        print(f"{len(records)} kernels compiled for {options.target}, {len(failed)} failed")
-        print(ROOFLINE)
-        for record in failed:
-            print(f"{record.kernel} {record.case}: {'; '.join(record.failures)}")
+    said = [f"{len(records)} kernels compiled for {options.target}, {len(failed)} failed", ROOFLINE]
+    said += [f"{record.kernel} {record.case}: {'; '.join(record.failures)}" for record in failed]
+    found = {"target": options.target, "kernels": [dataclasses.asdict(r) for r in records]}
+    options.terminal.give(found, lambda: print("\n".join(said)))
     return 2 if not records else int(bool(failed))
 
 

@@ -21,7 +21,7 @@ from duquantpp_jax.checkpoints import sha256 as model_sha256
 from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.checkpoints.fits import other_formats, read_about
 from duquantpp_jax.checkpoints.source import PACKAGES
-from duquantpp_jax.commands.options.common import MODEL
+from duquantpp_jax.commands.options.common import MODEL, Plain
 from duquantpp_jax.core import Element, Fit, Format, Recipe, Rounding
 from duquantpp_jax.evaluation.rows import TARGETS, is_lines
 from duquantpp_jax.formats.tensors import ELEMENTS
@@ -39,7 +39,7 @@ DEFAULT_FORMAT = "mxfp4"
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Cell(Plain):
     """One configuration to measure. Frozen and hashable, without arrays.
 
     Attributes:

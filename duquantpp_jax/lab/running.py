@@ -4,6 +4,7 @@ All processes do the same (`work`): take the next cell that has no record, claim
 measure it, record it, release it. They share nothing but the directory.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -33,7 +34,7 @@ class Outcome(NamedTuple):
 
 def run(
     cells: Iterable[Cell],
-    out: Path,
+    out: str | os.PathLike[str],
     executor: Executor | None = None,
     *,
     cache_bytes: int = CACHE_BYTES,
@@ -52,6 +53,7 @@ def run(
       ValueError: A cell's configuration is wrong (nothing has run then), or processes died.
     """
     grid = list({cell.digest: cell for cell in cells}.values())
+    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     for cell in grid:  # failed cells are tried again
         records.path_of(out, cell, failed=True).unlink(missing_ok=True)

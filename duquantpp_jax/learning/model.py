@@ -92,21 +92,38 @@ def at_rates(
     if unknown := set(rates) - set(PARTS):
         raise ValueError(f"{min(unknown)} does not learn: rates are for {', '.join(PARTS)}")
 
+    direction = direction or optax.scale_by_adam()
+    scaled = {p: optax.chain(direction, optax.scale_by_learning_rate(r)) for p, r in rates.items()}
+    return by_parts(dict.fromkeys(PARTS, optax.set_to_zero()) | scaled)
+
+
+def by_parts(optimizers: Mapping[str, optax.GradientTransformation]) -> Any:
+    """An optimiser that is another one for each part of `Learned`, by the names of PARTS."""
+
+    def split(tree: Any) -> dict[str, list[Array]]:
+        found: dict[str, list[Array]] = {part: [] for part in optimizers}
+        for path, leaf in jax.tree.leaves_with_path(tree):
+            found[_part(path)].append(leaf)
+        return found
+
     def init(params: Any) -> Any:
-        return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
+        return {part: optimizers[part].init(leaves) for part, leaves in split(params).items()}
 
-    def update(updates: Any, state: Any, params: Any = None) -> Any:
-        def scaled(path: tuple[Any, ...], u: Array) -> Array:
-            part = next(entry.name for entry in path if getattr(entry, "name", None) in PARTS)
-            if part not in rates:
-                return jnp.zeros_like(u)
-            return -jnp.asarray(rates[part](state.count), u.dtype) * u
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> Any:
+        moved, kept, at = {}, {}, split(params)
+        for part, given in split(updates).items():
+            optimizer = optax.with_extra_args_support(optimizers[part])
+            new: Any
+            new, kept[part] = optimizer.update(given, state[part], at[part], **extra)
+            moved[part] = iter(new)
+        return jax.tree.map_with_path(lambda path, _: next(moved[_part(path)]), updates), kept
 
-        moved = jax.tree_util.tree_map_with_path(scaled, updates)
-        return moved, optax.ScaleByScheduleState(count=state.count + 1)
+    return optax.GradientTransformationExtraArgs(init, update)
 
-    scale = optax.GradientTransformation(init, update)
-    return optax.chain(direction or optax.scale_by_adam(), scale)
+
+def _part(path: tuple[Any, ...]) -> str:
+    """The part that an array belongs to, by where it is in a tree of `Learned`."""
+    return next(entry.name for entry in path if getattr(entry, "name", None) in PARTS)
 
 
 def _bfloat16_linear(

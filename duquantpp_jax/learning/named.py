@@ -8,7 +8,9 @@ All give {site: Fitted}, stacked over layers. The transform learns at `rate`, we
 small, at a tenth of it, clips and scale offsets, which are logarithms of order one, at ten times.
 """
 
+import contextlib
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,11 @@ from duquantpp_jax.checkpoints import load
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.commands.options.learn import LearnSettings
 from duquantpp_jax.core import Fitted, Recipe
+from duquantpp_jax.learning import state as states
 from duquantpp_jax.learning.blocks import learn_blocks, stack_blocks
-from duquantpp_jax.learning.model import at_rates, learn_model
-from duquantpp_jax.learning.moves import PARTS, moves_named
+from duquantpp_jax.learning.callbacks import Callback, each
+from duquantpp_jax.learning.model import by_parts, learn_model
+from duquantpp_jax.learning.moves import PARTS, Learned, moves_named
 from duquantpp_jax.learning.site import FitLearned, start_of
 from duquantpp_jax.learning.training import Trained, warmed_cosine
 from duquantpp_jax.models import SITES
@@ -39,15 +43,24 @@ from duquantpp_jax.transforms.block import BlockAffine
 CALIBRATION_ROWS = 64
 """Most rows that starts are fitted on, the first of those to learn from."""
 
-OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
-    "adam": optax.scale_by_adam,
-    "adan": optax.scale_by_adan,
-    "amsgrad": optax.scale_by_amsgrad,
-    "lion": optax.scale_by_lion,
-    "rms": optax.scale_by_rms,
-    "sgd": optax.identity,
-}
-"""Directions of optax, by its names."""
+_NO_SCHEDULE = ("lbfgs", "noisy_sgd", "optimistic_adam", "rprop", "sm3")
+"""Optimisers of optax that want more than a schedule, or a rate that stays."""
+
+
+def _optimizers() -> Iterator[str]:
+    for name in sorted(vars(optax)):
+        value = getattr(optax, name)
+        if name.startswith(("_", "scale_by_")) or name in _NO_SCHEDULE or isinstance(value, type):
+            continue
+        with contextlib.suppress(TypeError, ValueError):  # no function
+            if next(iter(inspect.signature(value).parameters), None) == "learning_rate":
+                yield name
+
+
+OPTIMIZERS = tuple(_optimizers())
+"""Names of the optimisers of optax that a schedule of learning rates is enough for."""
+
+MakeOptimizer = Callable[[optax.Schedule], optax.GradientTransformation]
 
 FACTORS = dict.fromkeys(PARTS, 10.0) | {"transform": 1.0, "weights": 0.1}
 """Of the rate, what each part moves at."""
@@ -61,14 +74,39 @@ Tokens = Integer[np.ndarray, "_ length"]
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """Makes an optimiser, by a name of OPTIMIZERS, from a schedule of learning rates; parts learn
-    at their FACTORS of it."""
+    """Makes an optimiser, by a name of OPTIMIZERS, from a schedule of learning rates.
+
+    Each part has an optimiser of its own, which is given the schedule times the part's FACTORS.
+    What optax decays goes to its start: parameters are differences from there.
+    """
 
     name: str
 
     def __call__(self, schedule: optax.Schedule) -> optax.GradientTransformation:
+        make = getattr(optax, self.name)
         rates = {p: lambda count, factor=f: factor * schedule(count) for p, f in FACTORS.items()}
-        return at_rates(rates, OPTIMIZERS[self.name]())
+        return by_parts({part: make(rate) for part, rate in rates.items()})
+
+
+def optimizer_of(
+    how: LearnSettings, given: MakeOptimizer | optax.GradientTransformation | None
+) -> MakeOptimizer:
+    """What makes the optimiser: `given`, or one that is the same at every rate, or how.optimizer.
+
+    Raises:
+      ValueError: There is no such name.
+    """
+    if given is None:
+        known("optimizer", how.optimizer, OPTIMIZERS)
+        return Optimizer(how.optimizer)
+    return (lambda _: given) if isinstance(given, optax.GradientTransformation) else given
+
+
+def fingerprint(make: MakeOptimizer, how: LearnSettings) -> str:
+    """A hash of an optimiser, by what it does to parameters of every part."""
+    flat, matrix = jnp.zeros(1), jnp.zeros((2, 2))
+    learned = Learned({"matrix": matrix[None]}, (matrix,), flat, flat, flat)
+    return states.describe(make(warmed_cosine(how.rate, how.steps)), learned)
 
 
 def check_settings(how: LearnSettings) -> None:
@@ -76,7 +114,6 @@ def check_settings(how: LearnSettings) -> None:
     find_fit(how.start)
     checked_seed(how.seed)
     moves_named(how.moves)
-    known("optimizer", how.optimizer, OPTIMIZERS)
     for name in ("steps", "batch_rows", "check_every"):
         if getattr(how, name) < 1:
             raise ValueError(f"{name} = {getattr(how, name)}: give at least 1")
@@ -93,6 +130,8 @@ def learn(
     *,
     place: Path,
     report: Report = lambda *_: None,
+    callback: Callback = lambda *_: None,
+    optimizer: MakeOptimizer | optax.GradientTransformation | None = None,
 ) -> Trained:
     """Learns fits for a model.
 
@@ -102,6 +141,10 @@ def learn(
       rows: Token ids to learn from; the last of each row is a target and not an input.
       held_out: Token ids to choose by. A site holds out a part of its sample instead.
       place: A directory for progress: a run that was killed goes on from there to the same bits.
+      callback: Called at every check with losses; block by block with the number of the `block`
+        too, and with steps that count on; site by site not at all.
+      optimizer: Of optax, in place of how.optimizer: an object with rates of its own, or a function
+        from the schedule of rates to one.
 
     Returns:
       Fits, and losses: in nats where learned through the model, as means over blocks where block by
@@ -115,38 +158,43 @@ def learn(
     check_learnable(checkpoint)
     place.mkdir(parents=True, exist_ok=True)
     moves, count, layers = moves_named(how.moves), how.steps, checkpoint.config.num_hidden_layers
-    calibration, optimizer = rows[:CALIBRATION_ROWS, :-1], Optimizer(how.optimizer)
+    calibration, make = rows[:CALIBRATION_ROWS, :-1], optimizer_of(how, optimizer)
     settings: dict[str, Any] = {"steps": count, "check_every": how.check_every}
     fit = find_fit(how.start)
     if how.through == "site":
-        settings |= {"optimizer": optimizer, "rate": how.rate, "batch_tokens": 16 * how.batch_rows}
+        settings |= {"optimizer": make, "rate": how.rate, "batch_tokens": 16 * how.batch_rows}
         fit = FitLearned(moves, fit, **settings)
     plan = Plan.of(checkpoint.config, dataclasses.replace(recipe, fit=fit), seed=how.seed)
     if how.through == "site":
         return Trained(None, 0.0, [], _learn_sites(plan, checkpoint, calibration, place, report))
-    settings |= {"optimizer": optimizer(warmed_cosine(how.rate, count))}
+    settings |= {"optimizer": make(warmed_cosine(how.rate, count))}
     settings |= {"batch_rows": how.batch_rows}
     formats = (recipe.activation_format, recipe.weight_format)
     starts = _starts(plan, checkpoint, calibration, max(format.block_size for format in formats))
     key = jax.random.fold_in(jax.random.key(how.seed), 1)
     if how.through == "model":
         start = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(start for _, start in starts))
+
+        def say_kl(step: int, numbers: Mapping[str, float]) -> None:
+            report(f"held-out KL {numbers['held_out_loss']:.5f}", step, count)
+
         return learn_model(
             load(checkpoint.directory), start, moves, formats, rows, held_out, key,
             checkpoint=place / "model.safetensors",
-            report=lambda step, _, loss: report(f"held-out KL {loss:.5f}", step, count),
-            **settings,
+            callback=each(callback, say_kl), **settings,
         )  # fmt: skip
     done: list[Trained] = []
 
-    def say(step: int, _: float, loss: float) -> None:
-        what = f"block {len(done) + 1} of {layers}: held-out {loss:.5f}"
-        report(what, len(done) * count + step, layers * count)
+    def say(step: int, numbers: Mapping[str, float]) -> None:
+        total, block = len(done) * count + step, len(done) + 1
+        callback(total, {"block": block, **numbers})
+        what = f"block {block} of {layers}: held-out {numbers['held_out_loss']:.5f}"
+        report(what, total, layers * count)
 
     inputs, choosing = (checkpoint.embed(part[:, :-1]) for part in (rows, held_out))
     for block in learn_blocks(
         checkpoint.config, starts, moves, formats, inputs, choosing, key,
-        checkpoint=place, report=say, **settings,
+        checkpoint=place, callback=say, **settings,
     ):  # fmt: skip
         done.append(block)
     return stack_blocks(done)

@@ -52,7 +52,7 @@ def refine(
       plan: How the state was made.
       tokens: Text to learn from. The last eighth of the rows, at least one, chooses the best step,
         the start included; batches are of 16 rows, or of all where there are fewer.
-      options: `report`, `checkpoint` and others of `training.train`.
+      options: `callback`, `checkpoint` and others of `training.train`.
 
     Returns:
       Fits without weights, stacked over layers, for `refitted`.

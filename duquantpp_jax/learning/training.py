@@ -10,7 +10,6 @@ least such loss, the start included, are the result. Learning whose loss is NaN 
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from duquantpp_jax import files
 from duquantpp_jax.core import Fitted
 from duquantpp_jax.core.notices import warn
 from duquantpp_jax.learning import state as states
+from duquantpp_jax.learning.callbacks import Callback
 
 Rows = Any
 """A pytree of arrays whose leading axes are the rows that batches are drawn from."""
@@ -80,7 +80,7 @@ def train(
     optimizer: optax.GradientTransformation,
     batch_rows: int = 16,
     check_every: int = 100,
-    report: Callable[[int, float, float], None] = lambda *_: None,
+    callback: Callback = lambda *_: None,
     checkpoint: Path | None = None,
 ) -> Trained:
     """Minimises the objective.
@@ -88,6 +88,7 @@ def train(
     Args:
       rows, held_out: To learn from, and to choose by; never test text.
       optimizer: Of optax, with its schedule. Compiled code is kept while it is the same object.
+      callback: Called at every check with its step and losses.
       checkpoint: A file, written at every check; a run that finds it goes on from there, to the
         same bits. It holds digests of all other arguments, which must be the same.
 
@@ -127,7 +128,8 @@ def train(
         history.append((int(state.step), float(jnp.mean(losses)), loss))
         if checkpoint is not None:
             states.save(checkpoint, state, start_loss, history, settings)
-        report(*history[-1])
+        step, mean, held = history[-1]
+        callback(step, {"loss": mean, "held_out_loss": held})
     if history and _diverged(*history[-1]):
         warn("learning diverged by step %d (loss %g, held out %g) and was stopped; the best so "
              "far is kept, of held-out loss %g: give a lower rate",

@@ -1,5 +1,7 @@
 """`duquantpp evaluate` as a user types it: its results, its protocols, bad input in one line."""
 
+import contextlib
+import io
 import json
 import pathlib
 import shlex
@@ -26,7 +28,9 @@ def results(tiny_directory, tiny_text, tmp_path_factory):
     """The results of a model whose cache is in bf16 against itself, and what is printed."""
     out = tmp_path_factory.mktemp("evaluated") / "new" / "results.json"
     more = ("--reference", tiny_directory, "--cache", "bf16", "--window", 60, "--tokens", 1200)
-    assert cli.main(arguments(tiny_directory, tiny_text, *more, "--out", out)) == 0
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert cli.main(arguments(tiny_directory, tiny_text, *more, "--out", out, "--json")) == 0
+    assert printed.getvalue() == out.read_text()
     return json.loads(out.read_text())
 
 
@@ -192,8 +196,10 @@ def test_a_chat_prints_the_answer_alone(directory, capsys):
     template = {"chat_template": "{{ messages[0].content }}w"}
     (directory / "tokenizer_config.json").write_text(json.dumps(template))
     command = ["generate", "--model", str(directory), "--max-new-tokens", "8", "--prompt"]
-    assert cli.main([*command, "once upon w"]) == 0
-    plain = capsys.readouterr().out
+    assert cli.main([*command, "once upon w", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert undocumented(found) == set()
+    plain = found["text"] + "\n"
     tokenizer = byte_tokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 256)]

@@ -18,11 +18,13 @@ from duquantpp_jax.commands.quantize import (
     job_of,
     quantize,
 )
+from duquantpp_jax.commands.sizes import dry_line
 from duquantpp_jax.models import Decoder
 from duquantpp_jax.ptq import estimate
 from duquantpp_jax.ptq.walk import quantize_decoder
 from tests.commands.conftest import contents, options_of
 from tests.conftest import TEXT, byte_tokenizer, tiny_decoder
+from tests.documented import undocumented
 
 ROWS = ["--rows", "4", "--calibration-text", str(TEXT)]
 TOKENS = np.asarray(jax.random.randint(jax.random.key(4), (2, 24), 0, 257))
@@ -104,8 +106,10 @@ def test_another_job_is_not_mixed_into_a_directory_unless_it_is_overwritten(
 
 def test_a_dry_run_writes_nothing_and_knows_the_sizes(three_layers, tmp_path, capsys):
     arguments = ["quantize", "--model", str(three_layers), "--out", str(tmp_path / "q")]
-    assert cli.main([*arguments, "--dry-run"]) == 0
-    assert "Nothing was written" in " ".join(capsys.readouterr().out.split())
+    assert cli.main([*arguments, "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert undocumented(found) == set()
+    assert "Nothing was written" in dry_line(found)
     assert not list(tmp_path.iterdir())
 
 

@@ -8,6 +8,7 @@ import json
 
 import pytest
 
+from duquantpp_jax.commands.options.common import Terminal
 from duquantpp_jax.kernels import compiling, proof, sass, target
 from duquantpp_jax.kernels.scaled_matmul.cases import LLAMA_3_8B, PROOF, TOKENS, Case
 
@@ -83,8 +84,8 @@ def test_the_exit_code_says_whether_all_is_proved(tmp_path, monkeypatch, capsys,
     monkeypatch.setattr(proof, "prove", lambda options: iter([row]))
     assert proof.run(proof.Options()) == code
     assert "UTCOMMA" in capsys.readouterr().out
-    assert proof.run(proof.Options(json=True)) == code
-    assert json.loads(capsys.readouterr().out)[0]["found"] == 2
+    assert proof.run(proof.Options(terminal=Terminal(json=True))) == code
+    assert json.loads(capsys.readouterr().out)["kernels"][0]["found"] == 2
 
 
 def test_without_wheels_one_line_says_what_to_install(monkeypatch, capsys):

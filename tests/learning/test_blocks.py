@@ -134,9 +134,9 @@ def test_blocks_are_asked_for_one_at_a_time_and_a_killed_run_goes_on(model, lear
         raise Killed
 
     with pytest.raises(Killed):  # and within the second
-        list(run(report=report, **OPTIONS))
+        list(run(callback=report, **OPTIONS))
     seen = lambda step, *_: steps.append(step)  # noqa: E731
-    _, second = run(report=seen, **OPTIONS)
+    _, second = run(callback=seen, **OPTIONS)
     assert steps == [3, 6]
     for site in SITES:
         np.testing.assert_array_equal(

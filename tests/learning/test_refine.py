@@ -83,7 +83,7 @@ def test_a_refined_cell_measures_what_quantize_refine_writes_killed_and_resumed(
     plan = Plan.of(model.config, cell.method(), fits=load_fits(fits, sha256(tiny_directory))[0])
     plain = quantize_decoder(plan, model, rows)[2]
     losses = []
-    found = refine(plan, model, plain, rows, 3, report=lambda *said: losses.append(said))
+    found = refine(plan, model, plain, rows, 3, callback=lambda *said: losses.append(said))
     refined = refitted(plain, found)
     for site, quantized in refined.items():
         for a, b in zip(*map(jax.tree.leaves, (quantized, state[2][site])), strict=True):
@@ -102,7 +102,8 @@ def test_a_refined_cell_measures_what_quantize_refine_writes_killed_and_resumed(
         held_out.row_sums(Predictor(model, plan.linear, sites)).kl.sum() / (TARGETS - 1)
         for sites in (plain, refined)
     )
-    ((_, _, loss),) = losses
+    ((_, numbers),) = losses
+    loss = numbers["held_out_loss"]
     assert loss < before
     assert after == pytest.approx(loss, rel=0.05)
 

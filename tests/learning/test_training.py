@@ -87,7 +87,7 @@ def test_where_learning_only_harms_the_start_is_kept(rows):
 
 
 def killing(after):
-    """A report that kills the run at its `after`-th check, and the steps that it has seen."""
+    """A callback that kills the run at its `after`-th check, and the steps that it has seen."""
     seen = []
 
     def report(step, *_):
@@ -103,15 +103,15 @@ def test_a_killed_run_goes_on_to_the_same_bits(rows, tmp_path):
     place = tmp_path / "state.safetensors"
     report, _ = killing(2)
     with pytest.raises(Killed):
-        run(rows, checkpoint=place, report=report)
+        run(rows, checkpoint=place, callback=report)
     report, seen = killing(3)
-    resumed = run(rows, checkpoint=place, report=report)
+    resumed = run(rows, checkpoint=place, callback=report)
     assert seen == [30, 40]
     np.testing.assert_array_equal(resumed.learned["w"], whole.learned["w"])
     assert (resumed.start_loss, resumed.history) == (whole.start_loss, whole.history)
 
     report, seen = killing(1)
-    finished = run(rows, checkpoint=place, report=report)
+    finished = run(rows, checkpoint=place, callback=report)
     assert seen == []
     np.testing.assert_array_equal(finished.learned["w"], whole.learned["w"])
     assert list(tmp_path.iterdir()) == [place]

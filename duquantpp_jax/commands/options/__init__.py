@@ -5,6 +5,7 @@
 
 from duquantpp_jax.commands.options.ablate import AblateFile, AblateOptions
 from duquantpp_jax.commands.options.compare import CompareOptions
+from duquantpp_jax.commands.options.completion import CompletionOptions
 from duquantpp_jax.commands.options.evaluate import EvaluateOptions
 from duquantpp_jax.commands.options.export import ExportOptions
 from duquantpp_jax.commands.options.generate import GenerateOptions
@@ -15,6 +16,7 @@ from duquantpp_jax.commands.options.quantize import QuantizeOptions
 from duquantpp_jax.commands.options.recipes import RecipesOptions
 from duquantpp_jax.commands.options.serve import ServeOptions
 
-__all__ = ["AblateFile", "AblateOptions", "CompareOptions", "EvaluateOptions", "ExportOptions"]
+__all__ = ["AblateFile", "AblateOptions", "CompareOptions", "CompletionOptions"]
+__all__ += ["EvaluateOptions", "ExportOptions"]
 __all__ += ["GenerateOptions", "InspectOptions", "KernelOptions", "LearnOptions", "LearnSettings"]
 __all__ += ["QuantizeOptions", "RecipesOptions", "ServeOptions"]

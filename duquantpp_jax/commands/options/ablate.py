@@ -6,15 +6,16 @@ from typing import Literal
 
 import tyro
 
-from duquantpp_jax.commands.options.common import Imports
+from duquantpp_jax.commands.options.common import Imports, Plain, Printing, Terminal
 
 
 @dataclasses.dataclass(frozen=True)
-class AblateOptions:
+class AblateOptions(Plain):
     """Measures the grid of a Python file; cells that are finished are not measured again.
 
     Attributes:
-      model: Hugging Face directory, GGUF file or smollm2; without it, the embedded model.
+      model: Hugging Face directory, GGUF file, hf:ORG/NAME or smollm2; without it, the embedded
+        model.
       text: Texts to evaluate on (docs/evaluate.md), each with its own table.
       calibration_text: Texts to calibrate on; every cell that names none runs with each. model is
         rows that the model writes itself.
@@ -60,6 +61,7 @@ class AblateOptions:
     summary: Path | None = None
     report: Path | None = None
     imports: Imports = ()
+    terminal: Printing = Terminal()
 
 
 @dataclasses.dataclass(frozen=True)

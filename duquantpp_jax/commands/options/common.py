@@ -1,7 +1,12 @@
-"""What the options of several commands share: names and annotations."""
+"""What the options of several commands share: names, annotations, and what a command prints."""
 
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -19,3 +24,55 @@ Serve = Literal["transformers", "vllm"]
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Imports = Annotated[tuple[str, ...], tyro.conf.arg(name="import")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Terminal:
+    """What a command prints.
+
+    Attributes:
+      json: Print the result as one JSON object on stdout, and nothing else there (docs/results.md).
+      verbose: Say more on stderr: versions and devices, each step in a line, and where an error was
+        raised.
+    """
+
+    json: Flag = False
+    verbose: Flag = False
+
+    def give(self, result: Any, show: Callable[[], object]) -> None:
+        """Prints a result, or calls what shows it to a reader."""
+        if not self.json:
+            show()
+            return
+        from duquantpp_jax.files import to_json  # which needs NumPy
+
+        print(to_json(result).decode(), end="", flush=True)
+
+
+Printing = Annotated[Terminal, tyro.conf.OmitArgPrefixes]
+
+
+class Plain:
+    """Options that take plain values: a str where a Path is declared, a list or a single value
+    where a tuple is."""
+
+    def __post_init__(self) -> None:
+        hints = _hints(type(self))
+        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            value = _declared(hints[field.name], getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _declared(hint: Any, value: Any) -> Any:
+    """A value as its type is declared."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in kinds:
+        if typing.get_origin(kind) is tuple and value is not None:
+            items = value if isinstance(value, list | tuple) else (value,)
+            return tuple(_declared(typing.get_args(kind)[0], item) for item in items)
+    return Path(value) if Path in kinds and isinstance(value, str) else value

@@ -3,7 +3,14 @@
 import dataclasses
 from pathlib import Path
 
-from duquantpp_jax.commands.options.common import TARGETS, Imports, RotationName
+from duquantpp_jax.commands.options.common import (
+    TARGETS,
+    Imports,
+    Plain,
+    Printing,
+    RotationName,
+    Terminal,
+)
 
 BASELINE = "block_hadamard"
 RECIPES = ("rtn", BASELINE, "random_hadamard", "smooth_hadamard", "duquantpp", "duquantpp_released")
@@ -11,14 +18,14 @@ FORMATS = ("even", "rceil")
 
 
 @dataclasses.dataclass(frozen=True)
-class CompareOptions:
+class CompareOptions(Plain):
     """Compares recipes for 4-bit weights and activations on a model, against block_hadamard.
 
     Without --model it is the small model inside the package, on text sampled from itself.
 
     Attributes:
-      model: Hugging Face directory, GGUF file or smollm2 (docs/models.md): a Llama, Mistral,
-        Qwen2, Qwen3, Gemma 3, Mixtral, Qwen3-MoE or gpt-oss.
+      model: Hugging Face directory, GGUF file, hf:ORG/NAME or smollm2 (docs/models.md): a Llama,
+        Mistral, Qwen2, Qwen3, Gemma 3, Mixtral, Qwen3-MoE or gpt-oss.
       text: Text to evaluate on; documents separated by <|endoftext|>, or lines of a .jsonl file.
       calibration_text: Text to calibrate on, of which the first 64 rows of 511 tokens are used; or
         model, for rows that the model writes itself, from each seed.
@@ -65,3 +72,4 @@ class CompareOptions:
     text_key: str = "text"
     out: Path = Path("compare-out")
     imports: Imports = ()
+    terminal: Printing = Terminal()

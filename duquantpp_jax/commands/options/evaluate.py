@@ -3,15 +3,16 @@
 import dataclasses
 from pathlib import Path
 
-from duquantpp_jax.commands.options.common import Flag, Imports
+from duquantpp_jax.commands.options.common import Flag, Imports, Plain, Printing, Terminal
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(Plain):
     """Perplexity of a model on a text, KL and agreement with a reference; or scores on tasks.
 
     Attributes:
-      model: Hugging Face directory, GGUF file or smollm2 (docs/models.md); or a quantized model.
+      model: Hugging Face directory, GGUF file, hf:ORG/NAME or smollm2 (docs/models.md); or a
+        quantized model.
       text: Text to evaluate on, or .jsonl file, each line a document.
       tasks: In place of a text, tasks of lm-eval (extra eval) by their names; gutenberg for five
         small ones that are in the package (docs/scoring.md).
@@ -56,3 +57,4 @@ class EvaluateOptions:
     mesh: str | None = None
     out: Path | None = None
     imports: Imports = ()
+    terminal: Printing = Terminal()

@@ -4,13 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from duquantpp_jax.commands.options.common import Imports, Serve
+from duquantpp_jax.commands.options.common import Imports, Plain, Printing, Serve, Terminal
 
 Layout = Literal["compressed-tensors", "dequantized", "gpt-oss"]
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportOptions:
+class ExportOptions(Plain):
     """Writes a quantized model for other programs.
 
     Attributes:
@@ -32,3 +32,4 @@ class ExportOptions:
     serve: Serve | None = None
     check: bool = False
     imports: Imports = ()
+    terminal: Printing = Terminal()

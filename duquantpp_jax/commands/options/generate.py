@@ -3,15 +3,16 @@
 import dataclasses
 from pathlib import Path
 
-from duquantpp_jax.commands.options.common import Flag, Imports
+from duquantpp_jax.commands.options.common import Flag, Imports, Plain, Printing, Terminal
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateOptions:
+class GenerateOptions(Plain):
     """Continues a text, token by token, with a key-value cache.
 
     Attributes:
-      model: Hugging Face directory, GGUF file or smollm2 (docs/models.md); or a quantized model.
+      model: Hugging Face directory, GGUF file, hf:ORG/NAME or smollm2 (docs/models.md); or a
+        quantized model.
       prompt: Text to continue; the tokenizer may add special tokens.
       chat: Take the prompt as a message to the model, in its own chat template (extra chat), and
         print the answer alone.
@@ -43,3 +44,4 @@ class GenerateOptions:
     activation_format: str | None = None
     mesh: str | None = None
     imports: Imports = ()
+    terminal: Printing = Terminal()

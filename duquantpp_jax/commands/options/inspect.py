@@ -3,17 +3,18 @@
 import dataclasses
 from pathlib import Path
 
-from duquantpp_jax.commands.options.common import TARGETS, Imports
+from duquantpp_jax.commands.options.common import TARGETS, Imports, Plain, Printing, Terminal
 
 
 @dataclasses.dataclass(frozen=True)
-class InspectOptions:
+class InspectOptions(Plain):
     """Where the outliers of a model sit, in numbers and figures; of a quantized one, what it holds.
 
     Without --model it is the small model inside the package.
 
     Attributes:
-      model: Hugging Face directory, GGUF file or smollm2 (docs/models.md); or a quantized model.
+      model: Hugging Face directory, GGUF file, hf:ORG/NAME or smollm2 (docs/models.md); or a
+        quantized model.
       text: Text that the model runs on, documents separated by <|endoftext|> or lines of a .jsonl
         file; without --model, the embedded rows.
       tokens: Tokens of the text, cut down to whole rows of 511.
@@ -44,3 +45,4 @@ class InspectOptions:
     out: Path = Path("inspect-out")
     text_key: str = "text"
     imports: Imports = ()
+    terminal: Printing = Terminal()

@@ -4,11 +4,11 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from duquantpp_jax.commands.options.common import Imports
+from duquantpp_jax.commands.options.common import Imports, Plain, Printing, Terminal
 
 
 @dataclasses.dataclass(frozen=True)
-class LearnSettings:
+class LearnSettings(Plain):
     """How fits are learned.
 
     Attributes:
@@ -21,7 +21,7 @@ class LearnSettings:
       steps: Updates; through site or block, of each of them.
       rate: Peak learning rate of the transform; weights learn at a tenth of it, clips and scale
         offsets at ten times.
-      optimizer: adam, adan, amsgrad, lion, rms or sgd, of optax.
+      optimizer: Any of optax, by its name there: adam, adamw, lion, lamb, rmsprop, sgd, ..
       batch_rows: Rows of a batch; of a site, batches of 16 times as many tokens.
       check_every: Steps between checks, at which progress is kept.
       seed: For starts that draw random numbers, and for the order of batches.
@@ -43,7 +43,8 @@ class LearnOptions(LearnSettings):
     """Learns how linear inputs are moved; after a kill, the same command resumes.
 
     Attributes:
-      model: Hugging Face directory, GGUF file or smollm2; without it, the embedded model.
+      model: Hugging Face directory, GGUF file, hf:ORG/NAME or smollm2; without it, the embedded
+        model.
       text: Text to learn from, documents separated by <|endoftext|> or lines of a .jsonl file; or
         model, for rows that the model writes itself; without --model and --text, the embedded
         calibration rows.
@@ -55,6 +56,9 @@ class LearnOptions(LearnSettings):
       activation_formats: Of activations alone, over --formats.
       scale_rule: For formats with a scale rule whose name gives none.
       measure: Print the held-out KL at the start and at the end, with the whole model in memory.
+      tensorboard: Directory for TensorBoard's files of the losses at every check (extra
+        tensorboard).
+      wandb: Project of wandb to log them to (extra wandb).
       overwrite: Start anew if --out holds other fits.
       text_key: Of the text in a .jsonl file.
       out: Directory for the fits.
@@ -70,7 +74,10 @@ class LearnOptions(LearnSettings):
     activation_formats: str | None = None
     scale_rule: str = "floor"
     measure: bool = True
+    tensorboard: Path | None = None
+    wandb: str | None = None
     overwrite: bool = False
     text_key: str = "text"
     out: Path = Path("fits")
     imports: Imports = ()
+    terminal: Printing = Terminal()

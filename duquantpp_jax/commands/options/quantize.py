@@ -3,17 +3,25 @@
 import dataclasses
 from pathlib import Path
 
-from duquantpp_jax.commands.options.common import MODEL, Imports, RotationName, Serve
+from duquantpp_jax.commands.options.common import (
+    MODEL,
+    Imports,
+    Plain,
+    Printing,
+    RotationName,
+    Serve,
+    Terminal,
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizeOptions:
+class QuantizeOptions(Plain):
     """Quantizes a Hugging Face model layer by layer; after a kill, the same command resumes.
 
     Without --model it is the small model inside the package.
 
     Attributes:
-      model: Hugging Face directory, GGUF file or smollm2 (docs/models.md).
+      model: Hugging Face directory, GGUF file, hf:ORG/NAME or smollm2 (docs/models.md).
       recipe: How linear inputs are moved, by its name in duquantpp_jax.recipes; block_hadamard
         where neither this nor --fits is given.
       fits: Directory that duquantpp learn wrote for this model: what moves the inputs, in place of
@@ -81,6 +89,7 @@ class QuantizeOptions:
     text_key: str = "text"
     out: Path = Path("quantized")
     imports: Imports = ()
+    terminal: Printing = Terminal()
 
     @property
     def text(self) -> Path | None:

@@ -2,15 +2,11 @@
 
 import dataclasses
 
-from duquantpp_jax.commands.options.common import Flag
+from duquantpp_jax.commands.options.common import Plain, Printing, Terminal
 
 
 @dataclasses.dataclass(frozen=True)
-class RecipesOptions:
-    """Lists recipes, roundings and formats: what each does, what it costs, and its source.
+class RecipesOptions(Plain):
+    """Lists recipes, roundings and formats: what each does, what it costs, and its source."""
 
-    Attributes:
-      json: Print them as JSON.
-    """
-
-    json: Flag = False
+    terminal: Printing = Terminal()

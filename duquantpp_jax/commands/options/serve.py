@@ -5,15 +5,16 @@ from pathlib import Path
 
 import tyro
 
-from duquantpp_jax.commands.options.common import Imports
+from duquantpp_jax.commands.options.common import Imports, Plain, Printing, Terminal
 
 
 @dataclasses.dataclass(frozen=True)
-class ServeOptions:
+class ServeOptions(Plain):
     """Serves a model: /v1/completions and /v1/chat/completions, as OpenAI's interface has them.
 
     Attributes:
-      model: Hugging Face directory, GGUF file or smollm2 (docs/models.md); or a quantized model.
+      model: Hugging Face directory, GGUF file, hf:ORG/NAME or smollm2 (docs/models.md); or a
+        quantized model.
       host: Address to listen on; the default takes requests of this machine alone, and there is no
         password.
       port: To listen on; 0 takes a free one.
@@ -37,3 +38,4 @@ class ServeOptions:
     cache: str = "bf16"
     activation_format: str | None = None
     imports: Imports = ()
+    terminal: Printing = Terminal()
