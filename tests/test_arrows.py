@@ -14,7 +14,8 @@ FLOORS = (
     "formats",
     "transforms models",
     "rounding kernels",
-    "learning.straight_through learning.moves learning.training learning.state learning.site",
+    "learning.straight_through learning.moves learning.training learning.state learning.site "
+    "learning.callbacks",
     "recipes",
     "ptq",
     "checkpoints",

@@ -128,8 +128,8 @@ def train(
         history.append((int(state.step), float(jnp.mean(losses)), loss))
         if checkpoint is not None:
             states.save(checkpoint, state, start_loss, history, settings)
-        step, mean, held = history[-1]
-        callback(step, {"loss": mean, "held_out_loss": held})
+        step, mean, _ = history[-1]
+        callback(step, {"loss": mean, "held_out_loss": loss})
     if history and _diverged(*history[-1]):
         warn("learning diverged by step %d (loss %g, held out %g) and was stopped; the best so "
              "far is kept, of held-out loss %g: give a lower rate",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import types
 import typing
 from collections.abc import Callable
@@ -44,9 +45,7 @@ class Terminal:
         if not self.json:
             show()
             return
-        from duquantpp_jax.files import to_json  # which needs NumPy
-
-        print(to_json(result).decode(), end="", flush=True)
+        print(json.dumps(result, indent=1, allow_nan=False), flush=True)
 
 
 Printing = Annotated[Terminal, tyro.conf.OmitArgPrefixes]
