@@ -8,13 +8,13 @@ Last result, formats, 2026-11-25: all 60 caught (jax 0.12.0.1, Python 3.12).
 Last result, everything else, 2026-11-29: 51 were listed before any test was touched, and 12 of them
 survived at first:
 
-    of these, known to survive   the three of rotate_quantize (ring, accumulators, warpgroups): every
-                                 CTA of the tests had a single tile
-    a test that asked the code   WUSH's damping; held-out loss: both sides of the comparison were
-                                 computed by the function under test
-    inputs that hide it          EVEN in Triton (no largest significand at its border); weights moved
-                                 back (Hadamard matrices are their own inverses; a slow test saw it);
-                                 special tokens in a chat (the tokenizer had none)
+    a test that asked the code   WUSH's damping; held-out loss: the function under test computed
+                                 both sides of the comparison
+    inputs that hide it          rotate_quantize without waits for ring and accumulators, and with
+                                 both warpgroups on the same tiles (a CTA had one tile; this was
+                                 known); EVEN in Triton (no largest significand at its border);
+                                 weights moved back (Hadamard matrices are their own inverses; a
+                                 slow test saw it); a chat's special tokens (there were none)
     a change too large           a record's metrics (halved, not a percent off)
     no test of it                keys of sites; held-out rows of a checkpoint; rates by step
 
