@@ -13,9 +13,7 @@ one of type random-hadamard the library and vLLM compute x M / sqrt(32), with M 
 X.{group}_input.weight: here M = sqrt(32) T, for any T. (Type random-matrix is x M in the library,
 but x M / sqrt(32) in vLLM.)
 
-Smoothing before q/k/v and up/gate is folded into the norm before them, g / s, if `quantize --fuse`
-has not done it; other smoothing only that folds, before rounding. Whatever else moves an input the
-layout cannot express, and it is refused.
+Smoothing is folded; whatever else moves an input is refused (one_matrix.py).
 
 Source: the library compressed-tensors 0.20: compressors/mxfp4 and nvfp4,
 quantization/quant_config.py and transform/.
@@ -25,49 +23,35 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
 
 from duquantpp_jax.checkpoints.directory import Quantized
+from duquantpp_jax.checkpoints.job import Job
 from duquantpp_jax.checkpoints.mxfp4 import BLOCK, COMPRESSED, INPUT_SCALE, NVFP4_PACKED, PACKED
+from duquantpp_jax.checkpoints.one_matrix import Layer, QuantizedPart, Tensors, in_parts
 from duquantpp_jax.checkpoints.readers import ANY, NVFP4, READERS, STATUS, check_formats
 from duquantpp_jax.commands.options.common import Serve
-from duquantpp_jax.core import MXArray, Transform
 from duquantpp_jax.formats import E2M1
 from duquantpp_jax.formats.tensors import pack_codes
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, DecoderConfig
-from duquantpp_jax.models.parameters import input_norms, layer_prefix, tensor_name
-from duquantpp_jax.ptq.fuse import moved_gain, split
-from duquantpp_jax.ptq.plan import linear_shapes
-from duquantpp_jax.ptq.site import PackedFloat, QuantizedSite
+from duquantpp_jax.models.parameters import EXPERT_SITES, experts
+from duquantpp_jax.ptq.site import QuantizedSite
 from duquantpp_jax.transforms.hadamard import hadamard
 
 HADAMARD = "hadamard"
 """The group of all inputs that Hadamard matrices move."""
 
-Tensors = dict[str, np.ndarray]
 
-
-class Layer(NamedTuple):
-    """A layer in another layout: its tensors by their whole names.
-
-    Attributes:
-      moved: For each group of transform_config the linears whose input it moves.
-      floats: Linears that are not quantized.
-    """
-
-    tensors: Tensors
-    moved: dict[str, list[str]]
-    floats: list[str]
-
-
-def check(model: Quantized, serve: Serve | None) -> None:
+def check(config: DecoderConfig, job: Job, serve: Serve | None) -> None:
     """Raises ValueError if the layout, or the reader, has no such model or format."""
-    job = model.job
+    if config.architecture == "GptOssForCausalLM":
+        raise ValueError(
+            f"{PACKED} of a {config.architecture} is not written: it has a layout of its own; "
+            "export --format gpt-oss, or dequantized"
+        )
+    mixture = config.num_experts > 0
     if serve is not None:
-        check_formats(serve, job.weight_formats.values(), job.activation_formats.values())
-    check_architecture(model.config)
+        check_formats(serve, job.weight_formats, job.activation_formats, mixture=mixture)
     layout = layout_of(job.weight_formats.values())
     for name in job.activation_formats.values():
         if name.partition(":")[0] not in layout.activations:
@@ -75,14 +59,13 @@ def check(model: Quantized, serve: Serve | None) -> None:
                 f"{layout.name} with activations in {name} is not known to its readers: "
                 f"use one of {', '.join(layout.activations)}"
             )
-
-
-def check_architecture(config: DecoderConfig) -> None:
-    """Raises ValueError for a mixture of experts."""
-    if config.num_experts:
+    if mixture and layout.name != PACKED:
+        raise ValueError(f"{layout.name} of experts is not written: quantize into mxfp4")
+    of_experts = {job.activation_formats[site].partition(":")[0] for site in EXPERT_SITES}
+    if mixture and len(of_experts) > 1:
         raise ValueError(
-            f"{PACKED} of a {config.architecture} is not written: its experts have "
-            "transforms of their own; export --format dequantized, or gpt-oss for a gpt-oss"
+            f"{PACKED} has one format for the inputs of experts, and this model has "
+            f"{' and '.join(sorted(of_experts))}: quantize with one for {', '.join(EXPERT_SITES)}"
         )
 
 
@@ -98,123 +81,42 @@ def pack_layer(
     Raises:
       ValueError: What the layout, or the reader, cannot express; names the site.
     """
-    prefix, shapes = layer_prefix(number), linear_shapes(config)
     reader = READERS[serve] if serve else ANY
-    parameters, tensors = dict(parameters), {}
-    moved: dict[str, list[str]] = {}
-    floats = []
-    for site in SITES:
-        state, names = sites[site], SITE_WEIGHTS[site]
-        width = shapes[names[0]][1]
-        folding = split(config, site, state.transform, width)
-        matrix = shared_matrix(folding.rest, -(-width // BLOCK) * BLOCK, f"{prefix}{site}")
-        _check_site(f"{prefix}{site}", names, state, reader.fuses)
-        if folding.moves and site not in input_norms(config):
+    found = in_parts(config, number, parameters, sites, reader, PACKED)
+    tensors, moved = found.rest, dict[str, list[str]]()
+    for part in found.quantized:
+        name, site, weight, matrix, _ = part
+        n, k = weight.shape
+        codes = pack_codes(np.asarray(weight.codes()), E2M1.bits)
+        tensors[f"{name}.weight_packed"] = codes.reshape(n, k // 2)
+        tensors |= scale_tensors(part)
+        if matrix is None:
+            continue
+        if serve and experts(config, site):
             raise ValueError(
-                f"{prefix}{site}: its smoothing has to be folded into the linear before it prior "
-                f"to rounding, and {PACKED} has no online one: quantize again with --fuse"
+                f"{name}: {serve} moves no input of an expert: quantize with --recipe identity, or "
+                "leave experts in float by --include '*.self_attn.*'"
             )
-        for _, made in folding.moves:
-            for name, channels in made.items():
-                parameters[name] = np.asarray(moved_gain(config, parameters[name], channels))
-        is_hadamard = matrix is not None and np.array_equal(matrix, hadamard(BLOCK))
+        if f"{name}.bias" in found.rest and not reader.biases:
+            raise ValueError(
+                f"{name} has a bias, and {serve} moves no input of such a linear: "
+                "quantize with --recipe identity or smooth, or --exclude it"
+            )
+        is_hadamard = np.array_equal(matrix, hadamard(BLOCK))
         group = HADAMARD if is_hadamard else f"layer_{number}_{site}"
-        for name, weight in zip(names, state.weights, strict=True):
-            if not isinstance(weight, MXArray):
-                if folding.moves:
-                    raise ValueError(
-                        f"{prefix}{name} is in float beside linears whose smoothing is folded into "
-                        f"their norm, which {PACKED} cannot express: quantize again with --fuse"
-                    )
-                exact = weight.astype(jnp.bfloat16) if isinstance(weight, PackedFloat) else weight
-                tensors[f"{prefix}{name}.weight"] = np.asarray(exact)
-                floats.append(prefix + name)
-                continue
-            n, k = weight.shape
-            if k != shapes[name][1]:
-                raise ValueError(
-                    f"{prefix}{name} was padded from {shapes[name][1]} to {k} inputs, which "
-                    f"{PACKED} cannot express: export --format dequantized"
-                )
-            codes = pack_codes(np.asarray(weight.codes()), E2M1.bits)
-            tensors[f"{prefix}{name}.weight_packed"] = codes.reshape(n, k // 2)
-            tensors |= scale_tensors(prefix + name, weight, state)
-            if matrix is None:
-                continue
-            if f"{name}.bias" in parameters and not reader.biases:
-                raise ValueError(
-                    f"{prefix}{name} has a bias, and {serve} moves no input of such a linear: "
-                    "quantize with --recipe identity or smooth, or --exclude it"
-                )
-            moved.setdefault(group, []).append(prefix + name)
-            if not is_hadamard:
-                tensors[f"{prefix}{name}.{group}_input.weight"] = matrix * np.float32(BLOCK**0.5)
-    named_rest = {prefix + tensor_name(name): np.asarray(a) for name, a in parameters.items()}
-    return Layer(tensors | named_rest, moved, floats)
+        moved.setdefault(group, []).append(name)
+        if not is_hadamard:
+            tensors[f"{name}.{group}_input.weight"] = matrix * np.float32(BLOCK**0.5)
+    return Layer(tensors, moved, found.floats)
 
 
-def check_activations(where: str, state: QuantizedSite, layout: str = PACKED) -> None:
-    """Raises ValueError for what no reader can do with the activations of a site."""
-    for part in ("clip", "scale_offset"):
-        if getattr(state, part) is not None:
-            raise ValueError(
-                f"{where}: its activations have a {part} by block, which no reader of {layout} "
-                "applies: quantize without it, or export --format dequantized"
-            )
-
-
-def _check_site(where: str, names: Sequence[str], state: QuantizedSite, fused: bool) -> None:
-    """Raises ValueError for what no reader can do with a site, and for one half in float."""
-    check_activations(where, state)
-    quantized = [isinstance(weight, MXArray) for weight in state.weights]
-    if fused and any(quantized) and not all(quantized):
-        name = names[quantized.index(False)]
-        raise ValueError(
-            f"{where}: {name} is in float beside quantized linears of the same input, which vLLM "
-            f"makes one linear: exclude all of {', '.join(names)}, or none "
-            "(or export --serve transformers)"
-        )
-
-
-def shared_matrix(
-    transform: Transform, width: int, where: str, layout: str = PACKED
-) -> Float32[np.ndarray, "32 32"] | None:
-    """The one matrix that moves all blocks of a site's input; None where nothing moves it.
-
-    Raises:
-      ValueError: Anything else moves it; one line that says what to use instead.
-    """
-    kinds = ", ".join(type(link).__name__ for link in transform.flat_links())
-    if (blocks := transform.as_blocks(width, BLOCK)) is None:
-        raise ValueError(
-            f"{where}: its input is moved online by {kinds}, whose as_blocks gives no matrix for "
-            f"each block of {BLOCK}: {layout} has nothing else; export --format dequantized"
-        )
-    if blocks.divisor is not None and np.any(np.asarray(blocks.divisor) != 1):
-        raise ValueError(
-            f"{where}: its input is divided online by {kinds}, which {layout} cannot express: "
-            "quantize again with --fuse, which folds smoothing, or export --format dequantized"
-        )
-    if blocks.matrices is None:
-        return None
-    matrices = np.asarray(blocks.matrices, np.float32)
-    if np.any(matrices != matrices[:1]):
-        shared = "with :shared after the name of the recipe (which --serve does)"
-        raise ValueError(
-            f"{where}: its input is moved online by a matrix for each block, and {layout} holds "
-            "one for all blocks of a site: quantize "
-            f"{shared if layout == PACKED else 'with identity or block_hadamard'}, or export "
-            "--format dequantized"
-        )
-    return matrices[0]
-
-
-def scale_tensors(linear: str, weight: MXArray, state: QuantizedSite) -> Tensors:
+def scale_tensors(part: QuantizedPart) -> Tensors:
     """The tensors of scales of a quantized linear."""
+    linear, weight = part.name, part.weight
     if weight.tensor_scale is None:
         return {f"{linear}.weight_scale": np.asarray(weight.scale_bytes())}
     found = {f"{linear}.weight_scale": np.asarray(weight.scales)}
-    whole = {".weight_global_scale": weight.tensor_scale, INPUT_SCALE: state.tensor_scale}
+    whole = {".weight_global_scale": weight.tensor_scale, INPUT_SCALE: part.input_scale}
     return found | {
         linear + name: np.float32(1) / np.asarray(scale, np.float32).reshape(1)
         for name, scale in whole.items()
@@ -291,9 +193,13 @@ def quantization_config(
     formats = {site: name.partition(":")[0] for site, name in model.job.activation_formats.items()}
     layout = layout_of(model.job.weight_formats.values())
     for number, format in enumerate(dict.fromkeys(formats.values())):
-        names = [n for site in SITES if formats[site] == format for n in SITE_WEIGHTS[site]]
+        alike = [site for site in SITES if formats[site] == format]
+        dense = [n for s in alike if not experts(model.config, s) for n in SITE_WEIGHTS[s]]
+        names = [f"re:.*{re.escape(name)}$" for name in dense]
+        if any(experts(model.config, site) for site in alike):
+            names.append(r"re:.*\.experts\.\d+\..*")
         groups[f"group_{number}"] = {
-            "targets": [f"re:.*{re.escape(name)}$" for name in names],
+            "targets": names,
             "weights": layout.weights,
             "input_activations": layout.activations[format],
             "output_activations": None,
@@ -304,11 +210,18 @@ def quantization_config(
         "format": layout.name,
         "quantization_status": STATUS if moved else "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head", *floats],
+        "ignore": ["lm_head", *floats, *_in_vllm(floats)],
         "kv_cache_scheme": None,
         "sparsity_config": {},
         "transform_config": {"config_groups": transform_groups(moved)} if moved else {},
     }
+
+
+def _in_vllm(floats: Sequence[str]) -> list[str]:
+    """Names by which vLLM asks for experts that a Mixtral calls otherwise."""
+    called = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    split = [name.rpartition(".") for name in floats]
+    return [f"{path}.{called[end]}" for path, _, end in split if end in called]
 
 
 def transform_groups(moved: Mapping[str, Sequence[str]]) -> dict[str, Any]:

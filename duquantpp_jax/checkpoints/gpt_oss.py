@@ -14,16 +14,11 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from duquantpp_jax.checkpoints.compressed_tensors import (
-    HADAMARD,
-    Layer,
-    check_activations,
-    shared_matrix,
-    transform_groups,
-)
+from duquantpp_jax.checkpoints.compressed_tensors import HADAMARD, transform_groups
 from duquantpp_jax.checkpoints.directory import Quantized, layer_file
 from duquantpp_jax.checkpoints.experts import linears, tensors_of
 from duquantpp_jax.checkpoints.mxfp4 import BLOCK, BLOCKS, GPT_OSS, SCALES
+from duquantpp_jax.checkpoints.one_matrix import Layer, check_activations, shared_matrix
 from duquantpp_jax.core import MXArray, Transform
 from duquantpp_jax.models import SITE_WEIGHTS
 from duquantpp_jax.models.parameters import EXPERT_SITES, LINEARS, layer_prefix, tensor_name
@@ -92,7 +87,7 @@ def pack_layer(model: Quantized, number: int) -> Layer:
 
 def _turned(transform: Transform, width: int, where: str) -> bool:
     """Whether Hadamard matrices move a site's input; ValueError if anything else does."""
-    matrix = shared_matrix(transform, width, where, LAYOUT)
+    matrix = shared_matrix(transform, width, where, LAYOUT, "identity or block_hadamard")
     if matrix is not None and not np.array_equal(matrix, hadamard(BLOCK)):
         raise ValueError(
             f"{where}: its input is moved online by a matrix that is not Hadamard's, which "

@@ -2,6 +2,7 @@
 
 compressed-tensors   packed MXFP4 or NVFP4, with one matrix for each site's input
     (compressed_tensors.py).
+fp-quant             the same for QuTLASS, in MXFP4 (fp_quant.py).
 dequantized          every weight moved back through its transform, W = W^ T, and rounded to
     bfloat16; activations are not quantized.
 gpt-oss              experts as packed MXFP4 (gpt_oss.py).
@@ -12,15 +13,17 @@ decode MXFP4 to bfloat16, and multiply no other type with it. Other tensors are 
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Float
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints import Quantized, compressed_tensors, gpt_oss, readers
-from duquantpp_jax.checkpoints.compressed_tensors import Layer, Tensors, pack_layer
+from duquantpp_jax.checkpoints import Quantized, compressed_tensors, fp_quant, gpt_oss, readers
 from duquantpp_jax.checkpoints.experts import tensors_of
+from duquantpp_jax.checkpoints.job import Job
+from duquantpp_jax.checkpoints.one_matrix import Layer, Tensors
 from duquantpp_jax.checkpoints.readers import CARD
 from duquantpp_jax.checkpoints.shards import INDEX
 from duquantpp_jax.checkpoints.source import Directory
@@ -56,12 +59,11 @@ def write_export(
     """
     model = Quantized(directory)
     files.check_writable(out)
-    if serve is not None and format != "compressed-tensors":
-        raise ValueError(f"--serve {serve} is for --format compressed-tensors: leave one out")
-    if packed := format == "compressed-tensors":
-        compressed_tensors.check(model, serve)
+    if serve is not None and format != (read := readers.READERS[serve].layout):
+        raise ValueError(f"--serve {serve} is for --format {read}: leave one out")
     if own := format == "gpt-oss":
         gpt_oss.check(model)
+    check(format, model.config, model.job, serve)
     count = model.config.num_hidden_layers
     places: dict[str, str] = {}
     moved: dict[str, list[str]] = {}
@@ -73,29 +75,32 @@ def write_export(
             name = f"model-{number + 1:05d}-of-{count + 1:05d}.safetensors"
             write_tensors(partial / name, tensors, {})
             places.update(dict.fromkeys(tensors, name))
-            wider.extend(n for n, array in tensors.items() if array.dtype in _WIDER)
+            named = ((n, a) for n, a in tensors.items() if not n.endswith("_global_scale"))
+            wider.extend(name for name, array in named if array.dtype in _WIDER)
 
         for number in range(count):
             progress(f"layer {number + 1} of {count}", number, count)
             if own:
                 layer = gpt_oss.pack_layer(model, number)
-            elif packed:
-                layer = pack_layer(model.config, number, *model.layer(number), serve)
             else:
-                layer = dequantize_layer(model.config, number, *model.layer(number))
+                what = model.config, number, *model.layer(number)
+                layer = layer_as(format, model.job, *what, serve)
             write(number, layer.tensors)
             for group, names in layer.moved.items():
                 moved.setdefault(group, []).extend(names)
             floats += layer.floats
         write(count, model.outside())
         fields = dict(model.fields)
-        if packed or own:
+        if format != "dequantized":
             fields |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
-        if packed:
-            made = compressed_tensors.quantization_config(model, moved, floats)
-            fields["quantization_config"] = made
-        elif own:
-            fields["quantization_config"] = gpt_oss.quantization_config(moved)
+        match format:
+            case "compressed-tensors":
+                made = compressed_tensors.quantization_config(model, moved, floats)
+                fields["quantization_config"] = made
+            case "fp-quant":
+                fields["quantization_config"] = fp_quant.quantization_config(model, floats)
+            case "gpt-oss":
+                fields["quantization_config"] = gpt_oss.quantization_config(moved)
         notes = _notes(model, format, moved)
         if wider and fields.get("dtype", fields.get("torch_dtype")) == "bfloat16":
             notes.append(
@@ -105,8 +110,36 @@ def write_export(
         write_rest(partial, INDEX, places, {}, Directory(model.directory), fields)
         card = partial / CARD
         own_card = card.read_text(encoding="utf-8") if card.is_file() else ""
-        files.write_whole(card, readers.card(own_card, notes, loads=not own).encode())
+        files.write_whole(card, readers.card(own_card, notes, format).encode())
     return notes
+
+
+def check(layout: Layout, config: DecoderConfig, job: Job, serve: Serve | None) -> None:
+    """Raises ValueError if a packed layout, or the program, has no such model or format."""
+    if layout == "compressed-tensors":
+        compressed_tensors.check(config, job, serve)
+    elif layout == "fp-quant":
+        fp_quant.check(config, job)
+
+
+def layer_as(
+    layout: Layout,
+    job: Job,
+    config: DecoderConfig,
+    number: int,
+    parameters: Mapping[str, Any],
+    sites: Mapping[str, QuantizedSite],
+    serve: Serve | None = None,
+) -> Layer:
+    """A layer in a layout other than that of gpt-oss.
+
+    Raises:
+      ValueError: What the layout, or the program, cannot express; names the site.
+    """
+    what = config, number, parameters, sites
+    if layout == "compressed-tensors":
+        return compressed_tensors.pack_layer(*what, serve)
+    return fp_quant.pack_layer(job, *what) if layout == "fp-quant" else dequantize_layer(*what)
 
 
 def dequantize_layer(
@@ -138,6 +171,8 @@ def _notes(model: Quantized, format: Layout, moved: Mapping[str, list[str]]) -> 
             "Weights were moved back through their transforms and rounded to bfloat16.",
             "Activations are not quantized in this layout; the quantized model's are.",
         ]
+    if format == "fp-quant":
+        return fp_quant.notes(model)
     linears = [name for names in moved.values() for name in names]
     if format == "gpt-oss":
         notes = ["Weights are MXFP4 in the layout of gpt-oss, bit for bit the quantized model's."]
@@ -147,12 +182,18 @@ def _notes(model: Quantized, format: Layout, moved: Mapping[str, list[str]]) -> 
                 "apply transform_config, or its outputs are wrong."
             )
         return notes
-    formats = set(model.job.activation_formats.values())
-    name = compressed_tensors.layout_of(model.job.weight_formats.values()).name
-    biases = any(name.endswith(tuple(model.config.biases)) for name in linears)
+    formats = ", ".join(sorted(set(model.job.activation_formats.values())))
+    said = readers.says(
+        model.job.activation_formats,
+        moved=bool(moved),
+        biases=any(name.endswith(tuple(model.config.biases)) for name in linears),
+        mixture=model.config.num_experts > 0,
+        experts_moved=any(".experts." in name for name in linears),
+    )
+    layout = compressed_tensors.layout_of(model.job.weight_formats.values()).name
     return [
-        f"Weights are {name}, bit for bit those of the quantized model.",
-        f"Activations are for {', '.join(sorted(formats))}; the inputs of {len(linears)} linears "
+        f"Weights are {layout}, bit for bit those of the quantized model.",
+        f"Activations are for {formats}; the inputs of {len(linears)} linears "
         f"are moved online, by {len(moved)} matrices.",
-        *(f"{name} {line}." for name, line in readers.says(formats, bool(moved), biases).items()),
+        *(f"{name} {line}." for name, line in said.items()),
     ]

@@ -12,14 +12,13 @@ from jaxtyping import Integer
 from rich.console import Console
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints import load_config, testbed, writer
-from duquantpp_jax.checkpoints.compressed_tensors import check_architecture, pack_layer
+from duquantpp_jax.checkpoints import layouts, load_config, testbed, writer
 from duquantpp_jax.checkpoints.directory import JOB, REPORT, is_quantized, layer_file, read_layer
 from duquantpp_jax.checkpoints.directory import read_about as read_about_layer
 from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about
 from duquantpp_jax.checkpoints.job import Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint, outline
-from duquantpp_jax.checkpoints.readers import READERS, check_formats
+from duquantpp_jax.checkpoints.readers import READERS
 from duquantpp_jax.checkpoints.writer import REFINED, begin, finish, write_layers, write_refined
 from duquantpp_jax.commands.options.common import MODEL, Serve
 from duquantpp_jax.commands.options.quantize import QuantizeOptions
@@ -76,7 +75,7 @@ def quantize(options: QuantizeOptions, progress: Step = lambda *_: None) -> dict
     checkpoint = Checkpoint(options.model or testbed.directory(), job.turn)
     with writer.only_writer(options.out):
         if not begin(options.out, job, overwrite=options.overwrite):
-            check = functools.partial(_check_layer, plan, options.serve)
+            check = functools.partial(_check_layer, job, plan, options.serve)
             write_layers(options.out, checkpoint, job, plan, tokens, progress, check)
             if options.refine:
                 refine_layers(options, checkpoint, plan, tokens, progress)
@@ -116,8 +115,7 @@ def _planned(options: QuantizeOptions) -> tuple[Job, Plan, Tokens, float]:
         plan = dataclasses.replace(plan, fits=load_fits(options.fits, job.model["sha256"])[0])
     plan.check()
     if options.serve:
-        check_architecture(plan.config)
-        check_formats(options.serve, job.weight_formats.values(), job.activation_formats.values())
+        layouts.check(READERS[options.serve].layout, plan.config, job, options.serve)
         if options.refine or options.pad:
             raise ValueError(
                 f"--serve {options.serve} has no place for a matrix for each block and for zeros "
@@ -128,10 +126,13 @@ def _planned(options: QuantizeOptions) -> tuple[Job, Plan, Tokens, float]:
     return job, plan, tokens, stored
 
 
-def _check_layer(plan: Plan, serve: Serve | None, number: int, layer: QuantizedLayer) -> None:
+def _check_layer(
+    job: Job, plan: Plan, serve: Serve | None, number: int, layer: QuantizedLayer
+) -> None:
     """Raises ValueError if the program that is to run the model could not."""
     if serve is not None:
-        pack_layer(plan.config, number, layer.parameters, layer.sites, serve)
+        what = job, plan.config, number, layer.parameters, layer.sites
+        layouts.layer_as(READERS[serve].layout, *what, serve)
 
 
 def refine_layers(
@@ -231,18 +232,21 @@ def job_of(options: QuantizeOptions, tokens: Tokens, source: str) -> Job:
 def formats_by_site(options: QuantizeOptions) -> dict[str, dict[str, str]]:
     """The full name of each site's format, of weights and of activations, as a job has them."""
     found, given = {}, options.scale_rule
-    rules = {"weight_formats": given or "floor", "activation_formats": given or "floor"}
+    plain = dict[str, str](dict.fromkeys(SITES, given or "floor"))
+    rules = {"weight_formats": plain, "activation_formats": plain}
     if options.serve:
+        reader, model = READERS[options.serve], options.model or testbed.directory()
+        mixture = reader.of_experts != reader.rule and load_config(model).num_experts > 0
         rules = {
-            "weight_formats": given or "mse",
-            "activation_formats": READERS[options.serve].rule,
+            "weight_formats": dict[str, str](dict.fromkeys(SITES, given or "mse")),
+            "activation_formats": {site: reader.rule_of(site, mixture) for site in SITES},
         }
-    for side, rule in rules.items():
+    for side, by_site in rules.items():
         names = dict.fromkeys(SITES, "mxfp4")
         for option in (*options.formats, *getattr(options, side)):
             site, equals, name = option.rpartition("=")
             names |= dict.fromkeys([known("site", site, SITES)] if equals else SITES, name)
-        found[side] = {site: format_name(under_rule(name, rule)) for site, name in names.items()}
+        found[side] = {s: format_name(under_rule(name, by_site[s])) for s, name in names.items()}
     return found
 
 

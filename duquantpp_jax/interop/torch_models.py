@@ -53,6 +53,12 @@ def load_transformers(directory: str | os.PathLike[str], dtype: Any = None) -> A
             f"{directory} is no export in compressed-tensors or dequantized: "
             "duquantpp export --format compressed-tensors writes one"
         )
+    groups = ((packing or {}).get("transform_config") or {}).get("config_groups", {})
+    if any(".experts." in name for g in groups.values() for name in g["apply"][0]["targets"]):
+        raise ValueError(
+            f"{directory}: the inputs of its experts are moved, which transformers cannot do: "
+            "quantize with --serve transformers"
+        )
     config = transformers.AutoConfig.from_pretrained(directory)
     if packing is None:
         return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)

@@ -135,13 +135,20 @@ def test_it_is_refused_before_anything_is_quantized(more, says, tiny_directory, 
 
 
 def test_what_each_reader_does_is_said():
-    same = readers.says(["mxfp4:even", "bf16"], moved=False, biases=True)
+    even = {"attention_in": "mxfp4:even", "mlp_in": "bf16"}
+    same = readers.says(even, moved=False, biases=True)
     assert same["transformers"].startswith("gives this model's logits (by load_transformers in")
-    assert same["vllm"].startswith("gives other logits: it rounds activations under rceil")
-    moved = readers.says(["mxfp4:rceil"], moved=True, biases=False)
+    rceil = "gives other logits: it has activations in mxfp4:rceil, not mxfp4:even (in"
+    assert same["vllm"].startswith(rceil)
+    moved = readers.says({"mlp_in": "mxfp4:rceil"}, moved=True)
     assert moved["transformers"].startswith("refuses it in from_pretrained")
     assert moved["vllm"].startswith("gives this model's logits (in bfloat16")
-    assert "fails" in readers.says(["mxfp4:rceil"], moved=True, biases=True)["vllm"]
+    assert "fails" in readers.says({"mlp_in": "mxfp4:rceil"}, moved=True, biases=True)["vllm"]
+    assert readers.says(even, moved=False, mixture=True)["transformers"] == same["transformers"]
+    assert "mxfp4:rceil, not bf16" in readers.says(even, moved=False, mixture=True)["vllm"]
+    mixed = {"mixture": True, "experts_moved": True}
+    for line in readers.says(even, moved=True, **mixed).values():
+        assert line.endswith("it moves no input of an expert")
 
 
 def test_what_was_written_is_read_again_and_a_changed_byte_is_found(served, tmp_path, capsys):

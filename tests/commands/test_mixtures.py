@@ -1,21 +1,29 @@
 """A mixture of experts through the commands: quantize, inspect, generate, compare, export."""
 
+import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from duquantpp_jax import cli
 from duquantpp_jax.checkpoints import Quantized, load, load_any, save
+from duquantpp_jax.checkpoints.compressed_tensors import pack_layer, quantization_config
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.commands.export import ExportOptions, export
-from duquantpp_jax.commands.quantize import calibration_tokens, quantize
+from duquantpp_jax.commands.quantize import calibration_tokens, formats_by_site, quantize
 from duquantpp_jax.commands.sizes import ALONE, quantized_line
 from duquantpp_jax.lab.bench import Bench
 from duquantpp_jax.models import Decoder
+from duquantpp_jax.ptq.site import layer_of
 from duquantpp_jax.ptq.walk import quantize_decoder
+from duquantpp_jax.transforms.basic import Identity
+from duquantpp_jax.transforms.block import BlockRotation
+from duquantpp_jax.transforms.hadamard import hadamard
 from tests.commands.conftest import options_of
 from tests.commands.test_quantize import assert_one_line
 from tests.conftest import byte_tokenizer, mixture
@@ -88,12 +96,73 @@ def test_weights_moved_back_are_near_the_float_ones(options, report, tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["export", "--out", "e"], "export --format dequantized, or gpt-oss"),
+        (["export", "--out", "e"], "its input is moved online by a matrix for each block"),
+        (["export", "--out", "e", "--format", "fp-quant"], "holds no experts, and this is a Mixt"),
         (["export", "--out", "e", "--format", "gpt-oss"], "has not the layout of gpt-oss"),
     ],
 )
 def test_a_layout_that_cannot_hold_it_is_refused(options, report, words, says, capsys):
     assert_one_line(cli.main([*words, "--model", str(options.out)]), capsys, says)
+
+
+@pytest.fixture(scope="module")
+def moved_alike(options, report):
+    """That model, and sites by layer that nothing moves but a Hadamard matrix before down_proj."""
+    opened = Quantized(options.out)
+    alike = BlockRotation(jnp.broadcast_to(hadamard(32), (4, 1, 32, 32)))
+    layers = []
+    for number in range(2):
+        parameters, sites = opened.layer(number)
+        sites = {site: dataclasses.replace(s, transform=Identity()) for site, s in sites.items()}
+        sites["mlp_out"] = dataclasses.replace(sites["mlp_out"], transform=alike)
+        layers.append((number, parameters, sites))
+    return opened, layers
+
+
+def test_an_export_of_experts_is_read_back_as_the_state_that_was_written(moved_alike, tmp_path):
+    opened, layers = moved_alike
+    packed = [pack_layer(opened.config, *layer) for layer in layers]
+    names = [f"model.layers.0.block_sparse_moe.experts.{e}.w2" for e in range(4)]
+    assert packed[0].moved == {"hadamard": names}
+    tensors = {name: array for layer in packed for name, array in layer.tensors.items()}
+    save_file(tensors | opened.outside(), tmp_path / "model.safetensors")
+    moved = {"hadamard": [name for layer in packed for name in layer.moved["hadamard"]]}
+    fields = quantization_config(opened, moved, [])
+    described = opened.fields | {"quantization_config": fields}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    (target,) = (
+        t for g in fields["config_groups"].values() for t in g["targets"] if "experts" in t
+    )
+    assert re.match(target[3:], names[0])
+    _, _, found = load_any(tmp_path)
+    for number, _, sites in layers:
+        for site, state in layer_of(found, number).items():
+            wanted = jax.tree.leaves(sites[site].weights)
+            for mine, theirs in zip(wanted, jax.tree.leaves(state.weights), strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+        matrices = layer_of(found, number)["mlp_out"].transform.matrices
+        np.testing.assert_array_equal(matrices, sites["mlp_out"].transform.matrices)
+
+
+def test_experts_that_are_moved_apart_or_are_in_float_beside_others_are_refused(moved_alike):
+    opened, ((*where, sites), _) = moved_alike
+    signs = jnp.asarray([1, 1, 1, -1], jnp.float32).reshape(4, 1, 1, 1)
+    turned = BlockRotation(sites["mlp_out"].transform.matrices * signs)
+    apart = dataclasses.replace(sites["mlp_out"], transform=turned)
+    with pytest.raises(ValueError, match="its experts move their inputs by matrices of their own"):
+        pack_layer(opened.config, *where, sites | {"mlp_out": apart})
+    with pytest.raises(ValueError, match=r"w2: vllm moves no input of an expert"):
+        pack_layer(opened.config, *where, sites, "vllm")
+    half = dataclasses.replace(sites["mlp_out"], weights=(jnp.zeros((4, 64, 96)),))
+    with pytest.raises(ValueError, match="some linears of its experts are in float"):
+        pack_layer(opened.config, *where, sites | {"mlp_out": half})
+
+
+def test_serve_takes_what_the_program_does_with_the_inputs_of_experts(model, tmp_path):
+    for serve, wanted in (("transformers", ("mxfp4:even", "bf16")), ("vllm", ("mxfp4:rceil",) * 2)):
+        options = options_of(model, tmp_path, serve=serve)
+        found = formats_by_site(options)["activation_formats"]
+        assert (found["attention_in"], found["mlp_in"]) == wanted
 
 
 def test_learning_for_a_mixture_is_refused(options, tmp_path, capsys):

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from duquantpp_jax.checkpoints import load, load_any, testbed
+from duquantpp_jax.checkpoints import load, load_any, save, testbed
+from duquantpp_jax.checkpoints.compressed_tensors import transform_groups
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.online import moved_online, stored_matrix, transform_of
 from duquantpp_jax.checkpoints.shards import inventory
@@ -19,11 +20,12 @@ from duquantpp_jax.commands.options.quantize import QuantizeOptions
 from duquantpp_jax.commands.quantize import quantize
 from duquantpp_jax.evaluation.predict import kl_divergence
 from duquantpp_jax.models import SITE_WEIGHTS
-from duquantpp_jax.ptq.site import move_input
+from duquantpp_jax.models.parameters import EXPERT_SITES
+from duquantpp_jax.ptq.site import QuantizedLinear, move_input
 from tests.checkpoints.test_layouts import exported, quantized
 from tests.checkpoints.test_mxfp4 import COMPRESSED, drawn, written
 from tests.checkpoints.test_serving import served  # noqa: F401
-from tests.conftest import tiny_decoder
+from tests.conftest import byte_tokenizer, mixture, tiny_decoder
 from tests.decompress import assert_equal, by_library, dequantized, tensors_of
 
 pytest.importorskip("compressed_tensors", reason="needs the extra interop")
@@ -286,6 +288,29 @@ def test_nvfp4_has_the_codes_of_the_library_and_the_logits_of_the_model(
             for part in ("weight_packed", "weight_scale"):
                 found = theirs[part].view(torch.uint8).numpy()
                 np.testing.assert_array_equal(tensors[f"{name}.{part}"].view(np.uint8), found)
+
+
+def test_experts_are_decompressed_to_the_models_and_what_moves_them_is_refused(tmp_path):
+    from duquantpp_jax.interop import load_transformers
+
+    save(mixture("MixtralForCausalLM"), byte_tokenizer().to_str(), tmp_path / "m")
+    options = {"recipe": "identity", "serve": "transformers"}
+    model = quantized(tmp_path / "m", tmp_path / "q", **options)
+    export(ExportOptions(model, serve="transformers", out=tmp_path / "e", check=True))
+    found = logits_in_transformers(load_transformers(tmp_path / "e"), TOKENS)
+    decoder, linear, state = load_any(model)
+    # transformers leaves the inputs of experts in the type of the model, float32 here, not bf16
+    formats = [(s, None if s in EXPERT_SITES else f) for s, f in linear.activation_formats]
+    as_there = QuantizedLinear(tuple(formats))
+    wanted = jax.jit(lambda tokens: decoder(tokens, as_there, state)[0])(TOKENS)
+    assert kl(wanted, found) < 1e-6
+    config = tmp_path / "e/config.json"
+    fields = json.loads(config.read_text())
+    groups = transform_groups({"hadamard": ["model.layers.0.block_sparse_moe.experts.0.w2"]})
+    fields["quantization_config"]["transform_config"] = {"config_groups": groups}
+    config.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match="the inputs of its experts are moved"):
+        load_transformers(tmp_path / "e")
 
 
 def test_a_dequantized_export_loads_as_a_float_model(served, tmp_path):  # noqa: F811

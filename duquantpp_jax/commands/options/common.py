@@ -21,7 +21,8 @@ RotationName = Literal["hadamard", "random_hadamard", "random_orthogonal"]
 """How a rotation is chosen: a Hadamard matrix, the same with random signs of its rows, or Q of the
 QR decomposition of a normal matrix. A Hadamard matrix is not known of every side."""
 
-Serve = Literal["transformers", "vllm"]
+Serve = Literal["transformers", "vllm", "qutlass"]
+"""The program that an export is for (checkpoints/readers.py)."""
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Imports = Annotated[tuple[str, ...], tyro.conf.arg(name="import")]

@@ -27,7 +27,7 @@ class QuantizeOptions(Plain):
       fits: Directory that duquantpp learn wrote for this model: what moves the inputs, in place of
         a recipe.
       rounding: How moved weights are rounded.
-      serve: The program that is to run the model as export --format compressed-tensors gives it:
+      serve: The program that is to run the model as export --serve gives it:
         takes its scale rule for activations and the recipe's shared form, folds smoothing, and
         refuses what it would compute otherwise (docs/serving.md).
       scale_rule: How a block's scale is chosen where a format has scale rules and its name says
