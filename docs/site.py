@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = {"README.md": "index.md"} | {
     name: name
     for name in (
+        "CHANGELOG.md",
         "CONTRIBUTING.md",
         "SECURITY.md",
         "notebooks/README.md",
