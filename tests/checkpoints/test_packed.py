@@ -118,8 +118,8 @@ def test_packed_weights_stay_packed_and_compute_as_decoded_ones(packed):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda t: t[SCALES].reshape(-1).__setitem__(5, 255), "has NaN: all weights"),
-        (lambda t: t[SCALES].reshape(-1).__setitem__(slice(9), 254), "has Inf: all weights"),
+        (lambda t: t[SCALES].reshape(-1).__setitem__(5, 255), r"has NaN in \d+ of 24576"),
+        (lambda t: t[SCALES].reshape(-1).__setitem__(slice(9), 254), r"has Inf in \d+ of 24576"),
         (lambda t: t.pop(SCALES), "gate_up_proj_scales is missing"),
         (lambda t: t.update({BLOCKS: t[BLOCKS][:, :-1]}), r"asks for \[4, 192, 2, 16\]"),
         (lambda t: t.update({BLOCKS: t[BLOCKS].astype(np.int8)}), "has dtype I8: it must be"),
