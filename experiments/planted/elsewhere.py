@@ -129,8 +129,8 @@ LEARNING = (
            "learning/test_straight_through"),
     Mutant("the last batch counts as a whole one", "learning/training.py",
            "total += _count(batch) *", "total += batch_rows *", "learning/test_training"),
-    Mutant("rates are those of the step after", "learning/model.py",
-           "rates[part](state.count)", "rates[part](state.count + 1)",
+    Mutant("parts without a rate of their own move", "learning/model.py",
+           "dict.fromkeys(PARTS, optax.set_to_zero())", "dict.fromkeys(PARTS, direction)",
            "learning/test_model learning/test_refine"),
 )  # fmt: skip
 KERNELS = (
