@@ -145,6 +145,11 @@ def test_a_rename_is_on_the_disk_with_its_directory(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
     files.write_whole(tmp_path / "a", b"b")
     assert synced == [path.stat().st_ino for path in (tmp_path / "a", tmp_path)]
+    files.write_tensors(tmp_path / "t", {"a": np.zeros(2)}, {})
+    assert synced[2:] == [path.stat().st_ino for path in (tmp_path / "t", tmp_path)]
+    with files.new_directory(tmp_path / "d"):
+        pass
+    assert synced[4:] == [tmp_path.stat().st_ino]
 
 
 def test_tensors_are_read_as_they_were_written_or_refused(tmp_path):

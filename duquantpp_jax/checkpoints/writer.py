@@ -90,8 +90,8 @@ def only_writer(out: Path) -> Iterator[None]:
     made = not out.exists()
     try:
         with only_process(out) as alone:
-            if alone:  # safetensors has a temporary name of its own, .tmpXXXXXX
-                _remove(out, ".*.safetensors.*", ".*.json.*", ".SHA256SUMS.*", ".tmp??????")
+            if alone:
+                _remove(out, ".*.safetensors.*", ".*.json.*", ".SHA256SUMS.*")
             try:
                 yield
             except ValueError:
@@ -219,7 +219,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[
 def _remove(directory: Path, *patterns: str) -> None:
     for pattern in patterns:
         for path in directory.glob(pattern):
-            path.unlink()
+            files.remove(path)
 
 
 def _hidden_file(out: Path, number: int) -> Path:

@@ -39,14 +39,14 @@ def temporary(path: Path) -> Iterator[Path]:
     for other, alive in _temporaries(path.parent):
         if not alive:
             with contextlib.suppress(OSError):  # of another user
-                _remove(other)
+                remove(other)
     own = process()
     unique = f"{_here()}-{own['pid']}-{own['start']}-{secrets.token_hex(4)}"
     name = path.parent / f".{path.name}.{unique}"
     try:
         yield name
     finally:
-        _remove(name)
+        remove(name)
 
 
 def _temporaries(directory: Path) -> Iterator[tuple[Path, bool]]:
@@ -62,7 +62,8 @@ def _here() -> str:
     return hashlib.sha256(host().encode()).hexdigest()[:12]
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Removes a file or a directory, if there is one."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -91,10 +92,15 @@ def whole(path: Path) -> Iterator[Path]:
     """A temporary path to write to; at the end it is renamed to `path`."""
     with temporary(path) as name:
         yield name
-        name.chmod(0o644)
-        sync(name)
-        os.replace(name, path)
-        sync(path.parent)
+        _name(name, path)
+
+
+def _name(written: Path, path: Path) -> None:
+    """Gives a whole file its name; both are then on the disk."""
+    written.chmod(0o644)
+    sync(written)
+    os.replace(written, path)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -142,13 +148,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], about: Mapping[str, An
 
 def save(path: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Writes a safetensors file, whole or not at all; raises OSError if the disk is full."""
-    try:
-        with whole(path) as temporary:
-            save_file({**arrays}, temporary, metadata)
-    except SafetensorError as error:
-        raise OSError(
-            f"cannot write {path} ({one_line(error)}): make room and run the same command again"
-        ) from None
+    with temporary(path) as place:  # a directory: the library has temporary files of its own
+        place.mkdir()
+        try:
+            save_file({**arrays}, place / path.name, metadata)
+        except SafetensorError as error:
+            raise OSError(
+                f"cannot write {path} ({one_line(error)}): make room and run the same command again"
+            ) from None
+        _name(place / path.name, path)
 
 
 def read_tensors(path: Path, remedy: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

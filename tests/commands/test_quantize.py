@@ -214,6 +214,7 @@ def test_activations_that_overflow_name_the_layer_and_give_no_text(tmp_path, cap
         "layers.0.mlp_out: on the calibration rows the input before it is"
         in capsys.readouterr().err
     )
+    assert not (tmp_path / "q").exists()
     assert cli.main(["generate", *command, "--prompt", "a", "--max-new-tokens", "2"]) == 2
     assert "gave NaN for token 1" in capsys.readouterr().err
 

@@ -51,9 +51,9 @@ def test_it_goes_on_from_the_last_layer_with_all_before_it_and_its_hidden_states
 
 
 def test_one_process_writes_a_directory_and_removes_what_none_is_writing(tmp_path):
-    left = tmp_path / ".tmpabcdef"
-    for path in (tmp_path / "quantization.json", left):
-        path.touch()
+    (tmp_path / "quantization.json").touch()
+    left = tmp_path / ".layer-00000.safetensors.of-another-machine"
+    (left / "inside").mkdir(parents=True)
     with writer.only_writer(tmp_path):
         assert not left.exists()
         left.touch()

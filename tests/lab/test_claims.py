@@ -23,6 +23,22 @@ def test_a_claim_is_held_once_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_claim_is_on_the_disk_with_its_directory_before_work_begins(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.fstat(handle).st_ino))
+    with claims.claim(tmp_path, "a"):
+        assert synced == [path.stat().st_ino for path in (tmp_path / "a.0", tmp_path)]
+
+
+def test_a_dead_process_is_named_with_what_it_had_claimed_and_no_other(tmp_path):
+    pid = _dead_pid()
+    _left_by(tmp_path, 0, pid=pid)
+    (tmp_path / "b.0").write_text(json.dumps(files.process() | {"pid": pid, "host": "elsewhere"}))
+    (tmp_path / "c.0").write_text("")
+    with claims.claim(tmp_path, "d"):
+        assert claims.left_by(tmp_path, pid) == {"a"}
+
+
 def test_of_many_at_once_one_at_a_time_holds_it(tmp_path):
     inside, most, turns_held = [0], [0], [0]
     lock = threading.Lock()

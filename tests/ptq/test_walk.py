@@ -11,6 +11,7 @@ from duquantpp_jax.core import Fitted, MXArray, Needs, Stats
 from duquantpp_jax.formats import MXFP8
 from duquantpp_jax.formats.plain import BFloat16
 from duquantpp_jax.models import SITES
+from duquantpp_jax.ptq import walk
 from duquantpp_jax.ptq.calibration import calibrate, layers_of
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.report import report_layer
@@ -85,7 +86,10 @@ def test_fits_that_are_given_must_cover_all_sites_and_layers(model):
         quantize_decoder(plan_of("rtn", fits=fits), model, TOKENS)
 
 
-def test_the_report_has_a_row_for_each_linear_and_says_what_rounding_costs(model):
+def test_the_report_has_a_row_for_each_linear_and_says_what_rounding_costs(
+    model, monkeypatch, caplog
+):
+    monkeypatch.setattr(walk, "FEWEST", 257)  # so that 256 tokens are few
     plan = plan_of("block_hadamard")
     parameters = {name: np.asarray(array[...][0]) for name, array in model.layers.items()}
     hidden = np.array(model.embedding[...])[TOKENS]
@@ -98,6 +102,11 @@ def test_the_report_has_a_row_for_each_linear_and_says_what_rounding_costs(model
         assert 13 < row["sqnr_db"] < 20
         assert 0.2 < row["weight_error"] * 10 ** (row["sqnr_db"] / 10) < 0.8
     assert report[0]["bytes"] == 64 * 64 // 2 + 64 * 64 // 32
+    assert len(caplog.messages) == 4
+    assert caplog.messages[0].endswith(
+        "attention_in is calibrated on 256 tokens, and an input of 64 channels takes 257: give "
+        "more rows of text"
+    )
 
 
 def test_sequential_calibrates_each_layer_on_the_quantized_ones_before_it(model):
