@@ -192,8 +192,8 @@ def test_experts_that_are_rounded_but_not_moved_need_no_transform(
 
     def learned(self, number):
         rest, sites = layer(self, number)
-        given = {part: jnp.ones(3, jnp.int32)}
-        return rest, sites | {"mlp_in": dataclasses.replace(sites["mlp_in"], **given)}
+        given = jnp.ones((4, 2), jnp.float32 if part == "clip" else jnp.int32)
+        return rest, sites | {"mlp_in": dataclasses.replace(sites["mlp_in"], **{part: given})}
 
     monkeypatch.undo()
     monkeypatch.setattr(Quantized, "layer", learned)
