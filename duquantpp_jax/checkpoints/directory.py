@@ -20,7 +20,8 @@ without it is one that `quantize` has not finished. A layer's file holds
     model.layers.3.input_layernorm.weight          all else, as it was
 
 and in its metadata one entry, a JSON text with the schema, the job, what it takes to read the
-tensors, and a hash of all of this, by which a resumed run knows the file. (The order of several entries is not the same from run to run.)
+tensors, and a hash of all of this, by which a resumed run knows the file. (The order of several
+entries is not the same from run to run.)
 """
 
 import dataclasses
