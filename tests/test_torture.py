@@ -85,6 +85,10 @@ def test_the_licence_of_every_dependency_is_named():
     assert {name for row in rows for name in row.split(", ") if name.strip("- ")} == wanted
 
 
+def test_the_page_of_reliability_is_that_of_the_last_results():
+    assert page.PAGE.read_text(encoding="utf-8") == page.page()
+
+
 def test_the_tests_that_the_security_page_names_are_there():
     pages = [(ROOT / name).read_text(encoding="utf-8") for name in ("SECURITY.md",)]
     named = re.findall(r"`((?:tests|experiments)/[\w./]+)`", "".join(pages))

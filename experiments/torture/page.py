@@ -7,21 +7,24 @@ Cost: a second; the numbers are those of experiments/results/torture_*.json.
 Last result: docs/reliability.md, which a test holds to be what this writes.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from experiments.torture.subjects import read_result
 
+Row = tuple[str, ...]
+"""A promise, how it is tried, the count, and the last result."""
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reliability.md"
 TEXT = """# Reliability
 
 What is promised of files, of kills, of faults and under load; how each promise is tried; and the
-last result. [SECURITY.md](../SECURITY.md) says who is trusted. `python -m experiments.torture.page`
-writes this page from the results of
+findings of the last run. [SECURITY.md](../SECURITY.md) says who is trusted.
+`python -m experiments.torture.page` writes this page from the results of
 
 ```sh
 python -m experiments.torture.fuzz --seconds 600     # of CPU time
-python -m experiments.torture.kills --seconds 600    # of the clock, as below
+python -m experiments.torture.kills --seconds 600    # of the clock, as the next two
 python -m experiments.torture.faults --seconds 300
 python -m experiments.torture.load --seconds 300
 ```
@@ -32,8 +35,6 @@ mutations are drawn from a seed. Short forms are tests (`tests/test_torture.py`)
 | promise | how it is tried | count | last result |
 | --- | --- | ---: | --- |
 {rows}
-
-{dates}
 
 ## Readers
 
@@ -77,81 +78,95 @@ TESTS = {
 }
 
 
-def _verdict(found: list[str] | int) -> str:
-    count = found if isinstance(found, int) else len(found)
-    return "none" if count == 0 else f"**{count} findings**"
+def _verdict(found: list[str]) -> str:
+    return "none" if not found else f"**{len(found)} findings**"
 
 
 def _of(result: dict[str, Any], start: str) -> list[str]:
     return [line for line in result["findings"] if line.startswith(start)]
 
 
-def page() -> str:
-    """The page of the last results."""
-    fuzz, kills, faults, load = map(read_result, ("fuzz", "kills", "faults", "load"))
-    rows = [
-        (
-            "a reader gives a value or refuses in one line: no other exception, no hang, no burst "
-            "of memory",
-            f"`fuzz`: {len(fuzz['readers'])} readers on mutated files",
-            f"{fuzz['inputs']:,} inputs",
-            _verdict(fuzz["findings"]),
+def _fuzz(result: dict[str, Any]) -> Iterator[Row]:
+    yield (
+        "a reader gives a value or refuses in one line: no other exception, no hang, no burst of "
+        "memory",
+        f"{len(result['readers'])} readers on mutated files",
+        f"{result['inputs']:,} inputs",
+        _verdict(result["findings"]),
+    )
+
+
+def _kills(result: dict[str, Any]) -> Iterator[Row]:
+    for name, each in result["commands"].items():
+        how = "SIGKILL at random moments; then a run to the end is compared"
+        if name == "serve":
+            how = "SIGKILL while it starts and while it answers; the next must answer the same"
+        yield (
+            f"`{name}` ends as if undisturbed after a kill, and nothing is left",
+            how,
+            f"{each['kills']} kills, {each['ends']} ends",
+            _verdict(_of(result, f"{name}:")),
         )
-    ]
-    for name, each in kills["commands"].items():
-        how = (
-            "`kills`: SIGKILL while it starts and while it answers; the next answers the same"
-            if name == "serve"
-            else "`kills`: SIGKILL at random moments; then a run to the end is compared"
-        )
-        promise = "ends as if undisturbed after a kill, and nothing is left"
-        count = f"{each['kills']} kills, {each['ends']} ends"
-        rows.append((f"`{name}` {promise}", how, count, _verdict(_of(kills, f"{name}:"))))
-    disk = "a tmpfs" if faults["how"] == "tmpfs" else "bounded files (RLIMIT_FSIZE)"
+
+
+def _faults(result: dict[str, Any]) -> Iterator[Row]:
+    disk = "a tmpfs" if result["how"] == "tmpfs" else "bounded files (RLIMIT_FSIZE)"
     hows = {
-        "full disk": f"`faults`: {disk} that is smaller than the results; then with room",
-        "read-only": f"`faults`: --out on {disk} that is read-only",
-        "replaced": "`faults`: a file that is read is replaced by another of its kind",
-        "removed": "`faults`: a file that is read is removed",
-        "output removed": "`faults`: --out is removed while it is written",
+        "full disk": f"{disk} that is smaller than the results; then with room",
+        "read-only": f"--out on {disk} that is read-only",
+        "replaced": "a file that is read is replaced by another of its kind",
+        "removed": "a file that is read is removed",
+        "output removed": "--out is removed while it is written",
     }
+    names = ", ".join(f"`{name}`" for name in result["commands"])
     for fault, how in hows.items():
-        counts = [each[fault] for each in faults["commands"].values()]
+        counts = [each[fault] for each in result["commands"].values()]
         tried, felt = (sum(count[n] for count in counts) for n in ("tried", "felt"))
-        wrong = [line for line in faults["findings"] if f", {fault}" in line]
-        promise = f"{fault}: one line, or the result of an undisturbed run; never another"
-        count = f"{tried} runs, {felt} felt it" if tried else "not tried"
-        rows.append((promise, how, count, _verdict(wrong)))
-    cells, several = load["cells"], load["processes"]
-    memory = cells["mib"]
-    rows.append(
-        (
-            "memory does not grow with cells",
-            f"`load`: one process; MiB every 100 cells: {', '.join(map(str, memory))}",
-            f"{cells['cells']:,} cells",
-            _verdict(_of(load, "cells:")),
+        yield (
+            f"{fault}: one line, or the result of an undisturbed run; never another",
+            f"{how}; {names}",
+            f"{tried} runs, {felt} of them ended by it",
+            _verdict([line for line in result["findings"] if f", {fault}" in line]),
         )
+
+
+def _load(result: dict[str, Any]) -> Iterator[Row]:
+    cells, several, clients = (result[part] for part in ("cells", "processes", "clients"))
+    yield (
+        "memory does not grow with cells",
+        f"one process; MiB every 100 cells: {', '.join(map(str, cells['mib']))}",
+        f"{cells['cells']:,} cells",
+        _verdict(_of(result, "cells:")),
     )
-    rows.append(
-        (
-            "a cell is measured once, by however many processes",
-            f"`load`: {several['processes']} processes on one directory",
-            f"{several['cells']} cells",
-            _verdict(_of(load, "processes:")),
-        )
+    yield (
+        "a cell is measured once, by however many processes",
+        f"{several['processes']} processes on one directory",
+        f"{several['cells']} cells",
+        _verdict(_of(result, "processes:")),
     )
-    clients = load["clients"]
-    rows.append(
-        (
-            "`serve` answers who asks well, or says 503 where too many wait",
-            f"`load`: {clients['clients']} clients that are good, slow, huge, malformed or gone; "
-            f"grown by {clients['grown_mib']} MiB",
-            f"{clients['requests']:,} requests, {clients['refused_503']} times 503",
-            _verdict(_of(load, "clients:")),
-        )
+    yield (
+        "`serve` answers who asks well, or says 503 where too many wait",
+        f"{clients['clients']} clients that are good, slow, huge, malformed or gone; grown by "
+        f"{clients['grown_mib']} MiB",
+        f"{clients['requests']:,} requests, {clients['refused_503']} times 503",
+        _verdict(_of(result, "clients:")),
     )
-    results = {"fuzz": fuzz, "kills": kills, "faults": faults, "load": load}
-    dates = "; ".join(f"`{name}` {result['date']}" for name, result in results.items())
+
+
+KINDS = {"fuzz": _fuzz, "kills": _kills, "faults": _faults, "load": _load}
+
+
+def page() -> str:
+    """The page of the last results; a kind that was not run yet has one row that says so."""
+    rows: list[Row] = []
+    for kind, described in KINDS.items():
+        result = read_result(kind)
+        if result is None:
+            rows.append(("", f"`{kind}`", "", "not run at length yet"))
+            continue
+        dated = f"`{kind}`, {result['date']}"
+        rows += [(promise, f"{dated}: {how}", *rest) for promise, how, *rest in described(result)]
+    fuzz = read_result("fuzz") or {"readers": {}, "coverage": {}}
     readers = [
         (name, f"{sum(counts.values()):,}", f"{counts.get('refused', 0):,}")
         for name, counts in fuzz["readers"].items()
@@ -159,14 +174,13 @@ def page() -> str:
     branches = [f"{name} {share}" for name, share in fuzz["coverage"].items()]
     return TEXT.format(
         rows=_table(rows),
-        dates=f"Last runs: {dates}; findings of the last run, which are mended or named below.",
         readers=_table(readers),
         branches=", ".join(branches) or "not measured",
         tests=_table([(promise, f"[{test}](../{test})") for promise, test in TESTS.items()]),
     )
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _table(rows: list[Row]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

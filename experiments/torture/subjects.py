@@ -172,6 +172,7 @@ def write_result(kind: str, result: dict[str, Any]) -> None:
     print(f"wrote {path.name}")
 
 
-def read_result(kind: str) -> dict[str, Any]:
-    """The last result of a kind of torture."""
-    return json.loads((RESULTS / f"torture_{kind}.json").read_text(encoding="utf-8"))
+def read_result(kind: str) -> dict[str, Any] | None:
+    """The last result of a kind of torture; None if it was not run at length yet."""
+    path = RESULTS / f"torture_{kind}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
