@@ -69,8 +69,8 @@ def _read(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise ValueError(
             f"{path.parent} has no {SUMS}, which newer versions write and by which its files are "
-            "checked: run the same duquantpp quantize again, which writes it; or, if you trust "
-            f"the files, run in it: sha256sum * > {SUMS}"
+            "checked: run the same duquantpp quantize again, with --overwrite if an older version "
+            f"made it; or, if you trust the files, run in it: sha256sum * > {SUMS}"
         )
     with files.refusing(path, "copy it again, or quantize again with --overwrite"):
         lines = [_LINE.fullmatch(line) for line in path.read_text().splitlines()]
