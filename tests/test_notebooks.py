@@ -45,8 +45,8 @@ def printed(source: Path) -> str:
     return "".join("".join(output.get("text", "")) for output in outputs)
 
 
-def test_there_are_seven():
-    assert [source.name[:2] for source in SOURCES] == [f"0{n}" for n in range(1, 8)]
+def test_there_are_eight():
+    assert [source.name[:2] for source in SOURCES] == [f"0{n}" for n in range(1, 9)]
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.stem)
