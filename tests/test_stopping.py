@@ -50,6 +50,11 @@ def test_an_interrupt_that_a_library_swallows_is_raised_later(when, tmp_path, mo
     assert cli.main(["compare", "--out", str(tmp_path / "out")]) == 130
     assert capsys.readouterr().err == "duquantpp: interrupted\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    try:
+        with progress_bar() as progress:
+            progress("on", 1, 2)
+    except KeyboardInterrupt:
+        pytest.fail("it stops what is called after the command")
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])

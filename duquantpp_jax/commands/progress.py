@@ -51,6 +51,7 @@ def stopping_on_signals() -> Iterator[None]:
     try:
         yield
     finally:
+        _stopped.clear()
         for number in ours:
             signal.signal(number, numbers[number])
 
