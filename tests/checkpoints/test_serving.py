@@ -64,6 +64,7 @@ def test_a_program_that_would_leave_the_matrices_out_cannot_read_config_json(ser
     assert "load_transformers" in (served[1] / readers.CARD).read_text()
 
 
+@pytest.mark.slow
 def test_nvfp4_is_exported_with_scales_of_tensors_that_calibration_chose(
     tiny_directory, tmp_path, capsys
 ):
