@@ -149,7 +149,7 @@ class Client:
             if not read:
                 return None
             line = connection.makefile("rb").readline()
-            return int(line.split()[1]) if line else None
+            return int(line.split()[1]) if line.startswith(b"HTTP/") else None
 
     def ask(self, body: bytes) -> tuple[int, bytes]:
         """Status and body of the answer to a whole request."""
@@ -249,7 +249,7 @@ def many_clients(place: Path, count: int, seconds: float) -> dict[str, Any]:
             kind = chance.choice(kinds)
             try:
                 status = getattr(own, kind)()
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:
                 status = type(error).__name__
             seen[kind][status] += 1
 
