@@ -13,6 +13,7 @@ import pytest
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import fits
 from duquantpp_jax.checkpoints.shards import shard_files
+from duquantpp_jax.learning import state
 from experiments.torture import fuzz, page
 
 ROOT = Path(__file__).parents[1]
@@ -94,3 +95,9 @@ def test_the_tests_that_the_security_page_names_are_there():
     named = re.findall(r"`((?:tests|experiments)/[\w./]+)`", "".join(pages))
     assert len(named) > 10
     assert [name for name in (*named, *page.TESTS.values()) if not (ROOT / name).exists()] == []
+
+
+def test_a_state_of_another_objective_is_said_in_one_line(tmp_path):
+    state.save(tmp_path / "s", {"a": np.zeros(2)}, 1.0, [], {"objective": "\x1b[2J\n"})
+    with pytest.raises(ValueError, match=r"another objective \(\\x1b\[2J, not x\)"):
+        state.load(tmp_path / "s", {"a": np.zeros(2)}, {"objective": "x"})

@@ -73,9 +73,8 @@ def load(path: Path, like: Any, settings: Mapping[str, str]) -> tuple[Any, float
     tensors, about = files.read_tensors(path, again)
     for name, value in {"format": FORMAT, **settings}.items():
         if (was := about.get(name)) != value:
-            raise ValueError(
-                f"{path} is a checkpoint of another {name} ({was!s:.80}, not {value:.80}): {again}"
-            )
+            other = f"{files.printable(' '.join(str(was).split())):.80}, not {value:.80}"
+            raise ValueError(f"{path} is a checkpoint of another {name} ({other}): {again}")
     with files.refusing(path, again):
         history, start_loss = tensors.pop(HISTORY), float(tensors.pop(START_LOSS).reshape(()))
         checks = [(int(step), loss, held_out) for step, loss, held_out in history.tolist()]

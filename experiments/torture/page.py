@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from duquantpp_jax import files
 from experiments.torture.subjects import read_result
 
 Row = tuple[str, ...]
@@ -35,6 +36,12 @@ mutations are drawn from a seed. Short forms are tests (`tests/test_torture.py`)
 | promise | how it is tried | count | last result |
 | --- | --- | ---: | --- |
 {rows}
+
+## Findings of the last runs
+
+{findings}
+
+Each was mended before this page was written; the next run will tell.
 
 ## Readers
 
@@ -79,7 +86,7 @@ TESTS = {
 
 
 def _verdict(found: list[str]) -> str:
-    return "none" if not found else f"**{len(found)} findings**"
+    return "none" if not found else f"**{len(found)}** (below)"
 
 
 def _of(result: dict[str, Any], start: str) -> list[str]:
@@ -172,8 +179,14 @@ def page() -> str:
         for name, counts in fuzz["readers"].items()
     ]
     branches = [f"{name} {share}" for name, share in fuzz["coverage"].items()]
+    lines = [
+        f"- `{kind}`: `{' '.join(files.printable(line).split())[:200]}`"
+        for kind in KINDS
+        for line in (read_result(kind) or {"findings": []})["findings"]
+    ]
     return TEXT.format(
         rows=_table(rows),
+        findings="\n".join(lines) or "None.",
         readers=_table(readers),
         branches=", ".join(branches) or "not measured",
         tests=_table([(promise, f"[{test}](../{test})") for promise, test in TESTS.items()]),
