@@ -41,7 +41,7 @@ mutations are drawn from a seed. Short forms are tests (`tests/test_torture.py`)
 
 {findings}
 
-Each was mended before this page was written; the next run will tell.
+What a run finds is mended, and the next run tells.
 
 ## Readers
 
