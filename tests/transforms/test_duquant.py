@@ -217,3 +217,8 @@ def test_duquant_is_the_search_a_zigzag_and_the_search_again():
     for block in maxima[np.asarray(zigzag.order)].reshape(2, 128):
         # Maxima of rotated channels are the sample's, here of all tokens.
         np.testing.assert_array_equal(block, np.sort(block)[::-1])
+
+
+def test_an_error_of_no_format_cannot_be_searched_for():
+    with pytest.raises(ValueError, match="give the format"):
+        greedy_search(jnp.ones((4, 8)), jnp.eye(8)[None], steps=1, criterion="mse")

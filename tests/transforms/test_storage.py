@@ -12,6 +12,7 @@ from flax import struct
 from safetensors.numpy import save_file
 
 from duquantpp_jax.core import Chain, Fitted, Transform
+from duquantpp_jax.files import write_tensors
 from duquantpp_jax.transforms import storage
 from duquantpp_jax.transforms.basic import Identity, Smooth
 from duquantpp_jax.transforms.block import lower
@@ -121,6 +122,9 @@ def test_files_that_save_did_not_write_are_refused(tmp_path):
     other = tmp_path / "other.safetensors"
     save_file({"a": np.ones(2)}, other)
     with pytest.raises(ValueError, match="was not written by"):
+        storage.load(other)
+    write_tensors(other, {"a": np.ones(2)}, {"format": "another"})
+    with pytest.raises(ValueError, match="says format 'another' and not 'duquantpp_jax transforms"):
         storage.load(other)
     other.write_bytes(b"nothing of the kind")
     with pytest.raises(ValueError, match=r"other\.safetensors cannot be read .* make the"):
