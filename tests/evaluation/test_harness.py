@@ -1,6 +1,7 @@
 """lm-eval asks our model and its own `hf`: the same answers to every item of the tasks.
 
-Both read one checkpoint in float32. Runs where lm-eval, torch and transformers are installed.
+Both read one checkpoint in float32: two layers of the embedded model. Runs where lm-eval,
+torch and transformers are installed.
 """
 
 import json
@@ -18,7 +19,10 @@ from duquantpp_jax.checkpoints import load, load_tokenizer  # noqa: E402
 from duquantpp_jax.evaluation import harness  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
-ITEMS = 5
+ITEMS = {"cloze": 64, "last_word": 46, "rolling": 16, "exact": 64, "two_shot": 45}
+"""All of each task."""
+LENGTH = 512
+"""That inputs are filled up to when they are scored by hand: more than the longest has."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,37 +33,40 @@ def offline():
         yield
 
 
+@pytest.fixture(scope="module")
+def checkpoint(shallow_directory):
+    return shallow_directory
+
+
 def samples(model):
     """Arguments, answers and measures of each item of each task."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(harness.TASKS), include_defaults=False)
     found = lm_eval.simple_evaluate(
-        model, tasks=["gutenberg"], task_manager=manager, limit=ITEMS, bootstrap_iters=0
+        model, tasks=["gutenberg"], task_manager=manager, bootstrap_iters=0
     )
     return found["samples"]
 
 
 @pytest.fixture(scope="module")
-def ours(shallow_directory):
-    return samples(harness.model_class()(str(shallow_directory)))
+def ours(checkpoint):
+    return samples(harness.model_class()(str(checkpoint)))
 
 
-def test_every_item_is_answered_as_by_hf(ours, shallow_directory):
+def test_every_item_is_answered_as_by_hf(ours, checkpoint):
     """Sums of float32 log-probabilities agree to 1e-5 of their size."""
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedTokenizerFast
 
     ends = dict.fromkeys(("bos_token", "eos_token", "pad_token"), "<|endoftext|>")
-    file = str(shallow_directory / "tokenizer.json")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=file, **ends)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(checkpoint / "tokenizer.json"), **ends)
     options = {"dtype": "float32", "device": "cpu", "batch_size": 4}
-    theirs = samples(HFLM(pretrained=str(shallow_directory), tokenizer=tokenizer, **options))
+    theirs = samples(HFLM(pretrained=str(checkpoint), tokenizer=tokenizer, **options))
     assert ours.keys() == theirs.keys()
-    assert len(ours) == 5
     written = set()
     for task in ours:
-        assert len(ours[task]) == len(theirs[task]) == ITEMS
+        assert len(ours[task]) == len(theirs[task]) == ITEMS[task.removeprefix("gutenberg_")]
         for own, other in zip(ours[task], theirs[task], strict=True):
             assert own["arguments"] == other["arguments"]
             if task == "gutenberg_exact":
@@ -69,23 +76,37 @@ def test_every_item_is_answered_as_by_hf(ours, shallow_directory):
             for mine, wanted in zip(own["filtered_resps"], other["filtered_resps"], strict=True):
                 np.testing.assert_allclose(mine[0] if isinstance(mine, tuple) else mine,
                     wanted[0] if isinstance(wanted, tuple) else wanted, rtol=1e-5)  # fmt: skip
+                assert not isinstance(mine, tuple) or mine[1] == wanted[1]
             assert own.get("acc") == other.get("acc")
     assert len(written) > 2
 
 
-def test_a_cloze_is_scored_as_by_hand(ours, shallow_directory):
-    model, tokenizer = load(shallow_directory), load_tokenizer(shallow_directory)
-    forward = jax.jit(lambda tokens: model(tokens)[0])
-    for sample in ours["gutenberg_cloze"][:1]:
-        for request, (answer, first) in zip(
-            sample["arguments"], sample["filtered_resps"], strict=True
-        ):
-            context, continuation = (tokenizer.encode(text).ids for text in request)
-            logits = np.asarray(forward(np.asarray([context + continuation])))[0].astype(np.float64)
-            log_q = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-            at = range(len(context) - 1, len(context) + len(continuation) - 1)
-            np.testing.assert_allclose(answer, log_q[at, continuation].sum(), rtol=1e-5)
-            assert first == (log_q[at].argmax(axis=-1) == continuation).all()
+def test_every_item_is_scored_as_by_hand(ours, checkpoint):
+    """Log-softmax in float64 of logits of whole inputs, which were encoded here."""
+    model, tokenizer = load(checkpoint), load_tokenizer(checkpoint)
+    forward, begin = jax.jit(lambda tokens: model(tokens)[0]), model.config.bos_token_id
+
+    def log_q(tokens):
+        filled = np.zeros((1, LENGTH), np.int32)
+        filled[0, : len(tokens)] = tokens
+        logits = np.asarray(forward(filled))[0, : len(tokens)].astype(np.float64)
+        return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+    def encoded(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    for task, items in ours.items():
+        for item in items if task != "gutenberg_exact" else ():
+            for request, answer in zip(item["arguments"], item["filtered_resps"], strict=True):
+                context, text = request if len(request) == 2 else ("", *request)
+                tokens = [begin] * (not context) + encoded(context + text)
+                at = np.arange(len(encoded(context)) or 1, len(tokens))
+                rows = log_q(tokens[:-1])[at - 1]
+                own = np.asarray(tokens)[at]
+                wanted = rows[np.arange(len(at)), own].sum()
+                score, first = answer if isinstance(answer, tuple) else (answer, None)
+                np.testing.assert_allclose(score, wanted, rtol=1e-5)
+                assert first in (None, (rows.argmax(axis=-1) == own).all())
 
 
 def test_evaluate_takes_tasks(shallow_directory, tmp_path, capsys):
