@@ -265,4 +265,4 @@ def test_commands_that_decode_packed_weights_say_so_first(packed, tiny_text, cap
         words = [name, "--model", packed, "--text", tiny_text]
         words += ["--calibration-text", tiny_text] if name == "compare" else []
         assert cli.main([str(word) for word in words]) != 0
-        assert "packed weights are decoded, which is exact" in capsys.readouterr().out
+        assert "packed weights are decoded, which is exact" in capsys.readouterr().err
