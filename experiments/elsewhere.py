@@ -14,6 +14,8 @@ Method: each recipe is quantized with --serve transformers (weights under mse, a
                   differ, too
     left out      the same without its transform_config, which is what from_pretrained would give
     vLLM's rule   the quantized model here, with activations under rceil, as in vLLM's source
+    QuTLASS       what --serve qutlass quantizes, here: activations under fpquant, weights as above
+    in bfloat16   the same with inputs and matrices in bfloat16, as its kernels have them
     dequantized   the export of plain bfloat16 weights, activations as they are
   NAME/nvfp4_calibrated has weights and activations in NVFP4, which vLLM takes otherwise (docs).
   A recipe with a matrix for each block is refused by compressed-tensors; its row is there for what
@@ -67,6 +69,8 @@ COLUMNS = {
     "last_bits": "last bits of ours",
     "left_out": "matrices left out",
     "vllm_rule": "vLLM's rule, ours",
+    "qutlass": "QuTLASS's rule, ours",
+    "qutlass_bfloat16": "in bfloat16, ours",
     "dequantized": "dequantized, W4A16",
 }
 
@@ -110,6 +114,39 @@ def measure(
         found["bytes"] = _bytes(place / "e")
         found |= in_transformers(place / "e", reference, own)
     return found
+
+
+def for_qutlass(
+    recipe: str, how: dict[str, Any], reference: Reference, place: Path
+) -> dict[str, float]:
+    """The KL of a recipe that is quantized for QuTLASS, as simulated and with its bfloat16."""
+    quantize(QuantizeOptions(recipe=recipe, out=place / "f", serve="qutlass", **how))
+    decoder, linear, state = load_any(place / "f")
+    rounded = {
+        site: dataclasses.replace(s, transform=jax.tree.map(_in_bfloat16, s.transform))
+        for site, s in state.items()
+    }
+    found = {
+        "qutlass": Predictor(decoder, linear, state),
+        "qutlass_bfloat16": Predictor(decoder, InBFloat16(linear), rounded),
+    }
+    targets = reference.tokens[:, 1:].size
+    return {name: float(reference.row_sums(p).kl.sum() / targets) for name, p in found.items()}
+
+
+def _in_bfloat16(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class InBFloat16:
+    """A linear whose input and outputs are rounded to bfloat16."""
+
+    linear: QuantizedLinear
+
+    def __call__(self, site: str, x: jax.Array, weights: Any, state: Any) -> Any:
+        outputs, kept = self.linear(site, _in_bfloat16(x), weights, state)
+        return tuple(map(_in_bfloat16, outputs)), kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,12 +241,15 @@ def main() -> None:
     for recipe in options.recipes:
         names = (recipe, recipe + SHARED) if recipe in FITTED else (recipe,)  # or NAME:shared alone
         for name in names:
-            if name in results["rows"]:
-                continue
-            per_block = name in FITTED
+            row = dict(results["rows"].get(name, {}))
+            per_block, given = name in FITTED, name.removesuffix(SHARED)
             with tempfile.TemporaryDirectory() as place:
-                given = name.removesuffix(SHARED)
-                row = measure(given, how, reference, Path(place), per_block=per_block)
+                if not row:
+                    row = measure(given, how, reference, Path(place), per_block=per_block)
+                if not per_block and "/" not in name and "qutlass" not in row:
+                    row |= for_qutlass(given, how, reference, Path(place))
+            if row == results["rows"].get(name):
+                continue
             results["rows"][name] = row
             files.write_whole(options.out, files.to_json(results))
             print(name, row, flush=True)
