@@ -134,7 +134,7 @@ def notes(model: Quantized) -> list[str]:
     return [
         f"Weights are in {LAYOUT}, bit for bit those of the quantized model.",
         f"Activations are for {activations}, {METHODS[activations][0]} in the library.",
-        "qutlass gives this model's logits but for bfloat16, in which it has inputs and matrices "
-        "(in transformers with fp_quant, or in vLLM, on GPUs of compute capability 10 and 12; "
-        "elsewhere both refuse it).",
+        "By their source, transformers with fp_quant and QuTLASS, and vLLM, compute this model "
+        "with inputs and matrices in bfloat16, on GPUs of compute capability 10 and 12 (elsewhere "
+        "both refuse it); we have not run them.",
     ]
