@@ -4,7 +4,8 @@ Question: which tasks of lm-eval's kinds fit into a hundred kilobytes of public-
 Hypothesis: one of each kind of request, with chance levels that a model of 27M parameters is above.
 Command: python -m experiments.make_tasks $DUQUANTPP_DATA/text/gutenberg_valid.txt
 Cost: a second.
-Last result: duquantpp_jax/evaluation/tasks/*.json, 2026-11-29; scores are in docs/scoring.md.
+Last result: duquantpp_jax/evaluation/tasks/*.json, 2026-11-29; docs/scoring.md says how they
+  are run.
 
 The text is 16 books of Project Gutenberg, which gutenberg-27m has not seen. Choices are drawn from
 a fixed seed. A wrong choice is a word of the same book, about as frequent there, that its passage

@@ -42,7 +42,7 @@ def tokenizer(keys: Mapping[str, Any], path: str) -> Tokenizer:
         raise ValueError(f"{path}: tokenizer {kind!r:.60} is not supported: {right}")
     splits: list[Any] = [*SPLITS] if kind == "gpt2" else ["default", None]
     if split not in splits:
-        right = f"use {' or '.join(map(str, splits))}"
+        right = f"use {' or '.join(split or 'none' for split in splits)}"
         raise ValueError(f"{path}: pre-tokenizer {split!r:.60} is not supported: {right}")
     stored, kinds = _list(keys, "tokens", str), _list(keys, "token_type", int)
     prefix = bool(keys.get("tokenizer.ggml.add_space_prefix", True))

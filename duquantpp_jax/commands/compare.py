@@ -23,7 +23,7 @@ from duquantpp_jax.checkpoints import load_config, testbed
 from duquantpp_jax.checkpoints.packed import decoded
 from duquantpp_jax.commands.options.compare import BASELINE, FORMATS, CompareOptions
 from duquantpp_jax.commands.progress import Step, progress_bar
-from duquantpp_jax.commands.sizes import ALONE
+from duquantpp_jax.commands.sizes import ALONE, used
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import check_texts, name_and_hash
 from duquantpp_jax.lab import table
@@ -229,3 +229,4 @@ def _show(comparison: Comparison, out: Path) -> None:
     console.print(others)
     print(table.verdict(comparison.results))
     print(f"Written to {out}: results.json, timings.json, compare.png")
+    print(f"{used(comparison.timings['total_seconds'])}.")

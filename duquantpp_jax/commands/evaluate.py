@@ -21,7 +21,12 @@ from duquantpp_jax.evaluation import Predictor, Reference, RowSums, clusters, es
 from duquantpp_jax.evaluation.intervals import clustered
 from duquantpp_jax.evaluation.predict import check_sums
 from duquantpp_jax.evaluation.rows import PROTOCOLS, Protocol, Rows, read_text, rows_for_targets
-from duquantpp_jax.evaluation.subject import environment, model_and_hash, name_and_hash
+from duquantpp_jax.evaluation.subject import (
+    check_unchanged,
+    environment,
+    model_and_hash,
+    name_and_hash,
+)
 from duquantpp_jax.lab.table import empty
 from duquantpp_jax.models import DecoderConfig
 from duquantpp_jax.ptq import stores as cache
@@ -50,9 +55,10 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
         raise ValueError("--rotate-keys is about cached keys: give --cache too")
     text, about_text = read_text(options.text, options.text_key), name_and_hash(options.text)
     mesh = None if options.mesh is None else mesh_of(options.mesh)
+    model = model_and_hash(options.model)
     with host_memory(mesh):
         predictor = Predictor(*load_any(options.model, options.activation_format))
-    model = model_and_hash(options.model)  # now: the files may be others at the end
+    check_unchanged(options.model, model)
     config = predictor.model.config
     protocol = _protocol(options, config)
     tokenizer = load_tokenizer(options.model, config)
@@ -64,9 +70,10 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
     if options.reference is not None:
         same = options.reference.resolve() == options.model.resolve()
         same = same and options.activation_format is None
+        about_reference = model if same else model_and_hash(options.reference)
         with host_memory(mesh):
             reference = predictor if same else Predictor(*load_any(options.reference))
-        about_reference = model_and_hash(options.reference)
+        check_unchanged(options.reference, about_reference)
         if (size := reference.model.config.vocab_size) != config.vocab_size:
             raise ValueError(
                 f"{options.reference} has {size} tokens and {options.model} has "
@@ -183,5 +190,11 @@ def run(options: EvaluateOptions) -> int:
             results = evaluate(options, progress)
     if options.out is not None:
         files.write_whole(options.out, files.to_json(results))
-    options.terminal.give(results, lambda: Console(width=100).print(*described(results)))
+
+    def show() -> None:
+        said, table = described(results)
+        print(said)
+        Console(width=100).print(table)
+
+    options.terminal.give(results, show)
     return 0

@@ -7,6 +7,7 @@ moving its input, which all linears of one input share: multiply-adds for each v
 layers) and KiB of all layers. report.json has every linear.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,6 +75,17 @@ def quantized_line(report: Mapping[str, Any]) -> str:
         + (f" {ALONE}" if stacks and job.get("fuse") else "")
         + (f" Refined {job['refine']} steps; SQNR is from before." if job.get("refine") else "")
     )
+
+
+def used(seconds: float) -> str:
+    """The time of a command, and, where the system tells, the most memory of its process."""
+    try:
+        import resource  # which Windows does not have
+    except ImportError:
+        return f"{seconds:.0f} s"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak *= 1 if sys.platform == "darwin" else 1024
+    return f"{seconds:.0f} s, at most {peak / GIB:.1f} GiB of memory"
 
 
 def dry_line(found: Mapping[str, Any]) -> str:

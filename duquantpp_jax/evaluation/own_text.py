@@ -64,6 +64,6 @@ def _written(model: Decoder, key: jax.Array) -> Int32[np.ndarray, "batch length"
     if wrong := sum(min(row) < 0 for row in new):
         raise ValueError(
             f"the model gave NaN where it wrote rows to calibrate on, in {wrong} of {len(new)}: "
-            "give a text"
+            "give a text file, with which the layer is named"
         )
     return np.asarray([begin + row for row in new], np.int32)

@@ -262,16 +262,16 @@ def _architecture(fields: Mapping[str, Any]) -> str:
             f"it must be a list of one name: {supported}"
         )
     name = names[0]
-    if (quantization := fields.get("quantization_config")) is not None:
-        raise ValueError(
-            f"config.json: quantization_config = {read.short(quantization)}: the model is already "
-            "quantized: give the float one it was made from"
-        )
     if name not in FAMILIES:
         reasons = (f" (it is {why})" for part, why in REFUSED.items() if part in name.lower())
         raise ValueError(
             f"config.json: architecture {read.short(name)} is not supported"
             f"{next(reasons, '')}: use {supported}"
+        )
+    if (quantization := fields.get("quantization_config")) is not None:
+        raise ValueError(
+            f"config.json: quantization_config = {read.short(quantization)}: the model is already "
+            "quantized: give the float one it was made from"
         )
     return name
 

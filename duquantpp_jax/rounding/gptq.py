@@ -109,11 +109,14 @@ def steady(rounding: Rounding, stats: Stats) -> Rounding:
     factorized; warns if that is not one.
 
     Args:
-      rounding: One with a field `damping`; another is returned as it is.
+      rounding: One with a field `damping`, or with a rounding inside that has one; another is
+        returned as it is.
 
     Raises:
       ValueError: No damping does: the matrix has NaN or Inf.
     """
+    if (inner := getattr(rounding, "rounding", None)) is not None:
+        rounding = dataclasses.replace(rounding, rounding=steady(inner, stats))  # type: ignore
     damping = getattr(rounding, "damping", None)
     if stats.gram is None or damping is None:
         return rounding

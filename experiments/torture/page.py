@@ -31,7 +31,9 @@ python -m experiments.torture.load --seconds 300
 ```
 
 Each prints its findings and ends with 1 if there are any. Models are tiny and random; moments and
-mutations are drawn from a seed. Short forms are tests (`tests/test_torture.py`).
+mutations are drawn from a seed. The short form of `fuzz` is a test
+(`tests/test_torture.py`); kills and faults have tests of their own (`tests/lab/test_kills.py`,
+`tests/commands/test_resuming.py`, `tests/test_files.py`).
 
 | promise | how it is tried | count | last result |
 | --- | --- | ---: | --- |

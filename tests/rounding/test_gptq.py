@@ -9,6 +9,7 @@ from duquantpp_jax import MXFP4, ScaleRule, Stats
 from duquantpp_jax.core.notices import about
 from duquantpp_jax.formats import NVFP4, FP32Scale
 from duquantpp_jax.recipes import FITS, recipe
+from duquantpp_jax.rounding.asymmetric import Asymmetric
 from duquantpp_jax.rounding.clip import SCALE
 from duquantpp_jax.rounding.gptq import (
     GPTQ,
@@ -197,6 +198,8 @@ def test_damping_is_raised_with_a_warning_until_the_gram_matrix_can_be_factorize
     with about("layer 3"):
         raised = steady(GPTQ(damping=1e-12), stats)
     assert 1e-12 < raised.damping < 1e-4
+    inside = steady(Asymmetric(rounding=GPTQ(damping=1e-12)), stats)
+    assert inside == Asymmetric(rounding=raised)
     assert caplog.messages[0].startswith("layer 3: GPTQ: damping raised from 1e-12 to ")
     ones[5] = np.nan
     says = "layer 3: the Gram matrix of the moved input has NaN or Inf in 96 of 9216 numbers"
