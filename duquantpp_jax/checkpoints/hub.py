@@ -39,7 +39,12 @@ def snapshot(name: str) -> Path:
             "model and give its directory"
         ) from None
     try:
-        found = snapshot_download(parts[1], revision=parts[2], allow_patterns=list(PATTERNS))
+        found = snapshot_download(
+            parts[1],
+            revision=parts[2],
+            allow_patterns=list(PATTERNS),
+            ignore_patterns=["*/*"],  # a pattern matches in every directory
+        )
     except Exception as error:  # of several libraries: no network, no such model, no permission
         raise ValueError(
             f"cannot get {name} ({type(error).__name__}: {files.one_line(error)}): check the name "

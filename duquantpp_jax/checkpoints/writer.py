@@ -92,10 +92,11 @@ def only_writer(out: Path) -> Iterator[None]:
         with only_process(out) as alone:
             if alone:
                 _remove(out, ".*.safetensors.*", ".*.json.*", ".SHA256SUMS.*")
+            begun = (out / JOB).exists()
             try:
                 yield
             except ValueError:
-                if {path.name for path in out.iterdir()} <= {JOB, LOCK}:
+                if not begun and {path.name for path in out.iterdir()} <= {JOB, LOCK}:
                     _remove(out, JOB)
                 raise
     except ValueError:

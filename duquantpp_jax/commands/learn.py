@@ -167,13 +167,13 @@ def _begin(options: LearnOptions, asked: dict[str, Any]) -> bool:
     """Prepares --out for this run; returns whether it already holds the finished fits."""
     out, place = options.out, options.out / PROGRESS
     if options.overwrite:
+        _check_no_others(out, PROGRESS, ABOUT, ARRAYS)
         shutil.rmtree(place, ignore_errors=True)
         for name in (ABOUT, ARRAYS):
             (out / name).unlink(missing_ok=True)
     finished = (out / ABOUT).is_file()
     if not finished and not (place / BEGUN).is_file():
-        if any(path not in (place, out / LOCK) for path in out.iterdir()):
-            raise ValueError(f"{out} holds other files: give an empty or new directory")
+        _check_no_others(out, PROGRESS)
         files.write_whole(place / BEGUN, files.to_json(asked))
         return False
     begun = read_about(out) if finished else read_json(place / BEGUN)
@@ -188,6 +188,13 @@ def _begin(options: LearnOptions, asked: dict[str, Any]) -> bool:
                 f"{_words(value.get(part))}: give that, another --out, or --overwrite to start anew"
             )
     return finished
+
+
+def _check_no_others(out: Path, *names: str) -> None:
+    """Raises ValueError if a directory holds more than these, the lock and what a kill left."""
+    found = {path.name for path in out.iterdir() if not path.name.startswith(".fits.")}
+    if found - {*names, LOCK}:
+        raise ValueError(f"{out} holds other files: give an empty or new directory")
 
 
 def _words(value: Any) -> str:

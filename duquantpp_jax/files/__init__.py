@@ -113,7 +113,8 @@ def new_directory(path: Path) -> Iterator[Path]:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} already exists: give the name of a new directory")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if any(alive and p.name.startswith(f".{path.name}.") for p, alive in _temporaries(path.parent)):
+    live = (p.name.rpartition(".")[0] for p, alive in _temporaries(path.parent) if alive)
+    if f".{path.name}" in live:
         raise ValueError(taken(path))
     with temporary(path) as partial:
         partial.mkdir()

@@ -11,6 +11,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from duquantpp_jax import files
+
 Callback = Callable[[int, Mapping[str, float]], object]
 
 
@@ -47,13 +49,17 @@ def wandb(project: str, **settings: Any) -> Iterator[Callback]:
       settings: Others of wandb.init, as config or mode.
 
     Raises:
-      ValueError: wandb is not installed.
+      ValueError: wandb is not installed, or does not begin.
     """
     try:
         import wandb as library  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError("logging needs wandb: pip install 'duquantpp_jax[wandb]'") from None
-    with library.init(project=project, **settings) as run:
+    try:
+        begun = library.init(project=project, **settings)
+    except Exception as error:  # its own kinds, as of no key and no network
+        raise ValueError(f"wandb does not begin: {files.one_line(error)}") from None
+    with begun as run:
         yield lambda step, numbers: run.log(dict(numbers), step=step)
 
 

@@ -48,7 +48,8 @@ def from_orbax(directory: str | os.PathLike[str], state: str | os.PathLike[str])
             )
             found = checkpointer.restore(place, items)
         tensors = {name: np.asarray(value) for name, value in found["tensors"].items()}
-        files.write_tensors(Path(state), tensors, found["about"])
+        about = dict(found["about"])
+    files.write_tensors(Path(state), tensors, about)
 
 
 def _orbax() -> Any:

@@ -17,7 +17,8 @@ def asked(monkeypatch, tiny_directory):
     """What a hub was asked that has one model, and no network."""
     calls = []
 
-    def snapshot_download(repo, revision=None, allow_patterns=None):
+    def snapshot_download(repo, revision=None, allow_patterns=None, ignore_patterns=None):
+        assert ignore_patterns == ["*/*"]  # of its directories nothing is read
         calls.append((repo, revision))
         assert "*.bin" not in allow_patterns
         if repo != "org/tiny":

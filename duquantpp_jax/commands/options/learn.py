@@ -21,7 +21,7 @@ class LearnSettings(Plain):
       steps: Updates; through site or block, of each of them.
       rate: Peak learning rate of the transform; weights learn at a tenth of it, clips and scale
         offsets at ten times.
-      optimizer: Any of optax, by its name there: adam, adamw, lion, lamb, rmsprop, sgd, ..
+      optimizer: One of optax, by its name there: adam, adamw, lion, lamb, rmsprop, sgd, ..
       batch_rows: Rows of a batch; of a site, batches of 16 times as many tokens.
       check_every: Steps between checks, at which progress is kept.
       seed: For starts that draw random numbers, and for the order of batches.
