@@ -20,6 +20,8 @@ Last result, 2026-11-29 (results/grid_frozen_smollm2_128rows.json, table in
   results/smollm2_methods.md; KL on BOOKS / ARTICLES): WUSH .367 / .365, r .233 / .265 (three
   seeds), a .212 / .248, b .238 / .278, b' on ARTICLES alone .230, c .151 / .211. On books the
   shares are those of the development text; on articles learning is worth less, for weights most.
+  What was frozen took 2,048 rows to refine on; the text has 2,037, so it was made 1,984 before
+  any was refined.
 """
 
 import sys

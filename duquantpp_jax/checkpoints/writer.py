@@ -78,6 +78,11 @@ def begin(out: Path, job: Job, *, overwrite: bool) -> bool:
     return (out / CONFIG).is_file() and (out / SUMS).is_file()
 
 
+def drop_layers(out: Path) -> None:
+    """Removes what a job has written but for the job itself, so that it starts anew."""
+    _remove(out, "*.safetensors")
+
+
 @contextlib.contextmanager
 def only_writer(out: Path) -> Iterator[None]:
     """While no other process writes the directory; removes what killed ones were writing.
@@ -252,7 +257,14 @@ def _finished(out: Path, number: int, job: Job) -> tuple[dict[str, np.ndarray], 
 
 
 def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
-    """Writes what is not in layers; config.json last."""
+    """Writes what is not in layers; config.json last.
+
+    Raises:
+      ValueError: The directory is not this job's any more: it was removed under way.
+    """
+    if not (out / JOB).is_file():
+        drop_layers(out)
+        raise ValueError(f"{out / JOB} was removed while the layers were written: run it again")
     place, rows = {}, []
     for number, (name, array) in enumerate(checkpoint.outside()):
         file = f"outside-{number}.safetensors"

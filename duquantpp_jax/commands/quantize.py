@@ -79,7 +79,11 @@ def quantize(options: QuantizeOptions, progress: Step = lambda *_: None) -> dict
             write_layers(options.out, checkpoint, job, plan, tokens, progress, check)
             if options.refine:
                 refine_layers(options, checkpoint, plan, tokens, progress)
-            check_unchanged(options.model, job.model)
+            try:
+                check_unchanged(options.model, job.model)
+            except ValueError:
+                writer.drop_layers(options.out)  # they may be of another model
+                raise
             finish(options.out, checkpoint, job)
     return read_json(options.out / REPORT)
 

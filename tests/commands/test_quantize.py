@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from duquantpp_jax import cli
 from duquantpp_jax.checkpoints import Quantized, load, load_any, load_quantized, save
+from duquantpp_jax.commands.evaluate import EvaluateOptions, evaluate
 from duquantpp_jax.commands.quantize import (
     QuantizeOptions,
     calibration_tokens,
@@ -256,3 +257,18 @@ def test_files_that_are_not_ours_are_left_alone(three_layers, tmp_path, capsys):
     arguments = ["quantize", "--model", str(three_layers), "--out", str(tmp_path), "--overwrite"]
     assert_one_line(cli.main(arguments), capsys, "holds other files")
     assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_a_model_with_a_zero_linear_and_a_dead_site_is_measured(directory, tmp_path):
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.0.mlp.up_proj.weight"][:] = 0  # so that down_proj has only zeros
+    save_file(tensors, path)
+    more = {"recipe": "smooth_hadamard", "rounding": "gptq"}
+    report = quantize(options_of(directory, tmp_path / "q", **more))
+    ratio = {row["linear"]: row["sqnr_db"] for row in report["linears"]}
+    assert ratio["model.layers.0.mlp.up_proj"] is None
+    assert ratio["model.layers.0.mlp.down_proj"] is None
+    assert all(v > 0 for name, v in ratio.items() if "layers.0.mlp.up" not in name and v)
+    found = evaluate(EvaluateOptions(tmp_path / "q", text=TEXT, reference=directory, tokens=1022))
+    assert 0 < found["kl"]["value"] < 1

@@ -10,6 +10,7 @@ import json
 import pytest
 
 from duquantpp_jax import cli
+from duquantpp_jax.checkpoints.directory import JOB
 from duquantpp_jax.commands import quantize as quantizing
 from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.evaluation.subject import check_unchanged, environment, model_and_hash
@@ -50,7 +51,8 @@ def test_two_processes_do_not_quantize_into_one_directory(three_layers, tmp_path
 
 
 def test_a_model_that_is_changed_while_it_is_quantized_gives_none(directory, tmp_path, monkeypatch):
-    def changes(*_):
+    def changes(out, *_):
+        (out / "layer-00000.safetensors").write_bytes(b"perhaps of another model")
         path = directory / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()), indent=3))
 
@@ -58,6 +60,13 @@ def test_a_model_that_is_changed_while_it_is_quantized_gives_none(directory, tmp
     with pytest.raises(ValueError, match=r"model was changed while it was read .SHA-256"):
         quantizing.quantize(options_of(directory, tmp_path / "q"))
     assert not (tmp_path / "q").exists()
+
+
+def test_a_directory_that_is_removed_under_way_is_not_finished(directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantizing, "write_layers", lambda out, *_: (out / JOB).unlink())
+    with pytest.raises(ValueError, match=r"quantization.json was removed while the layers were"):
+        quantizing.quantize(options_of(directory, tmp_path / "q"))
+    assert not (tmp_path / "q" / "SHA256SUMS").exists()
 
 
 def test_a_model_that_is_removed_while_it_is_read_is_one_line(directory):
