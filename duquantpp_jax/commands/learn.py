@@ -69,7 +69,7 @@ def learn_fits(
     Raises:
       OSError: A file cannot be written; progress is kept.
     """
-    if options.model is not None and options.text is None:
+    if options.model is not None and not options.text:
         raise ValueError(
             "--model needs --text: text of the kind that the model was trained on, or model for "
             "rows that it writes itself"
@@ -86,8 +86,7 @@ def learn_fits(
         for name in (options.weight_formats, options.activation_formats)
     )
     method = recipe(options.start, weight_format=weight, activation_format=activation)
-    wanted = options.rows * TARGETS, "calibration", options.text_key, options.seed
-    tokens = np.asarray(load_rows(options.model, options.text, *wanted).tokens, np.int32)
+    tokens = _tokens(options)
     rows, held_out = split(tokens, options.held_out)
     if len(rows) < options.batch_rows and options.through != "site":
         batch = f"a batch of {options.batch_rows}: give more --rows, or fewer --batch-rows"
@@ -102,7 +101,7 @@ def learn_fits(
         "model": model_and_hash(options.model),
         "formats": {"weight": weight, "activation": activation},
         "learn": learned_by,
-        "text": name_and_hash(options.text) | counts,
+        "text": _names_and_hashes(options.text) | counts,
         "environment": environment(),
     }
     place = options.out / PROGRESS
@@ -122,6 +121,25 @@ def learn_fits(
         save_fits(options.out, found.fits, about)
         shutil.rmtree(place)
     return read_about(options.out)
+
+
+def _tokens(options: LearnOptions) -> Tokens:
+    """The rows of all texts, one of each by turns."""
+    texts = options.text or (None,)
+    if options.rows % len(texts):
+        raise ValueError(
+            f"--rows {options.rows} are not the same number of each of {len(texts)} texts: give "
+            f"--rows {max(options.rows // len(texts), 1) * len(texts)}"
+        )
+    wanted = options.rows // len(texts) * TARGETS, "calibration", options.text_key, options.seed
+    each = [np.asarray(load_rows(options.model, t, *wanted).tokens, np.int32) for t in texts]
+    return np.stack(each, axis=1).reshape(-1, each[0].shape[-1])
+
+
+def _names_and_hashes(texts: tuple[Path, ...]) -> dict[str, str]:
+    """`name_and_hash` of each text, joined."""
+    each = [name_and_hash(text) for text in texts or (None,)]
+    return {key: " + ".join(e[key] for e in each if key in e) for key in set().union(*each)}
 
 
 def split(tokens: Tokens, held_out: float) -> tuple[Tokens, Tokens]:
@@ -203,7 +221,7 @@ def _words(value: Any) -> str:
 
 def run(options: LearnOptions) -> int:
     """Runs the command and prints the held-out KL; returns the exit code."""
-    if options.text is not None and (used := decoded(options.model)) is not None:
+    if options.text and (used := decoded(options.model)) is not None:
         print(used, file=sys.stderr)
     with contextlib.ExitStack() as stack:
         if (options.tensorboard or options.wandb) and options.through == "site":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from duquantpp_jax.cli import main
 from duquantpp_jax.commands import learn
 from duquantpp_jax.commands.learn import LearnOptions, learn_fits, split
 from duquantpp_jax.commands.quantize import QuantizeOptions, calibration_tokens, quantize
+from duquantpp_jax.evaluation.rows import Rows
 from duquantpp_jax.files import read_json
 from duquantpp_jax.files.processes import only_process
 from duquantpp_jax.learning.moves import PRESETS, moves_named
@@ -32,7 +34,7 @@ def options(tiny_directory, tiny_text, tmp_path):
     """Two steps on the tiny model, of both the transform and the weights."""
     return LearnOptions(
         model=tiny_directory,
-        text=tiny_text,
+        text=(tiny_text,),
         rows=6,
         held_out=2.0,
         start="block_hadamard",
@@ -132,7 +134,7 @@ def test_rows_that_fill_no_batch_are_refused_before_anything_is_written(options)
 
 def test_it_prints_the_held_out_kl_of_the_start_and_the_end(options, capsys):
     words = [
-        *("learn", "--model", options.model, "--text", options.text, "--rows", "6"),
+        *("learn", "--model", options.model, "--text", *options.text, "--rows", "6"),
         *("--held-out", "2", "--start", "block_hadamard", "--steps", "2", "--batch-rows", "2"),
         *("--moves", "weights", "--check-every", "1"),
         *("--formats", "even", "--out", options.out),
@@ -156,7 +158,8 @@ def test_it_prints_the_held_out_kl_of_the_start_and_the_end(options, capsys):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"text": None}, "--model needs --text"),
+        ({"text": ()}, "--model needs --text"),
+        ({"text": (Path("a"),) * 4}, "--rows 6 are not the same number of each of 4 texts"),
         ({"start": "wuhs"}, "did you mean wush"),
         ({"moves": ("afine",)}, "unknown move 'afine'"),
         ({"moves": ()}, "nothing moves"),
@@ -187,6 +190,13 @@ def test_a_share_or_a_number_of_rows_is_held_out():
         assert len(held_out) == 2
     with pytest.raises(ValueError, match=r"held-out 2\.5"):
         split(tokens, 2.5)
+
+
+def test_of_several_texts_rows_are_taken_by_turns(options, monkeypatch):
+    given = {"a": np.full((3, 512), 1), "b": np.full((3, 512), 2)}
+    monkeypatch.setattr(learn, "load_rows", lambda _, t, *__: Rows(given[t.name], t))
+    rows = learn._tokens(dataclasses.replace(options, text=(Path("a"), Path("b"))))
+    assert rows[:, 0].tolist() == [1, 2, 1, 2, 1, 2]
 
 
 def test_every_preset_moves_what_it_says_and_they_add_up():

@@ -9,11 +9,12 @@ from safetensors.numpy import load_file, save
 
 from duquantpp_jax.checkpoints import load, sha256
 from duquantpp_jax.evaluation import own_text
-from duquantpp_jax.evaluation.own_text import BATCH, own_rows
+from duquantpp_jax.evaluation.own_text import batch_rows, own_rows
 from duquantpp_jax.evaluation.rows import TARGETS
 from tests.conftest import tiny_decoder
 
 BOS = 256
+BATCH = batch_rows()
 
 
 @pytest.fixture
@@ -56,7 +57,7 @@ def test_kept_rows_that_are_none_are_written_again(tiny_directory, tmp_path, mon
     wanted = own_rows(tiny_directory, BATCH, 1)
     monkeypatch.setenv("DUQUANTPP_CACHE", str(tmp_path))
     monkeypatch.setattr(own_text, "_written", lambda model, key: wanted)
-    kept = tmp_path / f"{sha256(tiny_directory)}-1-0.safetensors"
+    kept = tmp_path / f"{sha256(tiny_directory)}-1-{BATCH}-0.safetensors"
     for spoiled in (wanted[:, ::-1], wanted[:2], wanted - wanted - 1, wanted * 2.0, None):
         kept.write_bytes(b"" if spoiled is None else save({"tokens": spoiled.copy()}))
         np.testing.assert_array_equal(own_rows(tiny_directory, BATCH, 1), wanted)

@@ -45,10 +45,10 @@ class LearnOptions(LearnSettings):
     Attributes:
       model: Hugging Face directory, GGUF file, hf:ORG/NAME or smollm2; without it, the embedded
         model.
-      text: Text to learn from, documents separated by <|endoftext|> or lines of a .jsonl file; or
+      text: Texts to learn from, documents separated by <|endoftext|> or lines of a .jsonl file; or
         model, for rows that the model writes itself; without --model and --text, the embedded
         calibration rows.
-      rows: Rows of 511 targets to take from the text.
+      rows: Rows of 511 targets to take; of several texts as many of each, and by turns.
       held_out: Rows that choose the best step and are not learned from: a share or a number.
         Through a site, an eighth of its token sample from the other rows chooses instead.
       formats: Of weights and activations, by the names of duquantpp quantize.
@@ -66,7 +66,7 @@ class LearnOptions(LearnSettings):
     """
 
     model: Path | None = None
-    text: Path | None = None
+    text: tuple[Path, ...] = ()
     rows: int = 64
     held_out: float = 0.125
     formats: str = "mxfp4"
