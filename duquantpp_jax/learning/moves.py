@@ -188,11 +188,13 @@ class SiteState(NamedTuple):
 
     Attributes:
       start: The transform that learning starts from.
+      transform: T, made for all layers at once: on a GPU the inverses of one layer take as long.
       rounded: Weights that were moved by `start` and rounded, and are held: T moves the input
         alone. None: the weights as `Moves` says.
     """
 
     start: BlockAffine
+    transform: BlockAffine
     learned: Learned
     rounded: tuple[MXArray, ...] | None = None
 
@@ -219,8 +221,7 @@ class LearningLinear:
         self, x: Float[Array, "*tokens k"], weights: Weights, state: SiteState
     ) -> tuple[BlockAffine, Float[Array, "*tokens k"], Weights]:
         """T, Q(x T) and Q(clamp(W'))."""
-        moves, (start, learned, rounded) = self.moves, state
-        transform = moves.moved_transform(start, learned)
+        moves, (start, transform, learned, rounded) = self.moves, state
         through, x = moves.through_amax or moves.clip is not None, transform.activations(x)
         offsets = learned.log_scale, learned.log_clip
         x = learnable_quantize(self.activation_format, through, x, *offsets)
@@ -257,8 +258,12 @@ class SitesObjective(Objective):
         rounded: Mapping[str, tuple[MXArray, ...]] | None = None,
     ) -> dict[str, SiteState]:
         """The state of each site."""
-        given = rounded or {}
-        return {s: SiteState(self.start[s], moved, given.get(s)) for s, moved in learned.items()}
+        given, found = rounded or {}, {}
+        for site, moved in learned.items():
+            start = self.start[site]
+            transform = self.moves.moved_transform(start, moved)
+            found[site] = SiteState(start, transform, moved, given.get(site))
+        return found
 
     def bounded(self, learned: dict[str, Learned]) -> dict[str, Learned]:
         return {s: self.moves.bounded(self.start[s], moved) for s, moved in learned.items()}
