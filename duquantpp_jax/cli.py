@@ -1,7 +1,7 @@
 """The command line: `duquantpp COMMAND`; `duquantpp --version` prints versions.
 
 A command is a frozen dataclass of options. Bad input is one line on stderr and exit code 2, never
-a traceback; Ctrl-C is exit code 130, SIGTERM 143, SIGHUP 129.
+a traceback; Ctrl-C is exit code 130, SIGTERM and SIGHUP are 143.
 """
 
 import contextlib

@@ -65,11 +65,23 @@ def test_one_process_at_a_time_is_in_a_directory_and_a_dead_ones_lock_is_none(tm
         with pytest.raises(ValueError, match="out is being written by another process"):
             processes.only_process(out).__enter__()
         assert [path.name for path in out.iterdir()] == [processes.LOCK]
-    assert list(out.iterdir()) == []
+    assert not out.exists()  # it has made it for nothing
+    out.mkdir()
     (out / processes.LOCK).touch()  # as a killed process leaves it
     with processes.only_process(out) as alone:
         assert alone
     assert list(out.iterdir()) == []
+
+
+def test_one_file_is_written_by_one_process_and_its_neighbours_by_others(tmp_path):
+    out = tmp_path / "deep" / "a.json"
+    with processes.only_process(out, single=True):
+        with processes.only_process(out.with_name("b.json"), single=True):
+            pass
+        with pytest.raises(ValueError, match=r"a\.json is being written by another process"):
+            processes.only_process(out, single=True).__enter__()
+        out.touch()
+    assert [*out.parent.iterdir()] == [out]
 
 
 def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):

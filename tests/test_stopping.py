@@ -57,9 +57,9 @@ def test_an_interrupt_that_a_library_swallows_is_raised_later(when, tmp_path, mo
         pytest.fail("it stops what is called after the command")
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
-def test_a_signal_to_stop_is_one_line_that_names_the_step_and_its_exit_code(
-    name, code, tmp_path, monkeypatch, capsys
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_to_stop_is_one_line_that_names_the_step_and_exit_code_143(
+    name, tmp_path, monkeypatch, capsys
 ):
     number = getattr(signal, name)
     signal.signal(number, signal.SIG_DFL)
@@ -69,7 +69,7 @@ def test_a_signal_to_stop_is_one_line_that_names_the_step_and_its_exit_code(
         signal.raise_signal(number)
 
     monkeypatch.setattr("duquantpp_jax.commands.compare.compare", stopped)
-    assert cli.main(["compare", "--out", str(tmp_path / "out")]) == code
+    assert cli.main(["compare", "--out", str(tmp_path / "out")]) == 143
     said = capsys.readouterr().err
     assert said.startswith(f"duquantpp: stopped by {name} at layer 2 of 3 (1 of 3); ")
     assert said.count("\n") == 1

@@ -26,7 +26,7 @@ from duquantpp_jax.checkpoints.job import Job
 from duquantpp_jax.checkpoints.one_matrix import Layer, Tensors
 from duquantpp_jax.checkpoints.readers import CARD
 from duquantpp_jax.checkpoints.shards import INDEX
-from duquantpp_jax.checkpoints.source import Directory
+from duquantpp_jax.checkpoints.source import Directory, beside
 from duquantpp_jax.checkpoints.writer import Progress, write_rest, write_tensors
 from duquantpp_jax.commands.options.common import Serve
 from duquantpp_jax.commands.options.export import Layout
@@ -57,14 +57,14 @@ def write_export(
     Raises:
       ValueError: The model cannot be expressed so; one line that says why.
     """
-    model = Quantized(directory)
+    model, source = Quantized(directory), Directory(directory)
     files.check_writable(out)
     if serve is not None and format != (read := readers.READERS[serve].layout):
         raise ValueError(f"--serve {serve} is for --format {read}: leave one out")
     if own := format == "gpt-oss":
         gpt_oss.check(model)
     check(format, model.config, model.job, serve)
-    count = model.config.num_hidden_layers
+    count, before = model.config.num_hidden_layers, beside(source)[1]
     places: dict[str, str] = {}
     moved: dict[str, list[str]] = {}
     floats: list[str] = []
@@ -107,7 +107,7 @@ def write_export(
                 f"config.json says dtype bfloat16, to which readers round the {len(wider)} tensors "
                 "that are float16 or float32."
             )
-        write_rest(partial, INDEX, places, {}, Directory(model.directory), fields)
+        write_rest(partial, INDEX, places, {}, source, fields, before)
         card = partial / CARD
         own_card = card.read_text(encoding="utf-8") if card.is_file() else ""
         files.write_whole(card, readers.card(own_card, notes, format).encode())

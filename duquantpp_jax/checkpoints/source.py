@@ -131,3 +131,10 @@ def _content(path: Path) -> bytes:
 
 
 Source = Directory | GGUFModel
+
+
+def beside(source: Source) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Contents of the companions of a model by name; SHA-256 of those that programs read."""
+    contents = {name: content() for name, content in source.companions().items()}
+    read = {name: content for name, content in contents.items() if name.endswith(READ)}
+    return contents, {n: hashlib.sha256(content).hexdigest() for n, content in read.items()}

@@ -31,7 +31,7 @@ from duquantpp_jax.checkpoints.job import SCHEMA, Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.seal import SUMS, write_seal
 from duquantpp_jax.checkpoints.shards import INDEX, OWN_INDEX
-from duquantpp_jax.checkpoints.source import CONFIG, Source
+from duquantpp_jax.checkpoints.source import CONFIG, Source, beside
 from duquantpp_jax.core import Fitted, MXArray
 from duquantpp_jax.files import ABOUT
 from duquantpp_jax.files.processes import LOCK, only_process
@@ -78,11 +78,6 @@ def begin(out: Path, job: Job, *, overwrite: bool) -> bool:
     return (out / CONFIG).is_file() and (out / SUMS).is_file()
 
 
-def drop_layers(out: Path) -> None:
-    """Removes what a job has written but for the job itself, so that it starts anew."""
-    _remove(out, "*.safetensors")
-
-
 @contextlib.contextmanager
 def only_writer(out: Path) -> Iterator[None]:
     """While no other process writes the directory; removes what killed ones were writing.
@@ -92,23 +87,16 @@ def only_writer(out: Path) -> Iterator[None]:
     Raises:
       ValueError: Another process writes it.
     """
-    made = not out.exists()
-    try:
-        with only_process(out) as alone:
-            if alone:
-                _remove(out, ".*.safetensors.*", ".*.json.*", ".SHA256SUMS.*")
-            begun = (out / JOB).exists()
-            try:
-                yield
-            except ValueError:
-                if not begun and {path.name for path in out.iterdir()} <= {JOB, LOCK}:
-                    _remove(out, JOB)
-                raise
-    except ValueError:
-        if made:
-            with contextlib.suppress(OSError):  # it is not empty
-                out.rmdir()
-        raise
+    with only_process(out) as alone:
+        if alone:
+            _remove(out, ".*.safetensors.*", ".*.json.*", ".SHA256SUMS.*")
+        begun = (out / JOB).exists()
+        try:
+            yield
+        except ValueError:
+            if not begun and {path.name for path in out.iterdir()} <= {JOB, LOCK}:
+                _remove(out, JOB)
+            raise
 
 
 def write_layers(
@@ -256,14 +244,25 @@ def _finished(out: Path, number: int, job: Job) -> tuple[dict[str, np.ndarray], 
     return tensors, about_layer(path, number, job)
 
 
-def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
+def finish(
+    out: Path,
+    checkpoint: Checkpoint,
+    job: Job,
+    before: Mapping[str, str],
+    check: Callable[[], None] = lambda: None,
+) -> None:
     """Writes what is not in layers; config.json last.
 
+    Args:
+      before: Hashes of `source.beside` before the model was read.
+      check: Called when the model has been read; raises ValueError if it is another than before.
+
     Raises:
-      ValueError: The directory is not this job's any more: it was removed under way.
+      ValueError: The directory is not this job's any more: it was removed under way; or files of
+        the model were changed.
     """
     if not (out / JOB).is_file():
-        drop_layers(out)
+        _remove(out, "*.safetensors")
         raise ValueError(f"{out / JOB} was removed while the layers were written: run it again")
     place, rows = {}, []
     for number, (name, array) in enumerate(checkpoint.outside()):
@@ -291,7 +290,8 @@ def finish(out: Path, checkpoint: Checkpoint, job: Job) -> None:
     about = {"quant_method": METHOD, "schema": SCHEMA, "recipe": job.recipe}
     about["model_type"] = fields.get("model_type")
     fields |= {"model_type": METHOD, "quantization_config": about}
-    write_rest(out, OWN_INDEX, place, {"total_size": total}, checkpoint.source, fields)
+    check()
+    write_rest(out, OWN_INDEX, place, {"total_size": total}, checkpoint.source, fields, before)
 
 
 def write_rest(
@@ -301,11 +301,25 @@ def write_rest(
     metadata: Mapping[str, Any],
     source: Source,
     fields: Mapping[str, Any],
+    before: Mapping[str, str],
 ) -> None:
     """Writes the companions of the model that is read, the index of tensors under the name `index`,
-    a seal where that is this package's own, and config.json."""
-    for name, content in source.companions().items():
-        files.write_whole(out / name, content())
+    a seal where that is this package's own, and config.json.
+
+    Args:
+      before: Hashes of `source.beside` before the model was read.
+
+    Raises:
+      ValueError: A companion was changed, added or removed meanwhile.
+    """
+    contents, now = beside(source)
+    if changed := sorted(name for name in {**before, **now} if before.get(name) != now.get(name)):
+        raise ValueError(
+            f"{', '.join(changed)} of the model was changed, added or removed while it was read: "
+            "give a model that stays, and run the same command again"
+        )
+    for name, content in contents.items():
+        files.write_whole(out / name, content)
     content = {"metadata": metadata, "weight_map": dict(sorted(place.items()))}
     files.write_whole(out / index, files.to_json(content))
     if index == OWN_INDEX:

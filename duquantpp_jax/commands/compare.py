@@ -26,6 +26,7 @@ from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.commands.sizes import ALONE, used
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import check_texts, name_and_hash
+from duquantpp_jax.files.processes import only_process
 from duquantpp_jax.lab import table
 from duquantpp_jax.lab.bench import Bench, check_cell, order
 from duquantpp_jax.lab.cells import SCHEMA, Cell
@@ -87,7 +88,8 @@ def compare(options: CompareOptions, progress: Step = lambda *_: None) -> Compar
     grid = cells(options)
     config = load_config(options.model or testbed.directory())
     for cell in grid:
-        cell.configuration()  # refuses bad input before anything is measured
+        # Refuses bad input before anything is measured; and `record_of` knows by it what was read.
+        cell.digest  # noqa: B018
         check_cell(cell, config)
     records: dict[Cell, Record] = {}
     maxima: dict[str, Float[np.ndarray, " k"]] = {}
@@ -193,12 +195,13 @@ def run(options: CompareOptions) -> int:
         print(used, file=sys.stderr)
     if options.fuse and load_config(options.model or testbed.directory()).num_experts:
         print(ALONE, file=sys.stderr)
-    with progress_bar(options.terminal) as progress:
-        comparison = compare(options, progress)
-    figure = figures.comparison(comparison.results, comparison.channels)
-    files.write_whole(options.out / "compare.png", figures.picture(figure, "png"))
-    files.write_whole(options.out / "timings.json", files.to_json(comparison.timings))
-    files.write_whole(options.out / "results.json", files.to_json(comparison.results))
+    with only_process(options.out):
+        with progress_bar(options.terminal) as progress:
+            comparison = compare(options, progress)
+        figure = figures.comparison(comparison.results, comparison.channels)
+        files.write_whole(options.out / "compare.png", figures.picture(figure, "png"))
+        files.write_whole(options.out / "timings.json", files.to_json(comparison.timings))
+        files.write_whole(options.out / "results.json", files.to_json(comparison.results))
     options.terminal.give(comparison.results, functools.partial(_show, comparison, options.out))
     return 0
 

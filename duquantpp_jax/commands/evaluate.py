@@ -4,6 +4,7 @@ Protocols are in evaluation/rows.py, equations in evaluation/predict.py. Interva
 clustered by document or by row (evaluation/intervals.py).
 """
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -27,6 +28,7 @@ from duquantpp_jax.evaluation.subject import (
     model_and_hash,
     name_and_hash,
 )
+from duquantpp_jax.files.processes import only_process
 from duquantpp_jax.lab.table import empty
 from duquantpp_jax.models import DecoderConfig
 from duquantpp_jax.ptq import stores as cache
@@ -178,18 +180,20 @@ def summary(results: dict[str, Any]) -> tuple[str, Table]:
 
 def run(options: EvaluateOptions) -> int:
     """Runs the command and prints the results; returns the exit code."""
-    if options.out is not None:
-        files.check_writable(options.out.parent)
-    if options.tasks:
-        from duquantpp_jax.commands.tasks import scores_on_tasks, table_of_tasks
+    with contextlib.ExitStack() as stack:
+        if options.out is not None:
+            files.check_writable(options.out.parent)
+            stack.enter_context(only_process(options.out, single=True))
+        if options.tasks:
+            from duquantpp_jax.commands.tasks import scores_on_tasks, table_of_tasks
 
-        results, described = scores_on_tasks(options), table_of_tasks
-    else:
-        described = summary
-        with progress_bar(options.terminal) as progress:
-            results = evaluate(options, progress)
-    if options.out is not None:
-        files.write_whole(options.out, files.to_json(results))
+            results, described = scores_on_tasks(options), table_of_tasks
+        else:
+            described = summary
+            with progress_bar(options.terminal) as progress:
+                results = evaluate(options, progress)
+        if options.out is not None:
+            files.write_whole(options.out, files.to_json(results))
 
     def show() -> None:
         said, table = described(results)

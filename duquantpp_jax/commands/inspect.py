@@ -11,6 +11,7 @@ from duquantpp_jax import files
 from duquantpp_jax.analysis.look import Inspection, InspectOptions, inspect
 from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.commands.sizes import formats_of
+from duquantpp_jax.files.processes import only_process
 from duquantpp_jax.lab.table import empty
 
 SEEN = {"input": "as it is", "moved": "moved by the transform"}
@@ -89,12 +90,13 @@ def run(options: InspectOptions) -> int:
     from duquantpp_jax.analysis import figures
 
     files.check_writable(options.out)
-    with progress_bar(options.terminal) as progress:
-        found = inspect(options, progress)
-    made = {f"{name}.png": fig for name, fig in figures_of(found, options.block_size).items()}
-    for name, figure in made.items():
-        files.write_whole(options.out / name, figures.picture(figure, "png"))
-    files.write_whole(options.out / "outliers.json", files.to_json(found.results))
+    with only_process(options.out):
+        with progress_bar(options.terminal) as progress:
+            found = inspect(options, progress)
+        made = {f"{name}.png": fig for name, fig in figures_of(found, options.block_size).items()}
+        for name, figure in made.items():
+            files.write_whole(options.out / name, figures.picture(figure, "png"))
+        files.write_whole(options.out / "outliers.json", files.to_json(found.results))
     written = f"Written to {options.out}: outliers.json, {', '.join(made)}"
     options.terminal.give(found.results, lambda: _show(found.results, written))
     return 0

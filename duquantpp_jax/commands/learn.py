@@ -6,6 +6,7 @@ the same bits; another command is refused in that directory.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import shutil
 import sys
@@ -109,13 +110,14 @@ def learn_fits(
         if _begin(options, asked):
             shutil.rmtree(place, ignore_errors=True)  # left by a run that was killed at its end
             return read_about(options.out)
+        unchanged = functools.partial(check_unchanged, checkpoint.source.path, asked["model"])
         found = learn(options, checkpoint, method, rows, held_out, place=place, report=report,
-                      callback=callback, optimizer=optimizer)  # fmt: skip
+                      callback=callback, optimizer=optimizer, unchanged=unchanged)  # fmt: skip
         kl = {}
         if options.measure:
             report("measuring", options.steps, options.steps)
             kl = held_out_kl(load(directory), method, found.fits, rows, held_out, options.seed)
-        check_unchanged(options.model, asked["model"])
+        unchanged()
         history = [[x if np.isfinite(x) else None for x in check] for check in found.history]
         about = asked | {"start_loss": found.start_loss, "history": history, "held_out_kl": kl}
         save_fits(options.out, found.fits, about)
@@ -184,14 +186,15 @@ def held_out_kl(
 def _begin(options: LearnOptions, asked: dict[str, Any]) -> bool:
     """Prepares --out for this run; returns whether it already holds the finished fits."""
     out, place = options.out, options.out / PROGRESS
+    logs = _logs(options)
     if options.overwrite:
-        _check_no_others(out, PROGRESS, ABOUT, ARRAYS)
+        _check_no_others(out, PROGRESS, ABOUT, ARRAYS, *logs)
         shutil.rmtree(place, ignore_errors=True)
         for name in (ABOUT, ARRAYS):
             (out / name).unlink(missing_ok=True)
     finished = (out / ABOUT).is_file()
     if not finished and not (place / BEGUN).is_file():
-        _check_no_others(out, PROGRESS)
+        _check_no_others(out, PROGRESS, *logs)
         files.write_whole(place / BEGUN, files.to_json(asked))
         return False
     begun = read_about(out) if finished else read_json(place / BEGUN)
@@ -206,6 +209,23 @@ def _begin(options: LearnOptions, asked: dict[str, Any]) -> bool:
                 f"{_words(value.get(part))}: give that, another --out, or --overwrite to start anew"
             )
     return finished
+
+
+def _logs(options: LearnOptions) -> tuple[str, ...]:
+    """The name in --out of what --tensorboard writes, if it writes there.
+
+    Raises:
+      ValueError: It would be among the files of learning.
+    """
+    if options.tensorboard is None:
+        return ()
+    logs, out = options.tensorboard.resolve(), options.out.resolve()
+    if logs in (out, out / PROGRESS) or out / PROGRESS in logs.parents:
+        raise ValueError(
+            f"--tensorboard {options.tensorboard} has files of learning: give a directory of its "
+            f"own, as {options.out / 'logs'}"
+        )
+    return logs.relative_to(out).parts[:1] if out in logs.parents else ()
 
 
 def _check_no_others(out: Path, *names: str) -> None:
@@ -224,6 +244,7 @@ def run(options: LearnOptions) -> int:
     if options.text and (used := decoded(options.model)) is not None:
         print(used, file=sys.stderr)
     with contextlib.ExitStack() as stack:
+        _logs(options)  # refuses what it must not write to
         if (options.tensorboard or options.wandb) and options.through == "site":
             raise ValueError(
                 "--tensorboard and --wandb show losses, which learning site by site does not give: "

@@ -63,8 +63,8 @@ def guarded(name: str, run: Callable[[], int], verbose: bool = False) -> int:
       verbose: Print before that line where it was raised.
 
     Returns:
-      The exit code: that of `run`; 2 for bad input, a full disk or want of memory; 128 and the
-      number of the signal that asked to stop.
+      The exit code: that of `run`; 2 for bad input, a full disk or want of memory; 130 for Ctrl-C;
+      143 for SIGTERM, and for SIGHUP too: to who starts it again both mean that it was stopped.
     """
     code = 2
     try:
@@ -77,8 +77,9 @@ def guarded(name: str, run: Callable[[], int], verbose: bool = False) -> int:
         said = str(error)
     except KeyboardInterrupt as stop:
         number = stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT
-        code, said = 128 + number, "interrupted"
+        code, said = 130, "interrupted"
         if number != signal.SIGINT:
+            code = 143
             said = f"stopped by {signal.Signals(number).name} at {_doing[-1]}; what was being "
             said += "written is dropped (quantize, learn and ablate go on from what is finished)"
     except (MemoryError, RuntimeError) as error:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about
 from duquantpp_jax.checkpoints.job import Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint, outline
 from duquantpp_jax.checkpoints.readers import READERS
+from duquantpp_jax.checkpoints.source import beside, source
 from duquantpp_jax.checkpoints.writer import REFINED, begin, finish, write_layers, write_refined
-from duquantpp_jax.commands.options.common import MODEL, Serve
+from duquantpp_jax.commands.options.common import MODEL
 from duquantpp_jax.commands.options.quantize import QuantizeOptions
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.commands.sizes import ALONE, dry_line, formats_of, quantized_line, table
@@ -71,20 +72,24 @@ def quantize(options: QuantizeOptions, progress: Step = lambda *_: None) -> dict
     if options.text == MODEL:
         _planned(dataclasses.replace(options, dry_run=True))  # refuses most bad input first
         progress("the model writes its calibration rows", 0, options.rows)
+    before = beside(source(options.model or testbed.directory()))[1]
     job, plan, tokens, _ = _planned(options)
     checkpoint = Checkpoint(options.model or testbed.directory(), job.turn)
+    # What is kept was made of the job's model: a file that is replaced has other times, at least.
+    unchanged = functools.partial(check_unchanged, checkpoint.source.path, job.model)
+
+    def check(number: int, layer: QuantizedLayer) -> None:
+        unchanged()
+        if options.serve is not None:
+            what = job, plan.config, number, layer.parameters, layer.sites
+            layouts.layer_as(READERS[options.serve].layout, *what, options.serve)
+
     with writer.only_writer(options.out):
         if not begin(options.out, job, overwrite=options.overwrite):
-            check = functools.partial(_check_layer, job, plan, options.serve)
             write_layers(options.out, checkpoint, job, plan, tokens, progress, check)
             if options.refine:
-                refine_layers(options, checkpoint, plan, tokens, progress)
-            try:
-                check_unchanged(options.model, job.model)
-            except ValueError:
-                writer.drop_layers(options.out)  # they may be of another model
-                raise
-            finish(options.out, checkpoint, job)
+                refine_layers(options, checkpoint, plan, tokens, progress, unchanged)
+            finish(options.out, checkpoint, job, before, unchanged)
     return read_json(options.out / REPORT)
 
 
@@ -130,21 +135,18 @@ def _planned(options: QuantizeOptions) -> tuple[Job, Plan, Tokens, float]:
     return job, plan, tokens, stored
 
 
-def _check_layer(
-    job: Job, plan: Plan, serve: Serve | None, number: int, layer: QuantizedLayer
-) -> None:
-    """Raises ValueError if the program that is to run the model could not."""
-    if serve is not None:
-        what = job, plan.config, number, layer.parameters, layer.sites
-        layouts.layer_as(READERS[serve].layout, *what, serve)
-
-
 def refine_layers(
-    options: QuantizeOptions, checkpoint: Checkpoint, plan: Plan, tokens: Tokens, progress: Step
+    options: QuantizeOptions,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    tokens: Tokens,
+    progress: Step,
+    unchanged: Callable[[], None] = lambda: None,
 ) -> None:
     """Refines the transforms of finished layers, or resumes it, to the same bits.
 
     The state of learning is kept at every check, and its result until all layers have it.
+    `unchanged` is called when the model has been read.
     """
     begun, learned = options.out / "refine.safetensors", options.out / "refined.safetensors"
     paths = [options.out / layer_file(number) for number in range(plan.config.num_hidden_layers)]
@@ -156,7 +158,9 @@ def refine_layers(
             progress(f"refining: held-out KL {loss:.5f}", step, options.refine)
 
         if not learned.is_file():
-            what = plan, checkpoint.decoder(), stack_layers(layers), tokens, options.refine
+            decoder = checkpoint.decoder()
+            unchanged()
+            what = plan, decoder, stack_layers(layers), tokens, options.refine
             storage.save(learned, refining.refine(*what, checkpoint=begun, callback=callback))
         fits: Any = storage.load(learned)
         for number, path in enumerate(paths):

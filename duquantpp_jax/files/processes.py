@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 LOCK = ".lock"
-"""In a directory that a process writes to."""
+"""In a directory that a process writes to; the end of the lock's name beside a single file."""
 
 
 def process(pid: int | None = None) -> dict[str, str | int]:
@@ -44,27 +44,39 @@ def _start(pid: int) -> int:
 
 
 @contextlib.contextmanager
-def only_process(out: Path) -> Iterator[bool]:
-    """A block for a directory that one process at a time is in; makes the directory.
+def only_process(out: Path, *, single: bool = False) -> Iterator[bool]:
+    """A block in which no other process writes to a directory, which is made if there is none.
 
-    Yields False where the file system has no locks: others may be in it then.
+    Directories that were made are removed at the end if they are empty. Yields False where the file
+    system has no locks: others may write there then.
+
+    Args:
+      single: `out` is one file, and others in its directory may be written meanwhile.
 
     Raises:
-      ValueError: Another process is in it.
+      ValueError: Another process writes there.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    alone = None
+    lock = out.with_name(f".{out.name}{LOCK}") if single else out / LOCK
+    made, alone = [place for place in lock.parents if not place.exists()], None
     while alone is None:
-        with (out / LOCK).open("a") as file:
-            if (alone := _lock(file, out)) is None:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = lock.open("a")
+        except FileNotFoundError:  # another process has just removed the directory
+            continue
+        with file:
+            if (alone := _lock(file, lock, out)) is None:
                 continue
             try:
                 yield alone
             finally:
-                (out / LOCK).unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # it is not empty
+                    for place in made:
+                        place.rmdir()
 
 
-def _lock(file: TextIO, out: Path) -> bool | None:
+def _lock(file: TextIO, lock: Path, out: Path) -> bool | None:
     """Whether the file is locked, for as long as it is open; None if its holder has just removed
     it, so that the next one locks another file."""
     try:
@@ -76,7 +88,7 @@ def _lock(file: TextIO, out: Path) -> bool | None:
     except (ImportError, OSError):
         return False
     with contextlib.suppress(FileNotFoundError):
-        if os.path.samestat(os.fstat(file.fileno()), (out / LOCK).stat()):
+        if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
             return True
     return None
 

@@ -17,7 +17,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from duquantpp_jax import files
@@ -58,13 +58,16 @@ def forget(directory: Path, names: set[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def left_by(directory: Path, pid: int) -> set[str]:
-    """What a process of this machine that is dead had claimed."""
+def left_by(directory: Path, holder: Mapping[str, str | int]) -> set[str]:
+    """What a dead process had claimed.
+
+    Args:
+      holder: What is known of it, as `processes.process` names it.
+    """
     found = set()
     for path in directory.glob("*.*"):
         with contextlib.suppress(*UNREADABLE):
-            holder = json.loads(path.read_bytes())
-            if (holder["host"], holder["pid"]) == (host(), pid):
+            if json.loads(path.read_bytes()).items() >= holder.items():
                 found.add(path.name.partition(".")[0])
     return found
 

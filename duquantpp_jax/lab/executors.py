@@ -11,13 +11,14 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from duquantpp_jax import files
 from duquantpp_jax.core.notices import warn
+from duquantpp_jax.files import processes
 from duquantpp_jax.lab import claims, records
 from duquantpp_jax.lab.cells import Cell
 from duquantpp_jax.lab.running import CLAIMS, WAIT_SECONDS, check_unmixed, work
@@ -28,6 +29,8 @@ STARTS = 3
 REFUSED = 2
 """Exit code of a worker that must not go on, and has said why; no other is started for it."""
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+JOBS = ".slurm"
+"""In the directory of records: what submitit writes, and the process of each job."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +130,14 @@ class Slurm:
         except ImportError:
             needs = "--executor slurm needs submitit: pip install 'duquantpp_jax[slurm]'"
             raise ValueError(needs) from None
-        executor = submitit.AutoExecutor(folder=out / ".slurm", cluster=self.cluster)
+        executor = submitit.AutoExecutor(folder=out / JOBS, cluster=self.cluster)
         executor.update_parameters(**{"timeout_min": 24 * 60} | dict(self.parameters))
         arguments = cells, out.resolve(), cache_bytes
         firsts = [i * len(cells) // self.jobs for i in range(min(self.jobs, len(cells)))]
         jobs = [executor.submit(_job, *arguments, first, self.imports) for first in firsts]
+        running = jobs
         try:
-            while not all(job.done() for job in jobs):
+            while running := [job for job in running if not _has_ended(job, cells, out)]:
                 tick()
                 time.sleep(WAIT_SECONDS)
         except BaseException:
@@ -141,13 +145,17 @@ class Slurm:
                 job.cancel()
             raise
         tick()
-        _check_all_recorded(cells, out, f"{len(jobs)} jobs ended early (see {out / '.slurm'})")
+        _check_all_recorded(cells, out, f"{len(jobs)} jobs ended early (see {out / JOBS})")
 
 
 def _job(
     cells: list[Cell], out: Path, cache_bytes: int, first: int, imports: tuple[str, ...]
 ) -> None:
     """Works until no cell is left."""
+    import submitit
+
+    own = _process_of(out, submitit.JobEnvironment().job_id)
+    files.write_whole(own, files.to_json(processes.process()))
     import_modules(imports)
     check_unmixed(cells, out)
     work(cells, out, cache_bytes, first=first)
@@ -182,10 +190,34 @@ def _say_died(
     """Warns of a worker that is dead; names its cell, and what killed it."""
     code, pid = process.exitcode or 0, process.pid or 0
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    left = claims.left_by(out / CLAIMS, pid)
-    at = "; ".join(cell.labels() for cell in cells if cell.digest in left)
+    at = _at({"host": processes.host(), "pid": pid}, cells, out)
     goes_on = "it is replaced, and the cell measured again" if again else "it is not replaced"
-    warn("worker %d (process %d) %s%s: %s", number + 1, pid, how, at and f" at {at}", goes_on)
+    warn("worker %d (process %d) %s%s: %s", number + 1, pid, how, at, goes_on)
+
+
+def _has_ended(job: Any, cells: list[Cell], out: Path) -> bool:
+    """Whether a job of submitit is done; warns if it did not end well, and names its cell."""
+    if not job.done():
+        return False
+    if job.exception() is not None:
+        path, at = _process_of(out, job.job_id), ""
+        if path.is_file():
+            at = _at(files.read_json(path), cells, out)
+        goes_on = "its cells are left to the other jobs"
+        warn("job %s ended early (%s)%s: %s", job.job_id, job.state, at, goes_on)
+    return True
+
+
+def _process_of(out: Path, job: str) -> Path:
+    """The file in which a job of submitit names its process."""
+    return out / JOBS / f"{job}_process.json"
+
+
+def _at(holder: Mapping[str, str | int], cells: list[Cell], out: Path) -> str:
+    """The cells that a dead process had claimed, in words."""
+    left = claims.left_by(out / CLAIMS, holder)
+    names = [cell.labels() for cell in cells if cell.digest in left]
+    return f" at {'; '.join(names)}" if names else ""
 
 
 def _share_of_cores(number: int, workers: int) -> list[int]:

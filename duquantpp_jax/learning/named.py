@@ -132,6 +132,7 @@ def learn(
     report: Report = lambda *_: None,
     callback: Callback = lambda *_: None,
     optimizer: MakeOptimizer | optax.GradientTransformation | None = None,
+    unchanged: Callable[[], None] = lambda: None,
 ) -> Trained:
     """Learns fits for a model.
 
@@ -145,6 +146,8 @@ def learn(
         too, and with steps that count on; site by site not at all.
       optimizer: Of optax, in place of how.optimizer: an object with rates of its own, or a function
         from the schedule of rates to one.
+      unchanged: Called when a part of the model has been read, before progress that follows from it
+        is kept; raises ValueError if the files are others than before.
 
     Returns:
       Fits, and losses: in nats where learned through the model, as means over blocks where block by
@@ -166,11 +169,14 @@ def learn(
         fit = FitLearned(moves, fit, **settings)
     plan = Plan.of(checkpoint.config, dataclasses.replace(recipe, fit=fit), seed=how.seed)
     if how.through == "site":
-        return Trained(None, 0.0, [], _learn_sites(plan, checkpoint, calibration, place, report))
+        return Trained(
+            None, 0.0, [], _learn_sites(plan, checkpoint, calibration, place, report, unchanged)
+        )
     settings |= {"optimizer": make(warmed_cosine(how.rate, count))}
     settings |= {"batch_rows": how.batch_rows}
     formats = (recipe.activation_format, recipe.weight_format)
-    starts = _starts(plan, checkpoint, calibration, max(format.block_size for format in formats))
+    size = max(format.block_size for format in formats)
+    starts = _starts(plan, checkpoint, calibration, size, unchanged)
     key = jax.random.fold_in(jax.random.key(how.seed), 1)
     if how.through == "model":
         start = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(start for _, start in starts))
@@ -178,8 +184,10 @@ def learn(
         def say_kl(step: int, numbers: Mapping[str, float]) -> None:
             report(f"held-out KL {numbers['held_out_loss']:.5f}", step, count)
 
+        model = load(checkpoint.directory)
+        unchanged()
         return learn_model(
-            load(checkpoint.directory), start, moves, formats, rows, held_out, key,
+            model, start, moves, formats, rows, held_out, key,
             checkpoint=place / "model.safetensors",
             callback=each(callback, say_kl), **settings,
         )  # fmt: skip
@@ -214,22 +222,24 @@ def _fits(
     plan: Plan,
     checkpoint: Checkpoint,
     tokens: Tokens,
+    unchanged: Callable[[], None],
     finished: Callable[[int], dict[str, Fitted] | None] = lambda _: None,
 ) -> Iterator[tuple[Mapping[str, Any], dict[str, Fitted]]]:
     """Parameters and fits of one layer after the other; finished ones are not fitted."""
     hidden = np.array(checkpoint.embed(tokens))
     for number in range(plan.config.num_hidden_layers):
         parameters = checkpoint.layer(number)
+        unchanged()
         what = plan.widths(number), plan.fit_needs(number)
         stats = calibrate_layer(plan.config, number, parameters, hidden, *what, after=hidden)
         yield parameters, finished(number) or fit_layer(plan, number, parameters, stats)
 
 
 def _starts(
-    plan: Plan, checkpoint: Checkpoint, tokens: Tokens, size: int
+    plan: Plan, checkpoint: Checkpoint, tokens: Tokens, size: int, unchanged: Callable[[], None]
 ) -> Iterator[tuple[Mapping[str, Any], dict[str, BlockAffine]]]:
     """Parameters and starts of one layer after the other; a start must not hold weights."""
-    for number, (parameters, fits) in enumerate(_fits(plan, checkpoint, tokens)):
+    for number, (parameters, fits) in enumerate(_fits(plan, checkpoint, tokens, unchanged)):
         if any(fitted.weights is not None for fitted in fits.values()):
             raise ValueError(
                 "the start has learned weights, which learning through blocks or the model would "
@@ -240,7 +250,12 @@ def _starts(
 
 
 def _learn_sites(
-    plan: Plan, checkpoint: Checkpoint, tokens: Tokens, place: Path, report: Report
+    plan: Plan,
+    checkpoint: Checkpoint,
+    tokens: Tokens,
+    place: Path,
+    report: Report,
+    unchanged: Callable[[], None],
 ) -> dict[str, Fitted]:
     """Fits of every site by itself; a layer that is finished is kept in `place`."""
 
@@ -252,7 +267,8 @@ def _learn_sites(
         return storage.load(path, f"layer {number}") if path.is_file() else None
 
     found: list[dict[str, Fitted]] = []
-    for number, (_, fits) in enumerate(_fits(plan, checkpoint, tokens, finished)):
+    every = _fits(plan, checkpoint, tokens, unchanged, finished)
+    for number, (_, fits) in enumerate(every):
         storage.save(file(number), fits, f"layer {number}")
         found.append({site: fits[site] for site in SITES})
         report("learning sites", number + 1, plan.config.num_hidden_layers)

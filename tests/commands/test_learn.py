@@ -89,6 +89,17 @@ def test_killed_and_resumed_it_writes_the_same_fits(options, tmp_path, through):
         assert {leaf.shape[0] for leaf in jax.tree.leaves(fitted)} == {2}
 
 
+def test_logs_may_be_inside_out_and_not_among_the_files_of_learning(options, tmp_path):
+    inside = dataclasses.replace(options, tensorboard=options.out / "logs" / "a")
+    (options.out / "logs" / "a").mkdir(parents=True)
+    assert not learn._begin(inside, {})
+    with pytest.raises(ValueError, match="holds other files"):
+        learn._begin(dataclasses.replace(options, overwrite=True), {})
+    for wrong in (options.out, options.out / "progress", options.out / "progress" / "logs"):
+        with pytest.raises(ValueError, match=r"has files of learning: give .*fits/logs"):
+            learn._begin(dataclasses.replace(options, tensorboard=wrong), {})
+
+
 def test_a_model_that_is_changed_while_it_is_learned_from_gives_no_fits(
     options, directory, monkeypatch
 ):

@@ -6,15 +6,22 @@ where they are killed and resumed, `ablate` in tests/lab/test_running.py.
 
 import dataclasses
 import json
+import shutil
 
+import numpy as np
 import pytest
 
 from duquantpp_jax import cli
 from duquantpp_jax.checkpoints.directory import JOB
+from duquantpp_jax.commands import compare
 from duquantpp_jax.commands import quantize as quantizing
+from duquantpp_jax.commands.compare import CompareOptions
 from duquantpp_jax.commands.export import ExportOptions, export
+from duquantpp_jax.evaluation import RowSums
 from duquantpp_jax.evaluation.subject import check_unchanged, environment, model_and_hash
 from duquantpp_jax.files.processes import only_process
+from duquantpp_jax.lab.bench import Found
+from duquantpp_jax.ptq.walk import QuantizedLayer
 from tests.commands.conftest import contents, options_of
 
 
@@ -50,16 +57,93 @@ def test_two_processes_do_not_quantize_into_one_directory(three_layers, tmp_path
         quantizing.quantize(options_of(three_layers, tmp_path / "q"))
 
 
-def test_a_model_that_is_changed_while_it_is_quantized_gives_none(directory, tmp_path, monkeypatch):
-    def changes(out, *_):
-        (out / "layer-00000.safetensors").write_bytes(b"perhaps of another model")
+def test_a_model_that_is_changed_while_it_is_quantized_gives_no_layer(
+    directory, tmp_path, monkeypatch
+):
+    def changes(*arguments):
         path = directory / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()), indent=3))
+        *_, check = arguments
+        check(0, QuantizedLayer({}, {}, {}, {}))  # as before a layer is written
 
     monkeypatch.setattr(quantizing, "write_layers", changes)
     with pytest.raises(ValueError, match=r"model was changed while it was read .SHA-256"):
         quantizing.quantize(options_of(directory, tmp_path / "q"))
     assert not (tmp_path / "q").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", None, r"config\.json cannot be read"),
+        ("config.json", b"{}", "three was changed while it was read"),
+        ("tokenizer.json", None, "tokenizer.json of the model was changed, added or removed"),
+        ("generation_config.json", b"{}", "generation_config.json of the model was changed"),
+        ("tokenizer_config.json", b"{}", "tokenizer_config.json of the model was changed"),
+        ("README.md", b"for people", None),
+    ],
+)
+def test_a_file_of_the_model_that_is_changed_under_way_is_noticed_and_a_text_for_people_is_not(
+    name, content, says, three_layers, quantized, tmp_path, monkeypatch
+):
+    model = shutil.copytree(three_layers, tmp_path / "three")
+    out = shutil.copytree(quantized, tmp_path / "q")
+    (out / "config.json").unlink()  # killed when its layers were finished
+    options = options_of(model, out, recipe="smooth_hadamard", rounding="gptq")
+
+    def changes(*_):
+        (model / name).unlink(missing_ok=True)
+        if content is not None:
+            (model / name).write_bytes(content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizing, "write_layers", changes)
+        if says is None:
+            quantizing.quantize(options)
+            assert (out / name).read_bytes() == content
+            return
+        with pytest.raises(ValueError, match=says):
+            quantizing.quantize(options)
+    assert not (out / "config.json").exists()
+    shutil.rmtree(model)
+    shutil.copytree(three_layers, model)
+    quantizing.quantize(options)
+    assert contents(out) == contents(quantized)
+
+
+def test_a_file_that_is_removed_while_a_model_is_exported_is_noticed(quantized, tmp_path):
+    model = shutil.copytree(quantized, tmp_path / "q")
+
+    def remove(*_):
+        (model / "tokenizer.json").unlink(missing_ok=True)
+
+    with pytest.raises(ValueError, match=r"^tokenizer\.json of the model was changed, added or"):
+        export(ExportOptions(model, "dequantized", out=tmp_path / "out"), remove)
+    assert [path.name for path in tmp_path.iterdir()] == ["q"]
+
+
+def test_a_model_that_is_changed_while_it_is_compared_gives_no_result(
+    directory, tiny_text, tmp_path, monkeypatch
+):
+    def changes(*_):
+        (directory / "config.json").write_text((directory / "config.json").read_text() + " ")
+        sums = RowSums(*[np.zeros(1, np.float32)] * 4)
+        return Found(sums, np.zeros(1, np.int32), None, None, {})
+
+    monkeypatch.setattr("duquantpp_jax.lab.bench.Bench.run", changes)
+    given = {"model": directory, "text": tiny_text, "calibration_text": tiny_text}
+    with pytest.raises(ValueError, match="model, texts or fits were changed while they were read"):
+        compare.compare(CompareOptions(**given, tokens=511, recipes=("rtn",), out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("command", ["compare", "evaluate"])
+def test_two_processes_do_not_write_one_result(command, tmp_path, capsys):
+    out, words = tmp_path / "out", [command, "--out", str(tmp_path / "out")]
+    words += ["--model", "m", "--text", "t"] if command == "evaluate" else []
+    with only_process(out, single=command == "evaluate"):
+        assert cli.main(words) == 2
+    assert "out is being written by another process: wait for it" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_is_removed_under_way_is_not_finished(directory, tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ def test_a_dead_process_is_named_with_what_it_had_claimed_and_no_other(tmp_path)
     (tmp_path / "b.0").write_text(json.dumps(files.process() | {"pid": pid, "host": "elsewhere"}))
     (tmp_path / "c.0").write_text("")
     with claims.claim(tmp_path, "d"):
-        assert claims.left_by(tmp_path, pid) == {"a"}
+        assert claims.left_by(tmp_path, {"host": files.host(), "pid": pid}) == {"a"}
 
 
 def test_of_many_at_once_one_at_a_time_holds_it(tmp_path):

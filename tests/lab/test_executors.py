@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from duquantpp_jax import files
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.lab import Cell, executors, records, run
 from duquantpp_jax.lab.executors import Processes, Slurm, gpus
@@ -89,6 +90,23 @@ def test_jobs_of_submitit_measure_what_this_process_does(cells, here, tmp_path):
     outcome = run(cells, tmp_path, Slurm(2, (("timeout_min", 5),), cluster="local"))
     assert not outcome.errors
     _assert_alike(outcome, here)
+
+
+def test_a_job_that_is_killed_is_named_with_its_cell(cells, tmp_path, caplog, monkeypatch):
+    class Job:
+        job_id, state = "7", "OUT_OF_MEMORY"
+        done, exception = lambda _: True, lambda _: RuntimeError("no result")
+
+    name = executors._process_of(tmp_path, "7")
+    holder = {"host": "node", "pid": 3, "start": 5}
+    files.write_whole(name, files.to_json(holder))
+    place = tmp_path / ".claims"
+    files.write_whole(place / f"{cells[1].digest}.0", files.to_json(holder))
+    files.write_whole(place / f"{cells[2].digest}.0", files.to_json(holder | {"start": 6}))
+    assert executors._has_ended(Job(), cells, tmp_path)
+    (said,) = caplog.messages
+    at = f"at {cells[1].labels()}: its cells are left to the other jobs"
+    assert said == f"job 7 ended early (OUT_OF_MEMORY) {at}"
 
 
 def test_processes_import_what_is_given_and_are_reported_if_all_die(
