@@ -105,8 +105,22 @@ def array_of(
     if reciprocal is not None:
         if reciprocal.ndim > 1:
             raise ValueError(f"{name}: packed NVFP4 of experts is not read: give the float model")
-        parts["tensor_scale"] = np.float32(1) / reciprocal[0]
+        parts["tensor_scale"] = tensor_scale(f"{name}_global_scale", reciprocal)
     return from_tensors(name, about, {f"{name}.{end}": array for end, array in parts.items()})
+
+
+def tensor_scale(name: str, reciprocal: np.ndarray) -> np.float32:
+    """The tensor scale whose reciprocal a tensor of one number is.
+
+    Raises:
+      ValueError: Either is not a positive, normal float32.
+    """
+    (stored,) = reciprocal.astype(np.float64)
+    if not 2.0**-126 <= stored <= 2.0**126:
+        raise ValueError(
+            f"{name} is {stored:g}: it is the reciprocal of a scale and must lie in 2^-126 .. 2^126"
+        )
+    return np.float32(1) / reciprocal[0]
 
 
 def unpacked(fields: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from duquantpp_jax.checkpoints.lazy import Checkpoint, outermost, take_layers
-from duquantpp_jax.checkpoints.mxfp4 import INPUT_SCALE, NVFP4_PACKED, asked_for
+from duquantpp_jax.checkpoints.mxfp4 import INPUT_SCALE, NVFP4_PACKED, asked_for, tensor_scale
 from duquantpp_jax.checkpoints.online import stored_matrix, transform_of
 from duquantpp_jax.checkpoints.source import source
 from duquantpp_jax.core import Format, MXArray, Transform
@@ -150,13 +150,16 @@ def _input_scale(
             f"{missing[0]} has no {INPUT_SCALE[1:]}: give another --activation-format than "
             f"{format_name(format)}, as nvfp4"
         )
-    scales = {float(found[name + INPUT_SCALE].read()[0]) for name in linears}
+    scales = {
+        float(tensor_scale(name + INPUT_SCALE, found[name + INPUT_SCALE].read()))
+        for name in linears
+    }
     if len(scales) > 1:
         raise ValueError(
             f"{prefix}{site}: its linears share an input, and have {len(scales)} scales for it: "
             "one for all of them is read"
         )
-    return jnp.float32(1) / jnp.float32(scales.pop()) if scales else None
+    return jnp.float32(scales.pop()) if scales else None
 
 
 def _equal(a: Transform, b: Transform) -> bool:

@@ -308,15 +308,16 @@ class Format(abc.ABC):
         if not saturated_gradient:
             passes = jnp.abs(x.astype(jnp.float32)) <= back(q.limit())
         rounded = back(q.dequantize()).astype(x.dtype)
-        return _straight_through(x, *jax.lax.stop_gradient((rounded, passes)))
+        return rounded_to(x, *jax.lax.stop_gradient((rounded, passes)))
 
 
 @jax.custom_jvp
-def _straight_through(x: Array, rounded: Array, passes: Array) -> Array:
+def rounded_to(x: Array, rounded: Array, passes: Array) -> Array:
+    """`rounded`, whose gradient is that of x where it passes, and 0 elsewhere."""
     return rounded
 
 
-@_straight_through.defjvp
+@rounded_to.defjvp
 def _(primals: Any, tangents: Any) -> tuple[Array, Array]:
     _, rounded, passes = primals
     return rounded, jnp.where(passes, tangents[0], jnp.zeros_like(tangents[0]))

@@ -1,4 +1,4 @@
-"""Warnings, and errors, that name the place in the model that they are about.
+"""Warnings, notes and errors, that name the place in the model that they are about.
 
     with about("model.layers.3.mlp_in"):
         fit(...)          # "model.layers.3.mlp_in: WUSH: damping raised from ..."
@@ -18,7 +18,8 @@ _PLACE = contextvars.ContextVar("_PLACE", default="")
 
 @contextlib.contextmanager
 def about(place: str) -> Iterator[None]:
-    """Within the block, warnings and ValueErrors begin with the place, after those around it."""
+    """Within the block, what is said or raised (ValueError) begins with the place, after those
+    around it."""
     token = _PLACE.set(f"{_PLACE.get()}{place}: ")
     try:
         yield
@@ -31,3 +32,8 @@ def about(place: str) -> Iterator[None]:
 def warn(said: str, *numbers: object) -> None:
     """Warns, as `logging` does, in a line that begins with the place."""
     LOG.warning("%s" + said, _PLACE.get(), *numbers)
+
+
+def inform(said: str, *numbers: object) -> None:
+    """The same at the level INFO, of what was asked for: shown where `logging` is told to."""
+    LOG.info("%s" + said, _PLACE.get(), *numbers)

@@ -1,5 +1,7 @@
 """Models and texts of a comparison, their names and hashes, and the environment of results."""
 
+import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -109,14 +111,15 @@ def name_and_hash(path: Path | None) -> dict[str, str]:
     return {"name": path.name, "sha256": files.sha256(path)}
 
 
-ANYWHERE = ("python", "cores")
-"""What of the environment changes no number."""
+MIXED = ("python", "cores", "code")
+"""What of the environment keeps no results apart: the first two change no number, and of other code
+the legend of a table says so."""
 
 
 def difference(first: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """Where two environments first differ in what numbers depend on, in words; else None."""
+    """Where two environments whose results are not mixed first differ, in words; else None."""
     for name in {**first, **other}:
-        if name not in ANYWHERE and first.get(name) != other.get(name):
+        if name not in MIXED and first.get(name) != other.get(name):
             return f"{name} {first.get(name)}, not {other.get(name)}"
     return None
 
@@ -127,9 +130,10 @@ def environment() -> dict[str, Any]:
     On a CPU XLA splits sums over a pool of threads, one for each core that this process may use, or
     as many as PJRT_NPROC or NPROC says; LAPACK has a pool of its own, no larger than the cores. The
     last digits of numbers depend on these `threads`, and not on `cores`. `xla_flags` is without
-    flags that only write files. Of a GPU or TPU `runtime` has the versions of what runs it.
+    flags that only write files. Of a GPU or TPU `runtime` has the versions of what runs it. `code`
+    tells commits of one version apart.
     """
-    packages = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes", "tokenizers")
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "ml_dtypes", "tokenizers")
     device = jax.devices()[0]
     affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
     flags = os.environ.get("XLA_FLAGS", "").split()
@@ -142,6 +146,7 @@ def environment() -> dict[str, Any]:
     pools["lapack"] = min(cores, threads("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"))
     return {
         "duquantpp_jax": duquantpp_jax.__version__,
+        "code": _code(),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in packages},
         "device": device.device_kind,
@@ -154,6 +159,15 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "matmul_precision": "float32 (highest)",
     }
+
+
+@functools.cache
+def _code() -> str:
+    """The first 16 digits of a SHA-256 over the package's source files, when it is first asked."""
+    place, total = Path(duquantpp_jax.__file__).parent, hashlib.sha256()
+    for path in sorted(place.rglob("*.py")):
+        total.update(f"{path.relative_to(place)} {files.sha256(path)}\n".encode())
+    return total.hexdigest()[:16]
 
 
 def _runtime(device: Any) -> str:

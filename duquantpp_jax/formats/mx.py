@@ -44,14 +44,19 @@ Rounded = tuple[UInt8[Array, "*blocks size"], Shaped[Array, "*blocks"], Array | 
 """Codes and scales of blocks, and the tensor scale for formats that have it."""
 
 
-def to_blocks(x: Array | np.ndarray, block_size: int) -> Blocks:
-    """x in float32 (exact), its last axis split into blocks; checks what `quantize` is given."""
+def check_type(x: Array | np.ndarray) -> None:
+    """Raises ValueError unless numbers of x's type can be rounded."""
     dtype = getattr(x, "dtype", type(x).__name__)
     if str(dtype) not in FLOAT_TYPES:
         raise ValueError(
             f"cannot quantize {dtype}: give one of {', '.join(FLOAT_TYPES)} "
             "(a cast from float64 is yours to make: it rounds once more)"
         )
+
+
+def to_blocks(x: Array | np.ndarray, block_size: int) -> Blocks:
+    """x in float32 (exact), its last axis split into blocks; checks what `quantize` is given."""
+    check_type(x)
     if x.ndim == 0:
         raise ValueError("cannot quantize a single number: give an array with at least one axis")
     width = x.shape[-1]

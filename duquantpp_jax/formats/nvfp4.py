@@ -14,7 +14,8 @@ it. Activations then have a t that calibration chose, with room for twice the la
 
 The sources leave some cases open. Here a block with NaN or Inf has the scale NaN (byte 0x7F),
 dequantizes to NaN and does not count for t; a zero block has scale 0 and zero codes; t is 1 if all
-of x is zero, and at least 2^-126 otherwise.
+of x is zero, and at least 2^-126 otherwise. Rounding what is rounded changes nothing, but where a
+scale is subnormal in E4M3: there the second rounding may choose a smaller scale.
 
 Source: NVIDIA, arXiv 2509.25149, appendix on NVFP4 quantization; Cook et al., arXiv 2512.02010
 (four over six); compressed-tensors 0.20, quantization/utils/helpers.py (calibrated).

@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from duquantpp_jax.core import Format, MXArray
+from duquantpp_jax.core.arrays import rounded_to
+from duquantpp_jax.formats.mx import check_type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,15 @@ class BFloat16(Format):
         saturated_gradient: bool = True,
         **options: Any,
     ) -> Float[Array, "*shape"]:
-        """x rounded to bfloat16, nearest even, in its own type."""
+        """x rounded to bfloat16, nearest even, in its own type; the gradient is that of x.
+
+        Nothing saturates, and every axis is the same.
+
+        Raises:
+          ValueError: As formats of blocks for x's type; or an option is given.
+        """
+        if given := [name for name, value in options.items() if value is not None]:
+            raise ValueError(f"bf16 has no use for {', '.join(given)}: it has no blocks, no scales")
+        check_type(x)
         x = jnp.asarray(x)
-        return x.astype(jnp.bfloat16).astype(x.dtype)
+        return rounded_to(x, x.astype(jnp.bfloat16).astype(x.dtype), jnp.ones((), bool))

@@ -48,7 +48,7 @@ def legend(pivot: Pivot) -> str:
         names = distinct(name for environment in environments for name in environment)
         values = {name: distinct(str(e.get(name, "?")) for e in environments) for name in names}
         differ = [f"{name} {' | '.join(found)}" for name, found in values.items() if len(found) > 1]
-        said += f"; cells were measured on {len(environments)} kinds of machines: "
+        said += f"; cells were measured in {len(environments)} environments: "
         said += ", ".join(differ)
     return said
 

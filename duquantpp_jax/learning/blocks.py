@@ -85,7 +85,7 @@ def learn_blocks(
         where = positional_of(config, number)
         objective = BlockError(dict(start), moves, formats, arrays, where, config)
         plain = tuple(_run(objective, None, hidden, batch_rows) for hidden in plain)
-        with about(f"block {number}"):
+        with about(f"block {number + 1} of {config.num_hidden_layers}"):
             found = objective.learn(
                 weights,
                 (given[0], plain[0]),

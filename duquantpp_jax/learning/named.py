@@ -10,6 +10,7 @@ small, at a tenth of it, clips and scale offsets, which are logarithms of order 
 
 import contextlib
 import dataclasses
+import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import optax
 from jaxtyping import Integer
 
+from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.commands.options.learn import LearnSettings
@@ -163,15 +165,17 @@ def learn(
     moves, count, layers = moves_named(how.moves), how.steps, checkpoint.config.num_hidden_layers
     calibration, make = rows[:CALIBRATION_ROWS, :-1], optimizer_of(how, optimizer)
     settings: dict[str, Any] = {"steps": count, "check_every": how.check_every}
-    fit = find_fit(how.start)
+    fit, asked = find_fit(how.start), dict[str, Any]()
     if how.through == "site":
+        asked = {f.name: getattr(how, f.name) for f in dataclasses.fields(LearnSettings)}
+        asked |= {"optimizer": fingerprint(make, how), "code": files.module_hashes(fit.__module__)}
+        asked |= {"formats": (recipe.weight_format, recipe.activation_format)}
         settings |= {"optimizer": make, "rate": how.rate, "batch_tokens": 16 * how.batch_rows}
         fit = FitLearned(moves, fit, **settings)
     plan = Plan.of(checkpoint.config, dataclasses.replace(recipe, fit=fit), seed=how.seed)
     if how.through == "site":
-        return Trained(
-            None, 0.0, [], _learn_sites(plan, checkpoint, calibration, place, report, unchanged)
-        )
+        kept = place, str(asked), unchanged
+        return Trained(None, 0.0, [], _learn_sites(plan, checkpoint, calibration, report, *kept))
     settings |= {"optimizer": make(warmed_cosine(how.rate, count))}
     settings |= {"batch_rows": how.batch_rows}
     formats = (recipe.activation_format, recipe.weight_format)
@@ -223,16 +227,18 @@ def _fits(
     checkpoint: Checkpoint,
     tokens: Tokens,
     unchanged: Callable[[], None],
-    finished: Callable[[int], dict[str, Fitted] | None] = lambda _: None,
+    finished: Callable[[int, Any], dict[str, Fitted] | None] = lambda *_: None,
 ) -> Iterator[tuple[Mapping[str, Any], dict[str, Fitted]]]:
-    """Parameters and fits of one layer after the other; finished ones are not fitted."""
+    """Parameters and fits of one layer after the other; finished ones, which are asked for with
+    all that a fit sees, are not fitted."""
     hidden = np.array(checkpoint.embed(tokens))
     for number in range(plan.config.num_hidden_layers):
         parameters = checkpoint.layer(number)
         unchanged()
         what = plan.widths(number), plan.fit_needs(number)
         stats = calibrate_layer(plan.config, number, parameters, hidden, *what, after=hidden)
-        yield parameters, finished(number) or fit_layer(plan, number, parameters, stats)
+        seen = dict(parameters), stats
+        yield parameters, finished(number, seen) or fit_layer(plan, number, parameters, stats)
 
 
 def _starts(
@@ -253,23 +259,27 @@ def _learn_sites(
     plan: Plan,
     checkpoint: Checkpoint,
     tokens: Tokens,
-    place: Path,
     report: Report,
+    place: Path,
+    asked: str,
     unchanged: Callable[[], None],
 ) -> dict[str, Fitted]:
-    """Fits of every site by itself; a layer that is finished is kept in `place`."""
+    """Fits of every site by itself; a layer that is finished is kept in `place`, with a hash of
+    what is asked and of what its fits have seen."""
+    of: list[str] = []
 
     def file(number: int) -> Path:
         return place / f"layer_{number}.safetensors"
 
-    def finished(number: int) -> Any:
-        path = file(number)
-        return storage.load(path, f"layer {number}") if path.is_file() else None
+    def finished(number: int, seen: Any) -> Any:
+        hashed = hashlib.sha256(f"{asked} {states.digest(seen)}".encode()).hexdigest()
+        of.append(f"layer {number}, learned as {hashed[:16]}")
+        return storage.load(file(number), of[-1]) if file(number).is_file() else None
 
     found: list[dict[str, Fitted]] = []
     every = _fits(plan, checkpoint, tokens, unchanged, finished)
     for number, (_, fits) in enumerate(every):
-        storage.save(file(number), fits, f"layer {number}")
+        storage.save(file(number), fits, of[number])
         found.append({site: fits[site] for site in SITES})
         report("learning sites", number + 1, plan.config.num_hidden_layers)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)

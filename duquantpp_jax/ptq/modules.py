@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from duquantpp_jax.core import MXArray, Needs, Recipe
-from duquantpp_jax.core.notices import about
+from duquantpp_jax.core.notices import about, warn
 from duquantpp_jax.models import Decoder
 from duquantpp_jax.ptq.calibration import keep
 from duquantpp_jax.ptq.mx_linear import LINEARS, Contraction, MXLinear, Quantized
@@ -86,7 +86,8 @@ def quantize(
       pad: Widen inputs that blocks do not divide, with zeros (exact).
       seed: For fits that draw random numbers.
       qat: Keep the moved weights as float parameters (nnx.Param) that are rounded at each call, to
-        train them; `convert` then stores them as codes. They start as the rounding left them, and
+        train them; `convert` then stores them as codes. They start as the rounding left them (a
+        warning counts those that the format, which chooses scales anew, rounds otherwise), and
         unrounded where they are rounded to nearest.
       call: Runs the module on a batch.
 
@@ -151,9 +152,19 @@ def quantize(
             if qat and isinstance(q, MXArray):
                 wide = pad_channels(w.astype(jnp.float32), site.width)
                 nearest = isinstance(method.rounding, Rtn)
-                start = fitted.transform.weights(wide) if nearest else q.dequantize()
+                start = fitted.transform.weights(wide) if nearest else _start(path, method, q)
             made[path] = functools.partial(MXLinear, moves=moves, weight=start, recipe=method)
     return _replaced(nnx.clone(module), made), ModuleReport(rows, dict(sorted(left.items())))
+
+
+def _start(path: str, recipe: Recipe, rounded: MXArray) -> Array:
+    """Rounded weights as parameters; warns of those that the format rounds to other numbers."""
+    start = rounded.dequantize()
+    other = int(jnp.sum(recipe.weight_format.fake_quantize(start) != start))
+    if other:
+        warn("%s: %d of %d weights start elsewhere than the rounding left them: the format chooses "
+             "other scales for them", path, other, start.size)  # fmt: skip
+    return start
 
 
 def convert(module: M) -> M:

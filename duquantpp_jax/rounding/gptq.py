@@ -120,7 +120,7 @@ def steady(rounding: Rounding, stats: Stats) -> Rounding:
     damping = getattr(rounding, "damping", None)
     if stats.gram is None or damping is None:
         return rounding
-    gram = mean_gram(stats, "GPTQ")
+    gram = mean_gram(stats, who := type(rounding).__name__)
     for times in 10.0 ** np.arange(8):
         if bool(_factorizes(gram, damping * times)):
             break
@@ -133,8 +133,8 @@ def steady(rounding: Rounding, stats: Stats) -> Rounding:
         )
     if times == 1:
         return rounding
-    warn("GPTQ: damping raised from %g to %g, so that the Gram matrix of %d tokens can be "
-         "factorized", damping, damping * times, int(stats.count))  # fmt: skip
+    warn("%s: damping raised from %g to %g, so that the Gram matrix of %d tokens can be "
+         "factorized", who, damping, damping * times, int(stats.count))  # fmt: skip
     return dataclasses.replace(rounding, damping=float(damping * times))  # type: ignore[type-var]
 
 

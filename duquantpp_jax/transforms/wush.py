@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Float
 
 from duquantpp_jax.core import Fitted, Needs, RandomKey, Recipe, Stats, Weights, stack
-from duquantpp_jax.core.notices import warn
+from duquantpp_jax.core.notices import inform, warn
 from duquantpp_jax.transforms.block import BlockAffine, rotation_size
 from duquantpp_jax.transforms.hadamard import hadamard
 
@@ -94,7 +94,8 @@ class FitWush:
       damping: In units of the mean diagonal of each second moment; the least damping where
         `max_condition` is given.
       size: Side of the matrices, of which a Hadamard matrix exists.
-      max_condition: Bound on the condition number of the matrix of each block, at least 1.01.
+      max_condition: Bound on the condition number of the matrix of each block, at least 1.01. How
+        far damping was raised for it is a note of the log.
       sharing: "shared" makes a single matrix of the means of the blocks' moments.
     """
 
@@ -119,8 +120,14 @@ class FitWush:
         if self.max_condition is not None:
             if not self.max_condition >= 1.01:
                 raise ValueError(f"max_condition = {self.max_condition}: it must be 1.01 or more")
-            damping = self.damping
+            damping, raised = self.damping, 0
             while len(beyond := np.flatnonzero(np.linalg.cond(forward) > self.max_condition)):
-                damping *= 10**0.25
+                damping, raised = damping * 10**0.25, max(raised, len(beyond))
                 forward[beyond], back[beyond] = wush(x_moments[beyond], w_moments[beyond], damping)
+            if raised:
+                said = (
+                    "WUSH: damping raised from %g to up to %g in %d of %d blocks, for a condition "
+                )
+                numbers = self.damping, damping, raised, len(forward), self.max_condition
+                inform(said + "number of %g", *numbers)
         return Fitted(BlockAffine(*(jnp.asarray(m, jnp.float32) for m in (forward, back))))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 
 import jax
@@ -20,6 +21,7 @@ from duquantpp_jax.models import SITES
 from duquantpp_jax.models.parameters import linear_names
 from duquantpp_jax.ptq.site import quantize_input
 from tests.checkpoints.test_layouts import exported, quantized
+from tests.commands.conftest import contents
 from tests.commands.test_quantize import assert_one_line
 from tests.conftest import TEXT
 from tests.decompress import tensors_of
@@ -39,6 +41,11 @@ def test_serve_takes_the_readers_rule_the_shared_form_and_folds_smoothing(served
     assert (job.recipe, job.fuse) == ("duquantpp:shared", True)
     assert {*job.weight_formats.values()} == {"mxfp4:mse"}
     assert {*job.activation_formats.values()} == {"mxfp4:even"}
+
+
+def test_a_packed_export_has_the_same_bytes_again(served, tmp_path):
+    exported(served[0], tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(served[1])
 
 
 def test_one_matrix_for_each_site_stands_in_the_export_under_the_name_that_config_json_says(served):
@@ -97,6 +104,23 @@ def test_nvfp4_is_exported_with_scales_of_tensors_that_calibration_chose(
                 np.testing.assert_array_equal(found, wanted)
     words = ["export", "--model", str(model), "--out", str(tmp_path / "v"), "--serve", "vllm"]
     assert_one_line(cli.main(words), capsys, "takes weights in mxfp4, not in nvfp4_calibrated")
+    for side, wrong in (("weight", 0.0), ("input", 0.0), ("input", math.nan)):
+        spoilt = shutil.copytree(tmp_path / "e", tmp_path / f"{side} {wrong}")
+        overwrite(spoilt, f"{name}.{side}_global_scale", np.float32(wrong))
+        says = rf"{name}\S*_global_scale is {wrong:g}: it is the reciprocal"
+        with pytest.raises(ValueError, match=says):
+            load_any(spoilt, "nvfp4_calibrated")
+
+
+def overwrite(directory, name, value):
+    """Writes another number into a tensor of one number, in its place."""
+    for path in directory.glob("*.safetensors"):
+        raw = bytearray(path.read_bytes())
+        start = 8 + int.from_bytes(raw[:8], "little")
+        if (about := json.loads(raw[8:start]).get(name)) is not None:
+            first, last = (start + offset for offset in about["data_offsets"])
+            raw[first:last] = value.tobytes()
+            path.write_bytes(raw)
 
 
 def test_what_a_program_would_compute_otherwise_is_refused(served, tmp_path, capsys):

@@ -15,6 +15,7 @@ from duquantpp_jax.checkpoints import Quantized, load_any, save, testbed
 from duquantpp_jax.evaluation.rows import read_text, rows_of_text
 from duquantpp_jax.models import SITES
 from tests.analysis.test_outliers import plainly
+from tests.commands.conftest import contents
 from tests.conftest import byte_tokenizer, tiny_decoder
 
 TOKENS = 3 * 511
@@ -46,11 +47,14 @@ def inputs_of(directory, text):
     return jax.jit(lambda m, t, s: m(t, keep, s)[1])(model, tokens, states)
 
 
-def test_the_numbers_are_those_of_plain_numpy(tiny_directory, tiny_text, tmp_path, capsys):
-    assert run(tiny_directory, tiny_text, tmp_path, "--ratio", "2.5", "--share", ".1") == 0
-    results = json.loads((tmp_path / "outliers.json").read_text())
-    found = inspect(InspectOptions(tiny_directory, tiny_text, TOKENS, ratio=2.5, share=0.1))
-    assert found.results == results
+def test_the_numbers_are_those_of_plain_numpy_and_the_bytes_those_of_another_run(
+    tiny_directory, tiny_text, tmp_path, capsys
+):
+    out, again = tmp_path / "a", tmp_path / "b"
+    for place in (out, again):
+        assert run(tiny_directory, tiny_text, place, "--ratio", "2.5", "--share", ".1") == 0
+    assert contents(out) == contents(again)
+    results = json.loads((out / "outliers.json").read_text())
     assert results["tokens"] == TOKENS
     assert results["quantized"] is None
     inputs = inputs_of(tiny_directory, tiny_text)
@@ -63,9 +67,9 @@ def test_the_numbers_are_those_of_plain_numpy(tiny_directory, tiny_text, tmp_pat
         for name, value in expected.items():
             assert site["input"][name] == pytest.approx(value, rel=1e-4), (site, name)
     pictures = ("surface.png", "channels.png", "blocks.png")
-    assert {path.name for path in tmp_path.iterdir()} == {"outliers.json", *pictures}
+    assert {path.name for path in out.iterdir()} == {"outliers.json", *pictures}
     for name in pictures:
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
     said = " ".join(capsys.readouterr().out.split())
     assert "1,533 tokens of text.txt" in said
     assert " 2.5x " in said

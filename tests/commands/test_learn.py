@@ -20,6 +20,7 @@ from duquantpp_jax.commands.quantize import QuantizeOptions, calibration_tokens,
 from duquantpp_jax.evaluation.rows import Rows
 from duquantpp_jax.files import read_json
 from duquantpp_jax.files.processes import only_process
+from duquantpp_jax.learning import named
 from duquantpp_jax.learning.moves import PRESETS, moves_named
 from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.plan import Plan
@@ -79,6 +80,11 @@ def test_killed_and_resumed_it_writes_the_same_fits(options, tmp_path, through):
         read_about(again.out)
     with only_process(again.out), pytest.raises(ValueError, match="by another process: wait"):
         learn_fits(again)
+    if through == "site":  # progress that is taken without the command, which refuses by itself
+        rows, place = np.zeros((2, 9), np.int32), again.out / learn.PROGRESS
+        other = Checkpoint(again.model), recipe("block_hadamard", "even"), rows, rows
+        with pytest.raises(ValueError, match=r"layer_0.*'layer 0, learned as \w{16}', not of"):
+            named.learn(again, *other, place=place)
     learn_fits(again)
     assert contents(again.out) == contents(options.out)
     assert sorted(contents(again.out)) == ["fits.json", "fits.safetensors"]

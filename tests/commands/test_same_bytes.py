@@ -1,7 +1,8 @@
 """The same command writes the same bytes, and what would mix with other numbers is refused.
 
-`compare` and `inspect` are tried in tests/test_cli.py and test_inspect.py, `quantize` and `learn`
-where they are killed and resumed, `ablate` in tests/lab/test_running.py.
+`compare` is tried in tests/test_cli.py, `quantize` and `learn` where they are killed and resumed,
+`ablate` in tests/lab/test_running.py, `inspect` in test_inspect.py, `generate` in
+test_evaluate.py, packed exports in tests/checkpoints/test_serving.py.
 """
 
 import dataclasses

@@ -185,6 +185,17 @@ def test_jit_eager_and_vmap_agree_bit_for_bit(four_over_six):
         np.testing.assert_array_equal(other.dequantize(), q.dequantize())
 
 
+def test_rounding_what_is_rounded_changes_nothing_but_where_a_scale_is_subnormal():
+    for seed in range(4):
+        once = NVFP4().quantize(blocks_of(seed=seed, spread=2)).dequantize()
+        np.testing.assert_array_equal(NVFP4().fake_quantize(once), once)
+    x = blocks_of(spread=1)
+    x[:] = 0
+    x[0, 0], x[1, 0] = 2688, 9 * 2.0**-9  # t = 1, and 1.5 times the least scale: 4 of 2 of them
+    once = NVFP4().fake_quantize(x)
+    assert (once[1, 0], NVFP4().fake_quantize(once)[1, 0]) == (8 * 2.0**-9, 6 * 2.0**-9)
+
+
 def test_clip_shrinks_the_amax_of_blocks_and_not_the_tensor_scale():
     x = blocks_of(spread=1)
     q, half = NVFP4().quantize(x), NVFP4().quantize(x, clip=jnp.float32(0.5))

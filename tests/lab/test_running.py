@@ -65,6 +65,7 @@ def test_every_cell_has_its_record(ran):
         assert record["configuration"] == cell.configuration()
         assert record["cell"]["recipe"] == cell.recipe
         assert record["environment"]["jax"] == jax.__version__
+        assert len(record["environment"]["code"]) == 16
         assert len(record["rows"]["kl"]) == 8
         kl = np.float32(record["rows"]["kl"])
         assert record["metrics"]["kl"] == np.mean(kl.astype(np.float64) / TARGETS)
@@ -328,7 +329,7 @@ def test_cells_of_other_threads_or_versions_are_not_mixed_with_what_is_recorded(
     path = records.path_of(tmp_path, grid[1])
     record = json.loads(records.path_of(out, grid[1]).read_text())
     del record["sha256"]
-    for name, says in (("cores", None), ("jaxlib", "measured with jaxlib")):
+    for name, says in (("cores", None), ("code", None), ("jaxlib", "measured with jaxlib")):
         record["environment"][name] = "other"
         records._write(path, record)
         if says is None:

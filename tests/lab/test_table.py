@@ -165,11 +165,12 @@ def test_a_recipe_that_draws_and_has_one_seed_says_so_and_gets_no_star(outcome):
     assert not table.difference(entries["ahead", "floor"]).endswith("*")
 
 
-def test_cells_that_were_measured_on_different_machines_are_not_tabled_without_a_word(outcome):
-    assert "machines" not in table.legend(pivots(outcome, LAYOUT)[0])
-    outcome.records[Cell("level", "even")]["environment"] = {"jax": "1", "cores": 16}
+def test_cells_of_different_machines_or_code_are_not_tabled_without_a_word(outcome):
+    assert "environments" not in table.legend(pivots(outcome, LAYOUT)[0])
+    other = {"jax": "1", "cores": 16, "code": "1d"}
+    outcome.records[Cell("level", "even")]["environment"] = other
     (pivot,) = pivots(outcome, LAYOUT)
-    assert "measured on 2 kinds of machines: cores 2 | 16" in table.legend(pivot)
+    assert "measured in 2 environments: cores 2 | 16, code ? | 1d" in table.legend(pivot)
     assert _entries(pivot)["level", "even"]["environments"] == [1]
 
 

@@ -203,6 +203,20 @@ def test_what_cannot_be_treated_is_left_in_float_and_listed_with_the_reason():
     assert isinstance(module.fine, nnx.Linear)
 
 
+def test_weights_to_be_trained_that_start_elsewhere_than_rounded_are_counted(caplog):
+    linear = nnx.Linear(64, 64, rngs=nnx.Rngs(0), **INIT)
+    x = np.random.default_rng(0).standard_normal((64, 64), np.float32)
+    for rule, exact in (("ceil", False), ("even", True)):
+        method = recipe("rtn", rule, "scale")
+        rounded, trained = (quantize(linear, method, [x], qat=qat)[0] for qat in (False, True))
+        codes = rounded.weight.get_value().dequantize()
+        np.testing.assert_array_equal(trained.weight[...], codes)
+        same = np.array_equal(method.weight_format.fake_quantize(codes), codes)
+        said = [line for line in caplog.messages if "start elsewhere" in line]
+        assert same == (not said) == exact
+        caplog.clear()
+
+
 def test_weights_are_trained_straight_through_and_stored_as_they_were_computed():
     linear = nnx.Linear(64, 64, rngs=nnx.Rngs(0), **INIT)
     x = np.random.default_rng(0).standard_normal((64, 64), np.float32)

@@ -118,11 +118,13 @@ def test_wush_raises_its_damping_with_a_warning_and_counts_what_is_not_finite(ca
 
 
 @pytest.mark.parametrize("bound", [1.01, 2.0, 5.0])
-def test_conditioned_wush_takes_the_least_damping_that_meets_the_bound(bound):
+def test_conditioned_wush_takes_the_least_damping_that_meets_the_bound(bound, caplog):
     weights, x = _site()
     x = x.at[..., 7].multiply(1150.0)
+    caplog.set_level("INFO", "duquantpp_jax")
     matrices = np.asarray(_fit(FitWush(max_condition=bound), weights, x).matrices, np.float64)
     assert np.all(np.linalg.cond(matrices) <= bound * (1 + 1e-5))
+    assert f"2 blocks, for a condition number of {bound:g}" in caplog.messages[0]
     dampings = 1e-3 * 10 ** (np.arange(60) / 4)
     for block in (0, 1):
         for damping in dampings:
