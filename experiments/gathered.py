@@ -51,8 +51,8 @@ from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import load_rows
 from duquantpp_jax.lab import Cell
 from duquantpp_jax.models import SITE_WEIGHTS, Decoder
-from duquantpp_jax.models.layers import matmul
 from duquantpp_jax.models.parameters import EMBEDDING, HEAD, LAYER, NORM, input_norms
+from duquantpp_jax.models.products import matmul
 from duquantpp_jax.transforms.basic import FitInTurn, FitSmooth, Permute
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.hadamard import FitHadamard

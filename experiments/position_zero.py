@@ -33,7 +33,7 @@ from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.plan import Plan
-from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
+from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, quantize_input
 from duquantpp_jax.ptq.walk import quantize_decoder
 from duquantpp_jax.recipes import recipe
 
@@ -53,7 +53,7 @@ class PositionZeroInFloat(QuantizedLinear):
 
     def quantized(self, x: Array, state: QuantizedSite, format: Format) -> Array:
         moved = state.transform.activations(x)
-        return super().quantized(x, state, format).at[:, 0].set(moved[:, 0])
+        return quantize_input(x, state, format).at[:, 0].set(moved[:, 0])
 
 
 def main() -> None:

@@ -7,9 +7,11 @@ clustered by document or by row (evaluation/intervals.py).
 import contextlib
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +33,7 @@ from duquantpp_jax.evaluation.subject import (
 from duquantpp_jax.files.processes import only_process
 from duquantpp_jax.lab.table import empty
 from duquantpp_jax.models import DecoderConfig
+from duquantpp_jax.models.decoder import COMPUTE
 from duquantpp_jax.ptq import stores as cache
 from duquantpp_jax.ptq.sharding import host_memory, mesh_of
 from duquantpp_jax.recipes import import_modules, known
@@ -58,8 +61,7 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
     text, about_text = read_text(options.text, options.text_key), name_and_hash(options.text)
     mesh = None if options.mesh is None else mesh_of(options.mesh)
     model = model_and_hash(options.model)
-    with host_memory(mesh):
-        predictor = Predictor(*load_any(options.model, options.activation_format))
+    predictor = _loaded(options, mesh, options.model, options.activation_format)
     check_unchanged(options.model, model)
     config = predictor.model.config
     protocol = _protocol(options, config)
@@ -73,8 +75,7 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
         same = options.reference.resolve() == options.model.resolve()
         same = same and options.activation_format is None
         about_reference = model if same else model_and_hash(options.reference)
-        with host_memory(mesh):
-            reference = predictor if same else Predictor(*load_any(options.reference))
+        reference = predictor if same else _loaded(options, mesh, options.reference)
         check_unchanged(options.reference, about_reference)
         if (size := reference.model.config.vocab_size) != config.vocab_size:
             raise ValueError(
@@ -103,11 +104,21 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
             "bos": protocol.bos,
             "cache": options.cache,
             "rotate_keys": options.rotate_keys,
+            "compute": options.compute,
             "packed": said(options.model, predictor.linear),
         },
         "model": model,
         "reference": about_reference,
     }
+
+
+def _loaded(
+    options: EvaluateOptions, mesh: Mesh | None, directory: Path, inputs: str | None = None
+) -> Predictor:
+    """The model of a directory, whose matrix products are of the type that is asked for."""
+    with host_memory(mesh):
+        decoder, linear, state = load_any(directory, inputs)
+    return Predictor(decoder.computing(COMPUTE[options.compute]), linear, state)
 
 
 def _protocol(options: EvaluateOptions, config: DecoderConfig) -> Protocol:
@@ -162,6 +173,7 @@ def summary(results: dict[str, Any]) -> tuple[str, Table]:
     chosen, clusters = results["options"], results["clusters"]
     cached = f", cache in {chosen['cache']}" if chosen["cache"] else ""
     cached += ", keys rotated" if chosen["rotate_keys"] else ""
+    cached += ", products in bf16" if chosen["compute"] == "bf16" else ""
     cached += f", {chosen['packed']}" if chosen["packed"] else ""
     said = (
         f"{results['model']['name']}{cached}: {results['targets']:,} targets of "

@@ -15,6 +15,7 @@ from duquantpp_jax.checkpoints.hugging_face import chat_prompt
 from duquantpp_jax.checkpoints.packed import said
 from duquantpp_jax.checkpoints.source import source
 from duquantpp_jax.commands.options.generate import GenerateOptions
+from duquantpp_jax.models.decoder import COMPUTE
 from duquantpp_jax.models.sampling import Sampling, generate
 from duquantpp_jax.ptq import stores as cache
 from duquantpp_jax.ptq.sharding import DATA, cut, host_memory, mesh_of
@@ -58,6 +59,7 @@ def continued(options: GenerateOptions) -> str:
         raise ValueError(f"--mesh {options.mesh}: a prompt is one row: give model=N alone")
     with host_memory(mesh):
         model, linear, state = load_any(options.model, options.activation_format)
+    model = model.computing(COMPUTE[options.compute])
     if (used := said(options.model, linear)) is not None:
         print(f"{options.model}: {used}", file=sys.stderr)
     if (note := left_out(options.model)) is not None:

@@ -11,6 +11,7 @@ A new method is a new value of one of them. The other rooms make such values.
 
 from duquantpp_jax.core.arrays import Element, Format, MXArray
 from duquantpp_jax.core.choices import ElementRounding, ScaleRule
+from duquantpp_jax.core.exact import Exact
 from duquantpp_jax.core.recipe import (
     Fit,
     Fitted,
@@ -24,6 +25,6 @@ from duquantpp_jax.core.recipe import (
 from duquantpp_jax.core.stats import Needs, Stats
 from duquantpp_jax.core.transform import Blocks, Chain, Channels, Cost, Transform, diagonal_blocks
 
-__all__ = ["Blocks", "Chain", "Channels", "Cost", "Element", "ElementRounding", "Fit", "Fitted"]
-__all__ += ["Format", "MXArray", "Needs", "RandomKey", "Recipe", "Rounding", "ScaleRule", "Stats"]
-__all__ += ["Transform", "Weights", "diagonal_blocks", "shared", "stack"]
+__all__ = ["Blocks", "Chain", "Channels", "Cost", "Element", "ElementRounding", "Exact", "Fit"]
+__all__ += ["Fitted", "Format", "MXArray", "Needs", "RandomKey", "Recipe", "Rounding", "ScaleRule"]
+__all__ += ["Stats", "Transform", "Weights", "diagonal_blocks", "shared", "stack"]

@@ -16,6 +16,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped, UInt8
 
+from duquantpp_jax.core.exact import SIGNIFICANT_BITS, Exact
+
 
 @dataclasses.dataclass(frozen=True)
 class Element:
@@ -190,6 +192,18 @@ class MXArray:
         """
         return self._times_scale(self.elements.reshape(*self.scales.shape, self.block_size))
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether `exactly` gives an Exact; a property of the types of elements and scales."""
+        added = {"float8_e8m0fnu": 0, "float8_e4m3fn": 4}.get(str(self.scales.dtype), 24)
+        return self.element.mantissa_bits + 1 + added <= SIGNIFICANT_BITS
+
+    def exactly(self) -> Exact | Float32[Array, "*shape"]:
+        """What `dequantize` gives, as an Exact where bfloat16 holds it but for the tensor scale."""
+        if not self.is_exact:
+            return self.dequantize()
+        return Exact(dataclasses.replace(self, tensor_scale=None).dequantize(), self.tensor_scale)
+
     def where(self, chosen: Bool[Array, "*#blocks"], other: MXArray) -> MXArray:
         """Blocks of this array where they are chosen, those of the other array elsewhere."""
         chosen = jnp.broadcast_to(chosen, self.scales.shape)
@@ -267,6 +281,10 @@ class Format(abc.ABC):
         None in a format that has none, or takes it from the activations at hand.
         """
         return None
+
+    def exactly(self, x: Float32[Array, "*shape"], **options: Any) -> Exact | Array:
+        """`fake_quantize` along the last axis, as an Exact if the format has such numbers."""
+        return self.fake_quantize(x, **options)
 
     def fake_quantize(
         self,

@@ -19,7 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int, Shaped, UInt8
 
-from duquantpp_jax.core import Element, ElementRounding, Format, MXArray, RandomKey, ScaleRule
+from duquantpp_jax.core import (
+    Element,
+    ElementRounding,
+    Exact,
+    Format,
+    MXArray,
+    RandomKey,
+    ScaleRule,
+)
+from duquantpp_jax.core.arrays import rounded_to
 from duquantpp_jax.formats import scales as sc
 from duquantpp_jax.formats.elements import E2M1, E2M3, E3M2, E4M3, E5M2, encode
 
@@ -115,6 +124,17 @@ class BlockFormat(Format):
         if key is not None and (how := self.rounding) is not ElementRounding.STOCHASTIC:
             raise ValueError(f"key is for stochastic rounding; this format rounds {how.value}")
         return self._encode(to_blocks(x, self.block_size), key, given)
+
+    def exactly(self, x: Float32[Array, "*shape"], **options: Any) -> Exact | Array:
+        """See `Format.exactly`."""
+        q = self.encode(x, **options)
+        rounded, passes = q.exactly(), jnp.ones((), bool)
+        if not isinstance(rounded, Exact):
+            return rounded_to(x, *jax.lax.stop_gradient((rounded, passes)))
+        rounded = jax.lax.stop_gradient(rounded)
+        unit = x if rounded.factor is None else x / rounded.factors()
+        numbers = rounded_to(unit, rounded.numbers, passes)
+        return dataclasses.replace(rounded, numbers=numbers)
 
     @functools.partial(jax.jit, static_argnames="self")
     def _encode(self, blocks: Blocks, key: Rng, given: dict[str, Any]) -> MXArray:

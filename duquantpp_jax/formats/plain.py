@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
-from duquantpp_jax.core import Format, MXArray
+from duquantpp_jax.core import Exact, Format, MXArray
 from duquantpp_jax.core.arrays import rounded_to
 from duquantpp_jax.formats.mx import check_type
 
@@ -29,6 +29,10 @@ class BFloat16(Format):
     def encode(self, x: Array | np.ndarray, **options: Any) -> MXArray:
         """Raises ValueError: there are no elements and no scales."""
         raise ValueError("bf16 has no elements and no scales: it is for activations (W4A16)")
+
+    def exactly(self, x: Float32[Array, "*shape"], **options: Any) -> Exact:
+        """See `Format.exactly`."""
+        return Exact(self.fake_quantize(x, **options))
 
     def fake_quantize(
         self,

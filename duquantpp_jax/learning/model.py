@@ -45,7 +45,7 @@ class Divergence(SitesObjective):
     def loss(
         self, learned: dict[str, Learned], batch: Integer[Array, "rows length"]
     ) -> Float[Array, ""]:
-        model = Decoder(self.model.config, self.model.parameters(), dtype=self.dtype)
+        model = self.model.computing(self.dtype)
         plain = dense if self.dtype == jnp.float32 else _bfloat16_linear
         log_p = jax.lax.stop_gradient(Predictor(model, plain).log_probabilities(batch))
         state = self.states(learned, self.rounded)

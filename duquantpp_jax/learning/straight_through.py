@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from duquantpp_jax.core import Format
+from duquantpp_jax.models.products import LINEAR, narrow
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -91,7 +92,7 @@ def integer(log_scale: Float[Array, "*offsets"]) -> Array:
 @jax.custom_vjp
 def product(x: Float[Array, "*tokens k"], w: Float[Array, "n k"]) -> Float[Array, "*tokens n"]:
     """x @ w^T with bfloat16 factors and float32 sums, forward and backward."""
-    return _bfloat16("...k,nk->...n", x, w)
+    return narrow(LINEAR, x, w)
 
 
 def _product_forward(x: Array, w: Array):
@@ -101,12 +102,7 @@ def _product_forward(x: Array, w: Array):
 def _product_backward(kept, g: Array) -> tuple[Array, Array]:
     x, w = kept
     g_rows, x_rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
-    return _bfloat16("...n,nk->...k", g, w), _bfloat16("tn,tk->nk", g_rows, x_rows)
+    return narrow("...n,nk->...k", g, w), narrow("tn,tk->nk", g_rows, x_rows)
 
 
 product.defvjp(_product_forward, _product_backward)
-
-
-def _bfloat16(equation: str, a: Array, b: Array) -> Array:
-    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

@@ -35,6 +35,9 @@ from duquantpp_jax.models.parameters import (
 State = Mapping[str, Any] | tuple[Mapping[str, Any], ...]
 """The state of `linear` at each site, stacked over layers; see `Decoder.__call__`."""
 
+COMPUTE = {"float32": jnp.float32, "bf16": jnp.bfloat16}
+"""Types of matrix products by their names in commands."""
+
 
 class Decoder(nnx.Module):
     """The decoder as a pytree: pass it to `jax.jit` and `jax.grad`, or `nnx.split` it.
@@ -80,6 +83,12 @@ class Decoder(nnx.Module):
         self.layers = nnx.Dict({name: nnx.Param(array) for name, array in layers.items()})
         self.norm = nnx.Param(parameters[NORM])
         self.head = None if config.tie_word_embeddings else nnx.Param(parameters[HEAD])
+
+    def computing(self, dtype: DTypeLike) -> "Decoder":
+        """The same decoder with matrix products of this type."""
+        moved = jax.tree.map(lambda leaf: leaf, self)
+        moved.dtype = jnp.dtype(dtype)
+        return moved
 
     def parameters(self) -> dict[str, Float[Array, "..."]]:
         """The arrays by the names of `parameter_shapes`, as `Decoder` takes them."""

@@ -46,10 +46,6 @@ class Routed:
         """The same in another type."""
         return self.replace(x=self.x.astype(dtype))  # type: ignore[attr-defined]
 
-    def matmul(self, w: Float[Array, "experts n k"]) -> Float[Array, "*tokens chosen n"]:
-        """x W_e^T with e the expert of each input, at the highest precision."""
-        return self.each(lambda w, x: jnp.einsum("tk,nk->tn", x, w, precision=HIGHEST), w).x
-
     def each(self, of_expert: Callable[[Any, Array], Array], stacked: Any) -> Routed:
         """The inputs after `of_expert(part, x)`, with each expert's part of a stacked pytree.
 

@@ -39,6 +39,7 @@ from duquantpp_jax.models.parameters import (
     input_norms,
     output_norms,
 )
+from duquantpp_jax.models.products import matmul
 from duquantpp_jax.models.rope import rotary_frequencies
 
 Linear = Callable[[str, Any, tuple[Array, ...], Any], tuple[tuple[Array, ...], Any]]
@@ -50,14 +51,6 @@ ACTIVATIONS: Mapping[str, Callable[[Array, Array], Array]] = {
     "clamped_swiglu": clamped_swiglu,
 }
 """The activations of an MLP, of (gate, up), by their names in a configuration."""
-
-
-def matmul(x: Float[Array, "*tokens k"] | Routed, w: Float[Array, "..."]) -> Array:
-    """x W^T for W [n, k] at the highest precision; for routed inputs W [experts, n, k] is a stack
-    of experts."""
-    if isinstance(x, Routed):
-        return x.matmul(w)
-    return jnp.einsum("...k,nk->...n", x, w, precision=HIGHEST)
 
 
 def dense(site: str, x: Array | Routed, weights: tuple[Array, ...], state: Any) -> tuple[Any, None]:

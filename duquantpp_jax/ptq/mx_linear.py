@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Shaped
 
 from duquantpp_jax.core import MXArray, Recipe
 from duquantpp_jax.formats.mx import FLOAT_TYPES
-from duquantpp_jax.models.layers import matmul
+from duquantpp_jax.models.products import matmul
 from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, pad_channels
 
 LINEARS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
@@ -189,7 +189,7 @@ class MXLinear(nnx.Module):
         else:
             weight = self.weight[...]
             seen = linear.quantized(pad_channels(x, weight.shape[-1]), site, self.formats[1])
-            y = matmul(seen, self.formats[0].fake_quantize(weight))
+            y = matmul(seen, self.formats[0].exactly(weight))
         y = self.contraction.output(y, inputs.ndim)
         types = [inputs.dtype, self.kernel_dtype]
         if self.bias is not None:

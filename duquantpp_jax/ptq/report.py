@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from duquantpp_jax.core import Format, MXArray, Recipe, Stats
-from duquantpp_jax.models.layers import matmul
 from duquantpp_jax.models.parameters import SITES, expert_name, experts, layer_prefix
+from duquantpp_jax.models.products import matmul
 from duquantpp_jax.ptq.experts import FEWEST, parts_of
 from duquantpp_jax.ptq.fuse import online_cost
 from duquantpp_jax.ptq.plan import Plan

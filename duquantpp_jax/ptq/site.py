@@ -12,6 +12,7 @@ with Q the activation format. `quantize_linear` does one site, the walk (walk.py
 import dataclasses
 import functools
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -21,11 +22,21 @@ from flax import struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Key
 
-from duquantpp_jax.core import Fitted, Format, MXArray, Recipe, Rounding, Stats, Transform, Weights
+from duquantpp_jax.core import (
+    Exact,
+    Fitted,
+    Format,
+    MXArray,
+    Recipe,
+    Rounding,
+    Stats,
+    Transform,
+    Weights,
+)
 from duquantpp_jax.formats import MX
 from duquantpp_jax.formats.mx import to_float32
 from duquantpp_jax.models.experts import Routed
-from duquantpp_jax.models.layers import matmul
+from duquantpp_jax.models.products import matmul
 from duquantpp_jax.transforms.block import lower
 
 
@@ -55,12 +66,13 @@ class QuantizedSite:
 
     Attributes:
       transform: Moves the input.
-      weights: Of each linear: moved and rounded, or as they are where it is left in float.
+      weights: Of each linear: moved and rounded, or as they are where it is left in float; while a
+        model runs they may be decoded.
       clip, scale_offset, tensor_scale: As in `Format.quantize`, for the activations.
     """
 
     transform: Transform
-    weights: tuple[MXArray | PackedFloat | Float[Array, "*layers _ _"], ...]
+    weights: tuple[MXArray | Exact | PackedFloat | Float[Array, "*layers _ _"], ...]
     clip: Float[Array, "*layers blocks"] | None = None
     scale_offset: Int[Array, "*layers blocks"] | None = None
     tensor_scale: Float32[Array, "*layers"] | None = None
@@ -145,22 +157,56 @@ class QuantizedLinear:
     def __call__(
         self, site: str, x: Array | Routed, weights: tuple[Array, ...], state: QuantizedSite
     ) -> tuple[tuple[Array, ...], None]:
-        formats, rounded = self.activation_formats, x
-        if widths := [w.shape[-1] for w in state.weights if isinstance(w, MXArray)]:
+        formats, x = self.activation_formats, x.astype(jnp.float32)
+        quantized, seen = [isinstance(w, MXArray | Exact) for w in state.weights], x
+        if any(quantized):
             format = dict(formats)[site] if isinstance(formats, tuple) else formats
-            rounded = self.quantized(pad_channels(x, widths[0]), state, format)
-        return tuple(
-            matmul(rounded, w.dequantize())
-            if isinstance(w, MXArray)
-            else matmul(x, w.astype(jnp.float32))
-            for w in state.weights
-        ), None
+            width = state.weights[quantized.index(True)].shape[-1]
+            seen = self.quantized(pad_channels(x, width), state, format)
+
+        def output(weight: Any) -> Array:
+            if isinstance(weight, MXArray | Exact):
+                return matmul(seen, weight.exactly() if isinstance(weight, MXArray) else weight)
+            return matmul(x, weight.astype(jnp.float32))
+
+        return tuple(map(output, state.weights)), None
 
     def quantized(self, x: Any, state: QuantizedSite, format: Format | None) -> Any:
-        """Q(transform.activations(x)) in float32, x as wide as the weights."""
+        """Q(transform.activations(x)), x as wide as the weights, as an Exact where it is one."""
         if format is None:
             return move_input(x, state.transform)
-        return quantize_input(x, state, format)
+        moved, given = _moved(x, state)
+        if not isinstance(moved, Routed):
+            return format.exactly(moved, **given)
+        rounded = format.exactly(moved.x, **given)
+        if not isinstance(rounded, Exact) or rounded.factor is not None:
+            whole = rounded.whole() if isinstance(rounded, Exact) else rounded
+            return dataclasses.replace(moved, x=whole)
+        return Exact(dataclasses.replace(moved, x=rounded.numbers))
+
+
+def decoded(state: Any, device: Any) -> Any:
+    """A model's state whose weights are decoded once, in bfloat16, where that holds them exactly.
+
+    Only on an accelerator, which multiplies bfloat16 fast, and where they take no more than half of
+    the memory that its device has left; else the state as it is, which is decoded at every use.
+    """
+    parts = jax.tree.leaves(state, is_leaf=lambda part: isinstance(part, MXArray))
+    size = sum(2 * math.prod(w.shape) for w in parts if isinstance(w, MXArray) and w.is_exact)
+    memory = None if device.platform == "cpu" else device.memory_stats()
+    if memory is None or 2 * size > memory["bytes_limit"] - memory["bytes_in_use"]:
+        return state
+
+    def of(weight: Any) -> Any:
+        return _in_bfloat16(weight) if isinstance(weight, MXArray) and weight.is_exact else weight
+
+    return jax.tree.map(of, state, is_leaf=lambda part: isinstance(part, MXArray | PackedFloat))
+
+
+@jax.jit
+def _in_bfloat16(weight: MXArray) -> Exact:
+    numbers = dataclasses.replace(weight, tensor_scale=None).dequantize()
+    return Exact(numbers.astype(jnp.bfloat16), weight.tensor_scale)
 
 
 def move_input(x: Any, transform: Transform) -> Any:
@@ -172,12 +218,20 @@ def move_input(x: Any, transform: Transform) -> Any:
 
 def quantize_input(x: Any, site: QuantizedSite | Fitted, format: Format) -> Any:
     """The input as the quantized linears see it: moved and quantized, in float32."""
+    moved, given = _moved(x, site)
+    if not isinstance(moved, Routed):
+        return format.fake_quantize(moved, **given)
+    return dataclasses.replace(moved, x=format.fake_quantize(moved.x, **given))
+
+
+def _moved(x: Any, site: QuantizedSite | Fitted) -> tuple[Any, dict[str, Any]]:
+    """The moved input in float32, and the options of its format."""
     options = {"clip": site.clip, "scale_offset": site.scale_offset}
     if isinstance(site, QuantizedSite):
         options["tensor_scale"] = site.tensor_scale
-    given: dict[str, Any] = {name: v for name, v in options.items() if v is not None}
+    given = {name: v for name, v in options.items() if v is not None}
     moved = move_input(x, site.transform)
     if not isinstance(moved, Routed):
-        return format.fake_quantize(to_float32(moved), **given)
+        return to_float32(moved), given
     given = {name: v[moved.expert] for name, v in given.items()}
-    return dataclasses.replace(moved, x=format.fake_quantize(to_float32(moved.x), **given))
+    return dataclasses.replace(moved, x=to_float32(moved.x)), given

@@ -59,6 +59,7 @@ def test_results_keep_their_contract(results):
         "bos": True,
         "cache": "bf16",
         "rotate_keys": False,
+        "compute": "float32",
         "packed": None,
     }
     assert results["model"] == results["reference"]

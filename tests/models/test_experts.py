@@ -9,8 +9,9 @@ import pytest
 
 from duquantpp_jax.checkpoints import load
 from duquantpp_jax.models import Decoder, DecoderConfig, empty_cache, experts
-from duquantpp_jax.models.experts import Routed, route
+from duquantpp_jax.models.experts import route
 from duquantpp_jax.models.families.gpt_oss import LIMIT
+from duquantpp_jax.models.products import matmul
 from duquantpp_jax.models.rope import Yarn
 from duquantpp_jax.ptq.stores import store
 from tests.conftest import mixture
@@ -51,9 +52,7 @@ def test_each_input_meets_the_weight_of_its_expert(tile, monkeypatch):
     x = x.replace(expert=jnp.where(x.expert == 2, 1, x.expert))  # the third expert is never met
     w = jnp.asarray(np.random.default_rng(1).standard_normal((4, 5, 8)), jnp.float32)
     wanted = np.einsum("rlk,rlcnk->rlcn", h, np.asarray(w)[np.asarray(x.expert)])
-    np.testing.assert_allclose(
-        jax.jit(lambda *a: Routed.matmul(*a))(x, w), wanted, rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(jax.jit(matmul)(x, w), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_each_input_is_moved_by_the_part_of_its_expert():

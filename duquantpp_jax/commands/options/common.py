@@ -24,6 +24,9 @@ QR decomposition of a normal matrix. A Hadamard matrix is not known of every sid
 Serve = Literal["transformers", "vllm", "qutlass"]
 """The program that an export is for (checkpoints/readers.py)."""
 
+Compute = Literal["float32", "bf16"]
+"""The type of matrix products outside of quantized linears."""
+
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Imports = Annotated[tuple[str, ...], tyro.conf.arg(name="import")]
 

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from duquantpp_jax.commands.options.common import Flag, Imports, Plain, Printing, Terminal
+from duquantpp_jax.commands.options.common import Compute, Flag, Imports, Plain, Printing, Terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,8 @@ class EvaluateOptions(Plain):
       text_key: Of the text in a .jsonl file.
       activation_format: Of the inputs of packed weights, which are used as they are stored; without
         it these inputs are not quantized.
+      compute: Type of the products of attention, of the head and of linears left in float; those of
+        quantized linears are as in float32 either way (docs/performance.md).
       mesh: Cut weights over devices, as in data=2,model=4: two groups of four devices share the
         rows, and the devices of a group the weights; by default each device has all of them.
       out: File for the results, as JSON.
@@ -54,6 +56,7 @@ class EvaluateOptions(Plain):
     rotate_keys: Flag = False
     text_key: str = "text"
     activation_format: str | None = None
+    compute: Compute = "float32"
     mesh: str | None = None
     out: Path | None = None
     imports: Imports = ()

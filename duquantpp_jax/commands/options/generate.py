@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from duquantpp_jax.commands.options.common import Flag, Imports, Plain, Printing, Terminal
+from duquantpp_jax.commands.options.common import Compute, Flag, Imports, Plain, Printing, Terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,8 @@ class GenerateOptions(Plain):
       rotate_keys: Rotate keys and queries by a Hadamard matrix before keys are cached.
       activation_format: Of the inputs of packed weights, which are used as they are stored; without
         it these inputs are not quantized.
+      compute: Type of the products of attention, of the head and of linears left in float; those of
+        quantized linears are as in float32 either way (docs/performance.md).
       mesh: Cut weights over devices, as in model=4; by default one device has all of them.
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
@@ -42,6 +44,7 @@ class GenerateOptions(Plain):
     cache: str = "bf16"
     rotate_keys: Flag = False
     activation_format: str | None = None
+    compute: Compute = "float32"
     mesh: str | None = None
     imports: Imports = ()
     terminal: Printing = Terminal()
