@@ -30,6 +30,7 @@ import argparse
 import dataclasses
 import json
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def measure(
         return float(to.row_sums(predictor).kl.sum() / targets)
 
     rceil = QuantizedLinear(tuple((site, find_format("mxfp4:rceil")) for site in SITES))
-    own = Reference(Predictor(decoder, linear, state), reference.tokens)
+    own = Reference(Predictor(decoder, linear, state), reference.tokens, keep_bytes=2**30)
     found: dict[str, Any] = {
         "ours": kl(Predictor(decoder, linear, state)),
         "last_bits": kl(Predictor(decoder, LastBits(linear), state), own),
@@ -109,11 +110,12 @@ def measure(
     write_export(place / "q", "dequantized", place / "d")
     found["dequantized"] = kl(Predictor(load(place / "d")))
     found["dequantized_bytes"] = _bytes(place / "d")
-    if not per_block:
-        write_export(place / "q", "compressed-tensors", place / "e")
-        found["bytes"] = _bytes(place / "e")
-        found |= in_transformers(place / "e", reference, own)
-    return found
+    if per_block:
+        return found
+    write_export(place / "q", "compressed-tensors", place / "e")
+    found["bytes"] = _bytes(place / "e")
+    found |= in_transformers(place / "e", reference, own)
+    return found if format else found | for_qutlass(recipe, how, reference, place)
 
 
 def for_qutlass(
@@ -164,20 +166,24 @@ class LastBits:
         return self.linear(site, x + signs * step, weights, state)
 
 
+_LOG_P = jax.jit(Predictor.log_probabilities)
+
+
 def in_transformers(directory: Path, reference: Reference, own: Reference) -> dict[str, float]:
     """The KL of an export as loaded, to both, and with its matrices left out, if it has some."""
     import torch
 
     model = load_transformers(directory)
-    given = [jax.jit(to._given.log_probabilities) for to in (reference, own)]
+    rows = [jnp.asarray(row[None]) for row in reference.tokens]
+    given = [[_LOG_P(to._given, row) for row in rows] for to in (reference, own)]
 
     def kl() -> np.ndarray:
         total = np.zeros(2)
-        for row in reference.tokens:
+        for number, row in enumerate(reference.tokens):
             with torch.no_grad():
                 logits = model(torch.from_numpy(row[None, :-1].astype(np.int64))).logits.numpy()
             log_q = jax.nn.log_softmax(jnp.asarray(logits))
-            total += [kl_divergence(run(jnp.asarray(row[None])), log_q).sum() for run in given]
+            total += [kl_divergence(log_p[number], log_q).sum() for log_p in given]
         return total / reference.tokens[:, 1:].size
 
     found = dict(zip(("loaded", "apart"), map(float, kl()), strict=True))
@@ -220,37 +226,37 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     rows = load_rows(options.model, options.text, options.tokens, "evaluation")
-    reference = Reference(Predictor(load_any(options.model or _testbed())[0]), rows.tokens)
+    given = Predictor(load_any(options.model or _testbed())[0])
+    reference = Reference(given, rows.tokens, keep_bytes=2**30)
     how = {
         "model": options.model,
         "calibration_text": options.calibration_text,
         "rounding": options.rounding,
         "rows": options.rows,
     }
-    results: dict[str, Any] = {"rows": {}}
-    if options.out.is_file():
-        results = json.loads(options.out.read_text(encoding="utf-8"))
-    results |= {
+    about = {
         "model": model_and_hash(options.model),
         "text": name_and_hash(options.text),
+        "calibration_text": name_and_hash(options.calibration_text),
         "targets": rows.tokens[:, 1:].size,
         "calibration_rows": options.rows,
         "rounding": options.rounding,
-        "environment": environment(),
     }
+    results: dict[str, Any] = {**about, "rows": {}}
+    if options.out.is_file():
+        results = json.loads(options.out.read_text(encoding="utf-8"))
+        if {name: results[name] for name in about} != about:
+            raise SystemExit(f"{options.out} is of another model, text or number of rows")
     for recipe in options.recipes:
         names = (recipe, recipe + SHARED) if recipe in FITTED else (recipe,)  # or NAME:shared alone
         for name in names:
-            row = dict(results["rows"].get(name, {}))
-            per_block, given = name in FITTED, name.removesuffix(SHARED)
-            with tempfile.TemporaryDirectory() as place:
-                if not row:
-                    row = measure(given, how, reference, Path(place), per_block=per_block)
-                if not per_block and "/" not in name and "qutlass" not in row:
-                    row |= for_qutlass(given, how, reference, Path(place))
-            if row == results["rows"].get(name):
+            if name in results["rows"]:
                 continue
-            results["rows"][name] = row
+            per_block, given, begin = name in FITTED, name.removesuffix(SHARED), time.monotonic()
+            with tempfile.TemporaryDirectory() as place:
+                row = measure(given, how, reference, Path(place), per_block=per_block)
+            seconds = round(time.monotonic() - begin)
+            results["rows"][name] = {**row, "seconds": seconds, "environment": environment()}
             files.write_whole(options.out, files.to_json(results))
             print(name, row, flush=True)
     print(table(results))

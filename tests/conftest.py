@@ -164,9 +164,14 @@ def tiny_decoder(**changes) -> Decoder:
 def mixture(architecture: str, **changes) -> Decoder:
     """A random decoder of this family with two of four experts a token, and random biases."""
     counts = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+    return relative(architecture, **counts, **changes)
+
+
+def relative(architecture: str, **changes) -> Decoder:
+    """A random decoder of this family, with random biases where it has some."""
     named = {"architectures": [architecture], "model_type": FAMILIES[architecture].model_type}
     fields = {**TINY.to_dict(), **named, "sliding_window": 12}
-    config = DecoderConfig.from_dict({**fields, **counts, **changes})
+    config = DecoderConfig.from_dict({**fields, **changes})
     parameters, random = tiny_decoder(**vars(config)).parameters(), np.random.default_rng(2)
     for name, array in parameters.items():
         if name.endswith(".bias"):

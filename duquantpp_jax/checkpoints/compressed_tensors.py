@@ -29,7 +29,7 @@ from duquantpp_jax.checkpoints.directory import Quantized
 from duquantpp_jax.checkpoints.job import Job
 from duquantpp_jax.checkpoints.mxfp4 import BLOCK, COMPRESSED, INPUT_SCALE, NVFP4_PACKED, PACKED
 from duquantpp_jax.checkpoints.one_matrix import Layer, QuantizedPart, Tensors, in_parts
-from duquantpp_jax.checkpoints.readers import ANY, NVFP4, READERS, STATUS, check_formats
+from duquantpp_jax.checkpoints.readers import ANY, FOR, NVFP4, READERS, STATUS, check_formats
 from duquantpp_jax.commands.options.common import Serve
 from duquantpp_jax.formats import E2M1
 from duquantpp_jax.formats.tensors import pack_codes
@@ -213,6 +213,7 @@ def quantization_config(
         "ignore": ["lm_head", *floats, *_in_vllm(floats)],
         "kv_cache_scheme": None,
         "sparsity_config": {},
+        FOR: model.activation_formats,
         "transform_config": {"config_groups": transform_groups(moved)} if moved else {},
     }
 

@@ -121,6 +121,13 @@ class Quantized:
         """What was done to which linears."""
         return self.job.plan(self.config, done=True)
 
+    @property
+    def activation_formats(self) -> dict[str, str]:
+        """Those of sites that have a quantized linear, by the full names of their formats."""
+        layers = range(self.config.num_hidden_layers)
+        formats = self.job.activation_formats.items()
+        return {s: name for s, name in formats if any(self.plan.names(s, n) for n in layers)}
+
     def layer(self, number: int) -> tuple[dict[str, np.ndarray], dict[str, QuantizedSite]]:
         """What `read_layer` gives, checked against the seal, the job and config.json."""
         path, plan = sealed(self.directory / layer_file(number)), self.plan

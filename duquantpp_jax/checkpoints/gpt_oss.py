@@ -19,6 +19,7 @@ from duquantpp_jax.checkpoints.directory import Quantized, layer_file
 from duquantpp_jax.checkpoints.experts import linears, tensors_of
 from duquantpp_jax.checkpoints.mxfp4 import BLOCK, BLOCKS, GPT_OSS, SCALES
 from duquantpp_jax.checkpoints.one_matrix import Layer, check_activations, shared_matrix
+from duquantpp_jax.checkpoints.readers import FOR
 from duquantpp_jax.core import MXArray, Transform
 from duquantpp_jax.models import SITE_WEIGHTS
 from duquantpp_jax.models.parameters import EXPERT_SITES, LINEARS, layer_prefix, tensor_name
@@ -96,8 +97,9 @@ def _turned(transform: Transform, width: int, where: str) -> bool:
     return matrix is not None
 
 
-def quantization_config(moved: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+def quantization_config(model: Quantized, moved: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The entry of config.json; `moved` as in `Layer`, of all layers."""
     groups = transform_groups(moved)
     transforms = {"transform_config": {"config_groups": groups}} if groups else {}
-    return {"quant_method": GPT_OSS, "modules_to_not_convert": FLOATS, **transforms}
+    own = {FOR: model.activation_formats}
+    return {"quant_method": GPT_OSS, "modules_to_not_convert": FLOATS, **own, **transforms}

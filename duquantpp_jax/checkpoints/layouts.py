@@ -37,7 +37,7 @@ from duquantpp_jax.ptq.experts import by_expert
 from duquantpp_jax.ptq.plan import linear_shapes
 from duquantpp_jax.ptq.site import QuantizedSite
 
-_WIDER = (np.float16, np.float32)
+_WIDER, _BFLOAT16 = (np.float16, np.float32), ml_dtypes.bfloat16
 
 
 def write_export(
@@ -100,12 +100,14 @@ def write_export(
             case "fp-quant":
                 fields["quantization_config"] = fp_quant.quantization_config(model, floats)
             case "gpt-oss":
-                fields["quantization_config"] = gpt_oss.quantization_config(moved)
+                fields["quantization_config"] = gpt_oss.quantization_config(model, moved)
         notes = _notes(model, format, moved)
         if wider and fields.get("dtype", fields.get("torch_dtype")) == "bfloat16":
+            scale = model.config.embedding_scale
+            more = ", and the scale of the embedding" if _BFLOAT16(scale) != scale else ""
             notes.append(
                 f"config.json says dtype bfloat16, to which readers round the {len(wider)} tensors "
-                "that are float16 or float32."
+                f"that are float16 or float32{more}."
             )
         write_rest(partial, INDEX, places, {}, source, fields, before)
         card = partial / CARD
@@ -179,12 +181,14 @@ def _notes(model: Quantized, format: Layout, moved: Mapping[str, list[str]]) -> 
         if linears:
             notes.append(
                 f"The inputs of {len(linears)} linears are to be rotated online: a reader must "
-                "apply transform_config, or its outputs are wrong."
+                "apply transform_config, or its outputs are wrong; transformers does not."
             )
+        if wrong := readers.other_formats("transformers", model.activation_formats, mixture=True):
+            notes.append(f"transformers gives other logits: it has activations in {wrong}.")
         return notes
-    formats = ", ".join(sorted(set(model.job.activation_formats.values())))
+    formats = ", ".join(sorted(set(model.activation_formats.values())))
     said = readers.says(
-        model.job.activation_formats,
+        model.activation_formats,
         moved=bool(moved),
         biases=any(name.endswith(tuple(model.config.biases)) for name in linears),
         mixture=model.config.num_experts > 0,

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from duquantpp_jax.checkpoints.readers import NVFP4, STATUS
+from duquantpp_jax.checkpoints.readers import NVFP4, STATUS, quantized_for
 from duquantpp_jax.checkpoints.shards import Stored
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.formats.tensors import from_tensors
@@ -157,6 +157,8 @@ def asked_for(fields: Mapping[str, Any]) -> str | None:
     if packing.get("quant_method") == QUARK:
         inputs = [packing["global_quant_config"].get("input_tensors")]
     elif packing.get("quant_method") == COMPRESSED:
+        if own := [name for name in quantized_for(packing).values() if name != "bf16"]:
+            return " and ".join(dict.fromkeys(own))
         inputs = [group.get("input_activations") for group in packing["config_groups"].values()]
     names = dict.fromkeys(_format(given) for given in inputs if given is not None)
     return " and ".join(names) or None

@@ -21,6 +21,7 @@ quantization/compressed_tensors and fp_quant.py, and QuTLASS, fused_quantize_mx 
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from duquantpp_jax.commands.options.common import Serve
 from duquantpp_jax.commands.options.export import Layout
@@ -87,6 +88,9 @@ READERS: dict[str, Reader] = {
 ANY = Reader("", "", fuses=True, biases=True)
 """Of an export that is not for one of them: what the layout itself holds."""
 
+FOR = "duquantpp_jax"
+"""Where config.json says for which formats an export was quantized, `{FOR: {SITE: NAME}}`: the
+library has no names for scale rules, and passes this entry over."""
 STATUS = "inputs are moved: load by duquantpp_jax.interop"
 """Stands for quantization_status where inputs are moved. The library refuses it, and prints it;
 vLLM does not read it."""
@@ -119,6 +123,38 @@ def check_formats(
             )
 
 
+def quantized_for(packing: Mapping[str, Any]) -> dict[str, str]:
+    """The activation formats, by site, for which an export says it was quantized; empty where it
+    says nothing.
+
+    Args:
+      packing: quantization_config of config.json.
+
+    Raises:
+      ValueError: The entry is no object of names.
+    """
+    formats = packing.get(FOR, {})
+    if not isinstance(formats, dict) or not all(isinstance(n, str) for n in formats.values()):
+        raise ValueError(f"config.json: quantization_config has {FOR} {formats!r:.100}: not ours")
+    return formats
+
+
+def other_formats(serve: Serve, activations: Mapping[str, str], *, mixture: bool) -> str | None:
+    """How a reader rounds activations that this model has in another format, in words; else None.
+
+    Args:
+      activations: Of each site, by their full names; NVFP4 is rounded as here.
+      mixture: Whether the model is a mixture of experts.
+    """
+    reader = READERS[serve]
+    wrong = {
+        f"{reader.activations(site, mixture)}, not {given}"
+        for site, given in activations.items()
+        if given != NVFP4 and not reader.rounds_as(given, site, mixture)
+    }
+    return "; ".join(sorted(wrong)) or None
+
+
 def says(
     activations: Mapping[str, str],
     *,
@@ -137,20 +173,15 @@ def says(
       experts_moved: Whether inputs of experts are among them.
     """
     found = {}
-    for name in ("transformers", "vllm"):
-        reader = READERS[name]
-        wrong = {
-            f"{reader.activations(site, mixture)}, not {given}"
-            for site, given in activations.items()
-            if given != NVFP4 and not reader.rounds_as(given, site, mixture)
-        }
+    programs: tuple[Serve, ...] = ("transformers", "vllm")
+    for name in programs:
         found[name] = "gives this model's logits"
-        if NVFP4 in activations.values() and reader.fuses:
+        if NVFP4 in activations.values() and READERS[name].fuses:
             found[name] = (
                 "gives other logits: it takes one tensor scale for q, k and v, up and gate"
             )
-        if wrong:
-            found[name] = f"gives other logits: it has activations in {'; '.join(sorted(wrong))}"
+        if wrong := other_formats(name, activations, mixture=mixture):
+            found[name] = f"gives other logits: it has activations in {wrong}"
     if experts_moved:
         found["transformers"] = "refuses it: it moves no input of an expert"
         found["vllm"] = "gives other logits: it moves no input of an expert"

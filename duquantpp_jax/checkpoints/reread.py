@@ -17,7 +17,9 @@ from duquantpp_jax.checkpoints.fp_quant import METHOD
 from duquantpp_jax.checkpoints.hugging_face import headers
 from duquantpp_jax.checkpoints.mxfp4 import BLOCK, COMPRESSED, PACKED
 from duquantpp_jax.checkpoints.one_matrix import QuantizedPart, site_matrix
+from duquantpp_jax.checkpoints.readers import other_formats, quantized_for
 from duquantpp_jax.checkpoints.shards import Tensor, inventory, read_json
+from duquantpp_jax.commands.options.common import Serve
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.formats import E2M1
 from duquantpp_jax.formats.tensors import pack_codes
@@ -44,6 +46,9 @@ def read_again(out: Path, directory: Path) -> str:
         *_, places = headers(out)
         return f"Read again: {len(places)} tensors, of the names and shapes of config.json."
     model, found = Quantized(directory), inventory(out)
+    formats = quantized_for(packing)
+    if method == COMPRESSED and formats != model.activation_formats:
+        raise ValueError(f"config.json is wrong about what activations are for: {formats}")
     groups = packing.get("transform_config", {}).get("config_groups", {})
     moved = {target: name for name, g in groups.items() for target in g["apply"][0]["targets"]}
     stored = linears(model.config)
@@ -75,7 +80,12 @@ def read_again(out: Path, directory: Path) -> str:
     text = f"Read again: {count} linears hold the bits of the quantized model, and "
     if method == METHOD:
         return f"{text}the matrices that move their inputs, in bfloat16."
-    return f"{text}config.json moves the inputs of {len(moved)} by its matrices."
+    text = f"{text}config.json moves the inputs of {len(moved)} by its matrices."
+    programs: tuple[Serve, ...] = ("transformers", "vllm")
+    for name in programs:
+        if wrong := other_formats(name, formats, mixture=model.config.num_experts > 0):
+            text += f" {name} has activations in {wrong}."
+    return text
 
 
 def _check(found: dict[str, Tensor], name: str, wanted: np.ndarray) -> None:

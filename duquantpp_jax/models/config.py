@@ -180,6 +180,8 @@ class DecoderConfig:
             fields["layer_types"] = self.layer_types or (FULL,) * self.num_hidden_layers
         if family.windows in ("used", "listed"):
             fields["use_sliding_window"] = self.sliding_window is not None
+        if (scalar := fields.get("query_pre_attn_scalar")) is not None and scalar == int(scalar):
+            fields["query_pre_attn_scalar"] = int(scalar)  # transformers refuses 256.0
         size, scale = self.hidden_size, self.embedding_scale
         types = (name for name in _DTYPES if _root({"dtype": name}, size) == scale)
         return {

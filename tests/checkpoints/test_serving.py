@@ -176,6 +176,21 @@ def test_what_each_reader_does_is_said():
         assert line.endswith("it moves no input of an expert")
 
 
+def test_an_export_for_another_rule_says_so_where_it_is_read_again(tiny_directory, tmp_path):
+    model = quantized(tiny_directory, tmp_path / "q", recipe="identity")
+    exported(model, tmp_path / "e")
+    said = read_again(tmp_path / "e", model)
+    assert "transformers has activations in mxfp4:even, not mxfp4:floor." in said
+    config = tmp_path / "e/config.json"
+    assert said.count("not mxfp4:floor") == 2
+    fields = json.loads(config.read_text())
+    assert {*readers.quantized_for(fields["quantization_config"]).values()} == {"mxfp4:floor"}
+    fields["quantization_config"][readers.FOR] = {"mlp_in": "mxfp4:even"}
+    config.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"is wrong about what activations are for"):
+        read_again(tmp_path / "e", model)
+
+
 def test_what_was_written_is_read_again_and_a_changed_byte_is_found(served, tmp_path, capsys):
     model, out = served
     assert "Read again: 14 linears hold the bits of the quantized" in read_again(out, model)

@@ -25,7 +25,7 @@ from duquantpp_jax.ptq.site import QuantizedLinear, move_input
 from tests.checkpoints.test_layouts import exported, quantized
 from tests.checkpoints.test_mxfp4 import COMPRESSED, drawn, written
 from tests.checkpoints.test_serving import served  # noqa: F401
-from tests.conftest import byte_tokenizer, mixture, tiny_decoder
+from tests.conftest import byte_tokenizer, mixture, relative, tiny_decoder
 from tests.decompress import assert_equal, by_library, dequantized, tensors_of
 
 pytest.importorskip("compressed_tensors", reason="needs the extra interop")
@@ -43,6 +43,13 @@ def both(tiny_directory, tmp_path_factory):
 def test_the_library_decompresses_every_weight_to_ours_bit_for_bit(both):
     model, out = both
     assert_equal(by_library(out), dequantized(model))
+
+
+def test_an_export_for_another_rule_loads_with_a_warning(both):
+    from duquantpp_jax.interop import load_transformers
+
+    with pytest.warns(UserWarning, match="has activations in mxfp4:even, not mxfp4:floor"):
+        load_transformers(both[1])
 
 
 def test_the_library_rotates_inputs_as_the_model_does(both):
@@ -134,20 +141,69 @@ def kl(logits, other):
     return float(kl_divergence(*map(jax.nn.log_softmax, (logits, other))).mean())
 
 
-def test_a_fitted_model_computes_and_writes_in_transformers_what_it_does_here(served):  # noqa: F811
+def assert_writes(model, ours):
+    """The likeliest 20 tokens after four are the same in transformers."""
     import torch
 
-    from duquantpp_jax.interop import load_transformers
-
-    model, ours = load_transformers(served[1]), logits_of(served[0])
-    wanted = ours(TOKENS)
-    assert kl(wanted, logits_in_transformers(model, TOKENS)) < 1e-6
     tokens = np.array(TOKENS)
     for place in range(4, 24):
         tokens[:, place] = ours(tokens)[:, place - 1].argmax(-1)
     start = torch.from_numpy(TOKENS[:, :4].astype(np.int64))
     written = model.generate(start, max_new_tokens=20, min_new_tokens=20, do_sample=False)
     np.testing.assert_array_equal(written.numpy(), tokens)
+    assert len(np.unique(tokens[:, 4:])) > 4
+
+
+FAMILY = {
+    "LlamaForCausalLM": {"attention_bias": True, "sliding_window": None},
+    "MistralForCausalLM": {},
+    "Qwen2ForCausalLM": {},
+    "Qwen3ForCausalLM": {"tie_word_embeddings": False},
+    "Gemma3ForCausalLM": {"hidden_size": 96, "head_dim": 32, "tie_word_embeddings": False},
+}
+
+
+@pytest.mark.parametrize("architecture", FAMILY)
+def test_every_dense_family_computes_and_writes_in_transformers_what_it_does_here(
+    architecture, tmp_path
+):
+    from duquantpp_jax.interop import load_transformers
+
+    model = relative(architecture, **FAMILY[architecture])
+    save(model, byte_tokenizer().to_str(), tmp_path / "m")
+    quantized(tmp_path / "m", tmp_path / "q", recipe="duquantpp", serve="transformers")
+    export(ExportOptions(tmp_path / "q", serve="transformers", out=tmp_path / "e", check=True))
+    loaded, ours = load_transformers(tmp_path / "e"), logits_of(tmp_path / "q")
+    assert kl(ours(TOKENS), logits_in_transformers(loaded, TOKENS)) < 1e-6
+    assert_writes(loaded, ours)
+
+
+def test_experts_of_gpt_oss_are_loaded_from_its_own_layout_their_inputs_as_they_are(tmp_path):
+    from duquantpp_jax.interop import load_transformers
+
+    save(mixture("GptOssForCausalLM"), byte_tokenizer().to_str(), tmp_path / "m")
+    some = {"include": ("*.mlp.*",)}
+    for name, recipe, format in (("a", "identity", "bf16"), ("b", "identity", "even"),
+                                 ("c", "block_hadamard", "bf16")):  # fmt: skip
+        more = {"recipe": recipe, "activation_formats": (format,), **some}
+        quantized(tmp_path / "m", tmp_path / name, **more)
+        exported(tmp_path / name, tmp_path / f"{name}.e", "gpt-oss")
+    loaded, ours = load_transformers(tmp_path / "a.e"), logits_of(tmp_path / "a")
+    assert kl(ours(TOKENS), logits_in_transformers(loaded, TOKENS)) < 1e-4
+    assert_writes(loaded, ours)
+    with pytest.warns(UserWarning, match="activations in bf16, not mxfp4:even"):
+        load_transformers(tmp_path / "b.e")
+    with pytest.raises(ValueError, match="the inputs of its experts are moved"):
+        load_transformers(tmp_path / "c.e")
+
+
+def test_a_fitted_model_computes_and_writes_in_transformers_what_it_does_here(served):  # noqa: F811
+    from duquantpp_jax.interop import load_transformers
+
+    model, ours = load_transformers(served[1]), logits_of(served[0])
+    wanted = ours(TOKENS)
+    assert kl(wanted, logits_in_transformers(model, TOKENS)) < 1e-6
+    assert_writes(model, ours)
     for module in model.modules():
         module._forward_pre_hooks.clear()
     assert kl(wanted, logits_in_transformers(model, TOKENS)) > 0.01
