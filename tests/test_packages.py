@@ -1,12 +1,16 @@
 """What the package and its rooms export is there, is documented, and weighs nothing until asked."""
 
 import importlib
+import pathlib
 import pkgutil
+import re
+import tomllib
 
 import pytest
 
 import duquantpp_jax
 
+ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = ("core", "formats", "transforms", "rounding", "learning", "models", "checkpoints", "ptq")
 ROOMS += ("evaluation", "lab", "kernels")
 
@@ -30,3 +34,13 @@ def test_what_is_no_export_is_no_attribute():
         with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
             _ = package.nothing
     assert set(duquantpp_jax.__all__) <= set(dir(duquantpp_jax))
+
+
+def test_ci_tests_the_lowest_versions_that_are_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    lines = (ROOT / ".ci/constraints-3.11.txt").read_text().splitlines()
+    locked = dict(line.split("==") for line in lines)
+    for needed in declared:
+        name, least = re.match(r"([\w.-]+)(?:\[\w+\])?>=([\w.]+)", needed).groups()
+        assert re.fullmatch(rf"{re.escape(least)}(\.0)*", locked[name.lower()]), needed
