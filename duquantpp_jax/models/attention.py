@@ -11,6 +11,8 @@ checkpoints; Ainslie et al., GQA (arXiv:2305.13245); Jiang et al., Mistral 7B (a
 section 2, for the window.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,27 @@ from jaxtyping import Array, Float, Float32, Int32
 
 # By default a GPU multiplies float32 in TF32, whose 10-bit mantissa rounds as a quantizer does.
 HIGHEST = jax.lax.Precision.HIGHEST
+
+
+def product(equation: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float32[Array, "..."]:
+    """The einsum in float32. Of bfloat16 factors the gradient is rounded to bfloat16 before it is
+    multiplied, which else would be a product in float32."""
+    if a.dtype == jnp.bfloat16:
+        return _narrow(equation, a, b)
+    return jnp.einsum(equation, a, b, precision=HIGHEST, preferred_element_type=jnp.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _narrow(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _narrow_backward(equation: str, kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    _, pull = jax.vjp(functools.partial(jnp.einsum, equation), *kept)
+    return pull(g.astype(jnp.bfloat16))
+
+
+_narrow.defvjp(lambda equation, a, b: (_narrow(equation, a, b), (a, b)), _narrow_backward)
 
 
 def rotary(
@@ -50,9 +73,7 @@ def causal_attention(
       scalar: c, which is head_dim in most families.
       sinks: The logit of each head's sink.
     """
-    scores = jnp.einsum(
-        "rqhgd,rkhd->rhgqk", q, k, precision=HIGHEST, preferred_element_type=jnp.float32
-    )
+    scores = product("rqhgd,rkhd->rhgqk", q, k)
     keys = jnp.arange(k.shape[1], dtype=jnp.int32)
     visible = keys <= positions[..., None]
     if window is not None:

@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, Integer
 from numpy.typing import DTypeLike
 
-from duquantpp_jax.models.attention import HIGHEST
+from duquantpp_jax.models.attention import product
 from duquantpp_jax.models.cache import Cache, Store
 from duquantpp_jax.models.config import DecoderConfig
 from duquantpp_jax.models.layers import Linear, dense, layer, positional, rms_norm
@@ -195,7 +195,4 @@ class Decoder(nnx.Module):
             x = jnp.take_along_axis(x, at[:, None, None], axis=1, mode="clip")
         x = rms_norm(config, x, self.norm[...]).astype(self.dtype)
         head = (self.embedding if self.head is None else self.head)[...].astype(self.dtype)
-        logits = jnp.einsum(
-            "rlk,vk->rlv", x, head, precision=HIGHEST, preferred_element_type=jnp.float32
-        )
-        return logits, outs, entries
+        return product("rlk,vk->rlv", x, head), outs, entries

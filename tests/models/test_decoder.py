@@ -1,5 +1,7 @@
 """The decoder against its equations in float64 NumPy, and what a `linear` may rely on."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,7 @@ from duquantpp_jax.models import (
     linear_names,
     parameter_shapes,
 )
+from duquantpp_jax.models.attention import product
 
 HEADS = {"grouped": (4, 2), "one key head": (4, 1), "as many key heads": (2, 2)}
 
@@ -215,6 +218,19 @@ def test_the_gradient_is_the_slope_along_every_parameter():
             for leaf in (leaves[i] + slope * (0.01 / norm), leaves[i] - slope * (0.01 / norm))
         ]
         assert (ends[0] - ends[1]) / 0.02 == pytest.approx(norm, rel=0.02)
+
+
+def test_the_gradient_of_a_bfloat16_product_is_rounded_before_it_is_multiplied():
+    rng = np.random.default_rng(3)
+    a, b, g = (rng.standard_normal(shape) for shape in ((3, 4), (5, 4), (3, 5)))
+    a, b = (jnp.asarray(x, jnp.bfloat16) for x in (a, b))
+    y, pull = jax.vjp(functools.partial(product, "tk,nk->tn"), a, b)
+    wide = [np.asarray(x, np.float64) for x in (a, b, jnp.asarray(g, jnp.bfloat16))]
+    np.testing.assert_allclose(y, wide[0] @ wide[1].T, rtol=1e-6)
+    to_a, to_b = pull(jnp.asarray(g, jnp.float32))
+    assert to_a.dtype == to_b.dtype == jnp.bfloat16
+    for found, wanted in ((to_a, wide[2] @ wide[1]), (to_b, wide[2].T @ wide[0])):
+        np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=2**-8, atol=2**-10)
 
 
 def test_bfloat16_rounds_the_products_and_nothing_else_changes():
