@@ -34,6 +34,7 @@ from duquantpp_jax.ptq.watching import (
     Watched,
     calibrate_sites,
     find_sites,
+    hidden_in,
     inputs_of,
     token_rows,
 )
@@ -103,15 +104,27 @@ def quantize(
     _check(module, method, batches)
     found, left = _find(module)
     chosen = _chosen(found, left, include, exclude)
-    watched = nnx.clone(module)
-    watched.eval()
-    log = Log()
-    makers = {path: functools.partial(Watched, path=path, log=log) for path in chosen}
-    graph, state = nnx.split(_replaced(watched, makers))
-    look_at = functools.partial(inputs_of, graph, call)
-    sites = []
-    if chosen:
-        sites = find_sites(look_at, state, log, chosen, batches, method, left, pad)
+
+    def watching(chosen: Mapping[str, Any]) -> tuple[Callable[..., Any], Any, Log]:
+        watched, log = nnx.clone(module), Log()
+        watched.eval()
+        makers = {path: functools.partial(Watched, path=path, log=log) for path in chosen}
+        graph, state = nnx.split(_replaced(watched, makers))
+        return functools.partial(inputs_of, graph, call, log), state, log
+
+    sites, given = [], (batches, method, left, pad)
+    look_at, state, log = watching(chosen)
+    try:
+        if chosen:
+            sites = find_sites(look_at, state, log, chosen, *given)
+    except Exception:  # whatever JAX and flax say of state that changes where it must not
+        if not (hidden := hidden_in(look_at, state, log, batches)):
+            raise
+        left |= hidden
+        chosen = {path: linear for path, linear in chosen.items() if path not in hidden}
+        look_at, state, log = watching(chosen)
+        if chosen:
+            sites = find_sites(look_at, state, log, chosen, *given)
     if not sites:
         why = "; ".join(f"{path} {reason}" for path, reason in left.items())
         raise ValueError(f"no linear of the module can be quantized: {why or 'it has none'}")

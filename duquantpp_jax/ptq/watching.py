@@ -3,6 +3,10 @@
 Linears that are to be watched keep, in a variable, what they are called with; a program runs the
 module on a batch and returns it, and another folds it into Stats (calibration.py). Two linears
 share an input if all their calls get the same arrays.
+
+What a linear is called with inside nnx.jit or nnx.remat comes out of them with the module's state.
+Out of nnx.scan, nnx.cond or jax.lax.scan it does not: linears inside those stay as they are
+(`hidden_in`).
 """
 
 import functools
@@ -13,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array
 
 from duquantpp_jax.core import Fitted, Needs, Recipe, Stats
@@ -26,10 +31,29 @@ class _Seen(nnx.Variable):
 
 
 class Log:
-    """The paths of linears in the order in which they are called while a module is traced."""
+    """What is seen of linears while a module is traced.
+
+    Attributes:
+      paths: In the order of the calls.
+      nested: Paths of those that are called inside a transformation of JAX.
+      keeps: Paths of those whose inputs are kept; None for all.
+    """
 
     def __init__(self) -> None:
         self.paths: list[str] = []
+        self.nested: set[str] = set()
+        self.keeps: set[str] | None = None
+        self._outside: Any = None
+
+    def begin(self) -> None:
+        """Calls from here on are not nested."""
+        self._outside = get_opaque_trace_state(convention="nnx")
+
+    def call(self, path: str) -> None:
+        """Notes a call."""
+        self.paths.append(path)
+        if get_opaque_trace_state(convention="nnx") != self._outside:
+            self.nested.add(path)
 
 
 class Watched(nnx.Module):
@@ -39,19 +63,46 @@ class Watched(nnx.Module):
         self.linear, self.seen, self.path, self.log = linear, _Seen(()), path, log
 
     def __call__(self, inputs: Array, *arguments: Any, **options: Any) -> Array:
-        self.log.paths.append(self.path)
-        self.seen.set_value((*self.seen.get_value(), inputs))
+        self.log.call(self.path)
+        if self.log.keeps is None or self.path in self.log.keeps:
+            self.seen.set_value((*self.seen.get_value(), inputs))
         return self.linear(inputs, *arguments, **options)
 
 
 def inputs_of(
-    graph: Any, call: Callable[..., Any], state: Any, batch: Any
+    graph: Any, call: Callable[..., Any], log: Log, state: Any, batch: Any
 ) -> dict[str, tuple[Array, ...]]:
-    """What each watched linear is called with on a batch."""
-    module = nnx.merge(graph, state)
+    """What each watched linear is called with on a batch; ValueError if that is lost."""
+    module, first = nnx.merge(graph, state), len(log.paths)
+    log.begin()
     call(module, batch)
     watched = [inner for _, inner in nnx.iter_modules(module) if isinstance(inner, Watched)]
-    return {inner.path: inner.seen.get_value() for inner in watched}
+    found = {inner.path: inner.seen.get_value() for inner in watched}
+    kept = log.paths[first:] if log.keeps is None else log.keeps
+    if lost := [path for path in kept if not found[path]]:
+        raise ValueError(f"{lost[0]}: its input does not come out of where it is called")
+    return found
+
+
+def hidden_in(
+    look_at: Callable[..., Any], state: Any, log: Log, batches: Sequence[Any]
+) -> dict[str, str]:
+    """The linears that are called inside a transformation of JAX from which their inputs do not
+    come out, by their paths, and why they stay as they are."""
+
+    def look(keeps: set[str]) -> None:
+        log.keeps = keeps
+        for batch in batches:  # a function of its own, for what it has traced JAX keeps
+            jax.eval_shape(lambda *given: look_at(*given), state, batch)
+
+    look(set())
+    found, why = {}, "is called inside a transformation of JAX which hides its input (as scan)"
+    for path in sorted(log.nested):
+        try:
+            look({path})
+        except Exception:  # whatever JAX and flax say of state that changes where it must not
+            found[path] = why
+    return found
 
 
 class ModuleSite(NamedTuple):

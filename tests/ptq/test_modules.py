@@ -203,6 +203,27 @@ def test_what_cannot_be_treated_is_left_in_float_and_listed_with_the_reason():
     assert isinstance(module.fine, nnx.Linear)
 
 
+class Nested(nnx.Module):
+    """Linears under nnx.remat and nnx.jit, whose inputs can be seen, and a cell under nnx.scan."""
+
+    def __init__(self, rngs):
+        self.first, self.second, self.out = (nnx.Linear(64, 64, rngs=rngs, **INIT) for _ in "abc")
+        self.rnn = nnx.RNN(nnx.GRUCell(64, 64, rngs=rngs, **INIT))
+
+    def __call__(self, x):
+        call = lambda linear, x: linear(x)  # noqa: E731
+        return self.out(self.rnn(nnx.jit(call)(self.second, nnx.remat(call)(self.first, x))))
+
+
+def test_linears_under_jit_and_remat_are_quantized_and_those_under_scan_are_left_by_name():
+    batches = np.random.default_rng(0).standard_normal((2, 4, 16, 64), np.float32)
+    _, report = quantize(Nested(nnx.Rngs(0)), "rtn", [*batches])
+    seen = dict.fromkeys(("first", "second", "out"), 128)
+    assert {row["linear"]: row["tokens"] for row in report.linears} == seen
+    inside = [path for path, why in report.left.items() if "inside a transformation" in why]
+    assert inside == ["rnn.cell.dense_h", "rnn.cell.dense_i"]
+
+
 def test_weights_to_be_trained_that_start_elsewhere_than_rounded_are_counted(caplog):
     linear = nnx.Linear(64, 64, rngs=nnx.Rngs(0), **INIT)
     x = np.random.default_rng(0).standard_normal((64, 64), np.float32)
