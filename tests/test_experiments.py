@@ -1,5 +1,6 @@
 """Experiments of the main job run at toy size, and their tables hold what their results say."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from duquantpp_jax.lab.cells import SCHEMA
 from duquantpp_jax.lab.table import markdown
 from experiments import (
     architecture,
+    bench_gpu,
     health,
     position_zero,
     rotations,
@@ -46,6 +48,22 @@ def test_a_synthetic_checkpoint_is_one_that_can_be_read(tmp_path):
     assert np.std(w) == pytest.approx(0.02, rel=0.05)
     assert np.any(w[0] != w[1])
     assert np.all(np.asarray(model.norm[...]) == 1)
+
+
+@pytest.mark.slow
+def test_the_bench_of_a_gpu_checks_first_and_gives_ratios_of_one_run(tmp_path, monkeypatch, capsys):
+    out, parts = tmp_path / "out.json", ["limits", "linear"]
+    monkeypatch.setattr(sys, "argv", ["bench", "--tiny", "--parts", *parts, "--out", str(out)])
+    bench_gpu.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["part"] for row in rows] == ["limits"] * 2 + ["linear"] * 3
+    rival, *others = rows[2:]
+    assert all(row["ratio"] == row["seconds"] / rival["seconds"] for row in others)
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    wrong = lambda self, site, x, weights, state: ((x @ x.T,), None)  # noqa: E731
+    monkeypatch.setattr(bench_gpu.QuantizedLinear, "__call__", wrong)
+    with pytest.raises(ValueError, match="further off"):
+        list(bench_gpu.linear(dataclasses.replace(bench_gpu.TINY, linear=(48, 64, 48))))
 
 
 @pytest.mark.slow
