@@ -61,8 +61,6 @@ class Contraction:
         if str(dtype) not in FLOAT_TYPES:
             raise ValueError(f"has a kernel of {dtype}: only {', '.join(FLOAT_TYPES)} are rounded")
         if isinstance(linear, nnx.Einsum):
-            if linear.einsum_str is None:
-                raise ValueError("is given its equation at each call")
             found, whole = cls(shape, equation=linear.einsum_str), linear.kernel_shape
             found._check()
         elif isinstance(linear, nnx.Linear):

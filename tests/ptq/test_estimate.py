@@ -10,10 +10,37 @@ from duquantpp_jax.evaluation.predict import Predictor, _predicted, evaluation_b
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.models.layers import positional_of
 from duquantpp_jax.ptq.calibration import BATCH_ROWS, _run_layer, layers_of
-from duquantpp_jax.ptq.estimate import running_bytes
+from duquantpp_jax.ptq.estimate import estimate, running_bytes
+from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.recipes import recipe
+from tests.conftest import TINY
 
 MORE = 1.75
 """The prediction may be this many times what is measured, and never less."""
+
+
+def test_bytes_are_those_of_codes_scales_and_transforms_and_seconds_those_of_the_products(
+    monkeypatch,
+):
+    monkeypatch.setattr("duquantpp_jax.ptq.estimate.flops_per_second", lambda: 1.0)
+    found = {}
+    for rounding in ("rtn", "gptq"):
+        method = recipe("rtn", "nvfp4", rounding, activation_format="mxfp4")
+        plan = Plan.of(TINY, method, exclude=("*.1.mlp.*",))
+        found[rounding] = estimate(plan, 4, 100)
+    assert len(found["rtn"]["linears"]) == 14 - 3
+    own = {row["linear"]: row["bytes"] for row in found["rtn"]["linears"]}
+    codes, moves = 64 * 64 // 16 * 9 + 4, (4 + 8 * 32) * 64
+    assert own["model.layers.1.self_attn.q_proj"] == codes
+    assert own["model.layers.0.self_attn.o_proj"] == codes + moves
+    assert found["rtn"]["bytes"] == sum(own.values())
+    linears = 2 * 64 * (64 + 32) + 3 * 64 * 96  # parameters of a layer
+    assert found["rtn"]["seconds"] == 2 * 2 * 400 * linears
+    # A second pass over all, and of each site a Gram matrix, its factors, and rounding.
+    sites = ((64, 128), (64, 64), (64, 192), (96, 64))
+    each = [2 * 400 * k**2 + 2 * k**3 + 6 * n * k**2 for k, n in sites]
+    more = 2 * 2 * 400 * linears + 2 * sum(each[:2]) + sum(each[2:])
+    assert found["gptq"]["seconds"] == found["rtn"]["seconds"] + more
 
 
 @pytest.mark.slow

@@ -224,6 +224,19 @@ def test_linears_under_jit_and_remat_are_quantized_and_those_under_scan_are_left
     assert inside == ["rnn.cell.dense_h", "rnn.cell.dense_i"]
 
 
+def test_a_linear_that_is_no_product_with_one_matrix_is_refused_by_its_reason():
+    given = {"rngs": nnx.Rngs(0), **INIT}
+    whole = nnx.Linear(64, 64, **given)
+    whole.kernel = nnx.Param(jnp.zeros((64, 64), jnp.int32))
+    cases = {
+        "has a kernel of int32: only float32": whole,
+        "has batch axes": nnx.LinearGeneral(64, 64, batch_axis={0: 2}, **given),
+    }
+    for says, linear in cases.items():
+        with pytest.raises(ValueError, match=says):
+            Contraction.of(linear)
+
+
 def test_weights_to_be_trained_that_start_elsewhere_than_rounded_are_counted(caplog):
     linear = nnx.Linear(64, 64, rngs=nnx.Rngs(0), **INIT)
     x = np.random.default_rng(0).standard_normal((64, 64), np.float32)

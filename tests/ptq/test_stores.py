@@ -40,3 +40,13 @@ def test_no_other_scale_rule_of_its_kind_errs_less(name):
         other = HeadStore(dataclasses.replace(FORMATS[name], scale_rule=rule))
         errors[rule] = float(np.mean((through(other, x) - x) ** 2))
     assert min(errors, key=errors.__getitem__) is chosen.format.scale_rule, errors
+
+
+def test_heads_that_do_not_fit_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"head_dim 80 is not a multiple of block 32.*bf16"):
+        store("mxfp8", 80)
+    with pytest.raises(ValueError, match=r"power of two.* 96"):
+        store("mxfp4", 96, rotate_keys=True)
+    with pytest.raises(ValueError, match="unknown cache format 'mxfp5': did you mean"):
+        store("mxfp5", 64)
+    assert store("bf16", 80).format == jnp.bfloat16

@@ -196,6 +196,19 @@ def test_fewer_tokens_than_a_fit_needs_are_a_warning_that_says_how_many_do(caplo
     )
 
 
+def test_what_a_walk_is_not_given_is_asked_for(model):
+    stats = {s: Stats.init(width, 1, 1) for s, width in plan_of().widths(0).items()}
+    wanted = {
+        "calibrated on hidden states": (plan_of("rtn"), None),
+        "looks at moved inputs: give the hidden states": (plan_of("rtn", rounding="gptq"), stats),
+    }
+    for says, (plan, own) in wanted.items():
+        with pytest.raises(ValueError, match=says):
+            quantize_layer(plan, 0, next(layers_of(model)), None, stats=own)
+    with pytest.raises(ValueError, match="calibrates on the quantized layers: give no stats"):
+        quantize_decoder(plan_of("rtn", sequential=True), model, TOKENS, stats=stats)
+
+
 def test_an_input_or_a_fit_that_is_nan_names_layer_and_site_and_counts():
     spoilt = Stats.init(64, 1, 1).replace(absmax=jnp.full(64, jnp.inf))
     with pytest.raises(ValueError, match=r"layers\.3\.mlp_in: .* moved is NaN or Inf in 64 of 64"):
