@@ -220,7 +220,7 @@ def coverage_of(modules: list[str]) -> Iterator[Callable[[], dict[str, Any]]]:
 
     root = Path(duquantpp_jax.__file__).parent
     files = [str(root / module) for module in modules]
-    measured = Coverage(branch=True, include=files, data_file=None)
+    measured = Coverage(branch=True, include=files, data_file=None, config_file=False)
     measured.start()
 
     def report() -> dict[str, Any]:
