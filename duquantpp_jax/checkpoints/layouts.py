@@ -26,7 +26,7 @@ from duquantpp_jax.checkpoints.job import Job
 from duquantpp_jax.checkpoints.one_matrix import Layer, Tensors
 from duquantpp_jax.checkpoints.readers import CARD
 from duquantpp_jax.checkpoints.shards import INDEX
-from duquantpp_jax.checkpoints.source import Directory, beside
+from duquantpp_jax.checkpoints.source import Directory
 from duquantpp_jax.checkpoints.writer import Progress, write_rest, write_tensors
 from duquantpp_jax.commands.options.common import Serve
 from duquantpp_jax.commands.options.export import Layout
@@ -64,7 +64,7 @@ def write_export(
     if own := format == "gpt-oss":
         gpt_oss.check(model)
     check(format, model.config, model.job, serve)
-    count, before = model.config.num_hidden_layers, beside(source)[1]
+    count, before = model.config.num_hidden_layers, source.beside()
     places: dict[str, str] = {}
     moved: dict[str, list[str]] = {}
     floats: list[str] = []

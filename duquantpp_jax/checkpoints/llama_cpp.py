@@ -187,3 +187,7 @@ class GGUFModel:
             "tokenizer_config.json": lambda: files.to_json(bpe.settings(self.keys)),
             "generation_config.json": lambda: files.to_json(ids),
         }
+
+    def beside(self) -> dict[str, str]:
+        """Nothing: all is in the one file."""
+        return {}

@@ -7,6 +7,7 @@ kind of source has
     tensors()       every tensor by its name in a Hugging Face checkpoint: shape, dtype, `read()`
     sha256()        which model this is
     companions()    the other files of a model directory, by name, as calls that give their bytes
+    beside()        SHA-256 by name of those that programs read, where sha256() is not of them too
 """
 
 import functools
@@ -124,6 +125,11 @@ class Directory:
             and not path.name.startswith(".")
         }
 
+    def beside(self) -> dict[str, str]:
+        """Of tokenizer and settings; the texts for people may change."""
+        names = (name for name in self.companions() if name.endswith(READ))
+        return {name: files.sha256(self.path / name) for name in names}
+
 
 def _content(path: Path) -> bytes:
     """Bytes of a companion; what only people read may be added to a sealed directory."""
@@ -131,10 +137,3 @@ def _content(path: Path) -> bytes:
 
 
 Source = Directory | GGUFModel
-
-
-def beside(source: Source) -> tuple[dict[str, bytes], dict[str, str]]:
-    """Contents of the companions of a model by name; SHA-256 of those that programs read."""
-    contents = {name: content() for name, content in source.companions().items()}
-    read = {name: content for name, content in contents.items() if name.endswith(READ)}
-    return contents, {n: hashlib.sha256(content).hexdigest() for n, content in read.items()}

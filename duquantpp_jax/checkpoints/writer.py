@@ -31,7 +31,7 @@ from duquantpp_jax.checkpoints.job import SCHEMA, Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.seal import SUMS, write_seal
 from duquantpp_jax.checkpoints.shards import INDEX, OWN_INDEX
-from duquantpp_jax.checkpoints.source import CONFIG, Source, beside
+from duquantpp_jax.checkpoints.source import CONFIG, Source
 from duquantpp_jax.core import Fitted, MXArray
 from duquantpp_jax.files import ABOUT
 from duquantpp_jax.files.processes import LOCK, only_process
@@ -254,7 +254,7 @@ def finish(
     """Writes what is not in layers; config.json last.
 
     Args:
-      before: Hashes of `source.beside` before the model was read.
+      before: What `checkpoint.source.beside()` was before the model was read.
       check: Called when the model has been read; raises ValueError if it is another than before.
 
     Raises:
@@ -307,12 +307,12 @@ def write_rest(
     a seal where that is this package's own, and config.json.
 
     Args:
-      before: Hashes of `source.beside` before the model was read.
+      before: What `source.beside()` was before the model was read.
 
     Raises:
       ValueError: A companion was changed, added or removed meanwhile.
     """
-    contents, now = beside(source)
+    contents, now = {n: content() for n, content in source.companions().items()}, source.beside()
     if changed := sorted(name for name in {**before, **now} if before.get(name) != now.get(name)):
         raise ValueError(
             f"{', '.join(changed)} of the model was changed, added or removed while it was read: "

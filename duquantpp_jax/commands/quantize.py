@@ -19,7 +19,7 @@ from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about
 from duquantpp_jax.checkpoints.job import Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint, outline
 from duquantpp_jax.checkpoints.readers import READERS
-from duquantpp_jax.checkpoints.source import beside, source
+from duquantpp_jax.checkpoints.source import source as source_of
 from duquantpp_jax.checkpoints.writer import REFINED, begin, finish, write_layers, write_refined
 from duquantpp_jax.commands.options.common import MODEL
 from duquantpp_jax.commands.options.quantize import QuantizeOptions
@@ -72,7 +72,7 @@ def quantize(options: QuantizeOptions, progress: Step = lambda *_: None) -> dict
     if options.text == MODEL:
         _planned(dataclasses.replace(options, dry_run=True))  # refuses most bad input first
         progress("the model writes its calibration rows", 0, options.rows)
-    before = beside(source(options.model or testbed.directory()))[1]
+    before = source_of(options.model or testbed.directory()).beside()
     job, plan, tokens, _ = _planned(options)
     checkpoint = Checkpoint(options.model or testbed.directory(), job.turn)
     # What is kept was made of the job's model: a file that is replaced has other times, at least.

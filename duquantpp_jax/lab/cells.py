@@ -20,7 +20,7 @@ from duquantpp_jax import files
 from duquantpp_jax.checkpoints import sha256 as model_sha256
 from duquantpp_jax.checkpoints import testbed
 from duquantpp_jax.checkpoints.fits import other_formats, read_about
-from duquantpp_jax.checkpoints.source import PACKAGES
+from duquantpp_jax.checkpoints.source import PACKAGES, source
 from duquantpp_jax.commands.options.common import MODEL, Plain
 from duquantpp_jax.core import Element, Fit, Format, Recipe, Rounding
 from duquantpp_jax.evaluation.rows import TARGETS, is_lines
@@ -182,10 +182,26 @@ class Cell(Plain):
         later |= {"text_key": self.text_key != "text" and self.text_key}
         return found | {name: canonical(value) for name, value in later.items() if value}
 
-    @functools.cached_property
+    @property
     def digest(self) -> str:
-        """Name of the cell's files: 16 hexadecimal digits of the configuration's SHA-256."""
-        return digest_of(self.configuration())
+        """Name of the cell's files: 16 hexadecimal digits of the configuration's SHA-256, when it
+        was first asked for."""
+        return self._begun[0]
+
+    @functools.cached_property
+    def _begun(self) -> tuple[str, dict[str, str]]:
+        """The digest; and hashes of the files beside the model, as its tokenizer."""
+        beside = source(self.model or testbed.directory()).beside()
+        return digest_of(self.configuration()), beside
+
+    def check_unchanged(self) -> None:
+        """Raises ValueError if what it reads is other than when `digest` was first asked for."""
+        with files.refusing(self.model or Path("the model"), "give a model and texts that stay"):
+            if dataclasses.replace(self)._begun != self._begun:
+                raise ValueError(
+                    f"{self.labels()}: model, texts or fits were changed while they were read: "
+                    "give those that stay"
+                )
 
     def labels(self) -> str:
         """The cell in a few words."""

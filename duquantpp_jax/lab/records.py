@@ -93,12 +93,7 @@ def record_of(cell: Cell, found: Found) -> Record:
 
     Sums over rows are written with the fewest digits that read back as the same float32.
     """
-    with files.refusing(cell.model or Path("the model"), "give a model and texts that stay"):
-        if digest_of(cell.configuration()) != cell.digest:
-            raise ValueError(
-                f"{cell.labels()}: model, texts or fits were changed while they were read: give "
-                "those that stay"
-            )
+    cell.check_unchanged()
     given = {"kl": found.sums.kl, "nll": found.sums.nll, "float_nll": found.sums.reference_nll}
     given |= {"agreement": found.sums.agreement}
     rows: dict[str, Any] = {"document": found.documents.tolist()}

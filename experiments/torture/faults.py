@@ -3,7 +3,8 @@
 Question: what comes of a full disk, of a directory that cannot be written, and of files that are
     replaced or removed while a command reads or writes them?
 Hypothesis: one line and exit code 2, and the next run ends as an undisturbed one; or the command
-    did not need the file any more, and its result is an undisturbed one's. Never another result.
+    did not need the file any more, and its result is an undisturbed one's; or had not read it yet,
+    and its result is that of the new file. Never another result.
 Command: python -m experiments.torture.faults [--seconds S] [--only NAME ..]
 Cost: --seconds of the clock.
 Last result: docs/reliability.md.
@@ -15,6 +16,7 @@ cut short in place takes its reader with it (SIGBUS), as a kill would.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import resource
@@ -78,8 +80,14 @@ class Trial:
         self.own = place / f"{command.name} faults"
         self.own.mkdir()
 
-    def judge(self, fault: str, code: int, out: Path, *, again: bool = True) -> None:
-        """Notes what came of a fault; then runs the command without it and compares."""
+    def judge(
+        self, fault: str, code: int, out: Path, *, again: bool = True, also: Any = None
+    ) -> None:
+        """Notes what came of a fault; then runs the command without it and compares.
+
+        Args:
+          also: What may be left beside an undisturbed run's: a run's of the files that are new.
+        """
         from experiments.torture.commands import differences, left, run
 
         self.counts[fault]["tried"] += 1
@@ -87,7 +95,8 @@ class Trial:
         if code not in (0, 2) or (code == 2 and not said_well(self.log)):
             said = " ".join(self.log.read_text(errors="replace").split())[-400:]
             self.findings.append(f"{fault}: ended with {code}: {said}")
-        if code == 0 and (found := differences(left(out), self.wanted)):
+        found = differences(left(out), self.wanted) if code == 0 else []
+        if found and (also is None or differences(left(out), also)):
             self.findings.append(f"{fault}: ended well, and differs in {found}")
         if code != 0 and again:
             if not self.command.goes_on:
@@ -175,6 +184,8 @@ class Trial:
 
     def changed(self, fault: str) -> None:
         """A file that the command reads is replaced by another of its kind, or removed."""
+        from experiments.torture.commands import differences, left
+
         source = self.place / ("quantized" if self.command.name == "export" else "model")
         names = [path.name for path in source.iterdir() if path.suffix == ".safetensors"]
         name = self.chance.choice([*names, "config.json", "tokenizer.json"])
@@ -190,12 +201,25 @@ class Trial:
                     shutil.copy(other, source / ".new")
                     (source / ".new").rename(source / name)
 
-            code = self._meanwhile(out, change)
+            code, also = self._meanwhile(out, change), None
+            if fault == "replaced" and code == 0 and differences(left(out), self.wanted):
+                also = self._left_anew()  # it was replaced before it was read
         finally:
             shutil.rmtree(source)
             kept.rename(source)
-        self.judge(fault, code, out)
+        self.judge(fault, code, out, also=also)
         shutil.rmtree(out, ignore_errors=True)
+
+    def _left_anew(self) -> Any:
+        """What a run leaves from the files that are there now; None if it fails."""
+        from experiments.torture.commands import left, run
+
+        out = self.own / "anew"
+        with contextlib.suppress(RuntimeError):
+            run(self.command, out, self.log)
+        found = left(out)
+        shutil.rmtree(out, ignore_errors=True)
+        return found
 
     def output_removed(self) -> None:
         """--out is removed while the command writes there."""
@@ -220,7 +244,7 @@ def faults(place: Path, seconds: float, only: list[str] | None, seed: int = 0) -
     from experiments.torture.commands import commands
 
     made, mounts = commands(place), may_mount(place / "mount")
-    subjects.write_model(place / "other", num_hidden_layers=2, seed=5)
+    subjects.write_model(place / "other", num_hidden_layers=2, seed=5, rms_norm_eps=1e-3)
     end, trials = time.monotonic() + seconds, {}
     for name in only or made:
         trials[name] = Trial(made[name], place, mounts, seed)

@@ -31,9 +31,8 @@ python -m experiments.torture.load --seconds 300
 ```
 
 Each prints its findings and ends with 1 if there are any. Models are tiny and random; moments and
-mutations are drawn from a seed. The short form of `fuzz` is a test
-(`tests/test_torture.py`); kills and faults have tests of their own (`tests/lab/test_kills.py`,
-`tests/commands/test_resuming.py`, `tests/test_files.py`).
+mutations are drawn from a seed. Kills are 100 of a command at most, of `learn` and `serve` 20; the
+count is what the time allowed. Short forms are tests: [below](#held-by-tests).
 
 | promise | how it is tried | count | last result |
 | --- | --- | ---: | --- |
@@ -74,14 +73,19 @@ write, and what writes is not run): {branches}.
 - The same bytes are promised on one machine ([quantize.md](quantize.md)).
 """
 TESTS = {
+    "short form of `fuzz`": "tests/test_torture.py",
+    "short form of `kills`, of `ablate`: a grid that is killed goes on": "tests/lab/test_kills.py",
+    "of `quantize`, which goes on and exports": "tests/commands/test_resuming.py",
+    "short form of `faults`": "tests/commands/test_faults.py",
+    "short form of `load`: cells leave no arrays behind": "tests/lab/test_running.py",
+    "processes share a grid, a killed one is replaced": "tests/lab/test_executors.py",
+    "clients of `serve` that are slow, gone or wrong": "tests/interop/test_application.py",
+    "what changes while it is read gives no result": "tests/commands/test_same_bytes.py",
     "a quantized directory is read as a stranger's": "tests/commands/test_own_files.py",
     "what was written by half is not there": "tests/test_files.py",
     "signals, Ctrl-C and want of memory end a command in one line": "tests/test_stopping.py",
-    "quantizing that is killed goes on": "tests/commands/test_resuming.py",
-    "a grid that is killed goes on": "tests/lab/test_kills.py",
     "no claim outlives its process": "tests/lab/test_claims.py",
     "a lie in the header of a GGUF file is refused at once": "tests/checkpoints/test_gguf.py",
-    "wrong requests are refused in the form of the interface": "tests/interop/test_application.py",
     "no command but `serve` asks for a network": "tests/conftest.py",
     "nothing is unpickled or evaluated, and no file imports": "tests/test_arrows.py",
 }

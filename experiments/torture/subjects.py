@@ -65,9 +65,10 @@ def fields_of(architecture: str = "LlamaForCausalLM", **changes: Any) -> dict[st
     return FIELDS | named | (EXPERTS if family.experts else {}) | changes
 
 
-def tokenizer() -> Tokenizer:
-    """One token a byte, and 256 for what separates documents."""
+def tokenizer(seed: int = 1) -> Tokenizer:
+    """One token a byte, and 256 for what separates documents; ids are shifted by the seed."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = [*alphabet[seed - 1 :], *alphabet[: seed - 1]]
     vocabulary = {letter: number for number, letter in enumerate(alphabet)}
     made = Tokenizer(models.BPE(vocab=vocabulary | {"<|endoftext|>": 256}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -120,7 +121,7 @@ def write_model(
     tensors = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     place.mkdir(parents=True)
     (place / "config.json").write_bytes(files.to_json(fields))
-    (place / "tokenizer.json").write_text(tokenizer().to_str(), encoding="utf-8")
+    (place / "tokenizer.json").write_text(tokenizer(seed).to_str(), encoding="utf-8")
     if shards == 1:
         save_file(tensors, place / "model.safetensors", {"format": "pt"})
         return place

@@ -123,11 +123,12 @@ def test_a_file_that_is_removed_while_a_model_is_exported_is_noticed(quantized, 
     assert [path.name for path in tmp_path.iterdir()] == ["q"]
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
 def test_a_model_that_is_changed_while_it_is_compared_gives_no_result(
-    directory, tiny_text, tmp_path, monkeypatch
+    name, directory, tiny_text, tmp_path, monkeypatch
 ):
     def changes(*_):
-        (directory / "config.json").write_text((directory / "config.json").read_text() + " ")
+        (directory / name).write_text((directory / name).read_text() + " ")
         sums = RowSums(*[np.zeros(1, np.float32)] * 4)
         return Found(sums, np.zeros(1, np.int32), None, None, {})
 
