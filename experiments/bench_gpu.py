@@ -39,7 +39,7 @@ from duquantpp_jax.models import SITES, Decoder, DecoderConfig, dense
 from duquantpp_jax.models.parameters import LAYER, LINEARS, parameter_shapes
 from duquantpp_jax.models.sampling import generate
 from duquantpp_jax.ptq.plan import Plan
-from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, decoded
+from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, decoded_once
 from duquantpp_jax.ptq.stores import store
 from duquantpp_jax.ptq.walk import quantize_layer
 from duquantpp_jax.recipes import recipe
@@ -204,7 +204,7 @@ def linear(sizes: Sizes) -> Iterator[Row]:
     packed = QuantizedSite(Identity(), (jax.jit(FORMAT.quantize)(w),))
     site = QuantizedLinear(FORMAT)
     run = jax.jit(lambda x, state: site("", x, (), state)[0][0])
-    held = {"decoded at use": packed, "decoded before": decoded(packed, jax.devices()[0])}
+    held = {"decoded at use": packed, "decoded before": decoded_once(packed, jax.devices()[0])}
     few = np.asarray(FORMAT.fake_quantize(x[:4]), np.float64)
     wide = np.asarray(jax.jit(FORMAT.fake_quantize)(w), np.float64)
     wanted, bound = few @ wide.T, 2.0**-23 * inputs * (np.abs(few) @ np.abs(wide).T)
@@ -254,7 +254,7 @@ def generation(sizes: Sizes) -> Iterator[Row]:
     moved = quantized(model, rotations(config, per_block=True))
     options: Any = {"store": store("bf16", config.head_dim)}
     device = jax.devices()[0]
-    state = decoded(moved.state, device)
+    state = decoded_once(moved.state, device)
     kinds: dict[str, tuple[Decoder, dict[str, Any]]] = {
         "model in bf16": (model, {"linear": dense}),
         "W4 decoded at use": (moved.model, {"linear": moved.linear, "state": moved.state}),

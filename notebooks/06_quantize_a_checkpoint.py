@@ -135,7 +135,8 @@ print(f"the likeliest token is the same in {np.sum(sums.agreement) / (8 * 511):.
 
 # %%
 for name, directory in {"float": testbed.directory(), "quantized": out}.items():
-    written = continued(GenerateOptions(directory, "It was a dark night, and", max_new_tokens=24))
+    options = GenerateOptions(directory, "It was a dark night, and", max_new_tokens=24)
+    (written,) = continued(options)
     print(f"{name:10s}", written.replace("\n", " / "))
 
 # %% [markdown]

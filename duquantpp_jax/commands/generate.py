@@ -1,13 +1,18 @@
-"""`duquantpp generate`: a float or quantized model continues a text."""
+"""`duquantpp generate`: a float or quantized model continues texts."""
 
 import contextlib
 import dataclasses
 import json
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load_any, load_tokenizer
@@ -15,10 +20,12 @@ from duquantpp_jax.checkpoints.hugging_face import chat_prompt
 from duquantpp_jax.checkpoints.packed import said
 from duquantpp_jax.checkpoints.source import source
 from duquantpp_jax.commands.options.generate import GenerateOptions
+from duquantpp_jax.models import DecoderConfig
 from duquantpp_jax.models.decoder import COMPUTE
 from duquantpp_jax.models.sampling import Sampling, generate
 from duquantpp_jax.ptq import stores as cache
 from duquantpp_jax.ptq.sharding import DATA, cut, host_memory, mesh_of
+from duquantpp_jax.ptq.site import decoded_once
 from duquantpp_jax.recipes import checked_seed, import_modules
 
 ASKED = """do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff
@@ -29,6 +36,8 @@ token_healing stop_strings min_length min_new_tokens"""
 """Fields of generation_config.json that change which tokens a row has; docs/fields.md has all."""
 
 
+BETWEEN = "----"
+"""The line between two texts."""
 LEFT = ("model", "prompt", "imports", "terminal")
 """Options that are not among those of a result."""
 
@@ -50,13 +59,19 @@ def left_out(model: Path) -> str | None:
     return f"{name} asks for {given}: only the options of generate count"
 
 
-def continued(options: GenerateOptions) -> str:
-    """The prompt and its continuation, as text; of a chat the answer alone."""
+def continued(
+    options: GenerateOptions, report: Callable[[str], None] = lambda _: None
+) -> list[str]:
+    """Each prompt and its continuation, as text; of a chat the answer alone.
+
+    Args:
+      report: Called with a line about the time that it took.
+    """
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     import_modules(options.imports)
     mesh = None if options.mesh is None else mesh_of(options.mesh)
     if mesh is not None and mesh.shape[DATA] > 1:
-        raise ValueError(f"--mesh {options.mesh}: a prompt is one row: give model=N alone")
+        raise ValueError(f"--mesh {options.mesh}: prompts are one batch: give model=N alone")
     with host_memory(mesh):
         model, linear, state = load_any(options.model, options.activation_format)
     model = model.computing(COMPUTE[options.compute])
@@ -66,7 +81,45 @@ def continued(options: GenerateOptions) -> str:
         print(f"{options.model}: {note}", file=sys.stderr)
     config, tokenizer = model.config, load_tokenizer(options.model, model.config)
     store = cache.store(options.cache, config.head_dim, rotate_keys=options.rotate_keys)
-    text = chat_prompt(options.model, options.prompt) if options.chat else options.prompt
+    prompts = [_ids(options, text, tokenizer, config) for text in options.prompt]
+    longest, new = max(map(len, prompts)), options.max_new_tokens
+    room = config.max_position_embeddings - longest
+    if not 1 <= new <= room:
+        raise ValueError(
+            f"--max-new-tokens {new} is out of range: after {longest} tokens of prompt this model "
+            f"has {room} of its {config.max_position_embeddings} positions left"
+        )
+    key = jax.random.key(checked_seed(options.seed))
+    if len(prompts) > 1:  # a text is the same whatever is continued beside it
+        key = jnp.stack([key] * len(prompts))
+    if mesh is None:
+        state = decoded_once(state, jax.local_devices()[0])
+    else:
+        model, linear, state = cut(mesh, model, linear, state)
+    how: Any = {"linear": linear, "state": state, "store": store, "sampling": sampling}
+    times = [time.perf_counter()]
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        given = model, prompts, key
+        answers = generate(*given, new=new, **how, ready=lambda: times.append(time.perf_counter()))
+    times.append(time.perf_counter())
+    for answer in answers:
+        if answer[-1] < 0:
+            raise ValueError(
+                f"the model gave NaN for token {len(answer)} after the prompt: no text is printed"
+            )
+    read, written = np.diff(times)
+    later = sum(map(len, answers)) - len(answers)
+    rate = f", then {later / written:.1f} tokens a second" if later else ""
+    report(f"{read:.1f} s for programs, prompts and first tokens{rate}")
+    pairs = zip(prompts, answers, strict=True)
+    return [tokenizer.decode(own if options.chat else [*prompt, *own]) for prompt, own in pairs]
+
+
+def _ids(
+    options: GenerateOptions, text: str, tokenizer: Tokenizer, config: DecoderConfig
+) -> list[int]:
+    """The tokens of a prompt, at least one."""
+    text = chat_prompt(options.model, text) if options.chat else text
     prompt = tokenizer.encode(text, add_special_tokens=not options.chat).ids
     if options.bos:
         if config.bos_token_id is None:
@@ -74,32 +127,24 @@ def continued(options: GenerateOptions) -> str:
         prompt = [config.bos_token_id, *prompt]
     if not prompt:
         raise ValueError("--prompt is empty: give a word to start from, or --bos")
-    room = config.max_position_embeddings - len(prompt)
-    if not 1 <= options.max_new_tokens <= room:
-        raise ValueError(
-            f"--max-new-tokens {options.max_new_tokens} is out of range: after {len(prompt)} "
-            f"tokens of prompt this model has {room} of its {config.max_position_embeddings} "
-            "positions left"
-        )
-    key, new = jax.random.key(checked_seed(options.seed)), options.max_new_tokens
-    if mesh is not None:
-        model, linear, state = cut(mesh, model, linear, state)
-    how: Any = {"linear": linear, "state": state, "store": store, "sampling": sampling}
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        (answer,) = generate(model, [prompt], key, new=new, **how)
-    if answer[-1] < 0:
-        raise ValueError(
-            f"the model gave NaN for token {len(answer)} after the prompt: no text is printed"
-        )
-    return tokenizer.decode(answer if options.chat else [*prompt, *answer])
+    return prompt
 
 
 def run(options: GenerateOptions) -> int:
-    """Runs the command and prints the text; returns the exit code."""
-    text = continued(options)
+    """Runs the command and prints the texts; returns the exit code."""
+    if not options.prompt:
+        raise ValueError("--prompt is empty: give a text to continue")
+    texts = continued(options, lambda line: print(line, file=sys.stderr))
     asked = {name: value for name, value in dataclasses.asdict(options).items() if name not in LEFT}
-    result = {"model": options.model.resolve().name, "prompt": options.prompt, "text": text}
-    result |= {"options": asked}
-    shown = files.printable(text) if sys.stdout.isatty() else text
-    options.terminal.give(result, lambda: print(shown))
+    several = len(texts) > 1
+    result: dict[str, Any] = {"model": options.model.resolve().name}
+    result |= {"prompt": list(options.prompt) if several else options.prompt[0]}
+    result |= {"text": texts if several else texts[0], "options": asked}
+
+    def show() -> None:
+        for number, text in enumerate(texts):
+            print(*[BETWEEN] * (number > 0), files.printable(text) if sys.stdout.isatty() else text,
+                  sep="\n")  # fmt: skip
+
+    options.terminal.give(result, show)
     return 0

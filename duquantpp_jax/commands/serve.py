@@ -5,6 +5,8 @@ import signal
 import sys
 from typing import Any
 
+import jax
+
 from duquantpp_jax.checkpoints import load_any, load_tokenizer
 from duquantpp_jax.checkpoints.packed import said
 from duquantpp_jax.commands.options.serve import ServeOptions
@@ -12,6 +14,7 @@ from duquantpp_jax.evaluation import Predictor
 from duquantpp_jax.interop.application import Application
 from duquantpp_jax.interop.desk import Desk
 from duquantpp_jax.ptq import stores
+from duquantpp_jax.ptq.site import decoded_once
 from duquantpp_jax.recipes import import_modules
 
 HEAD_BYTES = 64 * 2**10
@@ -35,7 +38,8 @@ def application(options: ServeOptions) -> Application:
     if not 0 <= options.port < 2**16:
         raise ValueError(f"--port {options.port}: give 0 for a free one, or 1 to 65535")
     import_modules(options.imports)
-    predictor = Predictor(*load_any(options.model, options.activation_format))
+    model, linear, state = load_any(options.model, options.activation_format)
+    predictor = Predictor(model, linear, decoded_once(state, jax.local_devices()[0]))
     if (used := said(options.model, predictor.linear)) is not None:
         print(f"{options.model}: {used}", file=sys.stderr)
     config = predictor.model.config

@@ -35,7 +35,7 @@ from duquantpp_jax.models import (
 )
 from duquantpp_jax.ptq.estimate import running_bytes
 from duquantpp_jax.ptq.sharding import DATA, MODEL, cut
-from duquantpp_jax.ptq.site import decoded
+from duquantpp_jax.ptq.site import decoded_once
 
 LARGEST_LOGITS = 2**28
 """Most logits of a batch (1 GiB in float32); a few such arrays are in memory together."""
@@ -161,7 +161,7 @@ class Reference:
     def _placed(self, predictor: Predictor) -> Predictor:
         """The predictor on the devices."""
         if MODEL not in self._mesh.axis_names:
-            state = decoded(predictor.state, self._mesh.devices.flat[0])
+            state = decoded_once(predictor.state, self._mesh.devices.flat[0])
             predictor = dataclasses.replace(predictor, state=state)
             return jax.device_put(predictor, NamedSharding(self._mesh, PartitionSpec()))
         parts = predictor.model, predictor.linear, predictor.state

@@ -15,7 +15,7 @@ Source: Holtzman et al., The Curious Case of Neural Text Degeneration (arXiv:190
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -253,11 +253,13 @@ def generate(
     linear: Linear,
     state: Any = None,
     sampling: Sampling = Sampling(),
+    ready: Callable[[], None] | None = None,
 ) -> list[list[int]]:
     """Continues prompts of at least a token by up to `new` tokens, at least 1.
 
     Args:
       linear, state: As for `Decoder.__call__`.
+      ready: Called when each row has its first new token and all programs are compiled.
 
     Returns:
       The new tokens of each row, the end-of-sequence token among them. Where the model gave NaN,
@@ -269,6 +271,9 @@ def generate(
     options: Any = {"linear": linear, "state": state}
     room: Any = {"store": store, "capacity": bucket(longest + new)}
     text = begin(model, tokens, lengths, lengths + new, key, draws, **room, **options)
+    if ready is not None:
+        text = jax.block_until_ready(proceed(model, text, key, draws, 0, **options))
+        ready()
     text = proceed(model, text, key, draws, new - 1, **options)
     rows = zip(np.asarray(text.tokens), lengths, np.asarray(text.lengths), strict=True)
     return [row[first:last].tolist() for row, first, last in rows]

@@ -185,7 +185,7 @@ class QuantizedLinear:
         return Exact(dataclasses.replace(moved, x=rounded.numbers))
 
 
-def decoded(state: Any, device: Any) -> Any:
+def decoded_once(state: Any, device: Any) -> Any:
     """A model's state whose weights are decoded once, in bfloat16, where that holds them exactly.
 
     Only on an accelerator, which multiplies bfloat16 fast, and where they take no more than half of

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import pathlib
+import re
 import shlex
 
 import numpy as np
@@ -180,16 +181,23 @@ def test_the_documented_commands_are_what_the_command_line_takes():
 
 
 @pytest.mark.slow
-def test_generate_prints_the_prompt_and_goes_on(tiny_directory, capsys):
+def test_generate_prints_the_prompt_and_goes_on_as_beside_others(tiny_directory, capsys):
     more = ("--max-new-tokens", "8", "--cache", "bf16", "--temperature", "1", "--seed", "2")
-    command = ["generate", "--model", str(tiny_directory), "--prompt", "once upon", *more]
+    command = ["generate", "--model", str(tiny_directory), *more, "--prompt"]
     said = []
-    for _ in range(2):
-        assert cli.main(command) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1]
+    for prompts in (["once upon"], ["a", "once upon"], ["a", "once upon"]):
+        assert cli.main([*command, *prompts]) == 0
+        printed = capsys.readouterr()
+        said.append(printed.out)
+        assert re.fullmatch(r"[\d.]+ s for programs.*, then [\d.]+ tokens a second\n", printed.err)
+    assert said[1] == said[2]
     assert said[0].startswith("once upon")
     assert len(said[0]) > len("once upon\n")
+    assert said[1].endswith(f"\n----\n{said[0]}")
+    assert cli.main([*command, "a", "once upon", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompt"] == ["a", "once upon"]
+    assert "\n----\n".join(found["text"]) + "\n" == said[1]
 
 
 def test_a_chat_prints_the_answer_alone(directory, capsys):

@@ -13,7 +13,7 @@ from duquantpp_jax.core import Exact
 from duquantpp_jax.formats import E2M3, E3M2, E4M3, E5M2, MXFP4, MXFP8, NVFP4, Log256
 from duquantpp_jax.formats.plain import BFloat16
 from duquantpp_jax.models.products import LINEAR, matmul, narrow
-from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, decoded
+from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, decoded_once
 from duquantpp_jax.transforms.basic import Identity
 
 FORMATS = [MXFP4(), MXFP8(), NVFP4()]
@@ -95,9 +95,9 @@ def test_weights_are_decoded_once_where_an_accelerator_has_room():
         return types.SimpleNamespace(platform=platform, memory_stats=lambda: memory)
 
     size = 2 * 48 * 64
-    assert decoded(state, device("cpu", 9 * size)) is state
-    assert decoded(state, device("gpu", 2 * size - 1)) is state
-    found = decoded(state, device("gpu", 2 * size))
+    assert decoded_once(state, device("cpu", 9 * size)) is state
+    assert decoded_once(state, device("gpu", 2 * size - 1)) is state
+    found = decoded_once(state, device("gpu", 2 * size))
     assert found.weights[0].numbers.dtype == jnp.bfloat16
     assert found.weights[1] is odd
     linear = QuantizedLinear(MXFP4())

@@ -8,12 +8,13 @@ from duquantpp_jax.commands.options.common import Compute, Flag, Imports, Plain,
 
 @dataclasses.dataclass(frozen=True)
 class GenerateOptions(Plain):
-    """Continues a text, token by token, with a key-value cache.
+    """Continues texts, token by token, with a key-value cache.
 
     Attributes:
       model: Hugging Face directory, GGUF file, hf:ORG/NAME or smollm2 (docs/models.md); or a
         quantized model.
-      prompt: Text to continue; the tokenizer may add special tokens.
+      prompt: Text to continue, or several, which are continued together; the tokenizer may add
+        special tokens.
       chat: Take the prompt as a message to the model, in its own chat template (extra chat), and
         print the answer alone.
       bos: Put the model's beginning-of-sequence token before the prompt.
@@ -33,7 +34,7 @@ class GenerateOptions(Plain):
     """
 
     model: Path
-    prompt: str
+    prompt: tuple[str, ...]
     chat: Flag = False
     bos: Flag = False
     max_new_tokens: int = 64
