@@ -1,6 +1,7 @@
 """A grid runs once, whatever was finished, failed or compiled before."""
 
 import dataclasses
+import gc
 import json
 import shutil
 
@@ -138,12 +139,15 @@ def test_what_a_cell_gives_does_not_depend_on_what_ran_before(ran, tiny):
         assert records.record_of(cell, found)["rows"] == outcome.records[cell]["rows"]
 
 
-def test_cells_that_are_measured_leave_no_arrays_behind(tiny):
+def test_cells_that_are_measured_leave_no_arrays_and_no_objects_behind(tiny):
     kept, counts = Bench(), []
     for seed in (1, 2, 3, 4):
         kept.run(tiny("random_hadamard", seed=seed))
-        counts.append(len(jax.live_arrays()))
-    assert counts[1] == counts[2] == counts[3]
+        gc.collect()
+        counts.append((len(jax.live_arrays()), len(gc.get_objects())))
+    arrays, objects = zip(*counts[1:], strict=True)
+    assert len({*arrays}) == 1
+    assert objects[-1] - objects[1] < 100
 
 
 @dataclasses.dataclass(frozen=True)
