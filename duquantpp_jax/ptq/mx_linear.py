@@ -62,7 +62,7 @@ class Contraction:
             raise ValueError(f"has a kernel of {dtype}: only {', '.join(FLOAT_TYPES)} are rounded")
         if isinstance(linear, nnx.Einsum):
             found, whole = cls(shape, equation=linear.einsum_str), linear.kernel_shape
-            found._check()
+            found.check()
         elif isinstance(linear, nnx.Linear):
             found, whole = cls(shape, (-1,)), (linear.in_features, linear.out_features)
         else:
@@ -73,7 +73,7 @@ class Contraction:
             raise ValueError(f"has a kernel {shape} where its features are {tuple(whole)}: stacked")
         return found
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Raises ValueError unless the equation is a product of two matrices."""
         x, kernel, y = re.split(",|->", self.equation)
         summed = set(kernel) & set(x) - {"."}
