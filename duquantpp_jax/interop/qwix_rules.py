@@ -151,15 +151,14 @@ def _provider_class() -> Any:
         def _product(
             self, rule: Any, x: Array, kernel: Array, contraction: Contraction, dtype: Any
         ) -> Array:
-            named = isinstance(self.moves, str)
-            method = _recipe(rule, self.moves if named else "rtn")
-            weight = contraction.matrix(kernel).astype(jnp.float32)
-            if named:
+            moves, weight = self.moves, contraction.matrix(kernel).astype(jnp.float32)
+            method = _recipe(rule, moves if isinstance(moves, str) else "rtn")
+            if isinstance(moves, str):
                 stats = Stats.init(contraction.width, rows=1, length=1)
                 key = jax.random.key(self.seed)
                 transform = fit_linear(method, (weight,), stats, key).transform
             else:
-                transform = self.moves.get(self._path(), Identity())
+                transform = moves.get(self._path(), Identity())
             given = contraction.tokens(x).astype(jnp.float32)
             acts = None if rule.act_qtype is None else method.activation_format
             seen = QuantizedLinear(acts).quantized(given, QuantizedSite(transform, ()), acts)
