@@ -185,6 +185,14 @@ def test_jit_eager_and_vmap_agree_bit_for_bit(four_over_six):
         np.testing.assert_array_equal(other.dequantize(), q.dequantize())
 
 
+def test_a_scale_from_calibration_is_a_power_of_two_with_room_for_twice_the_largest():
+    above = np.nextafter(np.float32(2688), np.float32(np.inf))
+    amax = jnp.asarray([2688, above, 1344, 1e-38], jnp.float32)
+    scales = np.asarray(NVFP4(calibrated=True).calibrated_scale(amax))
+    assert scales.tolist() == [2, 4, 1, 2.0**-126]
+    assert NVFP4().calibrated_scale(amax) is None
+
+
 def test_rounding_what_is_rounded_changes_nothing_but_where_a_scale_is_subnormal():
     for seed in range(4):
         once = NVFP4().quantize(blocks_of(seed=seed, spread=2)).dequantize()
