@@ -46,7 +46,15 @@ def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[st
 def _rows(
     names: Sequence[str], site: QuantizedSite, energies: Any, width: int
 ) -> list[dict[str, Any]]:
-    """A row for each linear of a site, of what `sensitivity` says of it."""
+    """A row for each linear of a site, of what `sensitivity` says of it; ValueError if that is NaN
+    or Inf."""
+    for name, sums in zip(names, energies, strict=True):
+        if wrong := np.count_nonzero(~np.isfinite(np.asarray(sums))):
+            raise ValueError(
+                f"{name}: {wrong} of {len(sums)} sums of squares, of its outputs, its weights and "
+                "their errors on the calibration rows, are NaN or Inf: the model overflows in "
+                "float32, and cannot be quantized on them"
+            )
     online = online_cost(site.transform, width)
     return [
         {

@@ -93,7 +93,8 @@ def test_the_report_has_a_row_for_each_linear_and_says_what_rounding_costs(
     plan = plan_of("block_hadamard")
     parameters = {name: np.asarray(array[...][0]) for name, array in model.layers.items()}
     hidden = np.array(model.embedding[...])[TOKENS]
-    report = report_layer(plan, 0, quantize_layer(plan, 0, parameters, hidden))
+    layer = quantize_layer(plan, 0, parameters, hidden)
+    report = report_layer(plan, 0, layer)
     assert [row["linear"].split(".")[-1] for row in report] == [
         *("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
     ]
@@ -107,6 +108,10 @@ def test_the_report_has_a_row_for_each_linear_and_says_what_rounding_costs(
         "attention_in is calibrated on 256 tokens, and an input of 64 channels takes 257: give "
         "more rows of text"
     )
+    far = layer._replace(samples={site: 1e25 * x for site, x in layer.samples.items()})
+    says = r"layers\.0\.self_attn\.q_proj: 3 of 5 sums of squares, .* NaN or Inf: the model overf"
+    with pytest.raises(ValueError, match=says):
+        report_layer(plan, 0, far)
 
 
 def test_sequential_calibrates_each_layer_on_the_quantized_ones_before_it(model):
