@@ -31,6 +31,7 @@ from duquantpp_jax.models.parameters import (
     SITES,
     parameter_shapes,
 )
+from duquantpp_jax.models.products import as_factor, float_product
 
 State = Mapping[str, Any] | tuple[Mapping[str, Any], ...]
 """The state of `linear` at each site, stacked over layers; see `Decoder.__call__`."""
@@ -194,5 +195,7 @@ class Decoder(nnx.Module):
         if at is not None:
             x = jnp.take_along_axis(x, at[:, None, None], axis=1, mode="clip")
         x = rms_norm(config, x, self.norm[...]).astype(self.dtype)
-        head = (self.embedding if self.head is None else self.head)[...].astype(self.dtype)
+        head = as_factor((self.embedding if self.head is None else self.head)[...], self.dtype)
+        if x.dtype == jnp.float32:
+            return float_product(x, head), outs, entries
         return product("rlk,vk->rlv", x, head), outs, entries

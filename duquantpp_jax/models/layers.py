@@ -39,7 +39,7 @@ from duquantpp_jax.models.parameters import (
     input_norms,
     output_norms,
 )
-from duquantpp_jax.models.products import matmul
+from duquantpp_jax.models.products import as_factor, matmul
 from duquantpp_jax.models.rope import rotary_frequencies
 
 Linear = Callable[[str, Any, tuple[Array, ...], Any], tuple[tuple[Array, ...], Any]]
@@ -129,7 +129,8 @@ def layer(
       x: The hidden states before the layer, from position `start` on, of all rows or of each.
       linear, state, store: As in `Decoder.__call__`, for a single layer.
       entries: What a cache holds of the layer.
-      dtype: Of the matrix products. Matrices are cast where they are used, to save memory.
+      dtype: Of the matrix products. Matrices are cast where they are used, to save memory; those
+        in bfloat16 stay so, as a product in float32 takes them (products.py).
     """
     outs, before, after = {}, input_norms(config), output_norms(config)
     positions = jnp.asarray(start)[..., None] + jnp.arange(x.shape[1], dtype=jnp.int32)
@@ -138,7 +139,7 @@ def layer(
         names = SITE_WEIGHTS[site]
         if site in before and not isinstance(x, Routed):
             x = rms_norm(config, x, parameters[before[site]])
-        weights = tuple(parameters[name].astype(dtype) for name in names)
+        weights = tuple(as_factor(parameters[name], dtype) for name in names)
         ys, outs[site] = linear(site, x.astype(dtype), weights, state[site])
         biases = [parameters.get(f"{name}.bias") for name in names]
         if isinstance(x, Routed):

@@ -12,7 +12,7 @@ import pytest
 from duquantpp_jax.core import Exact
 from duquantpp_jax.formats import E2M3, E3M2, E4M3, E5M2, MXFP4, MXFP8, NVFP4, Log256
 from duquantpp_jax.formats.plain import BFloat16
-from duquantpp_jax.models.products import LINEAR, matmul, narrow
+from duquantpp_jax.models.products import LINEAR, matmul, narrow, split_product
 from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, decoded_once
 from duquantpp_jax.transforms.basic import Identity
 
@@ -66,6 +66,19 @@ def test_long_sums_are_within_the_stated_error_of_the_float32_product():
     found, same = narrow(LINEAR, x.numbers, w.numbers), matmul(x.whole(), w.whole())
     bound = 2.0**-23 * 64 * np.abs(np.asarray(x.numbers)) @ np.abs(np.asarray(w.numbers)).T
     assert np.all(np.abs(np.asarray(found) - np.asarray(same)) <= bound)
+
+
+def test_a_float32_is_three_bfloat16_numbers_and_its_product_with_one_is_that_of_float32():
+    draw = np.random.default_rng(3)
+    x = jnp.asarray(np.exp(3 * draw.standard_normal((8, 64))), jnp.float32)
+    one = jnp.eye(64, dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(split_product(x, one), x)
+    w = jnp.asarray(draw.standard_normal((48, 64)), jnp.bfloat16)
+    wanted = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    bound = 2.0**-23 * 64 * np.abs(x) @ np.abs(np.asarray(w, np.float64)).T
+    assert np.all(np.abs(np.asarray(split_product(x, w)) - wanted) <= bound)
+    stored, wide = matmul(x, w), matmul(x, w.astype(jnp.float32))
+    np.testing.assert_array_equal(stored, wide)
 
 
 def test_scales_of_24_bits_are_multiplied_in_float32():
