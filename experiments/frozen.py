@@ -9,11 +9,10 @@ Frozen before a final text was read: the commands in LEARN, and what CELLS says.
 Command: for each of LEARN and each seed
     duquantpp learn ... --text TRAIN --rows 19264 --held-out 64 --formats floor --seed SEED \\
       --model smollm2 --out FITS/NAME_floor_SEED
-  where TRAIN is the first 200,000 characters of each book of gutenberg_train.txt, and then
+  and then
     duquantpp ablate experiments/frozen.py --table --model smollm2 --data FITS \\
       --calibration-text gutenberg_calibration.txt --text DEVELOPMENT BOOKS ARTICLES
-  DEVELOPMENT is the first 8 books of gutenberg_valid.txt, BOOKS the last 8, ARTICLES the last 30
-  of wikitext2_valid_articles.txt.
+  with train.txt, dev.txt, books.txt and articles.txt of docs/protocol.md.
 Cost: on two H200s that two or three runs shared, .37 s a step: 5 to 10 minutes to learn a row; 91
   cells of 5 s; refining three minutes a text.
 Last result, 2026-11-29 (results/grid_frozen_smollm2_128rows.json, table in

@@ -15,6 +15,7 @@ from duquantpp_jax.lab.table import markdown
 from experiments import (
     architecture,
     bench_gpu,
+    cut_texts,
     health,
     position_zero,
     rotations,
@@ -201,3 +202,17 @@ def test_a_newcomer_passes_at_most_seven_files_on_each_walk(shallow):
     assert max(len(steps) - 1 for steps in walks.values()) <= 7
     page = (RESULTS.parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert page.endswith(architecture.page(walks) + "\n")
+
+
+def test_texts_are_cut_at_whole_documents_and_a_file_that_is_missing_is_said(tmp_path, capsys):
+    books = [f"book {n} " * 3 for n in range(20)]
+    (tmp_path / "gutenberg_valid.txt").write_text("<|endoftext|>".join(books))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["", "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+        cut_texts.main()
+    parts = [
+        (tmp_path / "out" / f"{n}.txt").read_text().split("<|endoftext|>") for n in ("dev", "books")
+    ]
+    assert parts == [books[:8], books[-8:]]
+    assert "train.txt: left out" in capsys.readouterr().err
+    assert cut_texts.cut("abc<|endoftext|>defg", slice(None), 2) == "ab<|endoftext|>de"
