@@ -33,6 +33,7 @@ from duquantpp_jax.lab.cells import SCHEMA, Cell
 from duquantpp_jax.lab.pivot import Layout, pivots
 from duquantpp_jax.lab.records import Record, record_of
 from duquantpp_jax.lab.running import Outcome
+from duquantpp_jax.lab.webpage import image, page, section
 from duquantpp_jax.recipes import ALIASES, FITS, checked_seed, format_name, import_modules
 
 BATCH_ROWS = 16
@@ -176,9 +177,10 @@ def _chosen(options: CompareOptions) -> dict[str, Any]:
         "text",
         "imports",
         "out",
+        "report",
         "seed",
         "terminal",
-    )  # model and text stand beside the options
+    )  # model and text stand beside
     return {name: value for name, value in fields.items() if name not in left}
 
 
@@ -186,7 +188,8 @@ def run(options: CompareOptions) -> int:
     """Runs the command, and prints and writes the results; returns the exit code."""
     from duquantpp_jax.analysis import figures
 
-    files.check_writable(options.out)
+    for place in (options.out, *([options.report.parent] if options.report else [])):
+        files.check_writable(place)
     import_modules(options.imports)
     for warning in dict.fromkeys(filter(None, (cell.warning for cell in cells(options)))):
         print(warning, file=sys.stderr)
@@ -199,11 +202,25 @@ def run(options: CompareOptions) -> int:
         with progress_bar(options.terminal) as progress:
             comparison = compare(options, progress)
         figure = figures.comparison(comparison.results, comparison.channels)
-        files.write_whole(options.out / "compare.png", figures.picture(figure, "png"))
+        picture = figures.picture(figure, "png")
+        files.write_whole(options.out / "compare.png", picture)
         files.write_whole(options.out / "timings.json", files.to_json(comparison.timings))
         files.write_whole(options.out / "results.json", files.to_json(comparison.results))
+        if options.report:
+            files.write_whole(options.report, _page(comparison, picture).encode())
     options.terminal.give(comparison.results, functools.partial(_show, comparison, options.out))
     return 0
+
+
+def _page(comparison: Comparison, picture: bytes) -> str:
+    """The HTML page of --report."""
+    results = comparison.results
+    pairs = zip(results["entries"], comparison.timings["entries"], strict=True)
+    pivot = results | {"entries": [{**entry, **times} for entry, times in pairs]}
+    shown = image(picture, "KL by recipe and format, and the channels of the worst site")
+    details = {"Options": results["options"], "Versions and devices": results["environments"]}
+    verdict = table.verdict(results)
+    return page("duquantpp compare", verdict, [section(pivot, shown)], details)
 
 
 def _show(comparison: Comparison, out: Path) -> None:

@@ -13,12 +13,13 @@ from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.commands.sizes import formats_of
 from duquantpp_jax.files.processes import only_process
 from duquantpp_jax.lab.table import empty
+from duquantpp_jax.lab.webpage import Cells, image, page, sortable
 
 SEEN = {"input": "as it is", "moved": "moved by the transform"}
 
 
-def table(results: Mapping[str, Any]) -> Table:
-    """A row for each input; below it, for a quantized model, a row for the moved input."""
+def lines(results: Mapping[str, Any]) -> list[Cells]:
+    """A line for each input; below it, for a quantized model, a line for the moved input."""
     thresholds = results["thresholds"]
     columns = {  # heading: its number in the results, and how it is printed
         "max / median": ("max_over_median", ".1f"),
@@ -29,15 +30,36 @@ def table(results: Mapping[str, Any]) -> Table:
         "position": ("position", "d"),
         "x median": ("position_over_median", ".1f"),
     }
-    shown = empty("input of", right=columns, wrap=True)
+    made: list[Cells] = []
     for site in results["sites"]:
         for seen in SEEN:
             if (found := site.get(seen)) is not None:
                 name = site["linears"][0].removeprefix("model.")
-                numbers = [(found[key], form) for key, form in columns.values()]
-                cells = ["" if n is None else format(n, form) for n, form in numbers]
-                shown.add_row(name if seen == "input" else f"  {seen}", *cells)
+                numbers = [(head, found[key], form) for head, (key, form) in columns.items()]
+                cells = [(h, n, "" if n is None else format(n, form)) for h, n, form in numbers]
+                made.append([("input of", None, name if seen == "input" else f"  {seen}"), *cells])
+    return made
+
+
+def table(results: Mapping[str, Any]) -> Table:
+    """The lines for a terminal."""
+    found = lines(results)
+    shown = empty("input of", right=[heading for heading, *_ in found[0][1:]], wrap=True)
+    for cells in found:
+        shown.add_row(*(text for *_, text in cells))
     return shown
+
+
+def report(results: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
+    """The HTML page of --report; there a moved input has its name, as lines can be sorted."""
+    found, name = [], ""
+    for (heading, _, text), *cells in lines(results):
+        name = name if (moved := text.startswith(" ")) else text
+        found.append([(heading, None, name + (", moved" if moved else "")), *cells])
+    moved = [cells[0][2].endswith(", moved") for cells in found]
+    whole = (f"<h2>{title}</h2>{image(png, title)}" for title, png in pictures.items())
+    details = {name: results[name] for name in ("model", "text", "thresholds", "environment")}
+    return page("duquantpp inspect", sentence(results), [sortable(found, moved), *whole], details)
 
 
 def sentence(results: Mapping[str, Any]) -> str:
@@ -89,15 +111,21 @@ def run(options: InspectOptions) -> int:
     """Runs the command and prints the table; returns the exit code."""
     from duquantpp_jax.analysis import figures
 
-    files.check_writable(options.out)
+    for place in (options.out, *([options.report.parent] if options.report else [])):
+        files.check_writable(place)
     with only_process(options.out):
         with progress_bar(options.terminal) as progress:
             found = inspect(options, progress)
-        made = {f"{name}.png": fig for name, fig in figures_of(found, options.block_size).items()}
-        for name, figure in made.items():
-            files.write_whole(options.out / name, figures.picture(figure, "png"))
+        made = figures_of(found, options.block_size)
+        pictures = {name: figures.picture(figure, "png") for name, figure in made.items()}
+        for name, picture in pictures.items():
+            files.write_whole(options.out / f"{name}.png", picture)
         files.write_whole(options.out / "outliers.json", files.to_json(found.results))
-    written = f"Written to {options.out}: outliers.json, {', '.join(made)}"
+        if options.report:
+            files.write_whole(options.report, report(found.results, pictures).encode())
+    written = (
+        f"Written to {options.out}: outliers.json, {', '.join(f'{name}.png' for name in made)}"
+    )
     options.terminal.give(found.results, lambda: _show(found.results, written))
     return 0
 

@@ -17,6 +17,7 @@ from duquantpp_jax.models import SITES
 from tests.analysis.test_outliers import plainly
 from tests.commands.conftest import contents
 from tests.conftest import byte_tokenizer, tiny_decoder
+from tests.lab.test_webpage import Read
 
 TOKENS = 3 * 511
 """Not a whole number of batches."""
@@ -51,8 +52,9 @@ def test_the_numbers_are_those_of_plain_numpy_and_the_bytes_those_of_another_run
     tiny_directory, tiny_text, tmp_path, capsys
 ):
     out, again = tmp_path / "a", tmp_path / "b"
-    for place in (out, again):
-        assert run(tiny_directory, tiny_text, place, "--ratio", "2.5", "--share", ".1") == 0
+    page = tmp_path / "page.html"
+    for place, more in ((out, ("--report", page)), (again, ())):
+        assert run(tiny_directory, tiny_text, place, "--ratio", "2.5", "--share", ".1", *more) == 0
     assert contents(out) == contents(again)
     results = json.loads((out / "outliers.json").read_text())
     assert results["tokens"] == TOKENS
@@ -70,6 +72,9 @@ def test_the_numbers_are_those_of_plain_numpy_and_the_bytes_those_of_another_run
     assert {path.name for path in out.iterdir()} == {"outliers.json", *pictures}
     for name in pictures:
         assert (out / name).read_bytes().startswith(b"\x89PNG")
+    shown = Read(page.read_text())
+    assert len(shown.sources) == len(pictures)
+    assert len(shown.texts["td"]) == 8 * len(results["sites"])
     said = " ".join(capsys.readouterr().out.split())
     assert "1,533 tokens of text.txt" in said
     assert " 2.5x " in said

@@ -28,6 +28,7 @@ from duquantpp_jax.ptq.walk import fit_decoder
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms import storage
 from tests.commands.conftest import contents
+from tests.lab.test_webpage import Read
 
 
 @pytest.fixture
@@ -253,11 +254,14 @@ def test_fits_that_are_given_write_what_the_recipe_writes_that_made_them(
     words = ["compare", "--model", tiny_directory, "--text", tiny_text, "--tokens", "511"]
     words += ["--calibration-text", tiny_text, "--recipes", "smooth_hadamard", "--fits"]
     words += [tmp_path / "fits"]
-    more = ["--formats", "even", "--out", tmp_path / "compared"]
+    more = ["--formats", "even", "--out", tmp_path / "compared", "--report", tmp_path / "page.html"]
     assert main([*map(str, words + more)]) == 0
     said = capsys.readouterr()
     assert "Without a baseline" in said.out
     assert said.err.count("warning: the fits were learned for weights mxfp4:floor") == 1
+    page = Read((tmp_path / "page.html").read_text())
+    assert page.texts["th"][:3] == ["row", "column", "KL"]
+    assert len(page.sources) == 1
     results = read_json(tmp_path / "compared" / "results.json")
     assert results["rows"] == ["smooth_hadamard", "fits"]
     assert (results["baseline"], results["options"]["fits"]) == (None, ["fits"])

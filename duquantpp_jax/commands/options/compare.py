@@ -48,6 +48,7 @@ class CompareOptions(Plain):
       seeds: Several of them in place of --seed: which (0 1 2), or how many (3).
       text_key: Of the text in .jsonl files.
       out: Directory for results.json, timings.json and compare.png.
+      report: HTML page to write: the figure, a sortable table, and the configuration.
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
 
@@ -71,5 +72,6 @@ class CompareOptions(Plain):
     seeds: tuple[int, ...] | None = None
     text_key: str = "text"
     out: Path = Path("compare-out")
+    report: Path | None = None
     imports: Imports = ()
     terminal: Printing = Terminal()

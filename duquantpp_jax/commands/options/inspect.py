@@ -28,6 +28,7 @@ class InspectOptions(Plain):
       activation_format: Of the inputs of packed weights, which are used as they are stored; without
         it these inputs are not quantized.
       out: Directory for outliers.json and the figures.
+      report: HTML page to write: a sortable table, the figures, and the configuration.
       text_key: Of the text in a .jsonl file.
       imports: Modules to import first: those of a quantized model's transforms and formats that are
         not of this package.
@@ -43,6 +44,7 @@ class InspectOptions(Plain):
     drop: int = 1
     activation_format: str | None = None
     out: Path = Path("inspect-out")
+    report: Path | None = None
     text_key: str = "text"
     imports: Imports = ()
     terminal: Printing = Terminal()
