@@ -18,7 +18,7 @@ from duquantpp_jax.lab.webpage import Cells, image, page, sortable
 SEEN = {"input": "as it is", "moved": "moved by the transform"}
 
 
-def lines(results: Mapping[str, Any]) -> list[Cells]:
+def input_cells(results: Mapping[str, Any]) -> list[Cells]:
     """A line for each input; below it, for a quantized model, a line for the moved input."""
     thresholds = results["thresholds"]
     columns = {  # heading: its number in the results, and how it is printed
@@ -43,7 +43,7 @@ def lines(results: Mapping[str, Any]) -> list[Cells]:
 
 def table(results: Mapping[str, Any]) -> Table:
     """The lines for a terminal."""
-    found = lines(results)
+    found = input_cells(results)
     shown = empty("input of", right=[heading for heading, *_ in found[0][1:]], wrap=True)
     for cells in found:
         shown.add_row(*(text for *_, text in cells))
@@ -53,7 +53,7 @@ def table(results: Mapping[str, Any]) -> Table:
 def report(results: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
     """The HTML page of --report; there a moved input has its name, as lines can be sorted."""
     found, name = [], ""
-    for (heading, _, text), *cells in lines(results):
+    for (heading, _, text), *cells in input_cells(results):
         name = name if (moved := text.startswith(" ")) else text
         found.append([(heading, None, name + (", moved" if moved else "")), *cells])
     moved = [cells[0][2].endswith(", moved") for cells in found]
