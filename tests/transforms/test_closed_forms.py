@@ -110,6 +110,8 @@ def test_wush_raises_its_damping_with_a_warning_and_counts_what_is_not_finite(ca
         forward, back = wush(ones, ones, 1e-18)
     np.testing.assert_allclose(forward[0] @ back[0], np.eye(32), atol=1e-3)
     assert caplog.messages[0].startswith("layer 3: WUSH: damping raised from 1e-18 to 1e-1")
+    with pytest.raises(ValueError, match=r"^the second moments .* cannot be factorized"):
+        wush(ones, -1e3 * np.eye(32)[None], 1e-3)
     spoilt = ones.copy()
     spoilt[0, 2] = np.inf
     says = r"layer 3: .* in 0 numbers of the input's and 32 of the weights'"

@@ -217,3 +217,23 @@ def test_the_identity_lowers_to_what_moves_nothing_at_all():
 def test_matrices_of_another_width_are_refused():
     with pytest.raises(ValueError, match="2 matrices of side 32 move a width of 64"):
         _rotation(2, 32)(np.random.default_rng(0)).activations(jnp.ones((3, 96)))
+
+
+def test_small_blocks_are_blocks_of_a_larger_side_and_identities_move_no_channel():
+    random = np.random.default_rng(0)
+    each = np.asarray([np.linalg.qr(random.standard_normal((16, 16)))[0] for _ in range(4)])
+    each = each.astype(np.float32)
+    x = jnp.asarray(random.standard_normal((2, 64)), jnp.float32)
+    for matrices in (each, each[:1]):
+        small = BlockAffine(jnp.asarray(matrices), jnp.asarray(matrices.swapaxes(1, 2)))
+        blocks = small.as_blocks(64, 32)
+        assert blocks.matrices.shape == (max(1, len(matrices) // 2), 32, 32)
+        larger = BlockAffine(blocks.matrices, blocks.inverses)
+        for side in ("activations", "weights"):
+            np.testing.assert_allclose(
+                getattr(larger, side)(x), getattr(small, side)(x), rtol=1e-5, atol=1e-5
+            )
+        assert small.as_blocks(64, 24) is None
+        assert small.as_channels(64) is None
+    eye = jnp.eye(16)[None]
+    assert BlockAffine(eye, eye).as_channels(64).in_place
