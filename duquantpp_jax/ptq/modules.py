@@ -123,8 +123,7 @@ def quantize(
         left |= hidden
         chosen = {path: linear for path, linear in chosen.items() if path not in hidden}
         look_at, state, log = watching(chosen)
-        if chosen:
-            sites = find_sites(look_at, state, log, chosen, *given)
+        sites = find_sites(look_at, state, log, chosen, *given)
     if not sites:
         why = "; ".join(f"{path} {reason}" for path, reason in left.items())
         raise ValueError(f"no linear of the module can be quantized: {why or 'it has none'}")

@@ -198,9 +198,9 @@ def test_costs_are_of_all_experts(model, stats):
 
 
 def test_what_experts_do_not_have_is_refused(model):
-    plan = Plan.of(model.config, recipe("rtn", "floor", "asymmetric"))
-    with pytest.raises(ValueError, match="not for experts"):
-        plan.check()
+    for method in (recipe("rtn", "floor", "asymmetric"), recipe("rtn", "nvfp4_calibrated")):
+        with pytest.raises(ValueError, match="not for experts"):
+            Plan.of(model.config, method).check()
 
 
 def test_a_mask_leaves_tokens_out_of_stats():

@@ -212,6 +212,8 @@ def test_what_a_walk_is_not_given_is_asked_for(model):
             quantize_layer(plan, 0, next(layers_of(model)), None, stats=own)
     with pytest.raises(ValueError, match="calibrates on the quantized layers: give no stats"):
         quantize_decoder(plan_of("rtn", sequential=True), model, TOKENS, stats=stats)
+    with pytest.raises(ValueError, match="quantized in float32, not in bfloat16: load it so"):
+        quantize_decoder(plan_of("rtn"), model.computing(jnp.bfloat16), TOKENS)
 
 
 def test_an_input_or_a_fit_that_is_nan_names_layer_and_site_and_counts():
