@@ -18,7 +18,6 @@ from duquantpp_jax.commands.export import export
 from duquantpp_jax.commands.options.export import ExportOptions
 from duquantpp_jax.commands.options.quantize import QuantizeOptions
 from duquantpp_jax.commands.quantize import quantize
-from duquantpp_jax.evaluation.predict import kl_divergence
 from duquantpp_jax.models import SITE_WEIGHTS
 from duquantpp_jax.models.parameters import EXPERT_SITES
 from duquantpp_jax.ptq.site import QuantizedLinear, move_input
@@ -27,6 +26,13 @@ from tests.checkpoints.test_mxfp4 import COMPRESSED, drawn, written
 from tests.checkpoints.test_serving import served  # noqa: F401
 from tests.conftest import byte_tokenizer, mixture, relative, tiny_decoder
 from tests.decompress import assert_equal, by_library, dequantized, tensors_of
+from tests.interop.parity import (
+    TOKENS,
+    assert_writes,
+    kl,
+    logits_in_transformers,
+    logits_of,
+)
 
 pytest.importorskip("compressed_tensors", reason="needs the extra interop")
 
@@ -115,43 +121,11 @@ def test_matrices_that_the_library_has_made_move_inputs_as_it_moves_them(kind, i
     np.testing.assert_allclose(transform.activations(jnp.asarray(x)), wanted, rtol=1e-4, atol=1e-5)
 
 
-TOKENS = np.asarray(jax.random.randint(jax.random.key(4), (2, 24), 0, 257))
 RECIPES = [
     ("identity", {}),
     ("block_hadamard", {"exclude": ("*.q_proj", "*.0.mlp.down_proj")}),
     ("wush_conditioned", {"activation_formats": ("bf16",), "rounding": "gptq"}),
 ]
-
-
-def logits_of(directory):
-    """Of a quantized model here."""
-    decoder, linear, state = load_any(directory)
-    return jax.jit(lambda tokens: decoder(tokens, linear, state)[0])
-
-
-def logits_in_transformers(model, tokens):
-    import torch
-
-    with torch.no_grad():
-        logits = model(torch.from_numpy(np.asarray(tokens, np.int64))).logits
-        return jnp.asarray(logits.float().numpy())
-
-
-def kl(logits, other):
-    return float(kl_divergence(*map(jax.nn.log_softmax, (logits, other))).mean())
-
-
-def assert_writes(model, ours):
-    """The likeliest 20 tokens after four are the same in transformers."""
-    import torch
-
-    tokens = np.array(TOKENS)
-    for place in range(4, 24):
-        tokens[:, place] = ours(tokens)[:, place - 1].argmax(-1)
-    start = torch.from_numpy(TOKENS[:, :4].astype(np.int64))
-    written = model.generate(start, max_new_tokens=20, min_new_tokens=20, do_sample=False)
-    np.testing.assert_array_equal(written.numpy(), tokens)
-    assert len(np.unique(tokens[:, 4:])) > 4
 
 
 FAMILY = {
