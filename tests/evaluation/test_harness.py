@@ -5,6 +5,7 @@ torch and transformers are installed.
 """
 
 import json
+import runpy
 
 import jax
 import numpy as np
@@ -15,8 +16,13 @@ pytest.importorskip("transformers")
 lm_eval = pytest.importorskip("lm_eval")
 
 from duquantpp_jax import cli  # noqa: E402
-from duquantpp_jax.checkpoints import load, load_tokenizer  # noqa: E402
+from duquantpp_jax.checkpoints import load_any, load_tokenizer  # noqa: E402
+from duquantpp_jax.commands.export import export  # noqa: E402
+from duquantpp_jax.commands.options.export import ExportOptions  # noqa: E402
+from duquantpp_jax.commands.options.quantize import QuantizeOptions  # noqa: E402
+from duquantpp_jax.commands.quantize import quantize  # noqa: E402
 from duquantpp_jax.evaluation import harness  # noqa: E402
+from tests.conftest import TEXT  # noqa: E402
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 ITEMS = {"cloze": 64, "last_word": 46, "rolling": 16, "exact": 64, "two_shot": 45}
@@ -38,13 +44,34 @@ def checkpoint(shallow_directory):
     return shallow_directory
 
 
-def samples(model):
-    """Arguments, answers and measures of each item of each task."""
+@pytest.fixture(scope="module")
+def simulated(checkpoint, tmp_path_factory):
+    """That model quantized, and packed; and how each is loaded."""
+    place = tmp_path_factory.mktemp("simulated")
+    quantize(
+        QuantizeOptions(
+            model=checkpoint,
+            out=place / "q",
+            rows=4,
+            calibration_text=TEXT,
+            serve="transformers",
+            recipe="block_hadamard",
+        )
+    )
+    export(ExportOptions(place / "q", serve="transformers", out=place / "e"))
+    return {
+        "quantized": (place / "q", {}),
+        "packed": (place / "e", {"activation_format": "mxfp4:even"}),
+    }
+
+
+def samples(model, limit=None):
+    """Arguments, answers and measures of each item of each task, or of the first of them."""
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(harness.TASKS), include_defaults=False)
     found = lm_eval.simple_evaluate(
-        model, tasks=["gutenberg"], task_manager=manager, bootstrap_iters=0
+        model, tasks=["gutenberg"], task_manager=manager, bootstrap_iters=0, limit=limit
     )
     return found["samples"]
 
@@ -83,8 +110,32 @@ def test_every_item_is_answered_as_by_hf(ours, checkpoint):
 
 def test_every_item_is_scored_as_by_hand(ours, checkpoint):
     """Log-softmax in float64 of logits of whole inputs, which were encoded here."""
-    model, tokenizer = load(checkpoint), load_tokenizer(checkpoint)
-    forward, begin = jax.jit(lambda tokens: model(tokens)[0]), model.config.bos_token_id
+    assert_by_hand(ours, checkpoint)
+
+
+def test_quantized_and_packed_models_are_scored_as_by_hand_and_write_the_same(simulated):
+    written = []
+    for place, more in simulated.values():
+        found = samples(harness.model_class()(str(place), **more), limit=2)
+        assert_by_hand(found, place, more.get("activation_format"))
+        written.append([item["resps"] for item in found["gutenberg_exact"]])
+    assert written[0] == written[1]
+
+
+def test_lm_evals_own_command_takes_a_quantized_model(simulated, tmp_path, monkeypatch, capsys):
+    words = ["harness", "run", "--model", "duquantpp", "--tasks", "gutenberg_last_word"]
+    words += ["--model_args", f"pretrained={simulated['quantized'][0]}", "--limit", "2"]
+    words += ["--include_path", str(harness.TASKS)]
+    monkeypatch.setattr("sys.argv", words)
+    runpy.run_module("duquantpp_jax.evaluation.harness", run_name="__main__")
+    assert "gutenberg_last_word" in capsys.readouterr().out
+
+
+def assert_by_hand(ours, checkpoint, activation_format=None):
+    """The scores of a model are those of logits of whole inputs."""
+    model, linear, state = load_any(checkpoint, activation_format)
+    tokenizer, begin = load_tokenizer(checkpoint, model.config), model.config.bos_token_id
+    forward = jax.jit(lambda tokens: model(tokens, linear, state)[0])
 
     def log_q(tokens):
         filled = np.zeros((1, LENGTH), np.int32)
@@ -109,9 +160,11 @@ def test_every_item_is_scored_as_by_hand(ours, checkpoint):
                 assert first in (None, (rows.argmax(axis=-1) == own).all())
 
 
-def test_evaluate_takes_tasks(shallow_directory, tmp_path, capsys):
+def test_evaluate_takes_tasks(simulated, tmp_path, capsys):
     out = tmp_path / "scores.json"
-    words = ["evaluate", "--model", str(shallow_directory), "--out", str(out)]
+    place, more = simulated["packed"]
+    words = ["evaluate", "--model", str(place), "--out", str(out)]
+    words += ["--activation-format", more["activation_format"]]
     assert cli.main([*words, "--tasks", "gutenberg_cloze", "--limit", "2"]) == 0
     results = json.loads(out.read_text())
     assert results["items"] == {"gutenberg_cloze": 2}
