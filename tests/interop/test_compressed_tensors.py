@@ -137,7 +137,13 @@ FAMILY = {
 }
 
 
-@pytest.mark.parametrize("architecture", FAMILY)
+SHORT = ("Qwen2ForCausalLM", "Gemma3ForCausalLM")
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [name if name in SHORT else pytest.param(name, marks=pytest.mark.slow) for name in FAMILY],
+)
 def test_every_dense_family_computes_and_writes_in_transformers_what_it_does_here(
     architecture, tmp_path
 ):
@@ -193,6 +199,7 @@ def embedded(tmp_path_factory):
     return place, testbed.evaluation_rows()[:1, :-1]
 
 
+@pytest.mark.slow
 def test_given_our_codes_transformers_has_our_logits_over_a_whole_row(embedded, monkeypatch):
     """It parts from ours where a sum that rounds otherwise in its last bit takes a number over the
     border of two codes, and nowhere else: its rounding of any input is ours, bit for bit."""
@@ -238,6 +245,7 @@ def test_given_our_codes_transformers_has_our_logits_over_a_whole_row(embedded, 
     assert kl(wanted, found) < 1e-8
 
 
+@pytest.mark.slow
 def test_the_two_part_no_further_than_ours_does_after_last_bits_were_changed(embedded):
     from duquantpp_jax.interop import load_transformers
     from experiments.elsewhere import LastBits
@@ -265,6 +273,7 @@ def test_transformers_alone_refuses_what_it_would_compute_wrongly(served):  # no
         load_transformers(served[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "more"), RECIPES)
 def test_exports_for_transformers_have_the_logits_of_the_model(
     recipe, more, tiny_directory, tmp_path
@@ -282,6 +291,7 @@ def test_exports_for_transformers_have_the_logits_of_the_model(
         assert np.isfinite(logits_in_transformers(alone, TOKENS)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["identity", "block_hadamard"])
 def test_nvfp4_has_the_codes_of_the_library_and_the_logits_of_the_model(
     recipe, tiny_directory, tmp_path
@@ -343,6 +353,7 @@ def test_experts_are_decompressed_to_the_models_and_what_moves_them_is_refused(t
         load_transformers(tmp_path / "e")
 
 
+@pytest.mark.slow
 def test_a_dequantized_export_loads_as_a_float_model(served, tmp_path):  # noqa: F811
     from duquantpp_jax.interop import load_transformers
 
