@@ -213,7 +213,7 @@ def test_given_our_codes_transformers_has_our_logits_over_a_whole_row(embedded, 
 
     def recorded(site, x, weights, state):
         format = dict(linear.activation_formats)[site]
-        seen = move_input(x, state.transform), linear.quantized(x, state, format)
+        seen = move_input(x, state.transform), linear.quantized(x, state, format).whole()
         return linear(site, x, weights, state)[0], seen
 
     wanted, seen = jax.jit(lambda tokens: decoder(tokens, recorded, state))(tokens)
