@@ -31,7 +31,7 @@ from duquantpp_jax.models.parameters import (
     SITES,
     parameter_shapes,
 )
-from duquantpp_jax.models.products import as_factor, float_product
+from duquantpp_jax.models.products import as_factor, exact, float_product, is_one
 
 State = Mapping[str, Any] | tuple[Mapping[str, Any], ...]
 """The state of `linear` at each site, stacked over layers; see `Decoder.__call__`."""
@@ -198,4 +198,6 @@ class Decoder(nnx.Module):
         head = as_factor((self.embedding if self.head is None else self.head)[...], self.dtype)
         if x.dtype == jnp.float32:
             return float_product(x, head), outs, entries
+        if is_one(x):
+            return exact(x, head, parts=1), outs, entries
         return product("rlk,vk->rlv", x, head), outs, entries

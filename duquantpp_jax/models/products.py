@@ -71,8 +71,8 @@ def exact(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _exact(parts: int, x: Array, w: Array) -> Array:
-    bfloat16 = functools.partial(narrow, LINEAR) if parts == 1 else split_product
-    return jax.lax.platform_dependent(x, w, cpu=_wide, default=bfloat16)
+    fast = functools.partial(narrow, LINEAR) if parts == 1 else split_product
+    return jax.lax.platform_dependent(x, w, cpu=_wide, default=of_one if is_one(x) else fast)
 
 
 def _exact_backward(parts: int, kept: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
@@ -85,6 +85,18 @@ _exact.defvjp(lambda parts, x, w: (_exact(parts, x, w), (x, w)), _exact_backward
 
 def _wide(x: Array, w: Array) -> Float32[Array, "*tokens n"]:
     return float_product(x.astype(jnp.float32), w.astype(jnp.float32))
+
+
+def is_one(x: Float[Array, "*tokens k"]) -> bool:
+    """Whether there is one token alone."""
+    return x.size == x.shape[-1]
+
+
+def of_one(x: Float[Array, "*tokens k"], w: Float[Array, "n k"]) -> Float32[Array, "*tokens n"]:
+    """x W^T of one token as products that are added up: so XLA reads the weight where it stands, at
+    the memory's speed, which its matrix products with sums in another type do not."""
+    y = jnp.sum(x.reshape(-1).astype(jnp.float32) * w.astype(jnp.float32), axis=-1)
+    return y.reshape(*x.shape[:-1], len(w))
 
 
 def split_product(

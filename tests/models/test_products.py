@@ -12,7 +12,7 @@ import pytest
 from duquantpp_jax.core import Exact
 from duquantpp_jax.formats import E2M3, E3M2, E4M3, E5M2, MXFP4, MXFP8, NVFP4, Log256
 from duquantpp_jax.formats.plain import BFloat16
-from duquantpp_jax.models.products import LINEAR, matmul, narrow, split_product
+from duquantpp_jax.models.products import LINEAR, is_one, matmul, narrow, of_one, split_product
 from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, decoded_once
 from duquantpp_jax.transforms.basic import Identity
 
@@ -79,6 +79,18 @@ def test_a_float32_is_three_bfloat16_numbers_and_its_product_with_one_is_that_of
     assert np.all(np.abs(np.asarray(split_product(x, w)) - wanted) <= bound)
     stored, wide = matmul(x, w), matmul(x, w.astype(jnp.float32))
     np.testing.assert_array_equal(stored, wide)
+
+
+def test_one_token_alone_has_the_product_that_it_has_among_others():
+    x, w = (side.exactly().numbers for side in sides(MXFP4()))
+    assert not is_one(x)
+    assert is_one(x[:1])
+    assert is_one(x[0])
+    among = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T  # exact: the sums are short
+    for alone in (x[:1], x[None, :1], x[0]):
+        found = of_one(alone, w.astype(jnp.bfloat16))
+        assert found.shape == (*alone.shape[:-1], 48)
+        np.testing.assert_array_equal(found.reshape(-1), among[0])
 
 
 def test_scales_of_24_bits_are_multiplied_in_float32():
