@@ -22,6 +22,7 @@ from typing import Any
 from duquantpp_jax.checkpoints.hugging_face import chat_prompt
 from duquantpp_jax.evaluation.continuing import Wish, Written
 from duquantpp_jax.evaluation.scoring import RowScores
+from duquantpp_jax.files.processes import give_back_memory
 from duquantpp_jax.interop.answers import Choice
 from duquantpp_jax.interop.asked import Asked, Refused, asked
 from duquantpp_jax.interop.desk import Desk, Ticket
@@ -30,6 +31,8 @@ BODY_BYTES = 4 * 2**20
 """Most bytes of a request's body."""
 BODY_SECONDS = 30.0
 """Longest time that a body may take to arrive."""
+TIDY_SECONDS = 10.0
+"""Between two times that freed memory is given back to the system."""
 KINDS = {"/v1/completions": "completions", "/v1/chat/completions": "chat"}
 
 Receive = Callable[[], Awaitable[Any]]
@@ -81,9 +84,11 @@ class Application:
                 await _whole(sent, 500, Refused("the server failed", status=500).body)
 
     async def _live(self, receive: Receive, send: Send) -> None:
+        tidying = asyncio.ensure_future(_tidy())
         while True:
             kind = (await receive())["type"]
             if kind == "lifespan.shutdown":
+                tidying.cancel()
                 await asyncio.to_thread(self._desk.close)
             await send({"type": f"{kind}.complete"})
             if kind == "lifespan.shutdown":
@@ -280,6 +285,13 @@ async def _whole(send: Send, status: int, value: Any) -> None:
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+async def _tidy() -> None:
+    """Gives freed memory back now and then: requests leave theirs in the pieces of many threads."""
+    while True:
+        await asyncio.sleep(TIDY_SECONDS)
+        await asyncio.to_thread(give_back_memory)
 
 
 async def _gone(receive: Receive) -> None:

@@ -7,8 +7,6 @@ in bytes; batches beyond the bound are computed again for each cell. Cells that 
 alone share compiled code, too.
 """
 
-import contextlib
-import ctypes
 import dataclasses
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from duquantpp_jax.evaluation import Predictor, Reference, RowSums, mean_sqnr
 from duquantpp_jax.evaluation.predict import check_sums
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import check_texts, load_rows
+from duquantpp_jax.files.processes import give_back_memory
 from duquantpp_jax.lab.cells import Cell
 from duquantpp_jax.learning import refine as refining
 from duquantpp_jax.models import Decoder, DecoderConfig
@@ -173,12 +172,6 @@ def _plan(cell: Cell, config: DecoderConfig) -> Plan | None:
     if (recipe := cell.method()) is None:
         return None
     return Plan.of(config, recipe, pad=cell.pad, seed=cell.seed, fuse=cell.fuse)
-
-
-def give_back_memory() -> None:
-    """Returns freed memory to the system: glibc keeps it in pieces, and a grid seems to grow."""
-    with contextlib.suppress(OSError, AttributeError):  # other libraries have no such call
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def order(cells: list[Cell]) -> list[Cell]:

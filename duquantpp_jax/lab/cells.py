@@ -197,11 +197,12 @@ class Cell(Plain):
     def check_unchanged(self) -> None:
         """Raises ValueError if what it reads is other than when `digest` was first asked for."""
         with files.refusing(self.model or Path("the model"), "give a model and texts that stay"):
-            if dataclasses.replace(self)._begun != self._begun:
-                raise ValueError(
-                    f"{self.labels()}: model, texts or fits were changed while they were read: "
-                    "give those that stay"
-                )
+            now = dataclasses.replace(self)._begun
+        if now != self._begun:
+            raise ValueError(
+                f"{self.labels()}: model, texts or fits were changed while they were read: give "
+                "those that stay"
+            )
 
     def labels(self) -> str:
         """The cell in a few words."""
