@@ -10,6 +10,7 @@ import pytest
 
 from duquantpp_jax.checkpoints import load
 from duquantpp_jax.evaluation.predict import Predictor
+from duquantpp_jax.interop import application as applications
 from duquantpp_jax.interop import desk as desks
 from duquantpp_jax.interop.application import Application
 from duquantpp_jax.interop.asked import Refused, asked
@@ -189,6 +190,27 @@ def test_slow_clients_and_those_that_go_leave_the_next_one_served(application):
     gone = ({"type": "http.disconnect"},)
     assert ask(application, COMPLETIONS, wish(max_tokens=12), then=gone) == (None, b"")
     assert ask(application, COMPLETIONS, wish())[0] == 200
+
+
+def test_freed_memory_is_given_back_for_as_long_as_it_lives(application, monkeypatch):
+    given, told = [], []
+    monkeypatch.setattr(applications, "TIDY_SECONDS", 0.0)
+    monkeypatch.setattr(applications, "give_back_memory", lambda: given.append(1))
+    monkeypatch.setattr(application._desk, "close", lambda: None)
+
+    async def live():
+        async def receive():
+            while told and len(given) < 3:
+                await asyncio.sleep(0.001)
+            return {"type": "lifespan.shutdown" if told else "lifespan.startup"}
+
+        async def send(message):
+            told.append(message["type"])
+
+        await application({"type": "lifespan"}, receive, send)
+
+    asyncio.run(asyncio.wait_for(live(), 60))
+    assert told == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
 
 
 def test_a_failure_of_the_model_is_an_answer_and_the_next_request_is_served(
