@@ -20,12 +20,13 @@ tokenizer call may put a BOS before the whole text; here there is none.
 
 import dataclasses
 import gzip
+import itertools
 import json
 import lzma
 import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,8 +133,8 @@ def rows_of_text(
 ) -> Rows:
     """The whole rows of what `read_text` gives; `bos` is the beginning-of-sequence token.
 
-    With `targets` only as many documents are encoded as rows of so many targets begin in; what
-    `rows_for_targets` takes of the rows is the same. A document is encoded as a whole.
+    With `targets` only as many documents are encoded as rows of so many targets begin in, each as
+    a whole, and no more rows are made than `rows_for_targets` takes.
     """
     window, texts = protocol.window, text.split(SEPARATOR) if isinstance(text, str) else text
     if protocol.stream:
@@ -149,14 +150,21 @@ def rows_of_text(
         if found >= enough:  # first rows of documents are enough: no second one is taken
             break
     before = np.asarray([bos] if protocol.bos else [], np.int32)
-    order = sorted(
-        (turn, number) for number, ids in enumerate(documents) for turn in range(len(ids) // window)
-    )
+    turns = _turns([len(ids) // window for ids in documents])
+    order = list(itertools.islice(turns, None if targets is None else targets // each))
     tokens = np.empty((len(order), len(before) + window), np.int32)
     tokens[:, : len(before)] = before
     for row, (turn, number) in zip(tokens, order, strict=True):
         row[len(before) :] = documents[number][turn * window : (turn + 1) * window]
     return Rows(tokens, np.array([number for _, number in order], np.int32))
+
+
+def _turns(counts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """(turn, number) of every row of documents with so many rows, turn after turn."""
+    left, turn = list(range(len(counts))), 0
+    while left := [number for number in left if counts[number] > turn]:
+        yield from ((turn, number) for number in left)
+        turn += 1
 
 
 def rows_for_targets(rows: Rows, targets: int, source: str) -> Rows:

@@ -83,7 +83,7 @@ STATISTICS = (
 )  # fmt: skip
 PROTOCOL = (
     Mutant("rows are taken document after document", "evaluation/rows.py",
-           "order = sorted(\n        (turn, number)", "order = list(\n        (turn, number)",
+           "itertools.islice(turns,", "itertools.islice(sorted(turns, key=lambda row: row[1]),",
            "evaluation/test_rows"),
     Mutant("KL the other way round", "evaluation/predict.py",
            "jnp.exp(log_p) * (log_p - log_q)", "jnp.exp(log_q) * (log_q - log_p)",

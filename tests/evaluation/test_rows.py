@@ -62,6 +62,7 @@ def test_of_a_long_text_only_as_many_documents_are_encoded_as_rows_are_asked_for
         counted, targets = Counted(texts), rows * TARGETS
         some = rows_of_text(counted, byte_tokenizer(), BOS, targets=targets)
         assert counted.count == encoded
+        assert len(some.documents) == rows
         wanted, found = (rows_for_targets(have, targets, "text") for have in (every, some))
         np.testing.assert_array_equal(found.tokens, wanted.tokens)
         np.testing.assert_array_equal(found.documents, wanted.documents)
