@@ -1,4 +1,4 @@
-"""The command line: `duquantpp COMMAND`; `duquantpp --version` prints versions.
+"""The command line: `duquantpp COMMAND`; `duquantpp --version [--verbose]` prints versions.
 
 A command is a frozen dataclass of options. Bad input is one line on stderr and exit code 2, never
 a traceback; Ctrl-C is exit code 130, SIGTERM and SIGHUP are 143.
@@ -43,8 +43,8 @@ COMMANDS: dict[str, type] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if list(arguments) == ["--version"]:
-        print(versions())
+    if arguments and set(arguments) <= {"--version", "--verbose"} and "--version" in arguments:
+        print(f"{versions()}; {_devices()}" if "--verbose" in arguments else versions())
         return 0
 
     def run() -> int:
@@ -70,8 +70,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def versions() -> str:
     """Versions of the package, of Python and of what computes, in one line.
 
-    They are read from the metadata of what is installed. Devices are not named: to ask for them
-    imports JAX and takes hold of a GPU.
+    They are read from the metadata of what is installed. Devices are named with --verbose alone: to
+    ask for them imports JAX and takes hold of a GPU.
     """
     computing = (f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax"))
     python = f"Python {platform.python_version()}"
@@ -97,14 +97,20 @@ def _unknown_option(command: str, word: str) -> str:
     """One line about an option that a command does not have."""
     if command not in COMMANDS:
         return f"there is no option {command} before the command: see duquantpp --help"
-    fields = (*dataclasses.fields(COMMANDS[command]), *dataclasses.fields(Terminal))
-    flags = ["--" + field.name.replace("_", "-") for field in fields if field.name != "terminal"]
-    flags = ["--import" if flag == "--imports" else flag for flag in flags]
-    near = difflib.get_close_matches(
-        word.partition("=")[0].replace("_", "-"), flags, n=1, cutoff=0.7
-    )
-    hint = f"did you mean {near[0]}?" if near else f"see duquantpp {command} --help"
+    asked = word.partition("=")[0].replace("_", "-")
+    others = [name for name, kind in COMMANDS.items() if asked in _flags(kind)]
+    least = 0.85 if others else 0.7  # what another command has is no misspelling
+    near = difflib.get_close_matches(asked, _flags(COMMANDS[command]), n=1, cutoff=least)
+    hint = f"it is one of {', '.join(others)}" if others else f"see duquantpp {command} --help"
+    hint = f"did you mean {near[0]}?" if near else hint
     return f"{command} has no option {word}: {hint}"
+
+
+def _flags(kind: type) -> list[str]:
+    """The options of a command as they are typed."""
+    fields = (*dataclasses.fields(kind), *dataclasses.fields(Terminal))
+    flags = ["--" + field.name.replace("_", "-") for field in fields if field.name != "terminal"]
+    return ["--import" if flag == "--imports" else flag for flag in flags]
 
 
 def _parse(arguments: Sequence[str]) -> Any:
@@ -125,12 +131,12 @@ def _parse(arguments: Sequence[str]) -> Any:
     except SystemExit as stop:
         if not stop.code:
             raise
-    if stated := re.search(r"Unrecognized options: (-\S+)", complaint.getvalue()):
-        raise ValueError(_unknown_option(arguments[0], stated[1].rstrip(",")))
     # Without the title in the first line, the lines of the boxes, and the pointer to --help.
     text = re.sub(r"[─-╿]|-{3,}", " ", complaint.getvalue())
     lines = [" ".join(line.split()) for line in text.splitlines()[1:]]
     said = " ".join(line for line in lines if line)
+    if stated := re.search(r"Unrecognized (?:or misplaced )?options: (-\S+)", said):
+        raise ValueError(_unknown_option(arguments[0], stated[1].rstrip(",")))
     said = re.split(r"Argument helptext:|For full helptext", said)[0].strip()
     raise ValueError(f"{said} (see duquantpp --help)")
 
