@@ -134,9 +134,10 @@ def _faults(result: dict[str, Any]) -> Iterator[Row]:
     names = ", ".join(f"`{name}`" for name in result["commands"])
     for fault, how in hows.items():
         counts = [each[fault] for each in result["commands"].values()]
+        new = ", of the old file or the new" if fault == "replaced" else ""
         tried, felt = (sum(count[n] for count in counts) for n in ("tried", "felt"))
         yield (
-            f"{fault}: one line, or the result of an undisturbed run; never another",
+            f"{fault}: one line, or the result of an undisturbed run{new}; never another",
             f"{how}; {names}",
             f"{tried} runs, {felt} of them ended by it",
             _verdict([line for line in result["findings"] if f", {fault}" in line]),
