@@ -7,7 +7,7 @@ Hypothesis: one line and exit code 2 (1 of `ablate`, where cells failed), and th
     undisturbed one's; or had not read it yet, and its result is that of the new file. Never another
     result, and never a part of one.
 Command: python -m experiments.torture.faults [--seconds S] [--only NAME ..]
-Cost: --seconds of the clock.
+Cost: --seconds of the clock, and what two undisturbed runs of each command take before.
 Last result: docs/reliability.md.
 
 A disk is a tmpfs of a size that is drawn, where this process may mount one; else RLIMIT_FSIZE
@@ -249,9 +249,8 @@ def faults(place: Path, seconds: float, only: list[str] | None, seed: int = 0) -
 
     made, mounts = commands(place), may_mount(place / "mount")
     subjects.write_model(place / "other", num_hidden_layers=2, seed=5, rms_norm_eps=1e-3)
-    end, trials = time.monotonic() + seconds, {}
-    for name in only or made:
-        trials[name] = Trial(made[name], place, mounts, seed)
+    trials = {name: Trial(made[name], place, mounts, seed) for name in only or made}
+    end = time.monotonic() + seconds
     rounds = {name: trial.rounds() for name, trial in trials.items()}
     while time.monotonic() < end:
         for name, each in rounds.items():
