@@ -90,6 +90,14 @@ def test_held_out_loss_falls_and_is_that_of_the_quantized_blocks(model, learned)
 
 
 @pytest.mark.slow
+def test_a_block_that_cannot_be_learned_is_named_by_its_number_of_all(model):
+    spoilt = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), start(model))
+    says = "^block 1 of 2: where learning starts the loss of 4 held-out rows is NaN or Inf"
+    with pytest.raises(ValueError, match=says):
+        next(blocks_of(model, spoilt, **OPTIONS))
+
+
+@pytest.mark.slow
 def test_the_history_of_blocks_ends_with_that_of_a_block_that_diverged():
     whole = Trained(None, 1.0, [(3, 1.0, 2.0), (6, 0.5, 1.0)], {})
     diverged = Trained(None, 3.0, [(3, float("nan"), 4.0)], {})
