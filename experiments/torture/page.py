@@ -167,7 +167,23 @@ def _load(result: dict[str, Any]) -> Iterator[Row]:
     )
 
 
-KINDS = {"fuzz": _fuzz, "kills": _kills, "faults": _faults, "load": _load}
+def _planted(result: dict[str, Any]) -> Iterator[Row]:
+    yield (
+        "a test fails where the code is wrong",
+        "`python -m experiments.mutants`: of the package one piece of text is changed, and the "
+        "tests that are named beside it run",
+        f"{result['tried']} of {result['planted']} errors",
+        _verdict(result["findings"]),
+    )
+
+
+KINDS = {
+    "fuzz": _fuzz,
+    "kills": _kills,
+    "faults": _faults,
+    "load": _load,
+    "planted": _planted,
+}
 
 
 def page() -> str:
