@@ -140,7 +140,9 @@ def _faults(result: dict[str, Any]) -> Iterator[Row]:
             f"{fault}: one line, or the result of an undisturbed run{new}; never another",
             f"{how}; {names}",
             f"{tried} runs, {felt} of them ended by it",
-            _verdict([line for line in result["findings"] if f", {fault}" in line]),
+            _verdict([line for line in result["findings"] if f", {fault}" in line])
+            if tried
+            else "not tried: the time was over",
         )
 
 
