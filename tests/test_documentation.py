@@ -29,3 +29,27 @@ def test_the_parser_takes_every_command(page):
 
 def test_commands_are_found():
     assert sum(map(len, map(commands, PAGES))) > 25
+
+
+FIRST_HOUR = (ROOT / "docs/first_hour.md").read_text(encoding="utf-8")
+TURNS = re.findall(r"^\| `duquantpp (.*)` \| (.*) \|$", FIRST_HOUR, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("typed", "answer"), TURNS)
+def test_a_wrong_turn_of_the_first_hour_is_answered_as_its_page_says(
+    typed, answer, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(shlex.split(typed)) == 2
+    assert capsys.readouterr().err == f"duquantpp: {answer}\n"
+
+
+@pytest.mark.slow
+def test_the_code_of_the_first_hour_runs(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", FIRST_HOUR, re.DOTALL)
+    names = {}
+    exec(block, names)
+    assert len(names["report"].linears) == 12
+    assert not names["report"].left
+    assert 0 < names["error"] < 0.5
+    assert "layers.1.attention.out" in capsys.readouterr().out
