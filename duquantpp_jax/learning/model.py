@@ -4,6 +4,7 @@
 
 p from the float model, q from the model whose linears round (moves.py). Both predict, and KL is
 computed, as everywhere (evaluation/predict.py); only the dtype of the matrix products may differ.
+The float model's last hidden states are kept: a row that is seen again takes its head alone.
 """
 
 from collections.abc import Mapping
@@ -24,6 +25,11 @@ from duquantpp_jax.learning.training import Trained
 from duquantpp_jax.models import Decoder, dense
 from duquantpp_jax.transforms.block import BlockAffine
 
+Batch = Integer[Array | np.ndarray, "rows length"] | tuple[Array, Array]
+"""Token ids, and what `Divergence.hidden` gives of them, or without it."""
+KEPT_BYTES = 2 << 30
+"""Most bytes of hidden states that are kept of the rows to learn from, and of those held out."""
+
 
 @struct.dataclass
 class Divergence(SitesObjective):
@@ -42,15 +48,39 @@ class Divergence(SitesObjective):
     rounded: dict[str, tuple[MXArray, ...]] | None = None
     dtype: Any = struct.field(pytree_node=False, default=jnp.bfloat16)
 
-    def loss(
-        self, learned: dict[str, Learned], batch: Integer[Array, "rows length"]
-    ) -> Float[Array, ""]:
+    def loss(self, learned: dict[str, Learned], batch: Batch) -> Float[Array, ""]:
+        tokens, hidden = batch if isinstance(batch, tuple) else (batch, self.hidden(batch))
         model = self.model.computing(self.dtype)
-        plain = dense if self.dtype == jnp.float32 else _bfloat16_linear
-        log_p = jax.lax.stop_gradient(Predictor(model, plain).log_probabilities(batch))
+        log_p = jax.lax.stop_gradient(jax.nn.log_softmax(model.logits(hidden)))
         state = self.states(learned, self.rounded)
-        log_q = Predictor(model, self.linear, state).log_probabilities(batch)
+        log_q = Predictor(model, self.linear, state).log_probabilities(tokens)
         return jnp.mean(kl_divergence(log_p, log_q))
+
+    def hidden(
+        self, tokens: Integer[Array | np.ndarray, "rows length"]
+    ) -> Float[Array, "rows targets k"]:
+        """What the head of the float model reads before every target."""
+        plain = dense if self.dtype == jnp.float32 else _bfloat16_linear
+        return self.model.computing(self.dtype).hidden(tokens[:, :-1], plain)
+
+    def prepared(self, rows: Batch, batch_rows: int, uses: float) -> Batch:
+        """The rows with `hidden` of each, if they are used twice and take no more than KEPT_BYTES;
+        see `Objective.prepared`."""
+        if isinstance(rows, tuple) or uses < 2:
+            return rows
+        count, length = rows.shape
+        width = self.model.config.hidden_size * jnp.dtype(self.dtype).itemsize
+        if count * (length - 1) * width > KEPT_BYTES:
+            return rows
+        tokens, some = np.asarray(rows), min(batch_rows, count)
+        batches = [
+            _hidden(self, tokens[np.arange(first, first + some) % count])
+            for first in range(0, count, some)
+        ]
+        return jnp.asarray(tokens), jnp.concatenate(batches)[:count]
+
+
+_hidden = jax.jit(Divergence.hidden)
 
 
 def learn_model(

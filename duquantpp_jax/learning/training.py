@@ -41,6 +41,14 @@ class Objective(abc.ABC):
         """The parameters, brought within their bounds."""
         return learned
 
+    def prepared(self, rows: Rows, batch_rows: int, uses: float) -> Rows:
+        """The rows, with what the loss would else make of them anew each time.
+
+        Args:
+          uses: How often the loss of each is asked for.
+        """
+        return rows
+
 
 @struct.dataclass
 class Progress:
@@ -96,7 +104,8 @@ def train(
       ValueError: Too few rows, or none held out; a checkpoint of other settings.
     """
     objective, learned, rows = jax.tree.map(jnp.asarray, (objective, learned, rows))
-    best_loss = jnp.float32(held_out_loss(objective, learned, held_out, batch_rows))
+    checked = objective.prepared(held_out, batch_rows, 1 + steps / check_every)
+    best_loss = jnp.float32(held_out_loss(objective, learned, checked, batch_rows))
     state = Progress(jnp.int32(0), learned, optimizer.init(learned), learned, best_loss)
     start_loss, history = float(best_loss), []
     if not np.isfinite(start_loss):
@@ -118,10 +127,11 @@ def train(
             state, start_loss, history = states.load(checkpoint, state, settings)
     order = batches(key, _count(rows), batch_rows, steps)
     state = jax.tree.map(jnp.copy, state)  # for it is given away
+    rows = objective.prepared(rows, batch_rows, steps * batch_rows / _count(rows))
     while (first := int(state.step)) < steps and not (history and _diverged(*history[-1])):
         part = jnp.asarray(order[first : first + check_every])
         state, losses = _advance(objective, state, rows, part, optimizer=optimizer)
-        loss = held_out_loss(objective, state.learned, held_out, batch_rows)
+        loss = held_out_loss(objective, state.learned, checked, batch_rows)
         if loss < float(state.best_loss):
             best = jax.tree.map(jnp.copy, state.learned)
             state = dataclasses.replace(state, best=best, best_loss=jnp.float32(loss))

@@ -131,8 +131,23 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: `state` has a key that is not a site.
         """
-        logits, outs, _ = self._run(tokens, linear, state, jnp.int32(0), store, None)
-        return logits, outs
+        hidden, outs, _ = self._run(tokens, linear, state, jnp.int32(0), store, None)
+        return self.logits(hidden), outs
+
+    def hidden(
+        self, tokens: Integer[Array, "rows length"], linear: Linear = dense
+    ) -> Float[Array, "rows length k"]:
+        """What the head reads at every position, in the type of the matrix products."""
+        return self._run(tokens, linear, None, jnp.int32(0), None, None)[0]
+
+    def logits(self, hidden: Float[Array, "rows length k"]) -> Float32[Array, "rows length vocab"]:
+        """The product of the head with what `hidden` gives."""
+        head = as_factor((self.embedding if self.head is None else self.head)[...], self.dtype)
+        if hidden.dtype == jnp.float32:
+            return float_product(hidden, head)
+        if is_one(hidden):
+            return exact(hidden, head, parts=1)
+        return product("rlk,vk->rlv", hidden, head)
 
     def extend(
         self,
@@ -152,8 +167,8 @@ class Decoder(nnx.Module):
         """
         start = cache.length
         cached = cache.store, cache.entries
-        logits, _, entries = self._run(tokens, linear, state, start, *cached, at)
-        return logits, Cache(entries, start + tokens.shape[1], cache.store)
+        hidden, _, entries = self._run(tokens, linear, state, start, *cached, at)
+        return self.logits(hidden), Cache(entries, start + tokens.shape[1], cache.store)
 
     def _run(
         self,
@@ -164,8 +179,8 @@ class Decoder(nnx.Module):
         store: Store | None,
         entries: Any,
         at: Int32[Array, " rows"] | None = None,
-    ) -> tuple[Float32[Array, "rows logits vocab"], dict[str, Any], Any]:
-        """Logits at positions from `start` on, what `linear` gave out, and the new entries."""
+    ) -> tuple[Float[Array, "rows logits k"], dict[str, Any], Any]:
+        """What the head reads from position `start` on, what `linear` gave out, new entries."""
         config = self.config
         runs = state if isinstance(state, tuple) else (state or {},)
         if unknown := set().union(*runs) - set(SITES):
@@ -194,10 +209,4 @@ class Decoder(nnx.Module):
         outs, entries = jax.tree.map(lambda *parts: jnp.concatenate(parts), *given)
         if at is not None:
             x = jnp.take_along_axis(x, at[:, None, None], axis=1, mode="clip")
-        x = rms_norm(config, x, self.norm[...]).astype(self.dtype)
-        head = as_factor((self.embedding if self.head is None else self.head)[...], self.dtype)
-        if x.dtype == jnp.float32:
-            return float_product(x, head), outs, entries
-        if is_one(x):
-            return exact(x, head, parts=1), outs, entries
-        return product("rlk,vk->rlv", x, head), outs, entries
+        return rms_norm(config, x, self.norm[...]).astype(self.dtype), outs, entries

@@ -10,8 +10,10 @@ import pytest
 from duquantpp_jax.checkpoints import load, testbed
 from duquantpp_jax.evaluation.predict import Predictor, Reference
 from duquantpp_jax.formats import MXFP4
-from duquantpp_jax.learning.model import at_rates, learn_model
+from duquantpp_jax.learning import model as learning_model
+from duquantpp_jax.learning.model import Divergence, at_rates, learn_model
 from duquantpp_jax.learning.moves import Learned, Moves
+from duquantpp_jax.learning.training import held_out_loss
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import QuantizedLinear
@@ -81,6 +83,22 @@ def test_held_out_loss_falls_and_the_best_is_kept(model):
     *_, state = quantize_decoder(plan, model, rows[16:, :-1])
 
     assert _divergence(model, MXFP4(), state, rows[16:]) == pytest.approx(best, rel=0.05)
+
+
+@pytest.mark.slow
+def test_what_is_kept_of_the_float_model_changes_no_loss_and_is_bounded(model, monkeypatch):
+    rows = testbed.calibration_rows()[:3, :33]
+    moves, start = Moves(PARAMETRIZATIONS["affine"], through_amax=True), _start(model)
+    objective = Divergence(start, moves, FORMATS, model, dtype=jnp.float32)
+    learned = {site: moves.init(start[site], model.weights(site)) for site in start}
+    assert objective.prepared(rows, 2, 1.5) is rows
+    kept = objective.prepared(rows, 2, 2.0)
+    assert kept[1].shape == (3, 32, model.config.hidden_size)
+    found = [held_out_loss(objective, learned, each, 3) for each in (rows, kept)]
+    assert found[0] > 0
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+    monkeypatch.setattr(learning_model, "KEPT_BYTES", kept[1].nbytes - 1)
+    assert objective.prepared(rows, 2, 2.0) is rows
 
 
 @jax.numpy_dtype_promotion("standard")  # optax counts on it
