@@ -53,7 +53,7 @@ class Divergence(SitesObjective):
         model = self.model.computing(self.dtype)
         log_p = jax.lax.stop_gradient(jax.nn.log_softmax(model.logits(hidden)))
         state = self.states(learned, self.rounded)
-        log_q = Predictor(model, self.linear, state).log_probabilities(tokens)
+        log_q = Predictor(model, self.linear, state).log_probabilities(jnp.asarray(tokens))
         return jnp.mean(kl_divergence(log_p, log_q))
 
     def hidden(
@@ -61,7 +61,7 @@ class Divergence(SitesObjective):
     ) -> Float[Array, "rows targets k"]:
         """What the head of the float model reads before every target."""
         plain = dense if self.dtype == jnp.float32 else _bfloat16_linear
-        return self.model.computing(self.dtype).hidden(tokens[:, :-1], plain)
+        return self.model.computing(self.dtype).hidden(jnp.asarray(tokens)[:, :-1], plain)
 
     def prepared(self, rows: Batch, batch_rows: int, uses: float) -> Batch:
         """The rows with `hidden` of each, if they are used twice and take no more than KEPT_BYTES;
