@@ -101,7 +101,9 @@ def _unknown_option(command: str, word: str) -> str:
     others = [name for name, kind in COMMANDS.items() if asked in _flags(kind)]
     least = 0.85 if others else 0.7  # what another command has is no misspelling
     near = difflib.get_close_matches(asked, _flags(COMMANDS[command]), n=1, cutoff=least)
-    hint = f"it is one of {', '.join(others)}" if others else f"see duquantpp {command} --help"
+    hint = (
+        f"that is an option of {', '.join(others)}" if others else f"see duquantpp {command} --help"
+    )
     hint = f"did you mean {near[0]}?" if near else hint
     return f"{command} has no option {word}: {hint}"
 

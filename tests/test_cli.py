@@ -233,7 +233,7 @@ def test_a_bad_model_is_one_line(name, tiny_directory, tiny_text, tmp_path, caps
         (("--nonsense",), "compare has no option --nonsense: see duquantpp compare --help"),
         (("--recipez", "rtn"), "compare has no option --recipez: did you mean --recipes?"),
         (("--recipe", "rtn"), "compare has no option --recipe: did you mean --recipes?"),
-        (("--prompt", "x"), "compare has no option --prompt: it is one of generate"),
+        (("--prompt", "x"), "compare has no option --prompt: that is an option of generate"),
         (("--recipes",), "--recipes is empty"),
         (("--seeds", "0"), "--seeds 0: give each once (0 1 2), or how many (--seeds 3)"),
         (("--seeds", "0", "-1"), "--seed -1: give a whole number from 0 to 4294967295"),

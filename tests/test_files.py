@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,3 +199,12 @@ def test_errors_show_control_characters_and_obey_none(tmp_path):
         files.read_json(path)
     assert files.one_line(caught.value).count(r"a\x1b[2J.json") == 1
     assert files.printable("é\n\u202e\x9b") == "é\n\\u202e\\x9b"
+
+
+def test_a_file_to_write_is_refused_by_the_option_that_names_it(tmp_path):
+    files.check_file(None, "--report")
+    files.check_file(tmp_path / "new" / "page.html", "--report")
+    with pytest.raises(ValueError, match="is a directory: give a file as --report"):
+        files.check_file(tmp_path, "--report")
+    with pytest.raises(ValueError, match="give another --summary"):
+        files.check_file(Path("/proc/page.html"), "--summary")

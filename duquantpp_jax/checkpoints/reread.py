@@ -48,7 +48,8 @@ def read_again(out: Path, directory: Path) -> str:
     model, found = Quantized(directory), inventory(out)
     formats = quantized_for(packing)
     if method == COMPRESSED and formats != model.activation_formats:
-        raise ValueError(f"config.json is wrong about what activations are for: {formats}")
+        said = f"config.json says activations of {formats}, not {model.activation_formats}"
+        raise ValueError(said if formats else f"{said}: export again, for an earlier version did")
     groups = packing.get("transform_config", {}).get("config_groups", {})
     moved = {target: name for name, g in groups.items() for target in g["apply"][0]["targets"]}
     stored = linears(model.config)

@@ -56,8 +56,9 @@ def _run(module: ModuleType, options: AblateOptions) -> int:
     out = options.out or Path("ablate-out") / name
     layout = layout_of(module)
     cells = _only(options.only, grid(cells_of(module, options), options), layout)
-    for place in (out, *(file.parent for file in (options.summary, options.report) if file)):
-        files.check_writable(place)
+    files.check_writable(out)
+    files.check_file(options.summary, "--summary")
+    files.check_file(options.report, "--report")
     executor = _executor(options)
     for warning in dict.fromkeys(filter(None, (cell.warning for cell in cells))):
         print(warning, file=sys.stderr)

@@ -188,8 +188,8 @@ def run(options: CompareOptions) -> int:
     """Runs the command, and prints and writes the results; returns the exit code."""
     from duquantpp_jax.analysis import figures
 
-    for place in (options.out, *([options.report.parent] if options.report else [])):
-        files.check_writable(place)
+    files.check_writable(options.out)
+    files.check_file(options.report, "--report")
     import_modules(options.imports)
     for warning in dict.fromkeys(filter(None, (cell.warning for cell in cells(options)))):
         print(warning, file=sys.stderr)

@@ -111,8 +111,8 @@ def run(options: InspectOptions) -> int:
     """Runs the command and prints the table; returns the exit code."""
     from duquantpp_jax.analysis import figures
 
-    for place in (options.out, *([options.report.parent] if options.report else [])):
-        files.check_writable(place)
+    files.check_writable(options.out)
+    files.check_file(options.report, "--report")
     with only_process(options.out):
         with progress_bar(options.terminal) as progress:
             found = inspect(options, progress)

@@ -128,6 +128,8 @@ def learn_fits(
 def _tokens(options: LearnOptions) -> Tokens:
     """The rows of all texts, one of each by turns."""
     texts = options.text or (None,)
+    if len({text and text.resolve() for text in texts}) < len(texts):
+        raise ValueError(f"--text names a text twice: {' '.join(map(str, texts))}")
     if options.rows % len(texts):
         raise ValueError(
             f"--rows {options.rows} are not the same number of each of {len(texts)} texts: give "
@@ -141,7 +143,8 @@ def _tokens(options: LearnOptions) -> Tokens:
 def _names_and_hashes(texts: tuple[Path, ...]) -> dict[str, str]:
     """`name_and_hash` of each text, joined."""
     each = [name_and_hash(text) for text in texts or (None,)]
-    return {key: " + ".join(e[key] for e in each if key in e) for key in set().union(*each)}
+    keys = dict.fromkeys(key for e in each for key in e)  # in this order in every process
+    return {key: " + ".join(e[key] for e in each if key in e) for key in keys}
 
 
 def split(tokens: Tokens, held_out: float) -> tuple[Tokens, Tokens]:

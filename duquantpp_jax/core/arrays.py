@@ -230,8 +230,10 @@ class MXArray:
             return jnp.where(byte == 255, jnp.float32(jnp.nan), x).reshape(self.shape)
         x = self.element.decode(blocks) if coded else blocks.astype(jnp.float32)
         scale = self.scales.astype(jnp.float32)[..., None]
-        if self.tensor_scale is not None:  # E4M3 scales have 4 bits: element * scale is exact
+        if self.scales.dtype == jnp.float8_e4m3fn:  # of 4 bits: element * scale is exact
             x = x * scale
+            if self.tensor_scale is None:
+                return x.reshape(self.shape)
             t = self.tensor_scale  # its axes are those over which arrays are stacked
             scale = t.reshape(*t.shape, *[1] * (x.ndim - t.ndim))
         # With scale = significand * 2^exponent only the last product may be subnormal.

@@ -7,7 +7,7 @@ bfloat16 has 8 significant bits and the exponents of float32. An element has 2 t
 most 6 and is exact from 2^-126 to the largest float32. Below, where float32 has subnormals that
 CPUs flush to zero, bfloat16 has the multiples of 2^-133: still all of MXFP4, MXFP6 and NVFP4, of
 MXFP8 those with scale bytes from 3 (E4M3) or 10 (E5M2) on. A tensor scale of NVFP4 has 24
-significant bits; it is the factor.
+significant bits; it is the factor. Activations in bfloat16 are such numbers themselves, of 8 bits.
 """
 
 from typing import Any

@@ -26,18 +26,26 @@ from duquantpp_jax.models import Decoder, DecoderConfig, dense
 from duquantpp_jax.models.sampling import Sampling, generate
 from duquantpp_jax.ptq import stores
 
+CACHE_BYTES = 8 << 30
+"""Most bytes of a batch's key-value cache on a GPU or TPU, which writes more rows together."""
 
-def batch_rows() -> int:
-    """Rows that are written together: on a GPU or TPU sixteen times as many as on a CPU, in which
-    a step of SmolLM2-135M takes hardly longer."""
-    return 16 if jax.default_backend() == "cpu" else 256
+
+def batch_rows(config: DecoderConfig) -> int:
+    """Rows that are written together: 16 on a CPU; else the power of two, up to 256, whose cache in
+    float32 takes no more than CACHE_BYTES, but 16 at least."""
+    if jax.default_backend() == "cpu":
+        return 16
+    heads = config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    fit = CACHE_BYTES // (8 * heads * (TARGETS + 1))  # keys and values, of 4 bytes each
+    return min(256, max(16, 1 << fit.bit_length() >> 1))
 
 
 def own_rows(directory: Path, rows: int, seed: int) -> Int32[np.ndarray, "rows length"]:
     """BOS and 511 ids each, drawn at temperature 1; raises ValueError as `load`, and for NaN."""
     place = files.cache_directory()
-    model, batches, together = functools.cache(load), [], batch_rows()
-    name, config = f"{sha256(directory)}-{seed}-{together}", load_config(directory)
+    config, model, batches = load_config(directory), functools.cache(load), []
+    together = batch_rows(config)
+    name = f"{sha256(directory)}-{seed}-{together}"
     for number in range(-(-rows // together)):
         path = Path(place, f"{name}-{number}.safetensors")
         if (batch := _kept(path, config)) is None:
@@ -55,7 +63,7 @@ def _kept(path: Path, config: DecoderConfig) -> Int32[np.ndarray, "batch length"
         tokens = files.read_tensors(path, "write the rows again")[0]["tokens"]
     except (OSError, ValueError, KeyError):
         return None
-    right = (tokens.dtype, tokens.shape) == (np.int32, (batch_rows(), TARGETS + 1))
+    right = (tokens.dtype, tokens.shape) == (np.int32, (batch_rows(config), TARGETS + 1))
     right = right and (tokens[:, 0] == config.bos_token_id).all() and tokens.min() >= 0
     return tokens if right and tokens.max() < config.vocab_size else None
 
@@ -64,7 +72,8 @@ def _written(model: Decoder, key: jax.Array) -> Int32[np.ndarray, "batch length"
     model.config = dataclasses.replace(model.config, eos_token_id=None)
     begin: Any = [model.config.bos_token_id]
     how: Any = {"store": stores.store("float32", model.config.head_dim), "linear": dense}
-    new = generate(model, [begin] * batch_rows(), key, new=TARGETS, sampling=Sampling(1.0), **how)
+    prompts = [begin] * batch_rows(model.config)
+    new = generate(model, prompts, key, new=TARGETS, sampling=Sampling(1.0), **how)
     if wrong := sum(min(row) < 0 for row in new):
         raise ValueError(
             f"the model gave NaN where it wrote rows to calibrate on, in {wrong} of {len(new)}: "

@@ -62,7 +62,12 @@ class Predictor:
     ) -> Float[Array, "rows targets vocab"]:
         """log q of every token at every target; the targets are all tokens but the first."""
         logits, _ = self.model(tokens[:, :-1], self.linear, self.state, store=self.store)
-        return jax.nn.log_softmax(logits)
+        return normalized(logits)
+
+
+def normalized(logits: Float[Array, "*targets vocab"]) -> Float[Array, "*targets vocab"]:
+    """log q: the logits less the logarithm of the sum of their exponentials."""
+    return jax.nn.log_softmax(logits)
 
 
 def kl_divergence(

@@ -302,7 +302,7 @@ def _sha256(path: Path, *written: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_writable(directory: Path) -> None:
+def check_writable(directory: Path, option: str = "--out") -> None:
     """Checks that files can be written to a directory that need not exist yet.
 
     Opens a file without a name in it, or in its nearest existing parent: a kill leaves nothing.
@@ -315,8 +315,20 @@ def check_writable(directory: Path) -> None:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        said = f"cannot write to {directory} ({error.strerror}): give another --out"
+        said = f"cannot write to {directory} ({error.strerror}): give another {option}"
         raise ValueError(said) from None
+
+
+def check_file(path: Path | None, option: str) -> None:
+    """Checks that a file can be written, if one is named.
+
+    Raises:
+      ValueError: It cannot be, or is a directory.
+    """
+    if path is not None:
+        if path.is_dir():
+            raise ValueError(f"{path} is a directory: give a file as {option}")
+        check_writable(path.parent, option)
 
 
 def module_hashes(*modules: str) -> dict[str, str]:

@@ -31,8 +31,9 @@ class BFloat16(Format):
         raise ValueError("bf16 has no elements and no scales: it is for activations (W4A16)")
 
     def exactly(self, x: Float32[Array, "*shape"], **options: Any) -> Exact:
-        """See `Format.exactly`."""
-        return Exact(self.fake_quantize(x, **options))
+        """See `Format.exactly`; the clips and offsets of fits for other formats change nothing."""
+        del options
+        return Exact(self.fake_quantize(x))
 
     def fake_quantize(
         self,

@@ -78,8 +78,8 @@ def load_transformers(directory: str | os.PathLike[str], dtype: Any = None) -> A
         decoded = transformers.Mxfp4Config(dequantize=True)
         return load(directory, dtype=dtype, quantization_config=decoded).eval()
     if method == COMPRESSED:
-        del config.quantization_config["transform_config"]
-        if packing["quantization_status"] == STATUS:
+        config.quantization_config.pop("transform_config", None)
+        if packing.get("quantization_status") == STATUS:
             config.quantization_config["quantization_status"] = "compressed"
     model = load(directory, config=config, dtype=dtype)
     if method == COMPRESSED:

@@ -203,7 +203,7 @@ def _has_ended(job: Any, cells: list[Cell], out: Path) -> bool:
         path, at = _process_of(out, job.job_id), ""
         if path.is_file():
             at = _at(files.read_json(path), cells, out)
-        goes_on = "its cells are left to the other jobs"
+        goes_on = "its cells are left to other jobs, if any runs"
         warn("job %s ended early (%s)%s: %s", job.job_id, job.state, at, goes_on)
     return True
 

@@ -18,7 +18,7 @@ from flax import struct
 from jaxtyping import Array, Float, Integer, Key
 
 from duquantpp_jax.core import Format, MXArray
-from duquantpp_jax.evaluation.predict import Predictor, kl_divergence
+from duquantpp_jax.evaluation.predict import Predictor, kl_divergence, normalized
 from duquantpp_jax.learning.moves import PARTS, Learned, Moves, SitesObjective
 from duquantpp_jax.learning.straight_through import product
 from duquantpp_jax.learning.training import Trained
@@ -51,7 +51,7 @@ class Divergence(SitesObjective):
     def loss(self, learned: dict[str, Learned], batch: Batch) -> Float[Array, ""]:
         tokens, hidden = batch if isinstance(batch, tuple) else (batch, self.hidden(batch))
         model = self.model.computing(self.dtype)
-        log_p = jax.lax.stop_gradient(jax.nn.log_softmax(model.logits(hidden)))
+        log_p = jax.lax.stop_gradient(normalized(model.logits(hidden)))
         state = self.states(learned, self.rounded)
         log_q = Predictor(model, self.linear, state).log_probabilities(jnp.asarray(tokens))
         return jnp.mean(kl_divergence(log_p, log_q))
@@ -66,7 +66,7 @@ class Divergence(SitesObjective):
     def prepared(self, rows: Batch, batch_rows: int, uses: float) -> Batch:
         """The rows with `hidden` of each, if they are used twice and take no more than KEPT_BYTES;
         see `Objective.prepared`."""
-        if isinstance(rows, tuple) or uses < 2:
+        if isinstance(rows, tuple) or uses < 2 or not len(rows):
             return rows
         count, length = rows.shape
         width = self.model.config.hidden_size * jnp.dtype(self.dtype).itemsize

@@ -2,7 +2,7 @@
 
     y = f_x f_w sum_k x_k w_k               x_k, w_k numbers of an Exact, f_x and f_w its factors
 
-Two such numbers have 12 significant bits together at most (core/exact.py), so that each x_k w_k is
+Two such numbers have 14 significant bits together at most (core/exact.py), so that each x_k w_k is
 exact in float32, whichever of the two types multiplies. Both add in float32 and differ in the order
 of additions alone: the sums are equal to the last bit as long as they need no more than 24 bits,
 and else within 2^-23 k sum_k |x_k w_k| of each other. A GPU multiplies bfloat16 some 16 times as

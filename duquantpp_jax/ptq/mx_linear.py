@@ -187,7 +187,7 @@ class MXLinear(nnx.Module):
         else:
             weight = self.weight[...]
             seen = linear.quantized(pad_channels(x, weight.shape[-1]), site, self.formats[1])
-            y = matmul(seen, self.formats[0].exactly(weight))
+            y = matmul(seen, self.formats[0].exactly(weight.astype(jnp.float32)))
         y = self.contraction.output(y, inputs.ndim)
         types = [inputs.dtype, self.kernel_dtype]
         if self.bias is not None:

@@ -36,7 +36,7 @@ from duquantpp_jax.core import (
 from duquantpp_jax.formats import MX
 from duquantpp_jax.formats.mx import to_float32
 from duquantpp_jax.models.experts import Routed
-from duquantpp_jax.models.products import matmul
+from duquantpp_jax.models.products import as_factor, matmul
 from duquantpp_jax.transforms.block import lower
 
 
@@ -157,7 +157,8 @@ class QuantizedLinear:
     def __call__(
         self, site: str, x: Array | Routed, weights: tuple[Array, ...], state: QuantizedSite
     ) -> tuple[tuple[Array, ...], None]:
-        formats, x = self.activation_formats, x.astype(jnp.float32)
+        formats, given, x = self.activation_formats, x, x.astype(jnp.float32)
+        dtype = (given.x if isinstance(given, Routed) else given).dtype
         quantized, seen = [isinstance(w, MXArray | Exact) for w in state.weights], x
         if any(quantized):
             format = dict(formats)[site] if isinstance(formats, tuple) else formats
@@ -167,7 +168,7 @@ class QuantizedLinear:
         def output(weight: Any) -> Array:
             if isinstance(weight, MXArray | Exact):
                 return matmul(seen, weight.exactly() if isinstance(weight, MXArray) else weight)
-            return matmul(x, weight.astype(jnp.float32))
+            return matmul(given, as_factor(weight, dtype)).astype(jnp.float32)
 
         return tuple(map(output, state.weights)), None
 
@@ -188,13 +189,14 @@ class QuantizedLinear:
 def decoded_once(state: Any, device: Any) -> Any:
     """A model's state whose weights are decoded once, in bfloat16, where that holds them exactly.
 
-    Only on an accelerator, which multiplies bfloat16 fast, and where they take no more than half of
-    the memory that its device has left; else the state as it is, which is decoded at every use.
+    Only on an accelerator, which multiplies bfloat16 fast, and where they take no more than a
+    quarter of its memory, whatever else is there: one model always runs the same program. Else the
+    state as it is, which is decoded at every use.
     """
     parts = jax.tree.leaves(state, is_leaf=lambda part: isinstance(part, MXArray))
     size = sum(2 * math.prod(w.shape) for w in parts if isinstance(w, MXArray) and w.is_exact)
     memory = None if device.platform == "cpu" else device.memory_stats()
-    if memory is None or 2 * size > memory["bytes_limit"] - memory["bytes_in_use"]:
+    if memory is None or 4 * size > memory["bytes_limit"]:
         return state
 
     def of(weight: Any) -> Any:

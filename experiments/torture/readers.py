@@ -242,9 +242,9 @@ def texts(place: Path) -> Reader:
 
 def own_rows(place: Path) -> Reader:
     """Rows that a model wrote for itself."""
-    tokens = np.full((own_text.batch_rows(), TARGETS + 1), 256, np.int32)
-    files.write_tensors(place / "r.safetensors", {"tokens": tokens}, {})
     config = DecoderConfig.from_dict(subjects.fields_of())
+    tokens = np.full((own_text.batch_rows(config), TARGETS + 1), 256, np.int32)
+    files.write_tensors(place / "r.safetensors", {"tokens": tokens}, {})
     return Reader(
         contents(place),
         lambda own: own_text._kept(own / "r.safetensors", config),

@@ -160,6 +160,7 @@ def test_it_prints_the_held_out_kl_of_the_start_and_the_end(options, capsys):
     assert main([*map(str, words)]) == 0
     said = capsys.readouterr().out
     about = read_about(options.out)
+    assert list(about["text"])[:2] == ["name", "sha256"]  # the same bytes in every process
     kl = about["held_out_kl"]
     assert 0 < kl["end"] != kl["start"] > 0
     assert f"{kl['start']:.5f} at the start, {kl['end']:.5f} at the end" in said
@@ -177,7 +178,8 @@ def test_it_prints_the_held_out_kl_of_the_start_and_the_end(options, capsys):
     ("changes", "says"),
     [
         ({"text": ()}, "--model needs --text"),
-        ({"text": (Path("a"),) * 4}, "--rows 6 are not the same number of each of 4 texts"),
+        ({"text": tuple(map(Path, "abcd"))}, "--rows 6 are not the same number of each of 4 texts"),
+        ({"text": (Path("a"),) * 2}, "--text names a text twice: a a"),
         ({"start": "wuhs"}, "did you mean wush"),
         ({"moves": ("afine",)}, "unknown move 'afine'"),
         ({"moves": ()}, "nothing moves"),

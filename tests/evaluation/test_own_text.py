@@ -1,5 +1,6 @@
 """Rows that a model writes itself: its distribution, and what they depend on."""
 
+import dataclasses
 import json
 
 import jax
@@ -14,7 +15,7 @@ from duquantpp_jax.evaluation.rows import TARGETS
 from tests.conftest import tiny_decoder
 
 BOS = 256
-BATCH = batch_rows()
+BATCH = 16
 
 
 @pytest.fixture
@@ -22,6 +23,16 @@ def short(tmp_path, monkeypatch):
     """Rows of 32 tokens, kept where there are none yet."""
     monkeypatch.setattr(own_text, "TARGETS", 31)
     monkeypatch.setenv("DUQUANTPP_CACHE", str(tmp_path / "kept"))
+
+
+def test_a_batch_is_as_large_as_its_cache_allows(monkeypatch):
+    config = tiny_decoder().config
+    assert batch_rows(config) == BATCH
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    large = dataclasses.replace(
+        config, num_hidden_layers=32, num_key_value_heads=8, head_dim=128, num_attention_heads=32
+    )
+    assert [batch_rows(c) for c in (config, large)] == [256, 64]
 
 
 def test_rows_have_the_entropy_that_the_model_says(tiny_directory):

@@ -105,7 +105,7 @@ def test_a_job_that_is_killed_is_named_with_its_cell(cells, tmp_path, caplog, mo
     files.write_whole(place / f"{cells[2].digest}.0", files.to_json(holder | {"start": 6}))
     assert executors._has_ended(Job(), cells, tmp_path)
     (said,) = caplog.messages
-    at = f"at {cells[1].labels()}: its cells are left to the other jobs"
+    at = f"at {cells[1].labels()}: its cells are left to other jobs, if any runs"
     assert said == f"job 7 ended early (OUT_OF_MEMORY) {at}"
 
 

@@ -115,14 +115,14 @@ def test_weights_are_decoded_once_where_an_accelerator_has_room():
     odd = Log256().quantize(x)
     state = QuantizedSite(Identity(), (w, odd))
 
-    def device(platform, free):
-        memory = {"bytes_limit": free + 10, "bytes_in_use": 10}
+    def device(platform, limit):
+        memory = {"bytes_limit": limit}
         return types.SimpleNamespace(platform=platform, memory_stats=lambda: memory)
 
     size = 2 * 48 * 64
     assert decoded_once(state, device("cpu", 9 * size)) is state
-    assert decoded_once(state, device("gpu", 2 * size - 1)) is state
-    found = decoded_once(state, device("gpu", 2 * size))
+    assert decoded_once(state, device("gpu", 4 * size - 1)) is state
+    found = decoded_once(state, device("gpu", 4 * size))
     assert found.weights[0].numbers.dtype == jnp.bfloat16
     assert found.weights[1] is odd
     linear = QuantizedLinear(MXFP4())

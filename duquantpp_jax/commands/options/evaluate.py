@@ -33,8 +33,8 @@ class EvaluateOptions(Plain):
       text_key: Of the text in a .jsonl file.
       activation_format: Of the inputs of packed weights, which are used as they are stored; without
         it these inputs are not quantized.
-      compute: Type of the products of attention, of the head and of linears left in float; those of
-        quantized linears are as in float32 either way (docs/performance.md).
+      compute: Type of the products of attention, of the head and of linears left in float; what
+        quantized linears are given is rounded to it (docs/performance.md).
       mesh: Cut weights over devices, as in data=2,model=4: two groups of four devices share the
         rows, and the devices of a group the weights; by default each device has all of them.
       out: File for the results, as JSON.

@@ -27,8 +27,8 @@ class GenerateOptions(Plain):
       rotate_keys: Rotate keys and queries by a Hadamard matrix before keys are cached.
       activation_format: Of the inputs of packed weights, which are used as they are stored; without
         it these inputs are not quantized.
-      compute: Type of the products of attention, of the head and of linears left in float; those of
-        quantized linears are as in float32 either way (docs/performance.md).
+      compute: Type of the products of attention, of the head and of linears left in float; what
+        quantized linears are given is rounded to it (docs/performance.md).
       mesh: Cut weights over devices, as in model=4; by default one device has all of them.
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
