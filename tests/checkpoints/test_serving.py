@@ -187,7 +187,7 @@ def test_an_export_for_another_rule_says_so_where_it_is_read_again(tiny_director
     assert {*readers.quantized_for(fields["quantization_config"]).values()} == {"mxfp4:floor"}
     fields["quantization_config"][readers.FOR] = {"mlp_in": "mxfp4:even"}
     config.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"is wrong about what activations are for"):
+    with pytest.raises(ValueError, match=r"says activations of {'mlp_in': 'mxfp4:even'}, not"):
         read_again(tmp_path / "e", model)
 
 
