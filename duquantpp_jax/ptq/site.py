@@ -152,7 +152,7 @@ class QuantizedLinear:
       activation_formats: Q, of all sites, or of each as (site, format); None to quantize none.
     """
 
-    activation_formats: Format | tuple[tuple[str, Format], ...] | None
+    activation_formats: Format | tuple[tuple[str, Format | None], ...] | None
 
     def __call__(
         self, site: str, x: Array | Routed, weights: tuple[Array, ...], state: QuantizedSite
