@@ -31,7 +31,7 @@ from duquantpp_jax.recipes import checked_seed, format_name, recipe
 
 SCHEMA = 2
 """Version of tables."""
-RECORDS = 3
+RECORDS = 4
 """Version of configurations and records; cells with records of another version run again."""
 FLOAT = "float"
 """The format of cells whose linears stay in float."""
@@ -174,6 +174,7 @@ class Cell(Plain):
             "batch_rows": self.batch_rows,
             "pad": self.pad,
         }
+        found["beside"] = source(self.model or testbed.directory()).beside()
         # Fields that came later appear only if they are given: names of recorded cells stay.
         turn = self.turn
         later = {"fuse": self.fuse, "rotate_stream": turn.stream, "rotate_values": turn.values}
@@ -182,23 +183,17 @@ class Cell(Plain):
         later |= {"text_key": self.text_key != "text" and self.text_key}
         return found | {name: canonical(value) for name, value in later.items() if value}
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """Name of the cell's files: 16 hexadecimal digits of the configuration's SHA-256, when it
         was first asked for."""
-        return self._begun[0]
-
-    @functools.cached_property
-    def _begun(self) -> tuple[str, dict[str, str]]:
-        """The digest; and hashes of the files beside the model, as its tokenizer."""
-        beside = source(self.model or testbed.directory()).beside()
-        return digest_of(self.configuration()), beside
+        return digest_of(self.configuration())
 
     def check_unchanged(self) -> None:
         """Raises ValueError if what it reads is other than when `digest` was first asked for."""
         with files.refusing(self.model or Path("the model"), "give a model and texts that stay"):
-            now = dataclasses.replace(self)._begun
-        if now != self._begun:
+            now = dataclasses.replace(self).digest
+        if now != self.digest:
             raise ValueError(
                 f"{self.labels()}: model, texts or fits were changed while they were read: give "
                 "those that stay"

@@ -86,7 +86,8 @@ class Trial:
         """Notes what came of a fault; then runs the command without it and compares.
 
         Args:
-          also: What may be left beside an undisturbed run's: a run's of the files that are new.
+          also: What else may be left: what a run leaves of the files that are new, or nothing,
+            where the whole result was taken away.
         """
         from experiments.torture.commands import differences, left, run
 
@@ -98,8 +99,7 @@ class Trial:
         if not failed and code != 0 and (code != 2 or not said_well(text)):
             said = " ".join(text.split())[-400:]
             self.findings.append(f"{fault}: ended with {code}: {said}")
-        gone = fault == "output removed" and not out.exists()  # after its end: nothing is wrong
-        found = differences(left(out), self.wanted) if code == 0 and not gone else []
+        found = differences(left(out), self.wanted) if code == 0 else []
         if found and (also is None or differences(left(out), also)):
             self.findings.append(f"{fault}: ended well, and differs in {found}")
         if code != 0 and again:
@@ -227,10 +227,19 @@ class Trial:
 
     def output_removed(self) -> None:
         """--out is removed while the command writes there."""
-        out = self.own / "out"
-        code = self._meanwhile(out, lambda: shutil.rmtree(out, ignore_errors=True))
-        self.judge("output removed", code, out)
-        shutil.rmtree(out, ignore_errors=True)
+        from experiments.torture.commands import differences, left
+
+        out, taken = self.own / "out", self.own / "taken"
+
+        def change() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                out.rename(taken)
+
+        code = self._meanwhile(out, change)
+        whole = not differences(left(taken), self.wanted)  # its work was done: nothing is wrong
+        self.judge("output removed", code, out, also={} if whole else None)
+        for place in (out, taken):
+            shutil.rmtree(place, ignore_errors=True)
 
     def rounds(self) -> Iterator[None]:
         """Tries each fault once, again and again."""

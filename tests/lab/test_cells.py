@@ -145,6 +145,11 @@ def test_files_count_by_contents_not_by_place(tiny_directory, tiny_text, tmp_pat
     assert there.digest == here.digest
     text.write_text("something else", encoding="utf-8")
     assert dataclasses.replace(there).digest != here.digest
+    tokenizer = (model / "tokenizer.json").read_text()
+    (model / "tokenizer.json").write_text(tokenizer + " ")  # other tokens, and so other numbers
+    assert dataclasses.replace(there, text=tiny_text).digest != here.digest
+    (model / "tokenizer.json").write_text(tokenizer)
+    assert dataclasses.replace(there, text=tiny_text).digest == here.digest
     weights = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(weights[:-1] + b"!")  # in place
     assert dataclasses.replace(there, text=tiny_text).digest != here.digest
