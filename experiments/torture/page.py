@@ -25,9 +25,10 @@ findings of the last run. [SECURITY.md](../SECURITY.md) says who is trusted.
 
 ```sh
 python -m experiments.torture.fuzz --seconds 600     # of CPU time
-python -m experiments.torture.kills --seconds 600    # of the clock, as the next two
+python -m experiments.torture.kills --seconds 900    # of the clock, as the next two
 python -m experiments.torture.faults --seconds 300
 python -m experiments.torture.load --seconds 300
+python -m experiments.mutants                        # 40 minutes on two cores
 ```
 
 Each prints its findings and ends with 1 if there are any. Models are tiny and random; moments and

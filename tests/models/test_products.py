@@ -1,7 +1,6 @@
 """Where bfloat16 multiplies what is quantized as float32 does."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,6 @@ from duquantpp_jax.core import Exact
 from duquantpp_jax.formats import E2M3, E3M2, E4M3, E5M2, MXFP4, MXFP8, NVFP4, Log256
 from duquantpp_jax.formats.plain import BFloat16
 from duquantpp_jax.models.products import LINEAR, is_one, matmul, narrow, of_one, split_product
-from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, decoded_once
-from duquantpp_jax.transforms.basic import Identity
 
 FORMATS = [MXFP4(), MXFP8(), NVFP4()]
 
@@ -107,36 +104,3 @@ def test_an_exact_input_is_what_fake_quantize_gives_and_passes_gradients(format)
     w = MXFP4().exactly(jnp.asarray(np.eye(48, 64, dtype=np.float32)))
     gradient = jax.grad(lambda x: jnp.sum(matmul(format.exactly(x), w)))(x)
     np.testing.assert_allclose(gradient, np.repeat([[1.0] * 48 + [0.0] * 16], 2, axis=0), rtol=1e-6)
-
-
-def test_weights_are_decoded_once_where_an_accelerator_has_room():
-    _, w = sides(MXFP4())
-    x = np.linspace(-3, 3, 128, dtype=np.float32).reshape(2, 64)
-    odd = Log256().quantize(x)
-    state = QuantizedSite(Identity(), (w, odd))
-
-    def device(platform, limit):
-        memory = {"bytes_limit": limit}
-        return types.SimpleNamespace(platform=platform, memory_stats=lambda: memory)
-
-    size = 2 * 48 * 64
-    assert decoded_once(state, device("cpu", 9 * size)) is state
-    assert decoded_once(state, device("gpu", 4 * size - 1)) is state
-    found = decoded_once(state, device("gpu", 4 * size))
-    assert found.weights[0].numbers.dtype == jnp.bfloat16
-    assert found.weights[1] is odd
-    linear = QuantizedLinear(MXFP4())
-    for own in range(2):
-        before, after = (
-            linear("site", jnp.asarray(x), (), QuantizedSite(Identity(), part.weights[own:][:1]))
-            for part in (state, found)
-        )
-        np.testing.assert_array_equal(before[0][0], after[0][0])
-
-
-def test_inputs_in_bfloat16_meet_quantized_weights_as_they_are():
-    _, w = sides(MXFP4())
-    x = jnp.asarray(np.linspace(-3, 3, 512).reshape(8, 64), jnp.bfloat16)
-    linear, state = QuantizedLinear(MXFP4()), QuantizedSite(Identity(), (w,))
-    found, wanted = (linear("site", each, (), state)[0] for each in (x, x.astype(jnp.float32)))
-    np.testing.assert_array_equal(found[0], wanted[0])

@@ -1,6 +1,7 @@
 """Where fit, transform, rounding and format meet."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from duquantpp_jax.core import Needs
+from duquantpp_jax.formats import MXFP4, Log256
 from duquantpp_jax.models import SITES, dense
 from duquantpp_jax.ptq.calibration import (
     calibrate,
@@ -18,6 +20,8 @@ from duquantpp_jax.ptq.calibration import (
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import (
     QuantizedLinear,
+    QuantizedSite,
+    decoded_once,
     fit_linear,
     layer_of,
     pad_channels,
@@ -25,9 +29,11 @@ from duquantpp_jax.ptq.site import (
 )
 from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder
 from duquantpp_jax.recipes import FITS, recipe
+from duquantpp_jax.transforms.basic import Identity
 from tests.conftest import stats_of, tiny_decoder
 
 KEY = jax.random.key(5)
+_WEIGHTS = np.random.default_rng(1).uniform(1, 2, (48, 64)).astype(np.float32)
 
 
 def _site(width=64, tokens=(2, 24), outputs=(32, 16, 16)):
@@ -156,3 +162,36 @@ def test_the_second_calibration_sees_the_moved_and_quantized_input():
             seen = formats[site].fake_quantize(transform.activations(x))
             np.testing.assert_array_equal(moved[site].sample, seen)
             np.testing.assert_allclose(moved[site].gram, seen.T @ seen, rtol=1e-3, atol=1e-3)
+
+
+def test_weights_are_decoded_once_where_an_accelerator_has_room():
+    w = MXFP4().quantize(_WEIGHTS)
+    x = np.linspace(-3, 3, 128, dtype=np.float32).reshape(2, 64)
+    odd = Log256().quantize(x)
+    state = QuantizedSite(Identity(), (w, odd))
+
+    def device(platform, limit):
+        memory = {"bytes_limit": limit}
+        return types.SimpleNamespace(platform=platform, memory_stats=lambda: memory)
+
+    size = 2 * 48 * 64
+    assert decoded_once(state, device("cpu", 9 * size)) is state
+    assert decoded_once(state, device("gpu", 4 * size - 1)) is state
+    found = decoded_once(state, device("gpu", 4 * size))
+    assert found.weights[0].numbers.dtype == jnp.bfloat16
+    assert found.weights[1] is odd
+    linear = QuantizedLinear(MXFP4())
+    for own in range(2):
+        before, after = (
+            linear("site", jnp.asarray(x), (), QuantizedSite(Identity(), part.weights[own:][:1]))
+            for part in (state, found)
+        )
+        np.testing.assert_array_equal(before[0][0], after[0][0])
+
+
+def test_inputs_in_bfloat16_meet_quantized_weights_as_they_are():
+    w = MXFP4().quantize(_WEIGHTS)
+    x = jnp.asarray(np.linspace(-3, 3, 512).reshape(8, 64), jnp.bfloat16)
+    linear, state = QuantizedLinear(MXFP4()), QuantizedSite(Identity(), (w,))
+    found, wanted = (linear("site", each, (), state)[0] for each in (x, x.astype(jnp.float32)))
+    np.testing.assert_array_equal(found[0], wanted[0])
