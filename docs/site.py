@@ -86,12 +86,13 @@ def notebook(path: Path) -> str:
 
 
 def reference(room: str) -> str:
-    """A page of all that a room of the package exports."""
+    """A page of a room of the package: its docstring, and all that it exports."""
     path = ROOT / "duquantpp_jax" / room / "__init__.py"
     path = path if path.is_file() else ROOT / "duquantpp_jax" / f"{room}.py"
     names = sorted(exported(ast.parse(path.read_text(encoding="utf-8"))))
     found = [f"::: duquantpp_jax.{room}.{name}" for name in names]
-    return "\n\n".join([f"# {room}", *found])
+    about = f"::: duquantpp_jax.{room}\n    options: {{members: false, show_root_heading: false}}"
+    return "\n\n".join([f"# {room}", about, *found])
 
 
 def exported(module: ast.Module) -> set[str]:

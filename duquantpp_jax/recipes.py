@@ -138,6 +138,10 @@ def recipe(
 
     Names are those of `find_fit`, `find_format` and `find_rounding`.
 
+    >>> method = recipe("duquantpp", "mxfp4:even", "gptq", activation_format="mxfp8")
+    >>> method.rounding, method.activation_format.element.name
+    (GPTQ(damping=0.01, search=None), 'e4m3')
+
     Args:
       format: Of both sides.
       weight_format, activation_format: Each, where given, in place of `format`.
@@ -175,7 +179,11 @@ def fake_quantize(
 
 def find_fit(name: str) -> Fit:
     """The fit of a name of FITS or ALIASES, or of `module:NAME`, or of such a name and `:shared`;
-    ValueError if there is none."""
+    ValueError if there is none.
+
+    >>> find_fit("block_hadamard").size, find_fit("pca:shared").sharing
+    (32, 'shared')
+    """
     if name.endswith(SHARED):
         return shared(find_fit(name.removesuffix(SHARED)))
     if ":" not in name:
@@ -184,7 +192,11 @@ def find_fit(name: str) -> Fit:
 
 
 def find_rounding(name: str) -> Rounding:
-    """The rounding of a name of ROUNDINGS, or of `module:NAME`; ValueError if there is none."""
+    """The rounding of a name of ROUNDINGS, or of `module:NAME`; ValueError if there is none.
+
+    >>> find_rounding("gptq").damping
+    0.01
+    """
     if ":" not in name:
         return ROUNDINGS[known("rounding", name, ROUNDINGS)]
     return _outside("rounding", name, Rounding, "called as rounding(weight, format, stats)")
@@ -192,6 +204,9 @@ def find_rounding(name: str) -> Rounding:
 
 def find_format(name: str, *, imports: bool = True) -> Format:
     """The format of this name.
+
+    >>> find_format("mxfp8:even").block_size, find_format("even") == find_format("mxfp4:even")
+    (32, True)
 
     Args:
       name: Of FORMATS; of FORMATS with a scale rule, `mxfp8:even`; a rule of RULES alone, which is
@@ -221,6 +236,9 @@ def find_format(name: str, *, imports: bool = True) -> Format:
 def format_name(format: str | Format) -> str:
     """The name of a format in full: `mxfp4:floor` for `mxfp4`, for `floor` and for MXFP4().
 
+    >>> format_name("floor"), format_name(formats.NVFP4())
+    ('mxfp4:floor', 'nvfp4')
+
     Returns:
       A name that `find_format` knows; for an object that no name stands for, its repr.
 
@@ -239,6 +257,9 @@ def format_name(format: str | Format) -> str:
 
 def under_rule(name: str, rule: str) -> str:
     """The name of a format under a scale rule.
+
+    >>> under_rule("mxfp8", "even"), under_rule("nvfp4", "even")
+    ('mxfp8:even', 'nvfp4')
 
     Args:
       name: As in `find_format`. One that names a rule itself, or has none to choose, stays.
@@ -270,7 +291,10 @@ def _outside(kind: str, name: str, noun: type, about: str) -> Any:
 
 def import_modules(names: Iterable[str]) -> None:
     """Imports modules, whose transforms and formats can be read from files from then on; ValueError
-    if one cannot be imported."""
+    if one cannot be imported.
+
+    >>> import_modules(["duquantpp_jax.transforms"])
+    """
     for name in names:
         _imported(name, f"--import {name}")
 
@@ -286,14 +310,23 @@ def _imported(module: str, wanted: str) -> Any:
 
 
 def checked_seed(seed: int) -> int:
-    """A seed, if jax.random.key tells it from all others; else ValueError."""
+    """A seed, if jax.random.key tells it from all others; else ValueError.
+
+    >>> checked_seed(7)
+    7
+    """
     if not 0 <= seed < 2**32:
         raise ValueError(f"--seed {seed}: give a whole number from 0 to {2**32 - 1}")
     return seed
 
 
 def known(kind: str, name: str, names: Iterable[str]) -> str:
-    """`name`, if it is one of `names`; else ValueError, which says what was meant, or all."""
+    """`name`, if it is one of `names`; else ValueError, which says what was meant, or all.
+
+    >>> known("recipe", "DuQuant++", FITS)
+    Traceback (most recent call last):
+    ValueError: unknown recipe 'DuQuant++': did you mean duquantpp?
+    """
     names = list(names)
     if name in names:
         return name

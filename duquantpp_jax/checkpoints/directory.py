@@ -75,12 +75,19 @@ def layer_file(number: int) -> str:
 
 
 def is_quantized(directory: str | os.PathLike[str]) -> bool:
-    """Whether a directory was written by `duquantpp quantize`, finished or not."""
+    """Whether a directory was written by `duquantpp quantize`, finished or not.
+
+    >>> is_quantized("quantized")  # duquantpp quantize --out quantized
+    True
+    """
     return (Path(directory) / JOB).is_file()
 
 
 class Quantized:
     """A quantized checkpoint whose weights are still on disk.
+
+    >>> Quantized("quantized").job.recipe  # duquantpp quantize --out quantized
+    'block_hadamard'
 
     Attributes:
       fields: What config.json says, as that of the float model.
@@ -298,6 +305,10 @@ def _seen(x: Array, site: QuantizedSite, *, format: Format) -> Array:
 def load_quantized(directory: str | os.PathLike[str]) -> tuple[Decoder, QuantizedLinear, State]:
     """A quantized model: `model(tokens, linear, state)` gives the logits it had when quantized.
 
+    >>> model, linear, state = load_quantized("quantized")  # duquantpp quantize --out quantized
+    >>> state["mlp_in"].weights[0].elements.dtype.name
+    'float4_e2m1fn'
+
     Raises:
       ValueError: As `Quantized`.
     """
@@ -313,6 +324,9 @@ def load_any(
     directory: str | os.PathLike[str], activation_format: str | None = None
 ) -> tuple[Decoder, Linear, Any]:
     """A float, quantized or packed model: the decoder, the `linear` it calls, and its state.
+
+    >>> list(load_any("quantized")[2])  # duquantpp quantize --out quantized
+    ['attention_in', 'attention_out', 'mlp_in', 'mlp_out']
 
     Args:
       activation_format: Of the inputs of packed weights, which are used as stored, by its name in

@@ -54,7 +54,12 @@ class Place(NamedTuple):
 
 
 def load_config(directory: str | os.PathLike[str]) -> DecoderConfig:
-    """The configuration that config.json or a GGUF file states; ValueError says what is wrong."""
+    """The configuration that config.json or a GGUF file states; ValueError says what is wrong.
+
+    >>> from duquantpp_jax.checkpoints import testbed  # or any Hugging Face directory
+    >>> load_config(testbed.directory()).architecture
+    'LlamaForCausalLM'
+    """
     fields = source(directory).fields()
     try:
         return DecoderConfig.from_dict(unpacked(fields))
@@ -121,6 +126,11 @@ def load_tokenizer(
     directory: str | os.PathLike[str], config: DecoderConfig | None = None
 ) -> Tokenizer:
     """The tokenizer in `directory`/tokenizer.json, or that a GGUF file describes.
+
+    >>> from duquantpp_jax.checkpoints import testbed  # or any Hugging Face directory
+    >>> tokenizer = load_tokenizer(testbed.directory())
+    >>> tokenizer.decode(tokenizer.encode("It was late").ids)
+    'It was late'
 
     Raises:
       ValueError: There is none, it cannot be read, or it has ids that the model has not.
@@ -257,12 +267,23 @@ def chat_prompt(
 
 
 def sha256(directory: str | os.PathLike[str]) -> str:
-    """Which model this is; of a GGUF file its SHA-256."""
+    """Which model this is; of a GGUF file its SHA-256.
+
+    >>> from duquantpp_jax.checkpoints import testbed  # or any Hugging Face directory
+    >>> len(sha256(testbed.directory()))
+    64
+    """
     return source(directory).sha256()
 
 
 def save(model: Decoder, tokenizer_json: str, directory: str | os.PathLike[str]) -> None:
     """Writes a Hugging Face directory, whole or not at all, in bfloat16 (to nearest, even).
+
+    >>> from duquantpp_jax.checkpoints import testbed
+    >>> tokenizer = (testbed.directory() / "tokenizer.json").read_text(encoding="utf-8")
+    >>> save(testbed.load(), tokenizer, "copy")
+    >>> load("copy").config == testbed.load().config
+    True
 
     Raises:
       ValueError: `directory` exists and is not an empty directory.

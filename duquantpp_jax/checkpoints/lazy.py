@@ -191,6 +191,11 @@ def load(directory: str | os.PathLike[str]) -> Decoder:
     Parameters in bfloat16 and float16 stay so in memory. The model widens a layer's while the layer
     runs, which is exact.
 
+    >>> from duquantpp_jax.checkpoints import testbed  # or any Hugging Face directory
+    >>> model = load(testbed.directory())
+    >>> model.config.num_hidden_layers, model.config.hidden_size
+    (4, 256)
+
     Raises:
       ValueError: One line naming the file or tensor, what was wrong and what would be right.
     """

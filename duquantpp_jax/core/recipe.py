@@ -86,6 +86,10 @@ def shared(fit: Fit) -> Fit:
     """The fit with a single matrix for all blocks of a site, which is what serving programs hold.
 
     A fit without a method `shared` comes back as it is: it fits no block by itself.
+
+    >>> from duquantpp_jax.transforms import FitHadamard
+    >>> shared(FitHadamard(random_signs=True)).sharing
+    'shared'
     """
     return getattr(fit, "shared", lambda: fit)()
 
@@ -136,5 +140,10 @@ class Recipe:
 
 
 def stack(weights: Sequence[Float[Array, "_ k"]]) -> Float[Array, "n k"]:
-    """Weights that share an input as one matrix, output rows one below the other."""
+    """Weights that share an input as one matrix, output rows one below the other.
+
+    >>> import jax.numpy as jnp
+    >>> stack([jnp.ones((8, 64)), jnp.zeros((4, 64))]).shape
+    (12, 64)
+    """
     return jnp.concatenate(list(weights), axis=0)

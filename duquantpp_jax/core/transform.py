@@ -196,6 +196,12 @@ def diagonal_blocks(
     """The diagonal blocks of T and of T^-T, and the largest magnitude of T outside of them.
 
     The transform is of one layer, and its type of float, float32 or float64, that of the result.
+
+    >>> import jax.numpy as jnp
+    >>> from duquantpp_jax.transforms import Smooth
+    >>> blocks, inverses, outside = diagonal_blocks(Smooth(jnp.full(64, 2.0)), 64, 32)
+    >>> blocks.shape, float(blocks[0, 0, 0]), float(inverses[0, 0, 0]), float(outside)
+    ((2, 32, 32), 0.5, 2.0, 0.0)
     """
     types = [leaf.dtype for leaf in jax.tree.leaves(transform)]
     dtype = jnp.float64 if jnp.float64 in types else jnp.float32

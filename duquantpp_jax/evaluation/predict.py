@@ -73,7 +73,12 @@ def normalized(logits: Float[Array, "*targets vocab"]) -> Float[Array, "*targets
 def kl_divergence(
     log_p: Float[Array, "*targets vocab"], log_q: Float[Array, "*targets vocab"]
 ) -> Float[Array, "*targets"]:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v) at every target, in nats."""
+    """KL(p || q) = sum_v p_v (log p_v - log q_v) at every target, in nats.
+
+    >>> p, q = jnp.asarray([0.5, 0.5]), jnp.asarray([0.25, 0.75])
+    >>> f"{kl_divergence(jnp.log(p), jnp.log(q)):.4f}"
+    '0.1438'
+    """
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 

@@ -75,6 +75,11 @@ def read_text(path: str | os.PathLike[str], text_key: str = "text") -> str | lis
 
     Files that gzip or xz packed are unpacked, and a byte-order mark is skipped.
 
+    >>> from pathlib import Path
+    >>> _ = Path("two.txt").write_text("One document.<|endoftext|>Another.")
+    >>> read_text("two.txt")
+    'One document.<|endoftext|>Another.'
+
     Raises:
       ValueError: It cannot be read or unpacked, is not UTF-8, or a line has no such string.
     """
@@ -135,6 +140,11 @@ def rows_of_text(
 
     With `targets` only as many documents are encoded as rows of so many targets begin in, each as
     a whole, and no more rows are made than `rows_for_targets` takes.
+
+    >>> from duquantpp_jax.checkpoints import load_tokenizer, testbed
+    >>> tokenizer, text = load_tokenizer(testbed.directory()), "once upon a time " * 60
+    >>> rows_of_text(text, tokenizer, bos=0, protocol=Protocol(False, 31, True)).tokens.shape[1]
+    32
     """
     window, texts = protocol.window, text.split(SEPARATOR) if isinstance(text, str) else text
     if protocol.stream:

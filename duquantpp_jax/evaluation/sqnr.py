@@ -17,7 +17,16 @@ from duquantpp_jax.models import dense
 def linear_sqnr(
     predictor: Predictor, tokens: Integer[np.ndarray, "rows length"]
 ) -> dict[str, Float[np.ma.MaskedArray, "layers linears"]]:
-    """SQNR in dB of every linear, by site; all tokens of a row but the last are inputs."""
+    """SQNR in dB of every linear, by site; all tokens of a row but the last are inputs.
+
+    >>> from duquantpp_jax import Plan, Predictor, quantize_decoder, recipe
+    >>> from duquantpp_jax.checkpoints import testbed
+    >>> model, tokens = testbed.load(), testbed.calibration_rows()[:2, :64]
+    >>> plan = Plan.of(model.config, recipe("block_hadamard"))
+    >>> quantized = Predictor(*quantize_decoder(plan, model, tokens))
+    >>> linear_sqnr(quantized, tokens)["mlp_in"].shape  # of up_proj and gate_proj in 4 layers
+    (4, 2)
+    """
     energies = _energies(predictor, jnp.asarray(tokens)).items()
     return {site: decibels(*map(np.asarray, energy)) for site, energy in energies}
 
@@ -32,7 +41,16 @@ def decibels(
 
 
 def mean_sqnr(predictor: Predictor, tokens: Integer[np.ndarray, "rows length"]) -> float | None:
-    """Mean SQNR in dB over the linears that have an SQNR; None if none has."""
+    """Mean SQNR in dB over the linears that have an SQNR; None if none has.
+
+    >>> from duquantpp_jax import Plan, Predictor, quantize_decoder, recipe
+    >>> from duquantpp_jax.checkpoints import testbed
+    >>> model, tokens = testbed.load(), testbed.calibration_rows()[:2, :64]
+    >>> plan = Plan.of(model.config, recipe("block_hadamard"))
+    >>> quantized = Predictor(*quantize_decoder(plan, model, tokens))
+    >>> 10 < mean_sqnr(quantized, tokens) < 30
+    True
+    """
     by_site = linear_sqnr(predictor, tokens).values()
     found = np.ma.concatenate([sqnr.ravel() for sqnr in by_site]).compressed()
     return float(np.mean(found)) if found.size else None

@@ -36,6 +36,14 @@ def quantized_linear(
 ) -> Float[Array, "*tokens n"]:
     """x w^T with both sides in MXFP4. Differentiable in x and transform, straight-through.
 
+    >>> import jax.numpy as jnp
+    >>> from duquantpp_jax import MXFP4
+    >>> from duquantpp_jax.transforms import BlockRotation
+    >>> rotation = BlockRotation(jnp.eye(32)[None])
+    >>> weights = Operand.from_mx(MXFP4().quantize(rotation.weights(jnp.ones((8, 64)))))
+    >>> quantized_linear(jnp.ones((2, 64)), weights, rotation)[0, 0].item()
+    64.0
+
     Args:
       x: Activations, tokens in any number of leading axes.
       weights: MXFP4 of transform.weights(w), as `Operand.from_mx` lays it out.

@@ -42,6 +42,12 @@ def run(
 ) -> Outcome:
     """Measures the cells of a grid that have no record yet.
 
+    >>> given = {"model": "model", "text": "text.txt", "calibration_text": "text.txt"}
+    >>> cells = [Cell("rtn", "mxfp4", **given, tokens=5110, calibration_tokens=4088)]
+    >>> outcome = run(cells, "records")
+    >>> [record["metrics"]["kl"] > 0 for record in outcome.records.values()], outcome.errors
+    ([True], {})
+
     Args:
       cells: The grid; cells of one configuration count once.
       out: Directory of records; grids and simultaneous runs may share it.

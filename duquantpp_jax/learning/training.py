@@ -93,6 +93,20 @@ def train(
 ) -> Trained:
     """Minimises the objective.
 
+    >>> import optax
+    >>> from flax import struct
+    >>> @struct.dataclass
+    ... class Line(Objective):
+    ...     def loss(self, learned, batch):
+    ...         x, y = batch
+    ...         return jnp.mean((learned * x - y) ** 2)
+    >>> x = jnp.linspace(-1, 1, 32)
+    >>> rows = x, 3 * x
+    >>> found = train(Line(), jnp.float32(0), rows, rows, jax.random.key(0), steps=8,
+    ...               optimizer=optax.sgd(0.5), check_every=8)
+    >>> found.history[-1][2] < found.start_loss
+    True
+
     Args:
       rows, held_out: To learn from, and to choose by; never test text.
       optimizer: Of optax, with its schedule. Compiled code is kept while it is the same object.

@@ -59,7 +59,15 @@ class Cache:
 
 
 def empty_cache(config: DecoderConfig, store: Store, rows: int, capacity: int) -> Cache:
-    """A cache with room for `capacity` positions of each row, none of them filled."""
+    """A cache with room for `capacity` positions of each row, none of them filled.
+
+    >>> from duquantpp_jax.checkpoints import testbed
+    >>> from duquantpp_jax.ptq import store
+    >>> config = testbed.load().config
+    >>> cache = empty_cache(config, store("mxfp8", config.head_dim), rows=2, capacity=64)
+    >>> int(cache.length)
+    0
+    """
     shape = (rows, capacity, config.num_key_value_heads, config.head_dim)
     keys = jax.eval_shape(store.encode, jax.ShapeDtypeStruct(shape, jnp.float32))
     layers = config.num_hidden_layers

@@ -54,7 +54,13 @@ ACTIVATIONS: Mapping[str, Callable[[Array, Array], Array]] = {
 
 
 def dense(site: str, x: Array | Routed, weights: tuple[Array, ...], state: Any) -> tuple[Any, None]:
-    """The float linear: x W^T for each weight W [out, in]."""
+    """The float linear: x W^T for each weight W [out, in].
+
+    >>> import jax.numpy as jnp
+    >>> (y,), _ = dense("mlp_out", jnp.ones((2, 64)), (jnp.ones((8, 64)),), None)
+    >>> y.shape
+    (2, 8)
+    """
     return tuple(matmul(x, w) for w in weights), None
 
 

@@ -53,7 +53,11 @@ def layer_prefix(layer: int) -> str:
 
 
 def linear_names(site: str, layer: int) -> tuple[str, ...]:
-    """Checkpoint names of a site's linears, e.g. `model.layers.3.mlp.down_proj`."""
+    """Checkpoint names of a site's linears, e.g. `model.layers.3.mlp.down_proj`.
+
+    >>> linear_names("mlp_in", 3)
+    ('model.layers.3.mlp.up_proj', 'model.layers.3.mlp.gate_proj')
+    """
     return tuple(layer_prefix(layer) + name for name in SITE_WEIGHTS[site])
 
 
@@ -77,6 +81,10 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 
     The star of `model.layers.*.NAME` is the layer, the leading axis of the shape. The parameters of
     experts have an axis of experts after it.
+
+    >>> from duquantpp_jax.checkpoints import testbed
+    >>> parameter_shapes(testbed.load().config)["model.layers.*.mlp.down_proj"]
+    (4, 256, 768)
     """
     layers, hidden, ffn = config.num_hidden_layers, config.hidden_size, config.intermediate_size
     query = config.num_attention_heads * config.head_dim

@@ -48,6 +48,11 @@ def calibrate(
 ) -> dict[str, Stats]:
     """Stats of the float model's inputs at every site, stacked over layers: the walk's, to the bit.
 
+    >>> from duquantpp_jax.checkpoints import testbed
+    >>> stats = calibrate(testbed.load(), testbed.calibration_rows()[:2, :64])
+    >>> list(stats), int(stats["mlp_in"].count[0])
+    (['attention_in', 'attention_out', 'mlp_in', 'mlp_out'], 128)
+
     Args:
       rows: Token ids; every position is an input.
       widths: Of every site, as `Plan.widths` gives them; those of the model by default.

@@ -62,6 +62,17 @@ def fuse_layer(
     The linears of the new layer expect their inputs moved by what was folded, and get them so. Its
     float function is that of the given layer, with the new fits as with the given ones.
 
+    >>> import jax.numpy as jnp
+    >>> from duquantpp_jax.checkpoints import testbed
+    >>> from duquantpp_jax.core import Fitted
+    >>> from duquantpp_jax.ptq.calibration import layers_of
+    >>> from duquantpp_jax.transforms import Smooth
+    >>> model = testbed.load()
+    >>> fits = {"attention_in": Fitted(Smooth(jnp.full(256, 2.0)))}
+    >>> layer, fits, folded = fuse_layer(model.config, next(layers_of(model)), fits)
+    >>> fits["attention_in"].transform  # nothing is left to do while the model runs
+    Identity()
+
     Args:
       fits: For each site what was fitted, of this layer; sites left out stay as they are.
       linears: Of each site those that the weights of its fit belong to, by name inside the layer.
@@ -164,7 +175,13 @@ def grouped(fitted: Fitted, config: DecoderConfig) -> Fitted:
 
 
 def online_cost(transform: Transform, width: int) -> Cost:
-    """What moving a site's input costs while the model runs; of one layer, after folding."""
+    """What moving a site's input costs while the model runs; of one layer, after folding.
+
+    >>> import jax.numpy as jnp
+    >>> from duquantpp_jax.transforms import BlockRotation
+    >>> online_cost(BlockRotation(jnp.eye(32)[None]), 64).multiply_adds
+    32
+    """
     return moving(transform, width).cost(width)
 
 

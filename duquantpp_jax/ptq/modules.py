@@ -76,6 +76,8 @@ def quantize(
     >>> mlp = nnx.Sequential(linears[0], nnx.relu, linears[1])
     >>> x = np.random.default_rng(0).standard_normal((64, 64), np.float32)
     >>> quantized, report = quantize(mlp, "rtn", [x])
+    >>> isinstance(quantized.layers[0], MXLinear)
+    True
     >>> quantized(x).shape, [row["linear"] for row in report.linears]
     ((64, 64), ['layers.0', 'layers.2'])
 
@@ -180,7 +182,16 @@ def _start(path: str, recipe: Recipe, rounded: MXArray) -> Array:
 
 
 def convert(module: M) -> M:
-    """The module with the weights that were trained (`qat=True`) rounded and stored as codes."""
+    """The module with the weights that were trained (`qat=True`) rounded and stored as codes.
+
+    >>> import numpy as np
+    >>> from flax import nnx
+    >>> linear = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+    >>> x = np.random.default_rng(0).standard_normal((64, 64), np.float32)
+    >>> trained, _ = quantize(linear, "rtn", [x], qat=True)  # train it, then
+    >>> convert(trained).weight.get_value().elements.dtype.name
+    'float4_e2m1fn'
+    """
 
     def stored(_: Any, node: Any) -> Any:
         if isinstance(node, MXLinear) and isinstance(node.weight, nnx.Param):

@@ -90,6 +90,14 @@ def fit_linear(recipe: Recipe, weights: Weights, stats: Stats, key: Key[Array, "
     """The recipe's fit on the linears of one site, which may be of any float type.
 
     Its transform is lowered to the one form that block transforms share, where it has that form.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from duquantpp_jax import Stats, recipe
+    >>> method, weights = recipe("block_hadamard"), (jnp.ones((8, 64)),)
+    >>> stats = Stats.init(64, 1, 2).update(jnp.ones((1, 2, 64)), jnp.int32(0))
+    >>> fitted = fit_linear(method, weights, stats, jax.random.key(0))
+    >>> fitted.transform.activations(jnp.ones((2, 64))).shape
+    (2, 64)
     """
     width, size = stats.absmax.shape[-1], recipe.activation_format.block_size
     fitted = recipe.fit(_widened(weights, width), stats, recipe, key)
@@ -100,6 +108,17 @@ def quantize_linear(
     recipe: Recipe, weights: Weights, stats: Stats, fitted: Fitted, moved: Stats | None = None
 ) -> QuantizedSite:
     """Moves and rounds the linears of one site.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from duquantpp_jax import Stats, recipe
+    >>> method, weights = recipe("block_hadamard"), (jnp.ones((8, 64)),)
+    >>> stats = Stats.init(64, 1, 2).update(jnp.ones((1, 2, 64)), jnp.int32(0))
+    >>> fitted = fit_linear(method, weights, stats, jax.random.key(0))
+    >>> site = quantize_linear(method, weights, stats, fitted)
+    >>> linear = QuantizedLinear(method.activation_format)  # as a model calls it
+    >>> (y,), _ = linear("", jnp.ones((2, 64)), (), site)
+    >>> y.shape
+    (2, 8)
 
     Args:
       stats: Of the input, before it is moved.

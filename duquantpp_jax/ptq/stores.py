@@ -43,6 +43,9 @@ the largest of a block saturates at 448 whenever it lies in (448, 512) times its
 def store(name: str, head_dim: int, *, rotate_keys: bool = False) -> Store:
     """The store of a name in `FORMATS`; `rotate_keys` rotates queries and keys by H.
 
+    >>> store("mxfp4", head_dim=32).format.block_size
+    32
+
     Raises:
       ValueError: An unknown name, or a head that the format's blocks or the matrix do not fit.
     """

@@ -81,6 +81,14 @@ def quantize_layer(
 ) -> QuantizedLayer:
     """Quantizes a layer and takes the hidden states through it.
 
+    >>> from duquantpp_jax import Plan, recipe
+    >>> from duquantpp_jax.checkpoints import testbed
+    >>> model, tokens = testbed.load(), testbed.calibration_rows()[:2, :64]
+    >>> from duquantpp_jax.ptq.calibration import embed, layers_of
+    >>> plan, hidden = Plan.of(model.config, recipe("block_hadamard")), embed(model, tokens)
+    >>> len([quantize_layer(plan, n, p, hidden) for n, p in enumerate(layers_of(model))])
+    4
+
     Args:
       hidden: Input hidden states, as `streams` has them; overwritten with the layer's output. None
         if `stats` suffice.
@@ -235,6 +243,12 @@ def fit_decoder(plan: Plan, model: Decoder, stats: Mapping[str, Stats]) -> dict[
     """What the recipes fit at every site of a model in memory, stacked over layers.
 
     Every layer must have the same sites to quantize; `stats` are those of `calibrate`.
+
+    >>> from duquantpp_jax import Plan, calibrate, recipe
+    >>> from duquantpp_jax.checkpoints import testbed
+    >>> model, tokens = testbed.load(), testbed.calibration_rows()[:2, :64]
+    >>> list(fit_decoder(Plan.of(model.config, recipe("gsr")), model, calibrate(model, tokens)))
+    ['attention_in', 'attention_out', 'mlp_in', 'mlp_out']
     """
     numbered = enumerate(layers_of(model))
     layers = [fit_layer(plan, n, parameters, layer_of(stats, n)) for n, parameters in numbered]
@@ -250,6 +264,13 @@ def quantize_decoder(
     progress: Progress = lambda _: None,
 ) -> tuple[Decoder, QuantizedLinear, State]:
     """Quantizes a model in memory, layer after layer.
+
+    >>> from duquantpp_jax import Plan, recipe
+    >>> from duquantpp_jax.checkpoints import testbed
+    >>> model, tokens = testbed.load(), testbed.calibration_rows()[:2, :64]
+    >>> model, linear, state = quantize_decoder(Plan.of(model.config, recipe("gsr")), model, tokens)
+    >>> state["mlp_in"].weights[0].elements.dtype.name  # run: model(tokens, linear, state)
+    'float4_e2m1fn'
 
     Args:
       tokens: Of the calibration; every position is an input.

@@ -1,6 +1,5 @@
 """Any flax nnx module: its linears get what the walk gives a decoder's; it is called as before."""
 
-import doctest
 from functools import partial
 
 import jax
@@ -11,13 +10,11 @@ from flax import nnx
 
 from duquantpp_jax import (
     MXFP4,
-    Format,
     MXLinear,
     Plan,
     convert,
     quantize,
     quantize_decoder,
-    recipes,
 )
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder
 from duquantpp_jax.models.attention import HIGHEST
@@ -286,10 +283,3 @@ def test_what_cannot_be_meant_is_refused(change, says):
     module, method, batches = (given.pop(name) for name in ("module", "recipe", "batches"))
     with pytest.raises(ValueError, match=says):
         quantize(module(), method, batches, **given)
-
-
-@pytest.mark.parametrize("call", [quantize, recipes.fake_quantize, Format.fake_quantize])
-def test_the_example_of_its_docstring_gives_what_it_says(call):
-    named = {call.__name__: call}
-    found = doctest.DocTestFinder(recurse=False).find(call, call.__name__, False, globs=named)
-    assert [doctest.DocTestRunner().run(test).failed for test in found if test.examples] == [0]

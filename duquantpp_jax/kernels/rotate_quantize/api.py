@@ -26,6 +26,10 @@ def rotate_quantize(
     "reference" divides and multiplies in float32; "mosaic_sm100" multiplies bfloat16 x by the
     matrices diag(1 / smooth_b) R_b in two bfloat16 parts (R to 2^-17) and adds in float32.
 
+    >>> import jax.numpy as jnp
+    >>> rotate_quantize(jnp.ones((2, 64)), jnp.eye(32)[None]).shape
+    (2, 64)
+
     Args:
       x: Activations; "mosaic_sm100" takes bfloat16.
       rotation: A matrix for each block, or a single matrix for all; it need not be orthogonal.

@@ -29,6 +29,12 @@ def scaled_matmul(
 ) -> Float[Array, "m n"]:
     """out[i, j] = sum_k a[i, k] b[j, k] of scaled values, accumulated in float32.
 
+    >>> import jax.numpy as jnp
+    >>> from duquantpp_jax import MXFP4
+    >>> a, b = MXFP4().quantize(jnp.ones((2, 64))), MXFP4().quantize(jnp.ones((8, 64)))
+    >>> scaled_matmul(a, b)[0, 0].item()
+    64.0
+
     Args:
       a: Activations [m, k] in MXFP4, NVFP4 or MXFP8. An MXArray costs a pass over memory, which
         lays it out for tensor cores; an Operand does not.
