@@ -58,6 +58,35 @@ def test_json_of_a_short_command_is_one_object(capsys):
     assert "complete" in found["script"]
 
 
+TEXTS = ("--text", str(TEXT))
+CALIBRATED = (*TEXTS, "--calibration-text", str(TEXT))
+WRONG = {
+    "compare": ("--model", "nowhere", *CALIBRATED),
+    "ablate": ("nowhere.py",),
+    "evaluate": ("--model", "nowhere", *TEXTS),
+    "generate": ("--model", "nowhere", "--prompt", "once"),
+    "serve": ("nowhere",),
+    "learn": ("--model", "nowhere", *TEXTS, "--out", "new"),
+    "quantize": ("--model", "nowhere", *CALIBRATED[2:], "--out", "new"),
+    "export": ("--model", "nowhere", "--out", "new"),
+    "inspect": ("--model", "nowhere", *TEXTS),
+    "recipes": ("nowhere",),
+    "kernels": ("--target", "nowhere"),
+    "completion": ("nowhere",),
+}
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_with_json_an_error_is_one_line_on_stderr_alone(command, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([command, *WRONG[command], "--json"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("duquantpp: ")
+    assert printed.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("more", [(), ("--verbose",)])
 def test_verbose_says_versions_and_where_an_error_was_raised(more, capsys):
     assert cli.main(["evaluate", "--model", "a\x07", "--text", str(TEXT), *more]) == 2
