@@ -73,6 +73,8 @@ def _bars(
     width = 0.8 / len(heights)
     for number, (name, values, look) in enumerate(style.styled(heights)):
         offset = width * (number - (len(heights) - 1) / 2)
-        axes.bar(at + offset, values, width, color=look["color"], label=name)
+        hatch = style.HATCHES[number % len(style.HATCHES)]
+        look = {"color": look["color"], "hatch": hatch, "edgecolor": "white", "linewidth": 0}
+        axes.bar(at + offset, values, width, **look, label=name)
     style.legend_below(figure, axes)
     return figure, axes

@@ -19,6 +19,8 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 DASHES = ("-", (0, (4, 2)), (2, (4, 2)), (0, (1, 1.5)))
 """Line styles; of two lines on top of each other both can be seen."""
+HATCHES = ("", "////", "....", "xxxx")
+"""Of bars, which differ by them where colours are not printed."""
 LABEL_SIZE, TICK_SIZE = 8, 7
 """Points, on paper."""
 _LEGEND = {"fontsize": TICK_SIZE, "title_fontsize": TICK_SIZE, "frameon": False}
