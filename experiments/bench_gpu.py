@@ -12,9 +12,9 @@ are random: sizes, shapes and work are those of real models, outputs mean nothin
 least of REPEATS calls after the first, which compiles.
 
 Cost: three minutes on one H200.
-Last result, 2026-11-30 (results/bench_gpu.json): evaluation in W4A4 1.07 times bfloat16, with a
-  matrix for each block 1.16, by --compute float32 1.81 and 1.90; prefill 1.16, decode 2.67; a
-  learning step .166 s. What bounds each: docs/performance.md.
+Last result, 2026-11-30 (results/bench_gpu.json): evaluation in W4A4 1.33 times bfloat16, with a
+  matrix for each block 1.41, by --compute bf16 1.07 and 1.16; prefill 1.16, decode 1.11; a
+  learning step .148 s. What bounds each: docs/performance.md.
 """
 
 import argparse
