@@ -47,7 +47,7 @@ from duquantpp_jax.evaluation.predict import Predictor, Reference, kl_divergence
 from duquantpp_jax.evaluation.subject import environment, load_rows, model_and_hash, name_and_hash
 from duquantpp_jax.interop import load_transformers
 from duquantpp_jax.models import SITES
-from duquantpp_jax.ptq.site import QuantizedLinear
+from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
 from duquantpp_jax.recipes import SHARED, find_format
 
 RECIPES = (
@@ -124,10 +124,11 @@ def for_qutlass(
     """The KL of a recipe that is quantized for QuTLASS, as simulated and with its bfloat16."""
     quantize(QuantizeOptions(recipe=recipe, out=place / "f", serve="qutlass", **how))
     decoder, linear, state = load_any(place / "f")
-    rounded = {
-        site: dataclasses.replace(s, transform=jax.tree.map(_in_bfloat16, s.transform))
-        for site, s in state.items()
-    }
+
+    def of(site: QuantizedSite) -> QuantizedSite:
+        return dataclasses.replace(site, transform=jax.tree.map(_in_bfloat16, site.transform))
+
+    rounded = jax.tree.map(of, state, is_leaf=lambda part: isinstance(part, QuantizedSite))
     found = {
         "qutlass": Predictor(decoder, linear, state),
         "qutlass_bfloat16": Predictor(decoder, InBFloat16(linear), rounded),
@@ -205,7 +206,9 @@ def table(results: dict[str, Any]) -> str:
         "| | " + " | ".join(COLUMNS.values()) + " | MB packed | MB dequantized |",
         "| --- |" + " ---: |" * (len(COLUMNS) + 2),
     ]
-    for name, row in results["rows"].items():
+    order = [name for recipe in RECIPES for name in (recipe, recipe + SHARED)]
+    for name in sorted(results["rows"], key=[*order, *results["rows"]].index):
+        row = results["rows"][name]
         cells = [f"{row[c]:.4f}" if c in row else "-" for c in COLUMNS]
         sizes = [row.get(c) for c in ("bytes", "dequantized_bytes")]
         cells += [f"{size / 1e6:.1f}" if size else "refused" for size in sizes]
