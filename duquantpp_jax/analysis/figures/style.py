@@ -17,8 +17,8 @@ from matplotlib.ticker import FixedLocator, LogFormatterMathtext, NullLocator
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
-DASHES = ("-", (0, (4, 2)), (2, (4, 2)), (0, (1, 1.5)))
-"""Line styles; of two lines on top of each other both can be seen."""
+DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (7, 1.5, 1, 1.5)))
+"""Line styles; curves differ by them where colours are not printed."""
 HATCHES = ("", "////", "....", "xxxx")
 """Of bars, which differ by them where colours are not printed."""
 LABEL_SIZE, TICK_SIZE = 8, 7
