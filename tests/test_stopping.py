@@ -57,6 +57,32 @@ def test_an_interrupt_that_a_library_swallows_is_raised_later(when, tmp_path, mo
         pytest.fail("it stops what is called after the command")
 
 
+@pytest.mark.parametrize("lost", ["of another kind", "where nobody calls"])
+def test_a_signal_of_which_a_library_makes_something_else_is_one_line(
+    lost, tmp_path, monkeypatch, capsys
+):
+    class Collected:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    def stopped(*_):
+        if lost == "where nobody calls":
+            Collected()
+            return 0
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise RuntimeError("Exception raised in callback") from None
+
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    monkeypatch.setattr("duquantpp_jax.commands.compare.run", stopped)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert cli.main(["compare", "--out", str(tmp_path / "out")]) == 143
+    assert capsys.readouterr().err.startswith("duquantpp: stopped by SIGTERM at ")
+    assert said == []
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_to_stop_is_one_line_that_names_the_step_and_exit_code_143(
     name, tmp_path, monkeypatch, capsys

@@ -205,15 +205,18 @@ def shared_matrix(
             f"{where}: its input is moved online by {kinds}, whose as_blocks gives no matrix for "
             f"each block of {BLOCK}: {layout} has nothing else; export --format dequantized"
         )
+    matrices = None if blocks.matrices is None else np.asarray(blocks.matrices, np.float32)
+    differ = matrices is not None and bool(np.any(matrices != matrices[:1]))
     if blocks.divisor is not None and np.any(np.asarray(blocks.divisor) != 1):
+        also = f" and {instead}, for one matrix a site" if differ else ""
         raise ValueError(
             f"{where}: its input is divided online by {kinds}, which {layout} cannot express: "
-            "quantize again with --fuse, which folds smoothing, or export --format dequantized"
+            f"quantize again with --fuse, which folds smoothing{also}, or export --format "
+            "dequantized"
         )
-    if blocks.matrices is None:
+    if matrices is None:
         return None
-    matrices = np.asarray(blocks.matrices, np.float32)
-    if np.any(matrices != matrices[:1]):
+    if differ:
         raise ValueError(
             f"{where}: its input is moved online by a matrix for each block, and {layout} holds "
             f"one for all blocks of a site: quantize with {instead}, or export --format dequantized"

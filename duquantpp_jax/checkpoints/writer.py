@@ -33,6 +33,7 @@ from duquantpp_jax.checkpoints.seal import SUMS, write_seal
 from duquantpp_jax.checkpoints.shards import INDEX, OWN_INDEX
 from duquantpp_jax.checkpoints.source import CONFIG, Source
 from duquantpp_jax.core import Fitted, MXArray
+from duquantpp_jax.core.notices import NotFinite
 from duquantpp_jax.files import ABOUT
 from duquantpp_jax.files.processes import LOCK, only_process
 from duquantpp_jax.formats.tensors import to_tensors
@@ -82,7 +83,8 @@ def begin(out: Path, job: Job, *, overwrite: bool) -> bool:
 def only_writer(out: Path) -> Iterator[None]:
     """While no other process writes the directory; removes what killed ones were writing.
 
-    Where the block ends with a ValueError before a layer is finished, nothing is left either.
+    Where the block ends with a ValueError before a layer is finished, nothing is left either, and
+    after NotFinite no layer, for another run of the same would end alike.
 
     Raises:
       ValueError: Another process writes it.
@@ -93,7 +95,9 @@ def only_writer(out: Path) -> Iterator[None]:
         begun = (out / JOB).exists()
         try:
             yield
-        except ValueError:
+        except ValueError as error:
+            if not begun and isinstance(error, NotFinite):
+                _remove(out, "*.safetensors")
             if not begun and {path.name for path in out.iterdir()} <= {JOB, LOCK}:
                 _remove(out, JOB)
             raise
@@ -127,10 +131,11 @@ def write_layers(
             progress(f"{what}: {doing}", next(done), count * steps)  # noqa: B023
 
         layer = quantize_layer(plan, number, checkpoint.layer(number), hidden, says)
-        if wrong := np.count_nonzero(~np.isfinite(hidden).all((1, 2))):
-            raise ValueError(
-                f"{what} gives NaN or Inf on {wrong} of {len(hidden)} calibration rows: the float "
-                "model overflows in float32, and cannot be calibrated on them"
+        if wrong := np.count_nonzero(~np.isfinite(hidden)):
+            raise NotFinite(  # of its sites' inputs it would have been said
+                f"{layer_prefix(number)}mlp: on the calibration rows the output is NaN or Inf in "
+                f"{wrong} of {hidden.size} numbers: the model overflows in float32, and cannot be "
+                "calibrated on them"
             )
         check(number, layer)
         stored = checkpoint.layer_as_stored(number)[1] if checkpoint.packed else {}

@@ -21,7 +21,8 @@ Step = Callable[[str, int, int], None]
 
 _stopped: list[int] = []
 """The signal that asked to stop. Another library can lose an exception that is raised inside one of
-its callbacks; the next step of the progress bar then raises it again."""
+its callbacks, or raise another instead; the next step of the progress bar, or the end, then raises
+it again."""
 _doing = ["the start"]
 """The last step that was reported."""
 
@@ -46,11 +47,24 @@ def stopping_on_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         ours = []
     _stopped.clear()
+    usual_hook = sys.unraisablehook
+
+    def unraisable(about: Any) -> None:
+        """Says nothing of a signal that a callback without a caller has lost."""
+        if not isinstance(about.exc_value, Stopped):
+            usual_hook(about)
+
+    sys.unraisablehook = unraisable
     for number in ours:
         signal.signal(number, _stop)
     try:
         yield
+    except Exception as error:  # what another library has made of a signal in its callback
+        if _stopped:
+            raise Stopped(_stopped[-1]) from error
+        raise
     finally:
+        sys.unraisablehook = usual_hook
         _stopped.clear()
         for number in ours:
             signal.signal(number, numbers[number])

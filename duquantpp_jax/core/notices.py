@@ -16,6 +16,10 @@ LOG = logging.getLogger("duquantpp_jax")
 _PLACE = contextvars.ContextVar("_PLACE", default="")
 
 
+class NotFinite(ValueError):
+    """Numbers of a model on given rows are NaN or Inf, and will be whenever it runs on them."""
+
+
 @contextlib.contextmanager
 def about(place: str) -> Iterator[None]:
     """Within the block, what is said or raised (ValueError) begins with the place, after those
@@ -23,6 +27,8 @@ def about(place: str) -> Iterator[None]:
     token = _PLACE.set(f"{_PLACE.get()}{place}: ")
     try:
         yield
+    except NotFinite as error:
+        raise NotFinite(f"{place}: {error}") from error
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
     finally:

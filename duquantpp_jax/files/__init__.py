@@ -271,8 +271,8 @@ def check_fields(value: Any, kinds: Any, path: str = "") -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, on one line of at most 200 characters."""
-    return printable(" ".join(str(error).split()))[:200]
+    """What an exception says, or its kind, on one line of at most 200 characters."""
+    return printable(" ".join(str(error).split()) or type(error).__name__)[:200]
 
 
 def printable(text: str) -> str:

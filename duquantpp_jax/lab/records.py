@@ -22,10 +22,14 @@ from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.evaluation.subject import difference, environment, model_name
 from duquantpp_jax.lab.bench import Found
 from duquantpp_jax.lab.cells import RECORDS, Cell, digest_of
+from duquantpp_jax.models import SITES
 
 Record = dict[str, Any]
 """The contents of one file."""
 ANEW = "remove it to measure its cell again"
+LEAST_KL = -0.01
+"""Of the sum over a row, in nats: what rounding may leave of zero."""
+_ROWS = {"document", "kl", "nll", "float_nll", "agreement"}
 _TEXTS = {"model": str, "text": str}
 _FIELDS = {
     "cell": {"seed": int, "draws": bool},
@@ -63,23 +67,51 @@ def read(out: Path, cell: Cell, *, failed: bool = False) -> Record | None:
         about = {n: value for n, value in record.items() if n != "sha256"}
         if record.get("sha256") != (found := _hash_of(about)):
             raise ValueError(f"says SHA-256 {record.get('sha256')!s:.16}, and has {found[:16]}")
+        if (schema := record.get("schema")) != RECORDS:
+            raise ValueError(f"has schema {schema!r:.20}, and this version reads {RECORDS}")
         if (other := digest_of(record["configuration"])) != cell.digest:
             raise ValueError(f"is of the cell {other}, and not of {cell.labels()}")
         if failed:
             record["error"] = files.printable(record["error"])
             return record
         files.check_fields(record, _FIELDS)
-        for cost in record.get("online", {}).values():
-            files.check_fields(cost, {"multiply_adds": int | float, "bytes": int | float})
-        rows = {name: np.asarray(values) for name, values in record["rows"].items()}
-        if any(array.shape != (len(rows["document"]),) for array in rows.values()):
-            raise ValueError("its rows are not numbers, one of each kind a row")
+        _check_costs(record)
+        _check_rows(record["rows"], record["configuration"]["rows"])
         if not all(
             math.isclose(record["metrics"][n], v, rel_tol=1e-9, abs_tol=1e-12)
             for n, v in _metrics(record["rows"]).items()
         ):
             raise ValueError("its metrics are not the means of its rows")
     return record
+
+
+def _check_costs(record: Record) -> None:
+    """Raises ValueError unless decibels, costs and seconds can be what was measured."""
+    counts = [*record["seconds"].values()]
+    for site, cost in record.get("online", {}).items():
+        if site not in SITES:
+            raise ValueError(f"has costs of {site!r:.40}, which is no site")
+        files.check_fields(cost, {"multiply_adds": int | float, "bytes": int | float})
+        counts += cost.values()
+    if not math.isfinite(record["metrics"]["sqnr_db"] or 0.0):
+        raise ValueError("has an sqnr_db that is not finite")
+    if not all(0 <= count < math.inf for count in counts):
+        raise ValueError("has seconds or costs that are negative or not finite")
+
+
+def _check_rows(sums: Mapping[str, Any], count: int) -> None:
+    """Raises ValueError unless the sums over rows are numbers that such sums can be."""
+    rows = {name: np.asarray(values) for name, values in sums.items()}
+    if {*rows} != _ROWS or any(
+        array.shape != (count,) or array.dtype.kind not in "if" or not np.isfinite(array).all()
+        for array in rows.values()
+    ):
+        raise ValueError(f"its rows are not {count} finite numbers of each kind")
+    document, agreement = rows["document"], rows["agreement"]
+    if document.dtype.kind != "i" or np.any(document < 0):
+        raise ValueError("the documents of its rows are no numbers of documents")
+    if np.any(rows["kl"] < LEAST_KL) or np.any((agreement < 0) | (agreement > TARGETS)):
+        raise ValueError("its rows have a negative KL, or agree in more targets than there are")
 
 
 def mixed(records: Iterable[Record]) -> str | None:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from duquantpp_jax.core import Format, MXArray, Recipe, Stats
+from duquantpp_jax.core.notices import NotFinite
 from duquantpp_jax.models.parameters import SITES, expert_name, experts, layer_prefix
 from duquantpp_jax.models.products import matmul
 from duquantpp_jax.ptq.experts import FEWEST, parts_of
@@ -46,11 +47,11 @@ def report_layer(plan: Plan, number: int, layer: QuantizedLayer) -> list[dict[st
 def _rows(
     names: Sequence[str], site: QuantizedSite, energies: Any, width: int
 ) -> list[dict[str, Any]]:
-    """A row for each linear of a site, of what `sensitivity` says of it; ValueError if that is NaN
+    """A row for each linear of a site, of what `sensitivity` says of it; NotFinite if that is NaN
     or Inf."""
     for name, sums in zip(names, energies, strict=True):
         if wrong := np.count_nonzero(~np.isfinite(np.asarray(sums))):
-            raise ValueError(
+            raise NotFinite(
                 f"{name}: {wrong} of {len(sums)} sums of squares, of its outputs, its weights and "
                 "their errors on the calibration rows, are NaN or Inf: the model overflows in "
                 "float32, and cannot be quantized on them"

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Integer
 
 from duquantpp_jax.core import Fitted, Needs, Recipe, Stats
-from duquantpp_jax.core.notices import about, warn
+from duquantpp_jax.core.notices import NotFinite, about, warn
 from duquantpp_jax.models import SITE_WEIGHTS, SITES, Decoder
 from duquantpp_jax.models.layers import join_layers
 from duquantpp_jax.models.parameters import LAYER, Parameters, experts, layer_prefix
@@ -202,10 +202,10 @@ def fit_layer(
 
 
 def check_input(where: str, stats: Stats, when: str) -> None:
-    """Raises ValueError if the input of a site is NaN or Inf; counts the channels."""
+    """Raises NotFinite if the input of a site is NaN or Inf; counts the channels."""
     maxima = np.asarray(stats.absmax)
     if wrong := np.count_nonzero(~np.isfinite(maxima)):
-        raise ValueError(
+        raise NotFinite(
             f"{where}: on the calibration rows the input {when} is NaN or Inf in {wrong} of "
             f"{maxima.size} channels: the model overflows in float32, and cannot be calibrated "
             "on them"
@@ -229,11 +229,11 @@ def warn_of_few_tokens(site: str, recipe: Recipe, width: int, seen: int, count: 
 
 
 def check_fit(where: str, fitted: Fitted) -> None:
-    """Raises ValueError if what moves a site has NaN or Inf; counts them."""
+    """Raises NotFinite if what moves a site has NaN or Inf; counts them."""
     for leaf in map(np.asarray, jax.tree.leaves(fitted)):
         inexact = not np.issubdtype(leaf.dtype, np.integer)
         if inexact and (wrong := np.count_nonzero(~np.isfinite(leaf))):
-            raise ValueError(
+            raise NotFinite(
                 f"{where}: its fit has NaN or Inf in {wrong} of {leaf.size} numbers: choose "
                 "another recipe, or exclude it"
             )

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from duquantpp_jax.core import Format, MXArray, Needs, Rounding, Stats
-from duquantpp_jax.core.notices import warn
+from duquantpp_jax.core.notices import NotFinite, warn
 from duquantpp_jax.formats.elements import encode
 from duquantpp_jax.rounding.clip import Search
 
@@ -113,7 +113,7 @@ def steady(rounding: Rounding, stats: Stats) -> Rounding:
         returned as it is.
 
     Raises:
-      ValueError: No damping does: the matrix has NaN or Inf.
+      NotFinite: No damping does: the matrix has NaN or Inf.
     """
     if (inner := getattr(rounding, "rounding", None)) is not None:
         rounding = dataclasses.replace(rounding, rounding=steady(inner, stats))  # type: ignore
@@ -126,7 +126,7 @@ def steady(rounding: Rounding, stats: Stats) -> Rounding:
             break
     else:
         wrong = np.count_nonzero(~np.isfinite(np.asarray(gram)))
-        raise ValueError(
+        raise NotFinite(
             f"the Gram matrix of the moved input has NaN or Inf in {wrong} of {gram.size} numbers"
             if wrong
             else f"the Gram matrix of the moved input cannot be factorized, damped by {damping:g}"

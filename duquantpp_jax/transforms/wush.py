@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Float
 
 from duquantpp_jax.core import Fitted, Needs, RandomKey, Recipe, Stats, Weights, stack
-from duquantpp_jax.core.notices import inform, warn
+from duquantpp_jax.core.notices import NotFinite, inform, warn
 from duquantpp_jax.transforms.block import BlockAffine, rotation_size
 from duquantpp_jax.transforms.hadamard import hadamard
 
@@ -60,11 +60,11 @@ def wush(
     The damping is raised by powers of ten, with a warning, until the moments can be factorized.
 
     Raises:
-      ValueError: They have NaN or Inf.
+      NotFinite: They have NaN or Inf.
     """
     if not (np.isfinite(x_moments).all() and np.isfinite(w_moments).all()):
         wrong = [np.count_nonzero(~np.isfinite(moments)) for moments in (x_moments, w_moments)]
-        raise ValueError(
+        raise NotFinite(
             f"second moments have NaN or Inf in {wrong[0]} numbers of the input's and {wrong[1]} "
             "of the weights'"
         )

@@ -159,6 +159,7 @@ def test_dequantized_is_a_float_model_of_the_weights_moved_back(tmp_path, capsys
                 assert 0.05 < error / np.linalg.norm(wanted[number]) < 0.25  # 4 bits, 12 to 26 dB
 
 
+@pytest.mark.slow
 def test_smoothing_fused_before_rounding_is_exported_bit_for_bit_and_costs_no_accuracy(
     tiny_directory, tmp_path
 ):

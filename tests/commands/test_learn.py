@@ -150,6 +150,7 @@ def test_rows_that_fill_no_batch_are_refused_before_anything_is_written(options)
     assert not options.out.exists()
 
 
+@pytest.mark.slow
 def test_it_prints_the_held_out_kl_of_the_start_and_the_end(options, capsys):
     words = [
         *("learn", "--model", options.model, "--text", *options.text, "--rows", "6"),

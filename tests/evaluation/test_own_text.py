@@ -35,6 +35,7 @@ def test_a_batch_is_as_large_as_its_cache_allows(monkeypatch):
     assert [batch_rows(c) for c in (config, large)] == [256, 64]
 
 
+@pytest.mark.slow
 def test_rows_have_the_entropy_that_the_model_says(tiny_directory):
     """E[-log p(x_t)] is the mean entropy of p; their difference over 2,044 draws has a standard
     error of about .03. Greedy tokens would be off by all of the entropy."""

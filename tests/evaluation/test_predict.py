@@ -70,6 +70,7 @@ def test_rows_do_not_depend_on_the_batch_and_progress_counts_them(
         np.testing.assert_array_equal(values, others[order])
 
 
+@pytest.mark.slow
 def test_a_batch_that_is_filled_up_has_the_sums_of_one_that_is_not(predictor, quantize, tokens):
     log256 = quantize("rtn", "log256")  # its scale spans the batch
     filled = Reference(predictor, tokens, batch_rows=2).row_sums(log256)

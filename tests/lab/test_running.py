@@ -1,8 +1,10 @@
 """A grid runs once, whatever was finished, failed or compiled before."""
 
 import dataclasses
+import functools
 import gc
 import json
+import math
 import shutil
 
 import jax
@@ -139,6 +141,7 @@ def test_what_a_cell_gives_does_not_depend_on_what_ran_before(ran, tiny):
         assert records.record_of(cell, found)["rows"] == outcome.records[cell]["rows"]
 
 
+@pytest.mark.slow
 def test_cells_that_are_measured_leave_no_arrays_and_no_objects_behind(tiny):
     kept, counts = Bench(), []
     for seed in (1, 2, 3, 4):
@@ -273,44 +276,48 @@ def test_a_store_alone_is_measured_with_all_linears_in_float(tiny):
     assert same.sqnr is None
 
 
-def _edited(**changes):
-    def edit(path, other):
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return edit
-
-
-def _with_another(metric):
-    """A millionth off, with the hash of what it then says."""
+def _with(place, change, *, hashed=True):
+    """Another value in one place; with the hash of what it then says."""
 
     def edit(path, other):
         record = json.loads(path.read_text())
-        record["metrics"][metric] *= 1 + 1e-6
-        del record["sha256"]
-        path.write_text(json.dumps(record | {"sha256": records._hash_of(record)}))
+        *outer, last = place.split(".")
+        inner = functools.reduce(dict.__getitem__, outer, record)
+        inner[last] = change(inner[last]) if callable(change) else change
+        if place.startswith("rows."):
+            record["metrics"] |= records._metrics(record["rows"])
+        wrong = record.pop("sha256")
+        record["sha256"] = records._hash_of(record) if hashed else wrong
+        path.write_text(json.dumps(record))
 
     return edit
 
 
+MORE = (1 + 1e-6).__mul__
 SPOILT = {
     "nothing": (lambda path, other: path.write_text("{}"), "says SHA-256 None, and has"),
     "half": (lambda path, other: path.write_bytes(path.read_bytes()[:999]), "is not JSON"),
     "brackets": (lambda path, other: path.write_text("[" * 10**5), "is not JSON"),
     "a list": (lambda path, other: path.write_text("[]"), "must be a JSON object"),
     "another cell": (lambda path, other: path.write_bytes(other.read_bytes()), "is of the cell"),
-    "another schema": (_edited(schema=9), "says SHA-256"),
-    "another number": (_edited(metrics={}), "says SHA-256"),
+    "another schema": (_with("schema", 9, hashed=False), "says SHA-256"),
     **{
-        f"another {metric}, hashed": (_with_another(metric), "are not the means of its rows")
-        for metric in ("kl", "excess_nll", "perplexity", "agreement", "targets")
+        f"another {m}, hashed": (_with(f"metrics.{m}", MORE), "are not the means of its rows")
+        for m in ("kl", "excess_nll", "perplexity", "agreement", "targets")
     },
+    "another schema, hashed": (_with("schema", 9), "has schema 9, and this version reads"),
+    "a negative KL": (_with("rows.kl", [-1.0] * 8), "have a negative KL"),
+    "fewer rows": (_with("rows.kl", [1.0] * 7), "not 8 finite numbers of each kind"),
+    "documents": (_with("rows.document", [-1] * 8), "no numbers of documents"),
+    "decibels": (_with("metrics.sqnr_db", math.nan), "not finite"),
+    "seconds": (_with("seconds.fit", -1), "negative or not finite"),
+    "a site": (_with("online", {"\x1b": {}}), "which is no site"),
 }
 
 
-@pytest.mark.parametrize("name", SPOILT)
-def test_a_record_that_is_not_what_was_written_of_its_cell_is_named(name, ran, tmp_path):
+@pytest.mark.parametrize(("spoil", "says"), SPOILT.values(), ids=SPOILT)
+def test_a_record_that_is_not_what_was_written_of_its_cell_is_named(spoil, says, ran, tmp_path):
     grid, out, _ = ran
-    spoil, says = SPOILT[name]
     path, other = (
         shutil.copy(records.path_of(out, cell), records.path_of(tmp_path, cell))
         for cell in grid[:2]

@@ -106,6 +106,7 @@ def test_the_history_of_blocks_ends_with_that_of_a_block_that_diverged():
     assert found.start_loss == 2.0
 
 
+@pytest.mark.slow
 def test_blocks_know_of_those_before(model):
     other = start(model)
     for site, rotations in start(model, seed=1).items():

@@ -66,6 +66,7 @@ class Ours(nnx.Module):
         return jnp.einsum("rlk,vk->rlv", x, self.embedding[...], precision=HIGHEST)
 
 
+@pytest.mark.slow
 def test_a_decoder_of_nnx_linears_gets_the_codes_and_logits_of_the_walk():
     model = tiny_decoder()
     tokens = np.random.default_rng(0).integers(0, 257, (3, 32))
