@@ -12,6 +12,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from markdown import Markdown
+from markdown.extensions import Extension
+from markdown.preprocessors import Preprocessor
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +31,35 @@ PAGES = {"README.md": "index.md"} | {
 }
 """Pages outside of docs/, and where they are on the site."""
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
+
+
+class _Fences(Preprocessor):
+    """Examples of docstrings, from >>> to the next empty line, as code."""
+
+    def run(self, lines: list[str]) -> list[str]:
+        found, inside = list[str](), False
+        for line in [*lines, ""]:
+            if line.startswith(">>>") and not inside:
+                found.append("```pycon")
+                inside = True
+            elif inside and not line.strip():
+                found.append("```")
+                inside = False
+            found.append(line)
+        return found
+
+
+class Examples(Extension):
+    """Fences the examples of docstrings before anything else reads them as text."""
+
+    def extendMarkdown(self, md: Markdown) -> None:
+        md.preprocessors.register(_Fences(md), "examples", 100)
+
+
+def on_config(config: Any) -> Any:
+    """Adds `Examples` to what Markdown is read with."""
+    config["markdown_extensions"].append(Examples())
+    return config
 
 
 def on_files(files: Files, config: Any) -> Files:
