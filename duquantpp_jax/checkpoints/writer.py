@@ -132,7 +132,7 @@ def write_layers(
 
         layer = quantize_layer(plan, number, checkpoint.layer(number), hidden, says)
         if wrong := np.count_nonzero(~np.isfinite(hidden)):
-            raise NotFinite(  # of its sites' inputs it would have been said
+            raise NotFinite(  # and the inputs of all sites are finite: `check_input` has looked
                 f"{layer_prefix(number)}mlp: on the calibration rows the output is NaN or Inf in "
                 f"{wrong} of {hidden.size} numbers: the model overflows in float32, and cannot be "
                 "calibrated on them"

@@ -226,7 +226,7 @@ class Trial:
         return found
 
     def output_removed(self) -> None:
-        """--out is removed while the command writes there."""
+        """--out is taken away by a rename, at once, while the command writes there."""
         from experiments.torture.commands import differences, left
 
         out, taken = self.own / "out", self.own / "taken"

@@ -130,7 +130,7 @@ def _faults(result: dict[str, Any]) -> Iterator[Row]:
         "read-only": f"--out on {disk} that is read-only",
         "replaced": "a file that is read is replaced by another of its kind",
         "removed": "a file that is read is removed",
-        "output removed": "--out is removed while it is written",
+        "output removed": "--out is taken away by a rename while it is written",
     }
     names = ", ".join(f"`{name}`" for name in result["commands"])
     for fault, how in hows.items():

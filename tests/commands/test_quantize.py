@@ -21,6 +21,7 @@ from duquantpp_jax.commands.quantize import (
 )
 from duquantpp_jax.commands.sizes import dry_line
 from duquantpp_jax.models import Decoder
+from duquantpp_jax.models.parameters import LAYER
 from duquantpp_jax.ptq import estimate
 from duquantpp_jax.ptq.walk import quantize_decoder
 from tests.commands.conftest import contents, options_of
@@ -204,17 +205,23 @@ def test_a_quantized_model_is_refused_where_a_float_one_is_wanted(quantized, tmp
         assert_one_line(cli.main(command), capsys, "already quantized")
 
 
-def test_activations_that_overflow_name_the_layer_and_leave_nothing(tmp_path, capsys):
-    model = tiny_decoder()
-    grown = {n: a.at[1].multiply(1e30) if "mlp" in n else a for n, a in model.parameters().items()}
+@pytest.mark.parametrize(
+    ("up", "says"),
+    [
+        (1e30, "layers.1.mlp_out: on the calibration rows the input before it is moved"),
+        (1e15, "layers.1.mlp: on the calibration rows the output is NaN or Inf in"),
+    ],
+)
+def test_activations_that_overflow_name_the_layer_and_leave_nothing(up, says, tmp_path, capsys):
+    model, times = tiny_decoder(), {"mlp.up_proj": up, "mlp.gate_proj": up, "mlp.down_proj": 1e30}
+    grown = dict(model.parameters())
+    for name, more in times.items():
+        grown[f"{LAYER}{name}"] = grown[f"{LAYER}{name}"].at[1].multiply(more)
     save(Decoder(model.config, grown), byte_tokenizer().to_str(), tmp_path / "m")
     command = ["--model", str(tmp_path / "m")]
     more = [*ROWS, "--recipe", "identity", "--out", str(tmp_path / "q")]
     assert cli.main(["quantize", *command, *more]) == 2
-    assert (
-        "layers.1.mlp_out: on the calibration rows the input before it is"
-        in capsys.readouterr().err
-    )
+    assert says in capsys.readouterr().err
     assert not (tmp_path / "q").exists()  # nor layer 0, which was finished
     assert cli.main(["generate", *command, "--prompt", "a", "--max-new-tokens", "2"]) == 2
     assert "gave NaN for token 1" in capsys.readouterr().err
