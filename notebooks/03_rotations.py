@@ -254,7 +254,7 @@ studies.rotation(first, title="the rotation of the first block")
 # Read on tokens that no method has seen, the differences are small, and they are not in favour of
 # aiming at outliers. The greedy search for the peak is 1.4 % *behind* Hadamard; of two blocks taken
 # at random it is a toss which does better (right panel). Searching for the error of MXFP4 helps a
-# little where it was fitted and hardly elsewhere. The learned rotation is 9 % ahead of Hadamard on
+# little where it was fitted and hardly elsewhere. The learned rotation is 8 % ahead of Hadamard on
 # its own tokens and 3 % on others: with 2,044 tokens it has learned in part what is true of these
 # tokens only. All are 14 to 18 % ahead of no rotation.
 #

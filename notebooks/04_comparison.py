@@ -116,7 +116,7 @@ for recipe in results["rows"]:
     print(f"{recipe:20s}{kl:9.4f}{nll:12.4f}{nll - kl:+12.4f}")
 
 # %% [markdown]
-# The two columns differ by up to .008 here, which is more than most recipes differ by. KL uses the
+# The two columns differ by up to .014 here, which is more than most recipes differ by. KL uses the
 # whole distribution at every target and the likelihood one token of it, so KL needs less text.
 #
 # ## A seed is not a method
@@ -133,7 +133,7 @@ for entry in compare(other).results["entries"]:
     print(f"{entry['row']:16s} seed 0 {kl:.4f}, seed 1 {entry['kl']['value']:.4f}")
 
 # %% [markdown]
-# The other seed moves them by .002 and .004: as much as many differences between recipes. A method
+# The other seed moves them by .002 and .007: as much as many differences between recipes. A method
 # that draws random numbers needs several seeds: `--seeds 3` gives their mean, and an interval in
 # which seeds count as a source of variance beside text.
 #
