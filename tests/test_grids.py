@@ -27,7 +27,7 @@ PLACE = pathlib.Path(experiments.__file__).parent
 QUESTIONS = (
     *("rotations", "rotation_size", "greedy", "permutation", "smoothing"),
     *("calibration", "formats", "gptq", "rounding", "kv_cache", "outliers", "stream"),
-    *("where", "served", "beat_hadamard", "gathered"),
+    *("where", "served", "beat_hadamard", "gathered", "paper_terms"),
 )
 
 

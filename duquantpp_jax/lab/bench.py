@@ -48,7 +48,8 @@ class Found(NamedTuple):
       documents: Number of each row's document.
       sqnr: In dB, mean over the linears that have one; None if all stay in float.
       online: See `ptq.report.costs_by_site`; None if all linears stay in float.
-      seconds: "fit", of the cell that made the fit if cells share one, and "total".
+      seconds: "fit", of the cell that made the fit if cells share one (0 if it is sequential), and
+        "total".
     """
 
     sums: RowSums
@@ -89,7 +90,10 @@ class Bench:
         )
         predictor, fit_seconds, sqnr, online = Predictor(start), 0.0, None, None
         if plan:
-            fits, fit_seconds, calibration, stats = self._fit(cell, plan, start)
+            if cell.sequential:  # each layer is calibrated and fitted after those before it
+                fits, calibration, stats = _learned(cell), self._calibration(cell), None
+            else:
+                fits, fit_seconds, calibration, stats = self._fit(cell, plan, start)
             chosen = {"include": cell.include, "exclude": cell.exclude}
             if not cell.fits and (cell.include, cell.exclude) != (("*",), ()):  # fit these alone
                 fits = None
@@ -114,11 +118,13 @@ class Bench:
         """The fits of the cell at every site, and the Stats that they were made from.
 
         A call after `run` of the same cell costs nothing. A cell without quantized linears raises
-        ValueError.
+        ValueError, and so does a sequential one, whose fits are made while it is quantized.
         """
         _, start, plan = self._start(cell)
         if plan is None:
             raise ValueError(f"{cell.labels()} fits nothing: its linears stay in float")
+        if cell.sequential:
+            raise ValueError(f"{cell.labels()} keeps no fits: give a cell that is not sequential")
         fits, *_, stats = self._fit(cell, plan, start)
         return fits, stats
 
@@ -130,12 +136,15 @@ class Bench:
             start = self._latest("turned", (cell.model, cell.turn), checkpoint.decoder)
         return model, start, _plan(cell, start.config)
 
+    def _calibration(self, cell: Cell) -> Integer[np.ndarray, "rows length"]:
+        return self._latest("calibration", _keys(cell)[2], lambda: _calibration(cell))
+
     def _fit(
         self, cell: Cell, plan: Plan, model: Decoder
     ) -> tuple[dict[str, Fitted], float, np.ndarray, dict[str, Stats]]:
         """The fits, their seconds, and the calibration inputs and Stats behind them."""
         of_model, _, of_calibration = _keys(cell)
-        rows = self._latest("calibration", of_calibration, lambda: _calibration(cell))
+        rows = self._calibration(cell)
         widths, recipe = plan.widths(0), plan.recipes["mlp_in"]
         inputs = (of_model, cell.turn, of_calibration, tuple(widths.items()))
         needs, made_for = recipe.needs & ~Needs.FORMATS, self._latest("stats", inputs, dict)
@@ -148,8 +157,8 @@ class Bench:
         seen = formats if Needs.FORMATS in recipe.needs else recipe.activation_format.block_size
 
         def make() -> tuple[dict[str, Fitted], float]:
-            if cell.fits:
-                return load_fits(cell.fits, sha256(cell.model or testbed.directory()))[0], 0.0
+            if (learned := _learned(cell)) is not None:
+                return learned, 0.0
             began = time.perf_counter()
             fits = jax.block_until_ready(fit_decoder(plan, model, stats))
             return fits, time.perf_counter() - began
@@ -171,7 +180,15 @@ def _plan(cell: Cell, config: DecoderConfig) -> Plan | None:
     """What the cell does to a model, but for its fits; None if it leaves all linears in float."""
     if (recipe := cell.method()) is None:
         return None
-    return Plan.of(config, recipe, pad=cell.pad, seed=cell.seed, fuse=cell.fuse)
+    given = {"pad": cell.pad, "seed": cell.seed, "fuse": cell.fuse, "sequential": cell.sequential}
+    return Plan.of(config, recipe, **given)
+
+
+def _learned(cell: Cell) -> dict[str, Fitted] | None:
+    """The fits that `learn` wrote, if the cell gives them; they must be of its model."""
+    if cell.fits is None:
+        return None
+    return load_fits(cell.fits, sha256(cell.model or testbed.directory()))[0]
 
 
 def order(cells: list[Cell]) -> list[Cell]:

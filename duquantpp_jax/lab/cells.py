@@ -63,7 +63,7 @@ class Cell(Plain):
       batch_rows: Rows evaluated at once; under log256, whose scale spans a batch, part of the
         result.
       pad: Widen linear inputs that blocks do not divide, with zeros (exact).
-      fuse, include, exclude: As in `ptq.plan.Plan`.
+      fuse, sequential, include, exclude: As in `ptq.plan.Plan`.
       rotate_stream, rotate_values: By what the model is turned before it is quantized, as of
         `ptq.stream.Turn`; it is compared with the float model as it is.
       refine: Steps that the transforms learn after rounding, as in `learning.refine`.
@@ -89,6 +89,7 @@ class Cell(Plain):
     batch_rows: int = 16
     pad: bool = False
     fuse: bool = False
+    sequential: bool = False
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     rotate_stream: str | None = None
@@ -178,6 +179,7 @@ class Cell(Plain):
         # Fields that came later appear only if they are given: names of recorded cells stay.
         turn = self.turn
         later = {"fuse": self.fuse, "rotate_stream": turn.stream, "rotate_values": turn.values}
+        later |= {"sequential": self.sequential}
         later |= {"refine": self.refine, "fits": self.fits and self._about_fits()["sha256"]}
         later |= {"include": self.include != ("*",) and self.include, "exclude": self.exclude}
         later |= {"text_key": self.text_key != "text" and self.text_key}

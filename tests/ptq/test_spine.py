@@ -24,7 +24,8 @@ from duquantpp_jax.ptq.walk import fit_decoder
 
 ROWS = 2
 TURNED = {"rotate_stream": "random_hadamard", "rotate_values": "random_orthogonal", "fuse": True}
-QUICK = (("fits", ("asymmetric",), {}), ("smooth_hadamard", ("gptq",), TURNED))
+QUICK = (("fits", ("asymmetric",), {}), ("smooth_hadamard", ("gptq",), TURNED),
+         ("haar", ("rtn",), {"sequential": True}))  # fmt: skip
 RECIPES = ("fits", "rtn", "block_hadamard", "random_hadamard", "smooth_hadamard", "duquantpp",
            "zigzag_hadamard", "wush", "learned_affine")  # fmt: skip
 ALL = [(name, ("rtn", "gptq"), {}) for name in RECIPES]
