@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import os
 import signal
 import sys
 import threading
@@ -78,15 +79,21 @@ def guarded(name: str, run: Callable[[], int], verbose: bool = False) -> int:
 
     Returns:
       The exit code: that of `run`; 2 for bad input, a full disk or want of memory; 130 for Ctrl-C;
-      143 for SIGTERM, and for SIGHUP too: to who starts it again both mean that it was stopped.
+      143 for SIGTERM, and for SIGHUP too: to who starts it again both mean that it was stopped; 1
+      and no line, as rich does, if who reads the output has ended (`| head`).
     """
     code = 2
     try:
         with stopping_on_signals(), _traced() if verbose else contextlib.nullcontext():
             code = run()
+            print(end="", flush=True)
             if _stopped:  # and the exception was lost
                 raise Stopped(_stopped[-1])
             return code
+    except BrokenPipeError:
+        # What Python still has to print at its end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, OverflowError) as error:
         said = str(error)
     except KeyboardInterrupt as stop:

@@ -12,7 +12,7 @@ import numpy as np
 
 from duquantpp_jax import files
 
-AGAIN = "give the state of a run of duquantpp learn"
+AGAIN = "give the state of an unfinished run of duquantpp learn, a file in --out/progress"
 
 
 def to_orbax(state: str | os.PathLike[str], directory: str | os.PathLike[str]) -> None:

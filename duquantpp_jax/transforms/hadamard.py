@@ -87,11 +87,11 @@ def sequency(matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
 
 @dataclasses.dataclass(frozen=True)
 class FitHadamard:
-    """The same Hadamard matrix for all blocks, or a matrix with random signs for each block.
+    """A Hadamard matrix of side 32 in every block, or of `size`, where None is the full width.
 
     Attributes:
       size: Rotation size, or None for the full width. Sizes above 128 are applied by factors.
-      random_signs: Draw the signs of the rows of each block.
+      random_signs: Draw the signs of the rows, for each block by itself.
       sharing: "shared" draws them once for all blocks.
       order: Of the rows: as constructed, or by sequency, which is never applied by factors.
 

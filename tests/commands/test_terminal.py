@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import jaxtyping
@@ -27,6 +29,16 @@ def test_every_command_can_print_json_and_say_more():
         (field,) = (f for f in dataclasses.fields(kind) if f.name == "terminal")
         assert field.default == Terminal()
     assert cli._parse(["recipes", "--json", "--verbose"]).terminal == Terminal(True, True)
+
+
+def test_a_reader_that_ends_early_is_no_error(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.main(["completion", "bash"]) == 1
+        assert cli.main(["completion", "bash"]) == 0  # to nowhere
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
