@@ -20,7 +20,17 @@ Command: duquantpp ablate experiments/paper_terms.py --table --model smollm2 --c
   --text FILE FILE
   or python -m experiments.paper_terms --table, likewise. The embedded calibration rows are too few.
 Cost: 140 cells; all but those at once calibrate anew.
-Last result: not yet measured on a whole text.
+Last result, 2026-11-30, 65,408 targets of the development books, three seeds, H200s, 50 cells of
+  three columns (results/paper_terms.md), KL under log256 to nearest / by GPTQ, floor to nearest:
+    rtn                         .600 / .468, 1.362
+    block_hadamard              .815 / .374,  .943
+    random_hadamard             .734 / .383,  .985
+    greedy_released             .792 / .428, 1.007
+    duquantpp_released_exact    .381 / .274,  .524
+    wush                        .278 / .231,  .393
+  The method is ahead of Hadamard on its own terms (-.434 +- .017 / -.099 +- .009, -.419 +- .034);
+  without smoothing its search is level or behind (-.023 +- .139 / +.054 +- .012, +.063 +- .015).
+  Smoothed Hadamard was not measured, so half of the hypothesis is open.
 """
 
 import dataclasses
