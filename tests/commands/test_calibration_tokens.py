@@ -22,9 +22,9 @@ BOS = 256
 def options(request, tiny_directory, tiny_text):
     """Of a model whose beginning-of-sequence token is 256, or of the one inside the package."""
     if request.param == "embedded":
-        return QuantizeOptions(rows=5)
+        return QuantizeOptions(rows=2)
     text = tiny_text if request.param == "text" else None
-    return QuantizeOptions(tiny_directory, calibration_text=text, rows=5, seed=1)
+    return QuantizeOptions(tiny_directory, calibration_text=text, rows=2, seed=1)
 
 
 SOURCES = pytest.mark.parametrize("options", ["model", "text", "embedded"], indirect=True)
@@ -36,7 +36,7 @@ def test_every_row_begins_as_a_row_that_is_measured_does(options):
     begins = tokens[:, 0]
     assert (begins == (BOS if options.model else begins[0])).all()
     assert (tokens[:, 1:] != begins[0]).mean() > 0.9
-    assert tokens.shape == (5, TARGETS)
+    assert tokens.shape == (2, TARGETS)
 
 
 def test_without_a_text_the_rows_are_those_that_the_model_writes_from_the_seed(tiny_directory):

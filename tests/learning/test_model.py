@@ -26,7 +26,7 @@ FORMATS = (MXFP4(), MXFP4())
 
 
 @pytest.fixture(scope="module")
-def model():
+def model(shallow):
     return load(testbed.directory())
 
 

@@ -31,7 +31,7 @@ class Killed(Exception):
 @pytest.fixture(scope="module")
 def clipped(tiny_directory, tiny_text, tmp_path_factory):
     """Fits that hold a clip and a scale offset of each block, and the rows they were made from."""
-    rows = load_rows(tiny_directory, tiny_text, 4 * TARGETS, "calibration").tokens[:, :-1]
+    rows = load_rows(tiny_directory, tiny_text, 2 * TARGETS, "calibration").tokens[:, :-1]
     model, out = load(tiny_directory), tmp_path_factory.mktemp("fits") / "fits"
     plan = Plan.of(model.config, recipe("smooth_hadamard"))
     fits = fit_decoder(plan, model, calibrate(model, rows, plan.widths(0)))
@@ -51,7 +51,7 @@ def test_a_refined_cell_measures_what_quantize_refine_writes_killed_and_resumed(
 ):
     """And it makes good what rounding has done, and keeps clips and scale offsets."""
     fits, rows = clipped
-    options = QuantizeOptions(model=tiny_directory, fits=fits, rows=4, refine=3,
+    options = QuantizeOptions(model=tiny_directory, fits=fits, rows=2, refine=3,
                               calibration_text=tiny_text, out=tmp_path / "out")  # fmt: skip
 
     def killing(what, *_):
@@ -77,7 +77,7 @@ def test_a_refined_cell_measures_what_quantize_refine_writes_killed_and_resumed(
     assert read_json(options.out / "report.json")["linears"][0]["online_multiply_adds"] >= 32
 
     model, state = load(tiny_directory), load_any(options.out)
-    calibration = {"calibration_text": tiny_text, "calibration_tokens": 4 * TARGETS}
+    calibration = {"calibration_text": tiny_text, "calibration_tokens": 2 * TARGETS}
     given = {"model": tiny_directory, "text": tiny_text, "tokens": TARGETS} | calibration
     cell = Cell("clipped", fits=fits, refine=3, **given)
     plan = Plan.of(model.config, cell.method(), fits=load_fits(fits, sha256(tiny_directory))[0])
