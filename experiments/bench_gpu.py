@@ -40,8 +40,9 @@ from duquantpp_jax.learning.training import held_out_loss, train
 from duquantpp_jax.models import SITES, Decoder, DecoderConfig, dense
 from duquantpp_jax.models.parameters import LAYER
 from duquantpp_jax.models.sampling import generate
+from duquantpp_jax.ptq.layout import decoded_once, for_writing
 from duquantpp_jax.ptq.plan import Plan
-from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, decoded_once
+from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
 from duquantpp_jax.ptq.stores import store
 from duquantpp_jax.ptq.walk import quantize_layer
 from duquantpp_jax.recipes import recipe
@@ -179,10 +180,14 @@ def generation(sizes: Sizes) -> Iterator[Row]:
     options: Any = {"store": store("bf16", config.head_dim)}
     device = jax.devices()[0]
     state = decoded_once(moved.state, device)
+    packed = for_writing(moved.linear, moved.state, device)
+    both = {n: dataclasses.replace(packed[n], weights=state[n].weights) for n in state}
     kinds: dict[str, tuple[Decoder, dict[str, Any]]] = {
         "model in bf16": (model, {"linear": dense}),
         "W4 decoded at use": (moved.model, {"linear": moved.linear, "state": moved.state}),
         "W4 decoded before": (moved.model, {"linear": moved.linear, "state": state}),
+        "W4 packed": (moved.model, {"linear": moved.linear, "state": packed}),
+        "W4 packed and decoded": (moved.model, {"linear": moved.linear, "state": both}),
     }
     draw = np.random.default_rng(0)
     long = draw.integers(0, config.vocab_size, sizes.prompt).tolist()

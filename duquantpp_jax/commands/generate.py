@@ -24,8 +24,8 @@ from duquantpp_jax.models import DecoderConfig
 from duquantpp_jax.models.decoder import COMPUTE
 from duquantpp_jax.models.sampling import Sampling, generate
 from duquantpp_jax.ptq import stores as cache
+from duquantpp_jax.ptq.layout import for_writing, is_packed
 from duquantpp_jax.ptq.sharding import DATA, cut, host_memory, mesh_of
-from duquantpp_jax.ptq.site import decoded_once
 from duquantpp_jax.recipes import checked_seed, import_modules
 
 ASKED = """do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff
@@ -93,7 +93,9 @@ def continued(
     if len(prompts) > 1:  # a text is the same whatever is continued beside it
         key = jnp.stack([key] * len(prompts))
     if mesh is None:
-        state = decoded_once(state, jax.local_devices()[0])
+        state = for_writing(linear, state, jax.local_devices()[0], options.implementation)
+        if is_packed(state):
+            print(f"{options.model}: token by token with packed weights (triton)", file=sys.stderr)
     else:
         model, linear, state = cut(mesh, model, linear, state)
     how: Any = {"linear": linear, "state": state, "store": store, "sampling": sampling}

@@ -13,8 +13,9 @@ from duquantpp_jax.commands.options.serve import ServeOptions
 from duquantpp_jax.evaluation import Predictor
 from duquantpp_jax.interop.application import Application
 from duquantpp_jax.interop.desk import Desk
+from duquantpp_jax.kernels.matvec.api import FEW
 from duquantpp_jax.ptq import stores
-from duquantpp_jax.ptq.site import decoded_once
+from duquantpp_jax.ptq.layout import for_writing
 from duquantpp_jax.recipes import import_modules
 
 HEAD_BYTES = 64 * 2**10
@@ -39,7 +40,13 @@ def application(options: ServeOptions) -> Application:
         raise ValueError(f"--port {options.port}: give 0 for a free one, or 1 to 65535")
     import_modules(options.imports)
     model, linear, state = load_any(options.model, options.activation_format)
-    predictor = Predictor(model, linear, decoded_once(state, jax.local_devices()[0]))
+    implementation = options.implementation
+    if options.rows > FEW:
+        if implementation == "triton":
+            raise ValueError(f"--implementation triton writes {FEW} texts at most: --rows {FEW}")
+        implementation = "xla"
+    state = for_writing(linear, state, jax.local_devices()[0], implementation)
+    predictor = Predictor(model, linear, state)
     if (used := said(options.model, predictor.linear)) is not None:
         print(f"{options.model}: {used}", file=sys.stderr)
     config = predictor.model.config

@@ -34,8 +34,8 @@ from duquantpp_jax.models import (
     parameter_shapes,
 )
 from duquantpp_jax.ptq.estimate import running_bytes
+from duquantpp_jax.ptq.layout import decoded_once
 from duquantpp_jax.ptq.sharding import DATA, MODEL, cut
-from duquantpp_jax.ptq.site import decoded_once
 
 LARGEST_LOGITS = 2**28
 """Most logits of a batch (1 GiB in float32); a few such arrays are in memory together."""

@@ -10,7 +10,7 @@ where move is orthogonal, so that it does not change q k^T.
 from __future__ import annotations
 
 import abc
-import functools
+import dataclasses
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int32
 
 from duquantpp_jax.models.config import DecoderConfig
+from duquantpp_jax.models.in_place import InPlace
 
 
 class Store(abc.ABC):
@@ -75,10 +76,18 @@ def empty_cache(config: DecoderConfig, store: Store, rows: int, capacity: int) -
     return Cache(zeros, jnp.int32(0), store)
 
 
-def put(entries: Any, new: Any, start: Int32[Array, "*rows"] | int) -> Any:
-    """The entries of a layer with new ones from position `start` on, of all rows or of each."""
-    write = jax.lax.dynamic_update_slice_in_dim
-    if jnp.ndim(start) == 0:
-        return jax.tree.map(functools.partial(write, start_index=start, axis=1), entries, new)
-    each = jax.vmap(functools.partial(write, axis=0))
-    return jax.tree.map(lambda old, other: each(old, other, start), entries, new)
+def put(entries: InPlace, new: Any, start: Int32[Array, "*rows"] | int) -> InPlace:
+    """The entries with new ones of a layer from position `start` on, of all rows or of each."""
+    layer: Any = entries.layer
+
+    def written(old: Array, other: Array) -> Array:
+        other = other.astype(old.dtype)
+        if jnp.size(start) == 1:
+            place = (layer, 0, jnp.reshape(start, ()), *[0] * (old.ndim - 3))
+            return jax.lax.dynamic_update_slice(old, other[None], place)
+        rows, length = other.shape[:2]
+        first = jnp.clip(jnp.asarray(start), 0, old.shape[2] - length)
+        at = first[:, None] + jnp.arange(length)
+        return old.at[layer, jnp.arange(rows)[:, None], at].set(other, unique_indices=True)
+
+    return dataclasses.replace(entries, arrays=jax.tree.map(written, entries.arrays, new))

@@ -7,6 +7,7 @@ Calibration and quantized evaluation pass another `linear` to the same model. Al
 on a leading axis and scanned, so that a model of any depth compiles a single layer.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from numpy.typing import DTypeLike
 from duquantpp_jax.models.attention import product
 from duquantpp_jax.models.cache import Cache, Store
 from duquantpp_jax.models.config import DecoderConfig
+from duquantpp_jax.models.in_place import InPlace, apart
 from duquantpp_jax.models.layers import Linear, dense, layer, positional, rms_norm
 from duquantpp_jax.models.parameters import (
     EMBEDDING,
@@ -121,8 +123,9 @@ class Decoder(nnx.Module):
             `linear(site, x, weights, state)` with x [rows, length, in] and weights [out, in].
             It returns an output [rows, length, out] per weight, and any pytree `out`.
           state: For each site a pytree of arrays with a leading layer axis; `linear` gets the
-            slice of its layer, and None where the site has no state. If the pytrees differ from
-            layer to layer: a tuple of such mappings, each for a run of layers.
+            slice of its layer, of an `InPlace` the whole with the layer's number, and None where
+            the site has no state. If the pytrees differ from layer to layer: a tuple of such
+            mappings, each for a run of layers.
           store: Attention sees keys and values as this format of a cache encodes them.
 
         Returns:
@@ -188,25 +191,28 @@ class Decoder(nnx.Module):
 
         options: dict[str, Any] = {"start": start, "store": store, "dtype": self.dtype}
 
-        def body(x: Array, scanned: Any) -> tuple[Array, Any]:
-            own, states, where, entries = scanned
-            made = layer(config, x, own, where, linear, states, entries=entries, **options)
-            return made[0], made[1:]
+        def body(join: Any, before: Any, scanned: Any) -> tuple[Any, Any]:
+            (x, entries), (number, sliced) = before, scanned
+            own, states, where = join(sliced)
+            kept = None if entries is None else InPlace(entries, number)
+            x, out, kept = layer(config, x, own, where, linear, states, entries=kept, **options)
+            return (x, None if kept is None else kept.arrays), out
 
         x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(jnp.float32)
         x = x * np.float32(config.embedding_scale)
-        layers = {name: array[...] for name, array in self.layers.items()}
-        scanned = (layers, positional(config), entries)
-        given, first = [], 0
+        scanned = ({name: array[...] for name, array in self.layers.items()}, positional(config))
+        outs, first = [], 0
         for run in runs:
             whole = len(runs) == 1
             count = config.num_hidden_layers if whole else jax.tree.leaves(run)[0].shape[0]
-            part = jax.tree.map(lambda a: a[first : first + count], scanned)  # noqa: B023
-            states = dict.fromkeys(SITES) | dict(run)
-            x, out = jax.lax.scan(body, x, (part[0], states, *part[1:]), length=count)
-            given.append(out)
+            numbers = first + jnp.arange(count, dtype=jnp.int32)
+            own, where = jax.tree.map(lambda a: a[first : first + count], scanned)  # noqa: B023
+            sliced, join = apart((own, dict.fromkeys(SITES) | dict(run), where), count)
+            step = functools.partial(body, join)
+            (x, entries), out = jax.lax.scan(step, (x, entries), (numbers, sliced))
+            outs.append(out)
             first += count
-        outs, entries = jax.tree.map(lambda *parts: jnp.concatenate(parts), *given)
+        outs = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
         if at is not None:
             x = jnp.take_along_axis(x, at[:, None, None], axis=1, mode="clip")
         return rms_norm(config, x, self.norm[...]).astype(self.dtype), outs, entries

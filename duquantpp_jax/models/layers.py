@@ -31,6 +31,7 @@ from duquantpp_jax.models.cache import Store, put
 from duquantpp_jax.models.config import FULL, SLIDING, DecoderConfig
 from duquantpp_jax.models.experts import Routed, route
 from duquantpp_jax.models.families.gpt_oss import clamped_swiglu
+from duquantpp_jax.models.in_place import InPlace
 from duquantpp_jax.models.parameters import (
     HEAD_NORMS,
     ROUTER,
@@ -126,15 +127,15 @@ def layer(
     *,
     start: Int32[Array, "*rows"] | int = 0,
     store: Store | None = None,
-    entries: Any = None,
+    entries: InPlace | None = None,
     dtype: DTypeLike = jnp.float32,
-) -> tuple[Float32[Array, "rows length k"], dict[str, Any], Any]:
+) -> tuple[Float32[Array, "rows length k"], dict[str, Any], InPlace | None]:
     """The hidden states after a layer, what `linear` gave out, and the new entries of the cache.
 
     Args:
       x: The hidden states before the layer, from position `start` on, of all rows or of each.
       linear, state, store: As in `Decoder.__call__`, for a single layer.
-      entries: What a cache holds of the layer.
+      entries: Those of a cache, of all layers.
       dtype: Of the matrix products. Matrices are cast where they are used, to save memory; those
         in bfloat16 stay so, as a product in float32 takes them (products.py).
     """
@@ -160,7 +161,7 @@ def layer(
         new = store.encode(k), store.encode(v.astype(jnp.float32))
         if entries is not None:
             entries = put(entries, new, start)
-        k, v = map(store.decode, entries or new)
+        k, v = map(store.decode, new if entries is None else entries.own())
     sinks = parameters[SINKS].reshape(q.shape[2:4]) if config.sinks else None
     q, k, v = (y.astype(dtype) for y in (q, k, v))
     scalar = float(config.query_pre_attn_scalar or config.head_dim)

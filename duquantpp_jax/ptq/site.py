@@ -33,9 +33,11 @@ from duquantpp_jax.core import (
     Transform,
     Weights,
 )
-from duquantpp_jax.formats import MX
+from duquantpp_jax.formats import MX, MXFP4
 from duquantpp_jax.formats.mx import to_float32
+from duquantpp_jax.kernels.matvec.api import FEW, matvec, quantized_matvec, unpacked
 from duquantpp_jax.models.experts import Routed
+from duquantpp_jax.models.in_place import InPlace
 from duquantpp_jax.models.products import as_factor, matmul
 from duquantpp_jax.transforms.block import lower
 
@@ -69,6 +71,8 @@ class QuantizedSite:
       weights: Of each linear: moved and rounded, or as they are where it is left in float; while a
         model runs they may be decoded.
       clip, scale_offset, tensor_scale: As in `Format.quantize`, for the activations.
+      packed: `PackedRows` of all layers, in place of weights, which are then (), or beside them for
+        few tokens.
     """
 
     transform: Transform
@@ -76,6 +80,7 @@ class QuantizedSite:
     clip: Float[Array, "*layers blocks"] | None = None
     scale_offset: Int[Array, "*layers blocks"] | None = None
     tensor_scale: Float32[Array, "*layers"] | None = None
+    packed: InPlace | None = None
 
 
 def pad_channels(x: Any, width: int) -> Any:
@@ -176,13 +181,18 @@ class QuantizedLinear:
     def __call__(
         self, site: str, x: Array | Routed, weights: tuple[Array, ...], state: QuantizedSite
     ) -> tuple[tuple[Array, ...], None]:
-        formats, given, x = self.activation_formats, x, x.astype(jnp.float32)
+        given, x = x, x.astype(jnp.float32)
         dtype = (given.x if isinstance(given, Routed) else given).dtype
+        if (packed := state.packed) is not None and not isinstance(x, Routed):
+            format, few = self.format(site), math.prod(x.shape[:-1]) <= FEW
+            if few and isinstance(format, MXFP4):
+                return _few_tokens(x, state, packed, format), None
+            if not state.weights:
+                return self._many_tokens(x, state, packed, format), None
         quantized, seen = [isinstance(w, MXArray | Exact) for w in state.weights], x
         if any(quantized):
-            format = dict(formats)[site] if isinstance(formats, tuple) else formats
             width = state.weights[quantized.index(True)].shape[-1]
-            seen = self.quantized(pad_channels(x, width), state, format)
+            seen = self.quantized(pad_channels(x, width), state, self.format(site))
 
         def output(weight: Any) -> Array:
             if isinstance(weight, MXArray | Exact):
@@ -190,6 +200,19 @@ class QuantizedLinear:
             return matmul(given, as_factor(weight, dtype)).astype(jnp.float32)
 
         return tuple(map(output, state.weights)), None
+
+    def _many_tokens(
+        self, x: Any, state: QuantizedSite, packed: InPlace, format: Format | None
+    ) -> tuple[Float32[Array, "*tokens _n"], ...]:
+        """The outputs of packed weights, decoded for all tokens."""
+        rows, layer = packed.arrays, packed.layer
+        seen = self.quantized(pad_channels(x, rows.width), state, format)
+        return rows.split(matmul(seen, Exact(unpacked(rows, layer))))
+
+    def format(self, site: str) -> Format | None:
+        """Q of a site."""
+        formats = self.activation_formats
+        return dict(formats)[site] if isinstance(formats, tuple) else formats
 
     def quantized(self, x: Any, state: QuantizedSite, format: Format | None) -> Any:
         """Q(transform.activations(x)), x as wide as the weights, as an Exact where it is one."""
@@ -205,29 +228,18 @@ class QuantizedLinear:
         return Exact(dataclasses.replace(moved, x=rounded.numbers))
 
 
-def decoded_once(state: Any, device: Any) -> Any:
-    """A model's state whose weights are decoded once, in bfloat16, where that holds them exactly.
-
-    Only on an accelerator, which multiplies bfloat16 fast, and where they take no more than a
-    quarter of its memory, whatever else is there: one model always runs the same program. Else the
-    state as it is, which is decoded at every use.
-    """
-    parts = jax.tree.leaves(state, is_leaf=lambda part: isinstance(part, MXArray))
-    size = sum(2 * math.prod(w.shape) for w in parts if isinstance(w, MXArray) and w.is_exact)
-    memory = None if device.platform == "cpu" else device.memory_stats()
-    if memory is None or 4 * size > memory["bytes_limit"]:
-        return state
-
-    def of(weight: Any) -> Any:
-        return _in_bfloat16(weight) if isinstance(weight, MXArray) and weight.is_exact else weight
-
-    return jax.tree.map(of, state, is_leaf=lambda part: isinstance(part, MXArray | PackedFloat))
-
-
-@jax.jit
-def _in_bfloat16(weight: MXArray) -> Exact:
-    numbers = dataclasses.replace(weight, tensor_scale=None).dequantize()
-    return Exact(numbers.astype(jnp.bfloat16), weight.tensor_scale)
+def _few_tokens(
+    x: Any, state: QuantizedSite, packed: InPlace, format: MXFP4
+) -> tuple[Float32[Array, "*tokens _n"], ...]:
+    """The outputs of packed weights, multiplied as they are."""
+    rows, layer = packed.arrays, packed.layer
+    tokens = pad_channels(x.reshape(-1, x.shape[-1]), rows.width)
+    if rows.matrices is not None:
+        ys = quantized_matvec(to_float32(tokens), rows, layer, scale_rule=format.scale_rule)
+    else:
+        moved, given = _moved(tokens, state)
+        ys = matvec(format.encode(moved, **given), rows, layer)
+    return tuple(y.reshape(*x.shape[:-1], -1) for y in ys)
 
 
 def move_input(x: Any, transform: Transform) -> Any:

@@ -228,6 +228,10 @@ def test_a_chat_prints_the_answer_alone(directory, capsys):
         (("--prompt", "a", "--max-new-tokens", "4000"), "has 2047 of its 2048 positions left"),
         (("--prompt", "a", "--temperature", "-1"), "temperature of -1"),
         (("--prompt", "a", "--cache", "mxfp4"), "head_dim 16"),
+        (
+            ("--prompt", "a", "--implementation", "triton"),
+            "needs an NVIDIA GPU, and this is cpu",
+        ),
         ((), "--prompt"),
     ],
 )

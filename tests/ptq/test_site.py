@@ -17,11 +17,11 @@ from duquantpp_jax.ptq.calibration import (
     embed,
     layers_of,
 )
+from duquantpp_jax.ptq.layout import decoded_once
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import (
     QuantizedLinear,
     QuantizedSite,
-    decoded_once,
     fit_linear,
     layer_of,
     pad_channels,

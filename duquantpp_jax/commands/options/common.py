@@ -25,6 +25,7 @@ Serve = Literal["transformers", "vllm", "qutlass"]
 """The program that an export is for (checkpoints/readers.py)."""
 
 Compute = Literal["float32", "bf16"]
+Implementation = Literal["triton", "xla"]
 """The type of matrix products outside of quantized linears."""
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]

@@ -3,7 +3,15 @@
 import dataclasses
 from pathlib import Path
 
-from duquantpp_jax.commands.options.common import Compute, Flag, Imports, Plain, Printing, Terminal
+from duquantpp_jax.commands.options.common import (
+    Compute,
+    Flag,
+    Implementation,
+    Imports,
+    Plain,
+    Printing,
+    Terminal,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +38,8 @@ class GenerateOptions(Plain):
       compute: Type of the products of attention, of the head and of linears left in float; what
         quantized linears are given is rounded to it (docs/performance.md).
       mesh: Cut weights over devices, as in model=4; by default one device has all of them.
+      implementation: Of products of a few tokens with weights in MXFP4: triton reads them packed,
+        xla decodes them before; by default the first of these that the device runs.
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
 
@@ -47,5 +57,6 @@ class GenerateOptions(Plain):
     activation_format: str | None = None
     compute: Compute = "float32"
     mesh: str | None = None
+    implementation: Implementation | None = None
     imports: Imports = ()
     terminal: Printing = Terminal()

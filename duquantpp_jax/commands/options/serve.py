@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tyro
 
-from duquantpp_jax.commands.options.common import Imports, Plain, Printing, Terminal
+from duquantpp_jax.commands.options.common import Implementation, Imports, Plain, Printing, Terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,8 @@ class ServeOptions(Plain):
       cache: Format of the key-value cache: float32, bf16, mxfp8, mxfp4.
       activation_format: Of the inputs of packed weights, which are used as they are stored; without
         it these inputs are not quantized.
+      implementation: Of products of a few tokens with weights in MXFP4: triton reads them packed,
+        xla decodes them before; by default the first of these that the device runs.
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
 
@@ -37,5 +39,6 @@ class ServeOptions(Plain):
     max_new_tokens: int = 1024
     cache: str = "bf16"
     activation_format: str | None = None
+    implementation: Implementation | None = None
     imports: Imports = ()
     terminal: Printing = Terminal()

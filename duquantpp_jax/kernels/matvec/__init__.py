@@ -1,0 +1,1 @@
+"""Products of few tokens with packed weights, as decoding needs them."""

@@ -1,0 +1,142 @@
+"""Packed weights in MXFP4: products with few tokens, and their numbers for many."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Float32, Int32
+
+from duquantpp_jax.core import MXArray, ScaleRule
+from duquantpp_jax.formats import MXFP4
+from duquantpp_jax.kernels.implementation import choose, current_device
+from duquantpp_jax.kernels.matvec import move, reference, triton, unpack
+from duquantpp_jax.kernels.matvec.rows import BLOCK, PackedRows, filled, is_mxfp4
+from duquantpp_jax.kernels.matvec.tokens import Tokens
+from duquantpp_jax.models.attention import HIGHEST
+
+Implementation = Literal["triton", "reference"]
+FEW = 4
+"""Most tokens: with more, decoding the weights once for all of them is faster."""
+
+
+def matvec(
+    x: MXArray,
+    rows: PackedRows,
+    layer: Int32[Array, ""] | int = 0,
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[Float32[Array, "tokens _n"], ...]:
+    """y_i = sum_b 2^(e_b + f_ib) sum_{j in b} x_j w_ij for each linear of `rows`.
+
+    The inner sum is exact, of integers; every implementation has the same, and differs in the order
+    in which it adds blocks in float32.
+
+    >>> import jax.numpy as jnp
+    >>> from duquantpp_jax import MXFP4
+    >>> rows = PackedRows.of([MXFP4().quantize(jnp.ones((1, 8, 64)))])
+    >>> (y,) = matvec(MXFP4().quantize(jnp.ones((1, 64))), rows)
+    >>> y[0, 0].item()
+    64.0
+
+    Args:
+      x: At most FEW tokens [m, k] in MXFP4.
+      rows: Weights of all layers.
+      layer: Which of them to multiply with.
+      implementation: "triton" (Pallas, one pass over the packed weights), "reference", or None for
+        the first of these that runs here.
+
+    Raises:
+      ValueError: Too many tokens, another width or format, or there is no such implementation.
+      RuntimeError: The named implementation cannot run here.
+    """
+    if not is_mxfp4(x) or len(x.shape) != 2 or not 1 <= len(x.elements) <= FEW:
+        raise ValueError(
+            f"matvec takes 1 to {FEW} tokens [m, k] in MXFP4, not {x.shape} of {x.element.name} "
+            f"with {x.scales.dtype} for {x.block_size}"
+        )
+    if x.shape[1] != rows.width:
+        raise ValueError(f"tokens have {x.shape[1]} columns and weights {rows.width}")
+    obstacles = {"triton": why_not_triton, "reference": lambda: None}
+    name = choose("matvec", implementation, obstacles)
+    run = {"triton": triton, "reference": reference}[name].matvec
+    return rows.split(run(Tokens.of(x, rows), rows, jnp.asarray(layer, jnp.int32)))
+
+
+def quantized_matvec(
+    x: Float32[Array, "tokens k"],
+    rows: PackedRows,
+    layer: Int32[Array, ""] | int = 0,
+    *,
+    scale_rule: ScaleRule = ScaleRule.FLOOR,
+    implementation: Implementation | None = None,
+) -> tuple[Float32[Array, "tokens _n"], ...]:
+    """matvec(Q(x M), rows), each block of x moved by its matrix M_b of `rows.matrices`.
+
+    >>> import jax.numpy as jnp
+    >>> from duquantpp_jax import MXFP4
+    >>> weights = MXFP4().quantize(jnp.ones((1, 8, 64)))
+    >>> rows = PackedRows.of([weights], jnp.broadcast_to(jnp.eye(32), (1, 2, 32, 32)))
+    >>> quantized_matvec(jnp.ones((1, 64)), rows)[0][0, 0].item()
+    64.0
+
+    Args:
+      rows, layer, implementation: As for `matvec`; "triton" takes two kernels.
+      scale_rule: FLOOR, CEIL, EVEN or RCEIL.
+
+    Raises:
+      ValueError: As `matvec`, `rows` has no matrices, or another rule.
+      RuntimeError: The named implementation cannot run here.
+    """
+    if rows.matrices is None or scale_rule not in move.RAISED_ABOVE:
+        raise ValueError(
+            "quantized_matvec needs rows with matrices, and one of the rules "
+            f"{', '.join(rule.value for rule in move.RAISED_ABOVE)}: got {scale_rule.value}"
+        )
+    if not 1 <= len(x) <= FEW or x.shape[1] != rows.width:
+        raise ValueError(f"x {x.shape} is not 1 to {FEW} tokens of {rows.width} columns")
+    obstacles = {"triton": why_not_triton, "reference": lambda: None}
+    name = choose("quantized_matvec", implementation, obstacles)
+    blocks, layer = rows.matrices.shape[1], jnp.asarray(layer, jnp.int32)
+    x = filled(x, 1, blocks * BLOCK - rows.width).reshape(len(x), blocks, BLOCK)
+    if name == "triton":
+        return rows.split(
+            triton.matvec(move.to_tokens(x, rows.matrices, layer, scale_rule), rows, layer)
+        )
+    y = jnp.einsum("mbi,bij->mbj", x, rows.matrices[layer], precision=HIGHEST)
+    tokens = Tokens.of(MXFP4(scale_rule=scale_rule).encode(y.reshape(len(x), -1)), rows)
+    return rows.split(reference.matvec(tokens, rows, layer))
+
+
+def unpacked(
+    rows: PackedRows,
+    layer: Int32[Array, ""] | int = 0,
+    *,
+    implementation: Implementation | None = None,
+) -> BFloat16[Array, "rows k"]:
+    """The numbers of all linears of a layer, exact in bfloat16, one below the other.
+
+    Rows that fill up the last program's are zero; `rows.split` leaves them out of a product.
+
+    >>> import jax.numpy as jnp
+    >>> from duquantpp_jax import MXFP4
+    >>> unpacked(PackedRows.of([MXFP4().quantize(jnp.ones((1, 8, 64)))]))[:8].sum().item()
+    512.0
+
+    Args:
+      layer, implementation: As for `matvec`.
+
+    Raises:
+      ValueError: There is no such implementation.
+      RuntimeError: The named implementation cannot run here.
+    """
+    obstacles = {"triton": why_not_triton, "reference": lambda: None}
+    name = choose("unpacked", implementation, obstacles)
+    run = {"triton": unpack, "reference": reference}[name].unpacked
+    return run(rows, jnp.asarray(layer, jnp.int32))
+
+
+def why_not_triton() -> str | None:
+    """Why "triton" cannot run on the current device; None if it can."""
+    device = current_device()
+    if device.platform not in ("gpu", "cuda"):
+        return f"it needs an NVIDIA GPU, and this is {device.platform}"
+    return None

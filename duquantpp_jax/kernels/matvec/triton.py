@@ -1,0 +1,114 @@
+"""A block's sum in integers: a byte permutation decodes four codes, a dot product of bytes adds.
+
+Twice an E2M1 value is one of 0, 1, 2, 3, 4, 6, 8, 12. PRMT picks four of eight bytes by the lower
+three bits of four nibbles, and gives zero for a nibble whose highest bit is set, as these bytes
+have none: so it decodes four codes at a time, of which the negative ones are zero. With all sign
+bits flipped the positive ones are. A block's sum is that of the first less that of the second, at
+most 32 * 12 * 12 in magnitude, and exact.
+
+Each thread has blocks of its own and adds them in float32. A kernel reads its layer where it stands
+among all layers, since XLA would copy a slice.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float32, Int32
+
+from duquantpp_jax.formats.division import power_of_two
+from duquantpp_jax.kernels.matvec.rows import WORDS, PackedRows
+from duquantpp_jax.kernels.matvec.tokens import Tokens
+
+ROWS, ROWS_OF_SEVERAL = 32, 8
+"""Of a program, for one token and for several, whose sums need more registers."""
+BLOCKS, BLOCKS_OF_A_THREAD = 64, 4
+"""Most blocks of a row that a program has at a time, of which each thread reads neighbours."""
+
+_DOT = """{
+  .reg .b32 elements;
+  prmt.b32 elements, 0x03020100, 0x0C080604, $1;
+  dp4a.s32.s32 $0, elements, $2, $3;
+}"""
+
+
+def matvec(
+    x: Tokens, rows: PackedRows, layer: Int32[Array, ""], *, interpret: bool = False
+) -> Float32[Array, "tokens rows"]:
+    """x W^T, of rows that are filled up, too."""
+    from jax.experimental.pallas import triton as plt
+
+    m, (_, n, blocks) = len(x.scale_bytes), rows.scale_bytes.shape
+    shape = ROWS if m == 1 else ROWS_OF_SEVERAL, math.gcd(blocks, BLOCKS)
+    return pl.pallas_call(
+        functools.partial(_kernel, shape, _interpreted if interpret else _dot),
+        grid=(n // shape[0],),
+        in_specs=[pl.BlockSpec()] * 5,
+        out_specs=pl.BlockSpec((m, shape[0]), lambda i: (0, i)),
+        out_shape=jax.ShapeDtypeStruct((m, n), jnp.float32),
+        compiler_params=plt.CompilerParams(num_warps=_warps(shape), num_stages=1),
+        interpret=interpret,
+    )(layer.reshape(1), x.words, x.scale_bytes, rows.words, rows.scale_bytes)
+
+
+def _warps(shape: tuple[int, int]) -> int:
+    """Warps of 32 threads for so many rows and blocks at a time."""
+    return max(1, math.prod(shape) // BLOCKS_OF_A_THREAD // 32)
+
+
+def _kernel(
+    shape: tuple[int, int], dot: Any, layer: Any, x: Any, x_bytes: Any, words: Any,
+    scale_bytes: Any, y: Any,
+) -> None:  # fmt: skip
+    (count, part), own = shape, layer[0]
+    rows = pl.ds(pl.program_id(0) * count, count)
+    tokens, blocks = x_bytes.shape
+
+    def step(i: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        at = pl.ds(i * part, part)
+        codes = [words[own, word, rows, at] for word in range(WORDS)]
+        byte = scale_bytes[own, rows, at].astype(jnp.int32)
+        return tuple(products(token, codes, byte, at) + before for token, before in enumerate(sums))
+
+    def products(token: int, codes: list[Array], byte: Array, at: Any) -> Array:
+        plus = minus = jnp.zeros(shape, jnp.int32)
+        for word, code in enumerate(codes):
+            flipped = code ^ jnp.uint32(0x88888888)
+            for half in range(2):
+                row = pl.ds(8 * token + 2 * word + half, 1)
+                elements = jnp.broadcast_to(x[row, at], shape)
+                plus = dot(code >> 16 if half else code, elements, plus)
+                minus = dot(flipped >> 16 if half else flipped, elements, minus)
+        other = jnp.broadcast_to(x_bytes[pl.ds(token, 1), at].astype(jnp.int32), shape)
+        power = jnp.maximum(byte + other - 256, -252)  # below that any sum becomes zero
+        scaled = (plus - minus).astype(jnp.float32) * power_of_two(power >> 1)
+        scaled = scaled * power_of_two(power - (power >> 1))
+        return jnp.where((byte == 255) | (other == 255), jnp.float32(jnp.nan), scaled)
+
+    sums = (jnp.zeros(shape, jnp.float32),) * tokens
+    sums = lax.fori_loop(0, blocks // part, step, sums)
+    for token, each in enumerate(sums):
+        y[token, :] = jnp.sum(each, axis=1)
+
+
+def _dot(codes: Array, elements: Array, added: Array) -> Array:
+    """The elements times four codes, the lowest, of which negative ones count as zero."""
+    from jax.experimental.pallas import triton as plt
+
+    out = [jax.ShapeDtypeStruct(added.shape, jnp.int32)]
+    arguments: Any = {"args": [codes, elements, added], "result_shape_dtypes": out}
+    return plt.elementwise_inline_asm(_DOT, constraints="=r,r,r,r", pack=1, **arguments)[0]
+
+
+def _interpreted(codes: Array, elements: Array, added: Array) -> Array:
+    """`_dot` without a GPU's instructions."""
+    for place in range(4):
+        code = (codes >> (4 * place)).astype(jnp.int32) & 15
+        value = jnp.where(code < 4, code, jnp.where(code < 6, 2 * code - 4, 4 * code - 16))
+        element = lax.bitcast_convert_type(elements << (24 - 8 * place), jnp.int32) >> 24
+        added = added + jnp.where(code < 8, value, 0) * element
+    return added

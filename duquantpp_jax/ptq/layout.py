@@ -1,0 +1,109 @@
+"""How the weights of a quantized model stand in memory while it runs on an accelerator.
+
+    decoded     numbers in bfloat16, which holds them exactly, 16 bits a weight
+    packed      codes and scales as kernels read them, 4.25 bits: a few tokens are multiplied with
+                them as they are, for many they are decoded at every use
+
+Elsewhere weights are decoded at every use by what XLA makes of it.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32
+
+from duquantpp_jax.core import ElementRounding, Exact, Format, MXArray, Transform
+from duquantpp_jax.formats import MXFP4
+from duquantpp_jax.kernels.matvec.api import why_not_triton
+from duquantpp_jax.kernels.matvec.move import RAISED_ABOVE
+from duquantpp_jax.kernels.matvec.rows import BLOCK, PackedRows, is_mxfp4
+from duquantpp_jax.models.in_place import InPlace
+from duquantpp_jax.ptq.site import PackedFloat, QuantizedLinear, QuantizedSite
+
+
+def decoded_once(state: Any, device: Any) -> Any:
+    """A model's state whose weights are decoded once, in bfloat16, where that holds them exactly.
+
+    Only on an accelerator, which multiplies bfloat16 fast, and where they take no more than a
+    quarter of its memory, whatever else is there: one model always runs the same program. Else the
+    state as it is, which is decoded at every use.
+    """
+    parts = jax.tree.leaves(state, is_leaf=lambda part: isinstance(part, MXArray))
+    size = sum(2 * math.prod(w.shape) for w in parts if isinstance(w, MXArray) and w.is_exact)
+    memory = None if device.platform == "cpu" else device.memory_stats()
+    if memory is None or 4 * size > memory["bytes_limit"]:
+        return state
+
+    def of(weight: Any) -> Any:
+        return _in_bfloat16(weight) if isinstance(weight, MXArray) and weight.is_exact else weight
+
+    return jax.tree.map(of, state, is_leaf=lambda part: isinstance(part, MXArray | PackedFloat))
+
+
+@jax.jit
+def _in_bfloat16(weight: MXArray) -> Exact:
+    numbers = dataclasses.replace(weight, tensor_scale=None).dequantize()
+    return Exact(numbers.astype(jnp.bfloat16), weight.tensor_scale)
+
+
+def for_writing(linear: Any, state: Any, device: Any, implementation: str | None = None) -> Any:
+    """A model's state for texts that it writes, packed where weights and inputs are in MXFP4.
+
+    Args:
+      implementation: Of products of a few tokens: "triton", which reads packed weights, or "xla",
+        which needs none; None for the first of these that the device runs.
+
+    Raises:
+      ValueError: "triton" cannot run here, or no site of the model is for it.
+    """
+    reason = why_not_triton()
+    if implementation == "xla" or (implementation is None and reason is not None):
+        return decoded_once(state, device)
+    if reason is not None:
+        raise ValueError(f"no implementation {implementation} here: {reason}")
+    packed = state
+    if isinstance(linear, QuantizedLinear):
+        runs = state if isinstance(state, tuple) else (state or {},)
+        runs = tuple(
+            {name: _packed(run[name], linear.format(name)) for name in run} for run in runs
+        )
+        packed = runs if isinstance(state, tuple) else runs[0]
+    if implementation is not None and not is_packed(packed):
+        raise ValueError(
+            f"no implementation {implementation} of this model: it multiplies weights in MXFP4 "
+            "with inputs in MXFP4, and here are none of both"
+        )
+    return decoded_once(packed, device)
+
+
+def is_packed(state: Any) -> bool:
+    """Whether a state of `for_writing` has packed weights."""
+    runs = state if isinstance(state, tuple) else (state or {},)
+    return any(getattr(site, "packed", None) is not None for run in runs for site in run.values())
+
+
+def _packed(site: QuantizedSite, format: Format | None) -> QuantizedSite:
+    """The site with packed weights, if kernels multiply them."""
+    weights = [w for w in site.weights if is_mxfp4(w) and len(w.shape) == 3]
+    if not isinstance(format, MXFP4) or format.block_size != BLOCK:
+        return site
+    if len(weights) < len(site.weights):
+        return site
+    (layers, _, width), matrices = weights[0].shape, None
+    plain = format.rounding is ElementRounding.NEAREST_EVEN and format.scale_rule in RAISED_ABOVE
+    if plain and site.clip is None and site.scale_offset is None:
+        of_layer = jax.vmap(lambda transform, _: _matrices(transform, width))
+        matrices = of_layer(site.transform, jnp.arange(layers))
+    rows = PackedRows.of(weights, matrices)
+    return dataclasses.replace(site, weights=(), packed=InPlace(rows))
+
+
+def _matrices(transform: Transform, width: int) -> Float32[Array, "blocks 32 32"] | None:
+    """M_b with transform.activations(x)_b = x_b M_b; None if it mixes blocks."""
+    if (blocks := transform.as_blocks(width, BLOCK)) is None:
+        return None
+    scale, matrices, _ = blocks.whole(width, BLOCK)
+    return matrices / scale.reshape(-1, BLOCK, 1)

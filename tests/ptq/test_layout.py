@@ -1,0 +1,73 @@
+"""How weights stand in memory while a model runs."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duquantpp_jax.formats import MXFP4
+from duquantpp_jax.models import SITES
+from duquantpp_jax.models.cache import empty_cache
+from duquantpp_jax.ptq import layout, store
+from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, pad_channels
+from duquantpp_jax.transforms.basic import Permute
+from duquantpp_jax.transforms.block import BlockRotation
+from tests.conftest import tiny_decoder
+
+GPU = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit": 2**40})
+
+
+def _transform(kind, layers, width):
+    draw = np.random.default_rng(0)
+    if kind == "permutation":
+        order = np.stack([draw.permutation(width) for _ in range(layers)])
+        return Permute(jnp.asarray(order, jnp.int32))
+    shape = (layers, width // 32, 32, 32)
+    return BlockRotation(jnp.asarray(np.linalg.qr(draw.standard_normal(shape))[0], jnp.float32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rotation", "permutation"])
+def test_a_model_writes_with_packed_weights_what_it_writes_without(kind, monkeypatch):
+    """Prompts, a token, two at a time; moved inside the kernel or, where that cannot be, before."""
+    model, format = tiny_decoder(), MXFP4(scale_rule="even")
+    state = {}
+    for site in SITES:
+        weights = tuple(pad_channels(w, -(-w.shape[-1] // 32) * 32) for w in model.weights(site))
+        transform = _transform(kind, *weights[0].shape[::2])
+        moved = (jax.vmap(lambda t, w: t.weights(w))(transform, w) for w in weights)
+        state[site] = QuantizedSite(transform, tuple(map(format.quantize, moved)))
+    linear = QuantizedLinear(format)
+    assert layout.for_writing(linear, state, jax.devices()[0]) is state  # a CPU
+    monkeypatch.setattr(layout, "why_not_triton", lambda: None)
+    packed = layout.for_writing(linear, state, GPU)
+    assert layout.is_packed(packed)
+    for site in packed.values():
+        assert site.weights == ()
+        assert (site.packed.arrays.matrices is not None) == (kind == "rotation")
+    draw = np.random.default_rng(1)
+    tokens = jnp.asarray(draw.integers(0, model.config.vocab_size, (1, 8)), jnp.int32)
+
+    @jax.jit
+    def logits(state):
+        cache = empty_cache(model.config, store("bf16", model.config.head_dim), 1, 8)
+        found = []
+        for part in (tokens[:, :5], tokens[:, 5:6], tokens[:, 6:]):
+            y, cache = model.extend(part, cache, linear, state)
+            found.append(y[:, -1].ravel())
+        return jnp.concatenate(found)
+
+    # Sums in another order move a number across a tie now and then; nothing else differs.
+    difference = np.abs(logits(packed) - logits(state))
+    assert np.median(difference) < 1e-4
+    assert np.max(difference) < 0.5
+
+
+def test_an_implementation_that_is_not_for_a_model_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="no implementation triton here: it needs an NVIDIA GPU"):
+        layout.for_writing(QuantizedLinear(MXFP4()), {}, jax.devices()[0], "triton")
+    monkeypatch.setattr(layout, "why_not_triton", lambda: None)
+    with pytest.raises(ValueError, match="no implementation triton of this model"):
+        layout.for_writing(QuantizedLinear(None), {}, GPU, "triton")
