@@ -14,7 +14,8 @@ least of REPEATS calls after the first, which compiles.
 Cost: three minutes on one H200.
 Last result, 2026-11-30 (results/bench_gpu.json): evaluation in W4A4 1.33 times bfloat16, with a
   matrix for each block 1.41, by --compute bf16 1.07 and 1.16; prefill 1.16, decode 1.11; a
-  learning step .148 s. What bounds each: docs/performance.md.
+  learning step .148 s. Decode with packed weights .76 in a run of its own
+  (results/bench_gpu_generation.json). What bounds each: docs/performance.md.
 """
 
 import argparse
@@ -34,11 +35,14 @@ import optax
 from duquantpp_jax import files
 from duquantpp_jax.evaluation import Predictor, Reference
 from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.kernels.matvec.api import FEW, matvec, unpacked
+from duquantpp_jax.kernels.matvec.rows import PackedRows
 from duquantpp_jax.learning.model import Divergence
 from duquantpp_jax.learning.moves import moves_named
 from duquantpp_jax.learning.training import held_out_loss, train
 from duquantpp_jax.models import SITES, Decoder, DecoderConfig, dense
 from duquantpp_jax.models.parameters import LAYER
+from duquantpp_jax.models.products import exact
 from duquantpp_jax.models.sampling import generate
 from duquantpp_jax.ptq.layout import decoded_once, for_writing
 from duquantpp_jax.ptq.plan import Plan
@@ -146,6 +150,42 @@ def linear(sizes: Sizes) -> Iterator[Row]:
         yield Row(f"{shape}, W4A4 {name}", seconds, "bf16", seconds / rival)
 
 
+def packed(sizes: Sizes) -> Iterator[Row]:
+    """Packed weights decoded for many tokens, and multiplied with few, each layer's in turn."""
+    _, inputs, outputs = sizes.linear
+    layers, shape = 4, f"{outputs} x {inputs}"
+    draw = np.random.default_rng(0)
+    w = draw.standard_normal((layers, outputs, inputs), np.float32)
+    q = jax.jit(FORMAT.quantize)(w)
+    rows, wide = PackedRows.of([q]), jax.jit(lambda q: q.dequantize()[1])(q)
+    if not np.array_equal(unpacked(rows, 1)[:outputs].astype(jnp.float32), wide):
+        raise ValueError("unpacked weights are not the numbers that were packed")
+    copy = jax.jit(lambda x: x + jnp.bfloat16(1))
+    x = jnp.zeros(sizes.copied // 2, jnp.bfloat16)
+    of_a_byte = seconds_of(lambda: copy(x)) / (2 * sizes.copied)
+    every = range(layers)
+    decode = jax.jit(lambda rows: [unpacked(rows, layer) for layer in every])
+    seconds = seconds_of(lambda: decode(rows)) / layers
+    bytes_moved = outputs * inputs * (2 + 17 / 32)
+    against = "a copy of its bytes"
+    yield Row(f"unpack {shape}", seconds, against, seconds / bytes_moved / of_a_byte, "<= 1.25")
+    narrow = [jnp.asarray(layer, jnp.bfloat16) for layer in w]
+    for tokens in range(1, FEW + 1):
+        token = FORMAT.encode(jnp.asarray(draw.standard_normal((tokens, inputs), np.float32)))
+        (y,) = matvec(token, rows, 1)
+        factors = np.asarray(token.dequantize(), np.float64), np.asarray(wide, np.float64).T
+        bound = 2.0**-23 * inputs / 32 * np.abs(factors[0]) @ np.abs(factors[1])
+        if not np.all(np.abs(np.asarray(y, np.float64) - factors[0] @ factors[1]) <= bound):
+            raise ValueError("a product with packed weights is further off than its sums can be")
+        given = token.dequantize().astype(jnp.bfloat16)
+        plain = jax.jit(lambda x, ws: [exact(x, w, parts=1) for w in ws])
+        rival = seconds_of(lambda: plain(given, narrow)) / layers  # noqa: B023
+        run = jax.jit(lambda x, rows: [matvec(x, rows, layer) for layer in every])
+        seconds = seconds_of(lambda: run(token, rows)) / layers  # noqa: B023
+        label = f"{tokens} tokens x {shape}, packed"
+        yield Row(label, seconds, "bf16 weights", seconds / rival)
+
+
 def evaluation(sizes: Sizes) -> Iterator[Row]:
     """Evaluation as `evaluate` runs it, a batch of rows."""
     config, model = sizes.model, random_model(sizes.model)
@@ -180,14 +220,12 @@ def generation(sizes: Sizes) -> Iterator[Row]:
     options: Any = {"store": store("bf16", config.head_dim)}
     device = jax.devices()[0]
     state = decoded_once(moved.state, device)
-    packed = for_writing(moved.linear, moved.state, device)
-    both = {n: dataclasses.replace(packed[n], weights=state[n].weights) for n in state}
+    held = for_writing(moved.linear, moved.state, device)
     kinds: dict[str, tuple[Decoder, dict[str, Any]]] = {
         "model in bf16": (model, {"linear": dense}),
         "W4 decoded at use": (moved.model, {"linear": moved.linear, "state": moved.state}),
         "W4 decoded before": (moved.model, {"linear": moved.linear, "state": state}),
-        "W4 packed": (moved.model, {"linear": moved.linear, "state": packed}),
-        "W4 packed and decoded": (moved.model, {"linear": moved.linear, "state": both}),
+        "W4 packed": (moved.model, {"linear": moved.linear, "state": held}),
     }
     draw = np.random.default_rng(0)
     long = draw.integers(0, config.vocab_size, sizes.prompt).tolist()
@@ -270,6 +308,7 @@ def layer(sizes: Sizes) -> Iterator[Row]:
 PARTS: dict[str, Callable[[Sizes], Iterator[Row]]] = {
     "limits": limits,
     "linear": linear,
+    "packed": packed,
     "evaluation": evaluation,
     "generation": generation,
     "learning": learning,

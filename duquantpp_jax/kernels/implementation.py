@@ -20,6 +20,14 @@ def current_device() -> Any:
     return device if hasattr(device, "platform") else jax.devices()[0]
 
 
+def why_not_nvidia() -> str | None:
+    """Why kernels for NVIDIA GPUs cannot run here; None if they can."""
+    device = current_device()
+    if device.platform not in ("gpu", "cuda"):
+        return f"it needs an NVIDIA GPU, and this is {device.platform}"
+    return None
+
+
 def why_not_sm100() -> str | None:
     """Why kernels for compute capability 10.x cannot run here; None if they can."""
     device = current_device()

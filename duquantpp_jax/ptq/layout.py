@@ -9,6 +9,7 @@ Elsewhere weights are decoded at every use by what XLA makes of it.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,11 +18,11 @@ from jaxtyping import Array, Float32
 
 from duquantpp_jax.core import ElementRounding, Exact, Format, MXArray, Transform
 from duquantpp_jax.formats import MXFP4
-from duquantpp_jax.kernels.matvec.api import why_not_triton
+from duquantpp_jax.kernels.implementation import why_not_nvidia
 from duquantpp_jax.kernels.matvec.move import RAISED_ABOVE
 from duquantpp_jax.kernels.matvec.rows import BLOCK, PackedRows, is_mxfp4
 from duquantpp_jax.models.in_place import InPlace
-from duquantpp_jax.ptq.site import PackedFloat, QuantizedLinear, QuantizedSite
+from duquantpp_jax.ptq.site import PackedFloat, QuantizedLinear, QuantizedSite, layer_of
 
 
 def decoded_once(state: Any, device: Any) -> Any:
@@ -59,7 +60,7 @@ def for_writing(linear: Any, state: Any, device: Any, implementation: str | None
     Raises:
       ValueError: "triton" cannot run here, or no site of the model is for it.
     """
-    reason = why_not_triton()
+    reason = why_not_nvidia()
     if implementation == "xla" or (implementation is None and reason is not None):
         return decoded_once(state, device)
     if reason is not None:
@@ -95,15 +96,19 @@ def _packed(site: QuantizedSite, format: Format | None) -> QuantizedSite:
     (layers, _, width), matrices = weights[0].shape, None
     plain = format.rounding is ElementRounding.NEAREST_EVEN and format.scale_rule in RAISED_ABOVE
     if plain and site.clip is None and site.scale_offset is None:
-        of_layer = jax.vmap(lambda transform, _: _matrices(transform, width))
-        matrices = of_layer(site.transform, jnp.arange(layers))
+        matrices = _matrices([layer_of(site.transform, layer) for layer in range(layers)], width)
     rows = PackedRows.of(weights, matrices)
     return dataclasses.replace(site, weights=(), packed=InPlace(rows))
 
 
-def _matrices(transform: Transform, width: int) -> Float32[Array, "blocks 32 32"] | None:
-    """M_b with transform.activations(x)_b = x_b M_b; None if it mixes blocks."""
-    if (blocks := transform.as_blocks(width, BLOCK)) is None:
-        return None
-    scale, matrices, _ = blocks.whole(width, BLOCK)
-    return matrices / scale.reshape(-1, BLOCK, 1)
+def _matrices(
+    transforms: Sequence[Transform], width: int
+) -> Float32[Array, "layers blocks 32 32"] | None:
+    """M_b with activations(x)_b = x_b M_b of each layer; None if one of them mixes blocks."""
+    found = []
+    for transform in transforms:
+        if (blocks := transform.as_blocks(width, BLOCK)) is None:
+            return None
+        scale, matrices, _ = blocks.whole(width, BLOCK)
+        found.append(matrices / scale.reshape(-1, BLOCK, 1))
+    return jnp.stack(found)

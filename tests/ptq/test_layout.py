@@ -41,7 +41,7 @@ def test_a_model_writes_with_packed_weights_what_it_writes_without(kind, monkeyp
         state[site] = QuantizedSite(transform, tuple(map(format.quantize, moved)))
     linear = QuantizedLinear(format)
     assert layout.for_writing(linear, state, jax.devices()[0]) is state  # a CPU
-    monkeypatch.setattr(layout, "why_not_triton", lambda: None)
+    monkeypatch.setattr(layout, "why_not_nvidia", lambda: None)
     packed = layout.for_writing(linear, state, GPU)
     assert layout.is_packed(packed)
     for site in packed.values():
@@ -68,6 +68,6 @@ def test_a_model_writes_with_packed_weights_what_it_writes_without(kind, monkeyp
 def test_an_implementation_that_is_not_for_a_model_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="no implementation triton here: it needs an NVIDIA GPU"):
         layout.for_writing(QuantizedLinear(MXFP4()), {}, jax.devices()[0], "triton")
-    monkeypatch.setattr(layout, "why_not_triton", lambda: None)
+    monkeypatch.setattr(layout, "why_not_nvidia", lambda: None)
     with pytest.raises(ValueError, match="no implementation triton of this model"):
         layout.for_writing(QuantizedLinear(None), {}, GPU, "triton")

@@ -7,7 +7,7 @@ from jaxtyping import Array, BFloat16, Float32, Int32
 
 from duquantpp_jax.core import MXArray, ScaleRule
 from duquantpp_jax.formats import MXFP4
-from duquantpp_jax.kernels.implementation import choose, current_device
+from duquantpp_jax.kernels.implementation import choose, why_not_nvidia
 from duquantpp_jax.kernels.matvec import move, reference, triton, unpack
 from duquantpp_jax.kernels.matvec.rows import BLOCK, PackedRows, filled, is_mxfp4
 from duquantpp_jax.kernels.matvec.tokens import Tokens
@@ -55,7 +55,7 @@ def matvec(
         )
     if x.shape[1] != rows.width:
         raise ValueError(f"tokens have {x.shape[1]} columns and weights {rows.width}")
-    obstacles = {"triton": why_not_triton, "reference": lambda: None}
+    obstacles = {"triton": why_not_nvidia, "reference": lambda: None}
     name = choose("matvec", implementation, obstacles)
     run = {"triton": triton, "reference": reference}[name].matvec
     return rows.split(run(Tokens.of(x, rows), rows, jnp.asarray(layer, jnp.int32)))
@@ -93,7 +93,7 @@ def quantized_matvec(
         )
     if not 1 <= len(x) <= FEW or x.shape[1] != rows.width:
         raise ValueError(f"x {x.shape} is not 1 to {FEW} tokens of {rows.width} columns")
-    obstacles = {"triton": why_not_triton, "reference": lambda: None}
+    obstacles = {"triton": why_not_nvidia, "reference": lambda: None}
     name = choose("quantized_matvec", implementation, obstacles)
     blocks, layer = rows.matrices.shape[1], jnp.asarray(layer, jnp.int32)
     x = filled(x, 1, blocks * BLOCK - rows.width).reshape(len(x), blocks, BLOCK)
@@ -128,15 +128,7 @@ def unpacked(
       ValueError: There is no such implementation.
       RuntimeError: The named implementation cannot run here.
     """
-    obstacles = {"triton": why_not_triton, "reference": lambda: None}
+    obstacles = {"triton": why_not_nvidia, "reference": lambda: None}
     name = choose("unpacked", implementation, obstacles)
     run = {"triton": unpack, "reference": reference}[name].unpacked
     return run(rows, jnp.asarray(layer, jnp.int32))
-
-
-def why_not_triton() -> str | None:
-    """Why "triton" cannot run on the current device; None if it can."""
-    device = current_device()
-    if device.platform not in ("gpu", "cuda"):
-        return f"it needs an NVIDIA GPU, and this is {device.platform}"
-    return None

@@ -5,6 +5,8 @@ mantissa bits is the element times 2^-126, subnormal where the element is. GPUs 
 CPUs flush them, so interpreting this on a CPU is right only for elements that are 0 or at least 1.
 """
 
+import functools
+import math
 from typing import Any
 
 import jax
@@ -15,8 +17,8 @@ from jaxtyping import Array, BFloat16, Int32
 
 from duquantpp_jax.kernels.matvec.rows import BLOCK, WORDS, PackedRows
 
-ROWS, BLOCKS = 4, 32
-"""Of a program."""
+ROWS, BLOCKS = 2, 64
+"""Of a program, or half as many blocks."""
 
 
 def unpacked(
@@ -26,11 +28,12 @@ def unpacked(
     from jax.experimental.pallas import triton as plt
 
     _, n, blocks = rows.scale_bytes.shape
+    part = math.gcd(blocks, BLOCKS)
     pairs = pl.pallas_call(
-        _kernel,
-        grid=(n // ROWS, blocks // BLOCKS),
+        functools.partial(_kernel, (ROWS, part)),
+        grid=(n // ROWS, blocks // part),
         in_specs=[pl.BlockSpec()] * 3,
-        out_specs=pl.BlockSpec((ROWS, BLOCKS * BLOCK // 2), lambda i, j: (i, j)),
+        out_specs=pl.BlockSpec((ROWS, part * BLOCK // 2), lambda i, j: (i, j)),
         out_shape=jax.ShapeDtypeStruct((n, blocks * BLOCK // 2), jnp.uint32),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
@@ -39,13 +42,13 @@ def unpacked(
     return numbers[:, : rows.width]
 
 
-def _kernel(layer: Any, words: Any, scale_bytes: Any, pairs: Any) -> None:
+def _kernel(sizes: tuple[int, int], layer: Any, words: Any, scale_bytes: Any, pairs: Any) -> None:
     own = layer[0]
-    rows, at = (pl.ds(pl.program_id(i) * size, size) for i, size in enumerate((ROWS, BLOCKS)))
+    rows, at = (pl.ds(pl.program_id(i) * size, size) for i, size in enumerate(sizes))
     byte = scale_bytes[own, rows, at].astype(jnp.int32)
     bits = jnp.where(byte == 0, 0x400000, jnp.where(byte == 255, 0x7FC00000, byte << 23))
     scale = lax.bitcast_convert_type(bits, jnp.float32)[:, :, None, None]
-    shape = ROWS, BLOCKS, WORDS, 4
+    shape = *sizes, WORDS, 4
     word = jnp.transpose(words[own, :, rows, at], (1, 2, 0))[:, :, :, None]
     two = jnp.broadcast_to(word, shape) >> (8 * lax.broadcasted_iota(jnp.uint32, shape, 3))
     low, high = (_number(two >> shift, scale) for shift in (0, 4))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
 from duquantpp_jax.core import ScaleRule
-from duquantpp_jax.kernels.implementation import choose, current_device
+from duquantpp_jax.kernels.implementation import choose, why_not_nvidia
 from duquantpp_jax.kernels.quantize_pack import reference, triton
 
 Implementation = Literal["triton", "reference"]
@@ -25,8 +25,8 @@ def quantize_pack(
     Args:
       x: float32, bfloat16 or float16; "triton" takes bfloat16.
       scale_rule: "triton" has FLOOR, CEIL, EVEN and RCEIL.
-      implementation: "triton" (Pallas, one pass over memory) or "reference"; None is "reference",
-        because Pallas has announced the end of its Triton lowering.
+      implementation: "triton" (Pallas, one pass over memory), "reference", or None for the first of
+        these that runs here, on this input.
 
     Raises:
       ValueError: As `Format.quantize`, or there is no such implementation.
@@ -34,16 +34,15 @@ def quantize_pack(
     """
 
     def obstacle() -> str | None:
-        device = current_device()
-        if device.platform not in ("gpu", "cuda"):
-            return f"it needs an NVIDIA GPU, and this is {device.platform}"
+        if reason := why_not_nvidia():
+            return reason
         if x.dtype != jnp.bfloat16:
             return f"it takes bfloat16, and x is {x.dtype}"
         if scale_rule not in triton.RAISED_ABOVE:
             return f"it has no rule {scale_rule.value}"
         return None
 
-    name = choose("quantize_pack", implementation, {"reference": lambda: None, "triton": obstacle})
+    name = choose("quantize_pack", implementation, {"triton": obstacle, "reference": lambda: None})
     run = {"triton": triton, "reference": reference}[name].quantize_pack
     return run(x, scale_rule)
 
