@@ -36,6 +36,11 @@ token_healing stop_strings min_length min_new_tokens"""
 """Fields of generation_config.json that change which tokens a row has; docs/fields.md has all."""
 
 
+NO_BOS = (
+    "no beginning-of-sequence token stands before the prompt, as it does before rows that evaluate "
+    "measures: give --bos to a model that has learned with it"
+)
+"""A model that has always seen this token may write nonsense without it."""
 BETWEEN = "----"
 """The line between two texts."""
 LEFT = ("model", "prompt", "imports", "terminal")
@@ -65,7 +70,7 @@ def continued(
     """Each prompt and its continuation, as text; of a chat the answer alone.
 
     Args:
-      report: Called with a line about the time that it took.
+      report: Called with a line about the time that it took, and one about a missing first token.
     """
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     import_modules(options.imports)
@@ -112,6 +117,9 @@ def continued(
     read, written = np.diff(times)
     later = sum(map(len, answers)) - len(answers)
     rate = f", then {later / written:.1f} tokens a second" if later else ""
+    bos = config.bos_token_id
+    if bos is not None and not options.chat and any(prompt[0] != bos for prompt in prompts):
+        report(NO_BOS)
     report(f"{read:.1f} s for programs, prompts and first tokens{rate}")
     pairs = zip(prompts, answers, strict=True)
     return [tokenizer.decode(own if options.chat else [*prompt, *own]) for prompt, own in pairs]

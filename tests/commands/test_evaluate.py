@@ -189,7 +189,9 @@ def test_generate_prints_the_prompt_and_goes_on_as_beside_others(tiny_directory,
         assert cli.main([*command, *prompts]) == 0
         printed = capsys.readouterr()
         said.append(printed.out)
-        assert re.fullmatch(r"[\d.]+ s for programs.*, then [\d.]+ tokens a second\n", printed.err)
+        note, time = printed.err.splitlines()
+        assert "give --bos" in note
+        assert re.fullmatch(r"[\d.]+ s for programs.*, then [\d.]+ tokens a second", time)
     assert said[1] == said[2]
     assert said[0].startswith("once upon")
     assert len(said[0]) > len("once upon\n")
@@ -198,6 +200,8 @@ def test_generate_prints_the_prompt_and_goes_on_as_beside_others(tiny_directory,
     found = json.loads(capsys.readouterr().out)
     assert found["prompt"] == ["a", "once upon"]
     assert "\n----\n".join(found["text"]) + "\n" == said[1]
+    assert cli.main([*command, "a", "once upon", "--bos"]) == 0
+    assert "--bos" not in capsys.readouterr().err
 
 
 def test_a_chat_prints_the_answer_alone(directory, capsys):
