@@ -54,9 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             script = _completion(given.shell)
             given.terminal.give({"shell": given.shell, "script": script}, lambda: print(script))
             return 0
-        room = "kernels.proof" if name == "kernels" else f"commands.{name}"
         # Imported only now: `--help` and what the parser refuses need no JAX.
-        module = importlib.import_module(f"duquantpp_jax.{room}")
+        module = importlib.import_module(f"duquantpp_jax.commands.{name}")
         from duquantpp_jax.commands.programs import kept_programs
 
         with kept_programs():

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from duquantpp_jax.commands.options.kernels import Options
 from duquantpp_jax.kernels import compiling, sass, target
@@ -40,11 +40,8 @@ def run(options: Options) -> int:
     Raises:
       ValueError: There is no such target.
     """
-    if options.target not in target.TARGETS:
-        raise ValueError(f"no target {options.target!r}: name one of {', '.join(target.TARGETS)}")
-    if missing := target.missing_wheels():
-        wheels = ", ".join(missing)
-        print(f"compiling for {options.target} needs {wheels}: {target.INSTALL}", file=sys.stderr)
+    if (said := refusal(options)) is not None:
+        print(said, file=sys.stderr)
         return 2
     records = []
     if not options.terminal.json:
@@ -62,24 +59,47 @@ def run(options: Options) -> int:
 
 
 def prove(options: Options) -> Iterator[Record]:
-    """Compiles all cases in a process of its own, because a process has only one architecture.
+    """Compiles all cases in a process of its own, because a process has only one architecture."""
+    for found in printed_by(compiling.__name__, options.target, options.only):
+        yield Record(**found)
+
+
+def refusal(options: Options) -> str | None:
+    """Why nothing can be compiled here, in a line; None if it can.
 
     Raises:
+      ValueError: There is no such target.
+    """
+    if options.target not in target.TARGETS:
+        raise ValueError(f"no target {options.target!r}: name one of {', '.join(target.TARGETS)}")
+    if missing := target.missing_wheels():
+        return f"compiling for {options.target} needs {', '.join(missing)}: {target.INSTALL}"
+    return None
+
+
+def printed_by(module: str, *arguments: str) -> Iterator[dict[str, Any]]:
+    """The lines of JSON that a module prints in a process for the target, as they come.
+
+    Raises:
+      ValueError: What was refused there, as is said in a line.
       RuntimeError: The process failed; the message ends with its errors.
     """
     with tempfile.TemporaryDirectory() as directory:
         # On other platforms the plugin looks for a driver and cuDNN.
         places = {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": directory}
-        command = [sys.executable, "-m", compiling.__name__, options.target, options.only]
+        command = [sys.executable, "-m", module, *arguments]
         environment, pipe = os.environ | sass.DUMP | places, subprocess.PIPE
         with subprocess.Popen(
             command, env=environment, stdout=pipe, stderr=pipe, text=True
         ) as worker:
             for line in cast(IO[str], worker.stdout):
-                yield Record(**json.loads(line))
+                yield json.loads(line)
             errors = cast(IO[str], worker.stderr).read()
         if worker.returncode:
-            raise RuntimeError(f"compiling for {options.target} failed:\n{errors[-4000:]}")
+            last = errors.rstrip().rpartition("\n")[2]
+            if last.startswith("ValueError: "):
+                raise ValueError(last.removeprefix("ValueError: "))
+            raise RuntimeError(f"compiling for {arguments[0]} failed:\n{errors[-4000:]}")
 
 
 def _line(record: Record) -> str:

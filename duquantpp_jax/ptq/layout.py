@@ -18,6 +18,7 @@ from jaxtyping import Array, Float32
 
 from duquantpp_jax.core import ElementRounding, Exact, Format, MXArray, Transform
 from duquantpp_jax.formats import MXFP4
+from duquantpp_jax.kernels import Operand
 from duquantpp_jax.kernels.implementation import why_not_nvidia
 from duquantpp_jax.kernels.matvec.move import RAISED_ABOVE
 from duquantpp_jax.kernels.matvec.rows import BLOCK, PackedRows, is_mxfp4
@@ -80,6 +81,46 @@ def for_writing(linear: Any, state: Any, device: Any, implementation: str | None
     return decoded_once(packed, device)
 
 
+def for_tensor_cores(linear: Any, state: Any) -> Any:
+    """A model's state for the block-scaled tensor cores of Blackwell: weights as their operands.
+
+    Raises:
+      ValueError: A linear would fall back: its weight or input is not in MXFP4, it is an expert's,
+        or its input is not moved within blocks of 32.
+    """
+    if not isinstance(linear, QuantizedLinear) or not state:
+        raise ValueError("its linears are not quantized: quantize it first")
+    runs = state if isinstance(state, tuple) else (state,)
+    laid = tuple(
+        {name: _operands(name, site, linear.format(name)) for name, site in run.items()}
+        for run in runs
+    )
+    return laid if isinstance(state, tuple) else laid[0]
+
+
+def _operands(name: str, site: QuantizedSite, format: Format | None) -> QuantizedSite:
+    """The site with its weights as operands."""
+    weights = [w for w in site.weights if is_mxfp4(w)]
+    in_mxfp4 = isinstance(format, MXFP4) and format.block_size == BLOCK
+    if len(weights) < len(site.weights) or not in_mxfp4:
+        reason = "has weights or inputs that are not in MXFP4"
+    elif len(weights[0].shape) != 3:
+        reason = "has a weight for each expert"
+    elif not (site.clip is site.scale_offset is None):
+        reason = "clips its inputs or moves their scales"
+    elif _matrices(_each_layer(site), weights[0].shape[-1]) is None:
+        reason = "moves its inputs across blocks of 32"
+    else:
+        return dataclasses.replace(site, weights=tuple(map(jax.vmap(Operand.from_mx), weights)))
+    raise ValueError(f"the site {name} {reason}: its linears would fall back")
+
+
+def _each_layer(site: QuantizedSite) -> list[Transform]:
+    """The transform of each layer."""
+    count = jax.tree.leaves(site)[0].shape[0]
+    return [layer_of(site.transform, layer) for layer in range(count)]
+
+
 def is_packed(state: Any) -> bool:
     """Whether a state of `for_writing` has packed weights."""
     runs = state if isinstance(state, tuple) else (state or {},)
@@ -93,10 +134,10 @@ def _packed(site: QuantizedSite, format: Format | None) -> QuantizedSite:
         return site
     if len(weights) < len(site.weights):
         return site
-    (layers, _, width), matrices = weights[0].shape, None
+    width, matrices = weights[0].shape[-1], None
     plain = format.rounding is ElementRounding.NEAREST_EVEN and format.scale_rule in RAISED_ABOVE
     if plain and site.clip is None and site.scale_offset is None:
-        matrices = _matrices([layer_of(site.transform, layer) for layer in range(layers)], width)
+        matrices = _matrices(_each_layer(site), width)
     rows = PackedRows.of(weights, matrices)
     return dataclasses.replace(site, weights=(), packed=InPlace(rows))
 

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ from duquantpp_jax.core import (
 )
 from duquantpp_jax.formats import MX, MXFP4
 from duquantpp_jax.formats.mx import to_float32
+from duquantpp_jax.kernels import Operand, rotate_quantize, scaled_matmul
 from duquantpp_jax.kernels.matvec.api import FEW, matvec, quantized_matvec, unpacked
 from duquantpp_jax.models.experts import Routed
 from duquantpp_jax.models.in_place import InPlace
@@ -69,14 +71,14 @@ class QuantizedSite:
     Attributes:
       transform: Moves the input.
       weights: Of each linear: moved and rounded, or as they are where it is left in float; while a
-        model runs they may be decoded.
+        model runs they may be decoded, or operands of tensor cores.
       clip, scale_offset, tensor_scale: As in `Format.quantize`, for the activations.
       packed: `PackedRows` of all layers, in place of weights, which are then (), or beside them for
         few tokens.
     """
 
     transform: Transform
-    weights: tuple[MXArray | Exact | PackedFloat | Float[Array, "*layers _ _"], ...]
+    weights: tuple[MXArray | Exact | Operand | PackedFloat | Float[Array, "*layers _ _"], ...]
     clip: Float[Array, "*layers blocks"] | None = None
     scale_offset: Int[Array, "*layers blocks"] | None = None
     tensor_scale: Float32[Array, "*layers"] | None = None
@@ -189,6 +191,9 @@ class QuantizedLinear:
                 return _few_tokens(x, state, packed, format), None
             if not state.weights:
                 return self._many_tokens(x, state, packed, format), None
+        operands = [w for w in state.weights if isinstance(w, Operand)]
+        if operands:
+            return self._on_tensor_cores(x, state, operands, self.format(site)), None
         quantized, seen = [isinstance(w, MXArray | Exact) for w in state.weights], x
         if any(quantized):
             width = state.weights[quantized.index(True)].shape[-1]
@@ -208,6 +213,18 @@ class QuantizedLinear:
         rows, layer = packed.arrays, packed.layer
         seen = self.quantized(pad_channels(x, rows.width), state, format)
         return rows.split(matmul(seen, Exact(unpacked(rows, layer))))
+
+    def _on_tensor_cores(
+        self, x: Any, state: QuantizedSite, operands: Sequence[Operand], format: Any
+    ) -> tuple[Float32[Array, "*tokens _n"], ...]:
+        """The outputs of operands of tensor cores, by their kernels: the input in bfloat16."""
+        width = operands[0].shape[1]
+        tokens = pad_channels(x.reshape(-1, x.shape[-1]), width).astype(jnp.bfloat16)
+        blocks: Any = state.transform.as_blocks(width, format.block_size)
+        smooth, matrices, _ = blocks.whole(width, format.block_size)
+        moved = rotate_quantize(tokens, matrices, smooth, scale_rule=format.scale_rule)
+        ys = (scaled_matmul(moved, w, out_dtype=jnp.float32) for w in operands)
+        return tuple(y.reshape(*x.shape[:-1], -1) for y in ys)
 
     def format(self, site: str) -> Format | None:
         """Q of a site."""

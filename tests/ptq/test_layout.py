@@ -11,7 +11,7 @@ from duquantpp_jax.formats import MXFP4
 from duquantpp_jax.models import SITES
 from duquantpp_jax.models.cache import empty_cache
 from duquantpp_jax.ptq import layout, store
-from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, pad_channels
+from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, layer_of, pad_channels
 from duquantpp_jax.transforms.basic import Permute
 from duquantpp_jax.transforms.block import BlockRotation
 from tests.conftest import tiny_decoder
@@ -28,18 +28,22 @@ def _transform(kind, layers, width):
     return BlockRotation(jnp.asarray(np.linalg.qr(draw.standard_normal(shape))[0], jnp.float32))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["rotation", "permutation"])
-def test_a_model_writes_with_packed_weights_what_it_writes_without(kind, monkeypatch):
-    """Prompts, a token, two at a time; moved inside the kernel or, where that cannot be, before."""
-    model, format = tiny_decoder(), MXFP4(scale_rule="even")
-    state = {}
+def _quantized(kind):
+    """A model, and its state with inputs moved by transforms of this kind."""
+    model, format, state = tiny_decoder(), MXFP4(scale_rule="even"), {}
     for site in SITES:
         weights = tuple(pad_channels(w, -(-w.shape[-1] // 32) * 32) for w in model.weights(site))
         transform = _transform(kind, *weights[0].shape[::2])
         moved = (jax.vmap(lambda t, w: t.weights(w))(transform, w) for w in weights)
         state[site] = QuantizedSite(transform, tuple(map(format.quantize, moved)))
-    linear = QuantizedLinear(format)
+    return model, QuantizedLinear(format), state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rotation", "permutation"])
+def test_a_model_writes_with_packed_weights_what_it_writes_without(kind, monkeypatch):
+    """Prompts, a token, two at a time; moved inside the kernel or, where that cannot be, before."""
+    model, linear, state = _quantized(kind)
     assert layout.for_writing(linear, state, jax.devices()[0]) is state  # a CPU
     monkeypatch.setattr(layout, "why_not_nvidia", lambda: None)
     packed = layout.for_writing(linear, state, GPU)
@@ -71,3 +75,27 @@ def test_an_implementation_that_is_not_for_a_model_is_refused(monkeypatch):
     monkeypatch.setattr(layout, "why_not_nvidia", lambda: None)
     with pytest.raises(ValueError, match="no implementation triton of this model"):
         layout.for_writing(QuantizedLinear(None), {}, GPU, "triton")
+
+
+def test_operands_of_tensor_cores_give_what_weights_give():
+    """By the references of the kernels, which round a bfloat16 input as the model does."""
+    _, linear, state = _quantized("rotation")
+    operands = layout.for_tensor_cores(linear, state)
+    for site in SITES:
+        before, after = (layer_of(own[site], 1) for own in (state, operands))
+        draw = np.random.default_rng(3).standard_normal((2, 3, before.weights[0].shape[-1]))
+        x = jnp.asarray(draw, jnp.bfloat16)
+        for y, wanted in zip(
+            *(linear(site, x, (), own)[0] for own in (after, before)), strict=True
+        ):
+            np.testing.assert_allclose(y, wanted, atol=1e-5)
+
+
+def test_what_would_fall_back_from_tensor_cores_is_named():
+    _, linear, state = _quantized("permutation")
+    with pytest.raises(ValueError, match="site attention_in moves its inputs across blocks of 32"):
+        layout.for_tensor_cores(linear, state)
+    with pytest.raises(ValueError, match="site attention_in has weights or inputs that are not"):
+        layout.for_tensor_cores(QuantizedLinear(None), state)
+    with pytest.raises(ValueError, match="its linears are not quantized"):
+        layout.for_tensor_cores(linear, None)
