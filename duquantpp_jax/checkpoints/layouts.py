@@ -59,6 +59,8 @@ def write_export(
     """
     model, source = Quantized(directory), Directory(directory)
     files.check_writable(out)
+    if Path(directory).resolve() in out.resolve().parents:
+        raise ValueError(f"--out {out} is inside the model: give another directory")
     if serve is not None and format != (read := readers.READERS[serve].layout):
         raise ValueError(f"--serve {serve} is for --format {read}: leave one out")
     if own := format == "gpt-oss":

@@ -65,6 +65,13 @@ def check_all_there(directory: Path) -> None:
             raise ValueError(f"{path} is missing, and {SUMS} names it: copy it again")
 
 
+def check_whole(directory: Path) -> None:
+    """Raises ValueError, as `sealed`, if a file that programs read is another than was written."""
+    for name in _read(directory / SUMS):
+        if Path(name).suffix in READ:
+            sealed(directory / name)
+
+
 def _read(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise ValueError(

@@ -65,7 +65,8 @@ def shard_files(directory: Path) -> dict[Path, set[str] | None]:
     index = directory / (OWN_INDEX if (directory / OWN_INDEX).is_file() else INDEX)
     if not index.is_file():
         raise ValueError(
-            f"{directory} has no {SINGLE} and no {INDEX}: convert the weights to safetensors"
+            f"{directory} has no {SINGLE} and no {INDEX}: it is incomplete, or its weights "
+            "are to be converted to safetensors"
         )
     names = read_json(index).get("weight_map")
     if not (isinstance(names, dict) and names and all(isinstance(f, str) for f in names.values())):
@@ -73,11 +74,12 @@ def shard_files(directory: Path) -> dict[Path, set[str] | None]:
     expected: dict[str, set[str]] = {}
     for name, file in names.items():
         expected.setdefault(file, set()).add(name)
-    return {_inside(directory, file): expected[file] for file in sorted(expected)}
+    return {_inside(index, file): expected[file] for file in sorted(expected)}
 
 
-def _inside(directory: Path, file: str) -> Path:
+def _inside(index: Path, file: str) -> Path:
     """The shard that an index names, which must lie in the model's own directory."""
+    directory = index.parent
     path, roots = directory / file, [directory.resolve()]
     # The hub's cache keeps a snapshot's files as links into the blobs beside all snapshots.
     if roots[0].parent.name == "snapshots":
@@ -85,12 +87,13 @@ def _inside(directory: Path, file: str) -> Path:
     plain = file not in ("", ".", "..") and file.isprintable() and not set(file) & set("/\\")
     if not plain or not any(path.resolve().is_relative_to(root) for root in roots):
         raise ValueError(
-            f"{directory / INDEX} names the file {file!r:.100}, which is outside the directory: "
+            f"{index} names the file {file!r:.100}, which is outside the directory: "
             "shards must lie beside the index"
         )
     if not os.path.isfile(path):  # False, too, for names that no file can have
+        found = "is no file" if path.is_dir() else "is missing"
         raise ValueError(
-            f"{directory}: shard {file!r:.100} is missing: {INDEX} names it; fetch it again"
+            f"{directory}: shard {file!r:.100} {found}: {index.name} names it; fetch it again"
         )
     return path
 

@@ -29,7 +29,7 @@ from duquantpp_jax.checkpoints.directory import (
 )
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint
-from duquantpp_jax.checkpoints.seal import SUMS, write_seal
+from duquantpp_jax.checkpoints.seal import SUMS, check_whole, write_seal
 from duquantpp_jax.checkpoints.shards import INDEX, OWN_INDEX
 from duquantpp_jax.checkpoints.source import CONFIG, Source
 from duquantpp_jax.core import Fitted, MXArray
@@ -63,7 +63,8 @@ def begin(out: Path, job: Job, *, overwrite: bool) -> bool:
     """Makes the directory this job's; whether it has been finished already.
 
     Raises:
-      ValueError: It belongs to another job; says what differs.
+      ValueError: It belongs to another job, or a file of a finished one is not what was written;
+        says what differs.
     """
     begun = (out / JOB).is_file()
     if begun and overwrite:
@@ -76,7 +77,10 @@ def begin(out: Path, job: Job, *, overwrite: bool) -> bool:
         raise ValueError(
             f"{out} was begun with {other}: give another --out, or --overwrite to start anew"
         )
-    return (out / CONFIG).is_file() and (out / SUMS).is_file()
+    finished = (out / CONFIG).is_file() and (out / SUMS).is_file()
+    if finished:
+        check_whole(out)
+    return finished
 
 
 @contextlib.contextmanager

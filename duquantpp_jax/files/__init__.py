@@ -235,6 +235,8 @@ def refusing(path: Path, remedy: str) -> Iterator[None]:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
         kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        if isinstance(error, KeyError):
+            kind = "it lacks "
         raise ValueError(f"{path} cannot be read ({kind}{one_line(error)}): {remedy}") from None
 
 
@@ -247,7 +249,7 @@ def read_json(path: Path, remedy: str = "restore the file") -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({one_line(error)}): {remedy}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is a {type(content).__name__}: it must be a JSON object")
+        raise ValueError(f"{path} holds no JSON object: {remedy}")
     return content
 
 

@@ -273,7 +273,7 @@ def _architecture(fields: Mapping[str, Any]) -> str:
     if (quantization := fields.get("quantization_config")) is not None:
         raise ValueError(
             f"config.json: quantization_config = {read.short(quantization)}: the model is already "
-            "quantized: give the float one it was made from"
+            "quantized, in a way that is not read here: give the float one it was made from"
         )
     return name
 

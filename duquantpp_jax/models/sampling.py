@@ -177,7 +177,8 @@ def begin(
         zeros = jnp.zeros((*entries.shape[:2], capacity, *entries.shape[3:]), entries.dtype)
         return jax.lax.dynamic_update_slice_in_dim(zeros, entries, 0, axis=2)
 
-    cache = replace(cache, entries=jax.tree.map(grown, cache.entries))
+    # Of the types that `proceed` gives, or it would be compiled twice.
+    cache = replace(cache, entries=jax.tree.map(grown, cache.entries), length=at + 1)
     scores = (None, None)
     if top is not None:
         shape = (rows, capacity, top)

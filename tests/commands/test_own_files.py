@@ -13,7 +13,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from duquantpp_jax.checkpoints import Quantized, load_tokenizer
+from duquantpp_jax.checkpoints import Quantized, load_tokenizer, writer
+from duquantpp_jax.checkpoints.directory import read_job
+from duquantpp_jax.checkpoints.layouts import write_export
 from duquantpp_jax.checkpoints.seal import SUMS, write_seal
 from duquantpp_jax.files import ABOUT
 
@@ -110,6 +112,19 @@ def test_a_file_that_is_not_what_was_written_is_named_with_what_it_holds(name, c
     with pytest.raises(ValueError, match=says) as caught:
         read(copy)
     assert "\n" not in str(caught.value)
+    # Quantizing again does not take the directory for finished either.
+    job = read_job(copy)
+    if name == "no seal":
+        assert not writer.begin(copy, job, overwrite=False)
+    else:
+        with pytest.raises(ValueError, match=says):
+            writer.begin(copy, job, overwrite=False)
+
+
+def test_an_export_is_not_written_into_the_model(copy):
+    with pytest.raises(ValueError, match="is inside the model: give another directory"):
+        write_export(copy, "compressed-tensors", copy / "packed")
+    assert not (copy / "packed").exists()
 
 
 def one_element(tensors, about):
@@ -159,7 +174,7 @@ MEANT = {
     "no layer": (lambda d: retensor(d, lambda _, about: about.clear()), "layer-00000.* has schema"),
     "no sites": (
         lambda d: retensor(d, lambda _, about: about.pop("sites")),
-        "layer-00000.* cannot be read .KeyError",
+        "layer-00000.* cannot be read .it lacks 'sites'",
     ),
     "no transform": (lambda d: retensor(d, nowhere), "layer-00000.* cannot be read .*structure"),
     "no linear": (

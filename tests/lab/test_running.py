@@ -298,7 +298,7 @@ SPOILT = {
     "nothing": (lambda path, other: path.write_text("{}"), "says SHA-256 None, and has"),
     "half": (lambda path, other: path.write_bytes(path.read_bytes()[:999]), "is not JSON"),
     "brackets": (lambda path, other: path.write_text("[" * 10**5), "is not JSON"),
-    "a list": (lambda path, other: path.write_text("[]"), "must be a JSON object"),
+    "a list": (lambda path, other: path.write_text("[]"), "holds no JSON object"),
     "another cell": (lambda path, other: path.write_bytes(other.read_bytes()), "is of the cell"),
     "another schema": (_with("schema", 9, hashed=False), "says SHA-256"),
     **{

@@ -156,7 +156,7 @@ def test_a_key_decides_what_is_sampled(model, tokens):
 
 def test_lengths_up_to_a_power_of_two_and_samplings_of_a_kind_share_two_programs(model, tokens):
     programs = begin._cache_size(), proceed._cache_size()
-    how = {"store": cache.store("bf16", 32), "linear": dense}
+    how = {"store": cache.store("bf16", 32), "linear": dense, "ready": lambda: None}
     for length, new, temperature in ((3, 6, 0.9), (7, 2, 0.8), (9, 7, 1.1)):
         prompts = [row[:length].tolist() for row in tokens]
         generate(model, prompts, jax.random.key(0), new=new, sampling=Sampling(temperature), **how)
