@@ -91,7 +91,7 @@ def _inside(index: Path, file: str) -> Path:
             "shards must lie beside the index"
         )
     if not os.path.isfile(path):  # False, too, for names that no file can have
-        found = "is no file" if path.is_dir() else "is missing"
+        found = "is no file" if os.path.isdir(path) else "is missing"
         raise ValueError(
             f"{directory}: shard {file!r:.100} {found}: {index.name} names it; fetch it again"
         )
