@@ -64,6 +64,7 @@ def test_packed_weights_decode_to_those_of_the_model(tiny_directory, tmp_path):
     assert set(scheme["apply"][0]["targets"]) == set(wanted)
 
 
+@pytest.mark.slow
 def test_smoothing_is_folded_into_norms_and_hadamard_matrices_are_seen_in_strangers(
     tiny_directory, tmp_path
 ):
@@ -86,6 +87,7 @@ def test_smoothing_is_folded_into_norms_and_hadamard_matrices_are_seen_in_strang
     assert set(layer.moved["hadamard"]) == {f"model.layers.0.mlp.{n}_proj" for n in ("gate", "up")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "says"),
     [
@@ -121,6 +123,7 @@ def test_a_format_that_the_layout_has_not_is_refused(job, says, tiny_directory, 
     assert_one_line(cli.main(arguments), capsys, says)
 
 
+@pytest.mark.slow
 def test_a_turned_model_is_exported_as_a_plain_one_whose_head_is_its_own(tiny_directory, tmp_path):
     """Moved online by matrices that are not their own inverses, as Hadamard's are."""
     turned = {"rotate_stream": "hadamard", "rotate_values": "random_hadamard"}

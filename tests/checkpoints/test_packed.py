@@ -104,6 +104,7 @@ def test_what_transformers_decodes_is_the_same_to_the_bit(tmp_path):
         assert digest == str(golden()[f"{name}: down_proj"])
 
 
+@pytest.mark.slow
 def test_packed_weights_stay_packed_and_compute_as_decoded_ones(packed):
     model, linear, state = load_any(packed)
     assert all(w.element.bits == 4 for w in state["mlp_in"].weights)

@@ -30,6 +30,7 @@ def options(request, tiny_directory, tiny_text):
 SOURCES = pytest.mark.parametrize("options", ["model", "text", "embedded"], indirect=True)
 
 
+@pytest.mark.slow
 @SOURCES
 def test_every_row_begins_as_a_row_that_is_measured_does(options):
     tokens, _ = calibration_tokens(options)

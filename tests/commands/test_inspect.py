@@ -48,6 +48,7 @@ def inputs_of(directory, text):
     return jax.jit(lambda m, t, s: m(t, keep, s)[1])(model, tokens, states)
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_plain_numpy_and_the_bytes_those_of_another_run(
     tiny_directory, tiny_text, tmp_path, capsys
 ):
@@ -106,6 +107,7 @@ def test_a_quantized_directory_shows_what_it_holds(quantized, tiny_text, tmp_pat
     assert "Quantized: smooth_hadamard, rtn; weights mxfp4:floor, activations mxfp4:floor" in said
 
 
+@pytest.mark.slow
 def test_codes_scales_and_sqnr_are_those_of_the_files(quantized, tiny_text):
     found = inspect(InspectOptions(quantized, tiny_text, TOKENS))
     scales, codes = np.zeros(256, int), np.zeros(16, int)

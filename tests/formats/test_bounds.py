@@ -29,6 +29,7 @@ def error_bound(rule: ScaleRule, element) -> float:
     return max(rounding, saturated)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(seeds, st.sampled_from(BOUNDED), st.sampled_from(FORMATS))
 def test_error_is_within_the_bound_of_the_rule(seed, rule, make):

@@ -22,6 +22,7 @@ def arrays():
             for name, format in FORMATS.items()}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_arrays_come_back_from_their_tensors_bit_for_bit():
     for name, q in arrays().items():
         tensors, about = to_tensors(name, q)

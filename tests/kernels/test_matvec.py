@@ -41,6 +41,7 @@ def assert_near(found, x, w, blocks):
     assert np.all(np.abs(np.asarray(found, np.float64) - x @ w) <= bound)
 
 
+@pytest.mark.slow
 def test_products_are_those_of_float64():
     """Widths that no program divides, linears that share an input, and each of two layers."""
     weights = [random_mx(seed, 2, n, 32 * 35) for seed, n in enumerate((40, 9))]
@@ -60,6 +61,7 @@ def test_products_are_those_of_float64():
                 )
 
 
+@pytest.mark.slow
 def test_the_sum_of_a_block_is_exact_and_nan_stays_nan():
     """One block: a sum has 13 bits, so float32 holds it; the third row's scale is NaN."""
     w = random_mx(1, 1, 64, 32, low=100, high=150)

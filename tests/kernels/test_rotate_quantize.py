@@ -106,6 +106,7 @@ def test_every_rule_turns_on_the_same_magnitudes_as_the_reference(rule):
     np.testing.assert_array_equal(out.codes(), law.codes())
 
 
+@pytest.mark.slow
 @interpreter.needs_interpreter
 @pytest.mark.parametrize("rule", [ScaleRule.MSE, ScaleRule.RCEIL_FLOAT])
 def test_rules_that_round_have_the_bits_of_the_reference(rule):

@@ -130,6 +130,7 @@ def _say_device(cells, out, *_):
     os._exit(9)
 
 
+@pytest.mark.slow
 def test_every_process_sees_its_own_gpu(cells, tmp_path, monkeypatch):
     monkeypatch.setattr(executors, "_worker", _say_device)
     monkeypatch.setattr(executors, "STARTS", 1)

@@ -108,6 +108,7 @@ def test_a_refined_cell_measures_what_quantize_refine_writes_killed_and_resumed(
     assert after == pytest.approx(loss, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -55,6 +55,7 @@ def error(got, wanted):
     return np.abs(got - wanted).max() / np.abs(wanted).max()
 
 
+@pytest.mark.slow
 @STORES
 def test_decoding_gives_the_logits_of_the_full_forward_pass(name, rotated, model, tokens):
     """Both sum the same products in another order: about sqrt(n) 2^-24 for sums of n terms, n at

@@ -94,6 +94,7 @@ def _rotation():
     return BlockRotation(jnp.broadcast_to(hadamard(32), (LAYERS, 1, 32, 32)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("site", SITES)
 def test_folding_powers_of_two_changes_no_bit_of_the_float_function(site):
     model = _model()

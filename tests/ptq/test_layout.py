@@ -82,6 +82,7 @@ def test_an_implementation_that_is_not_for_a_model_is_refused(monkeypatch):
         layout.for_writing(QuantizedLinear(None), {}, GPU, "triton")
 
 
+@pytest.mark.slow
 def test_operands_of_tensor_cores_give_what_weights_give():
     """By the references of the kernels, which round a bfloat16 input as the model does."""
     _, linear, state = _quantized("rotation")

@@ -80,6 +80,7 @@ def test_clipping_goes_with_any_format_and_offsets_with_powers_of_two():
         SCALE(W, NVFP4(), stats())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip", "scale"])
 def test_gptq_with_a_search_is_no_worse_in_any_row_and_better_on_the_whole(name):
     search, format = SEARCHES[name]

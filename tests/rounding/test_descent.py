@@ -31,6 +31,7 @@ def test_no_pass_raises_the_error():
         before = after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", [NVFP4(), FP32Scale(), Log256()], ids=lambda f: type(f).__name__)
 def test_descent_by_its_name_is_no_worse_than_gptq_under_other_formats(format):
     w, gram, h = _case()

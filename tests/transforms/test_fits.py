@@ -112,6 +112,7 @@ def exact(transform):
     return transform
 
 
+@pytest.mark.slow
 @each_fit
 @pytest.mark.parametrize("case", QUICK)
 def test_the_law_holds_in_float64(name, case):
