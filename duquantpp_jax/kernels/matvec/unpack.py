@@ -47,16 +47,19 @@ def _kernel(sizes: tuple[int, int], layer: Any, words: Any, scale_bytes: Any, pa
     rows, at = (pl.ds(pl.program_id(i) * size, size) for i, size in enumerate(sizes))
     byte = scale_bytes[own, rows, at].astype(jnp.int32)
     bits = jnp.where(byte == 0, 0x400000, jnp.where(byte == 255, 0x7FC00000, byte << 23))
-    scale = lax.bitcast_convert_type(bits, jnp.float32)[:, :, None, None]
+    scale = lax.bitcast_convert_type(bits, jnp.float32)
+    # No constant: XLA multiplies a constant with the scale first, which overflows.
+    unit = jnp.where(byte < 0, 0, jnp.float32(2.0**126))
+    factors = [factor[:, :, None, None] for factor in (unit, scale)]
     shape = *sizes, WORDS, 4
     word = jnp.transpose(words[own, :, rows, at], (1, 2, 0))[:, :, :, None]
     two = jnp.broadcast_to(word, shape) >> (8 * lax.broadcasted_iota(jnp.uint32, shape, 3))
-    low, high = (_number(two >> shift, scale) for shift in (0, 4))
+    low, high = (_number(two >> shift, factors) for shift in (0, 4))
     pairs[...] = ((high & jnp.uint32(0xFFFF0000)) | low >> 16).reshape(pairs.shape)
 
 
-def _number(code: Array, scale: Array) -> Array:
+def _number(code: Array, factors: list[Array]) -> Array:
     """Bits of the element times its scale in float32, of the lowest code."""
     bits = (code & 7) << 22 | (code & 8) << 28
-    number = lax.bitcast_convert_type(bits, jnp.float32) * jnp.float32(2.0**126) * scale
+    number = lax.bitcast_convert_type(bits, jnp.float32) * factors[0] * factors[1]
     return lax.bitcast_convert_type(number, jnp.uint32)
