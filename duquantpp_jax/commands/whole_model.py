@@ -69,19 +69,14 @@ def told(hlo: str, kernels: list[sass.Kernel]) -> dict[str, Any]:
         for kernel in KERNELS
         if re.search(rf'op_name="[^"]*/{kernel}/', line)
     )
-    linears = sum(len(SITE_WEIGHTS[site]) for site in SITES)
+    linears, inputs = sum(len(SITE_WEIGHTS[site]) for site in SITES), len(SITES)
+    on_cores, rotated = (calls[kernel] for kernel in KERNELS)
     utcomma = [kernel.tensor_core_in_loop().get("UTCOMMA", 0) for kernel in kernels]
     products = [kernel for kernel, count in zip(kernels, utcomma, strict=True) if count]
     spilled = sum(kernel.spill_bytes for kernel in kernels)
     wrong = {
-        f"{linears} linears a layer, {calls['scaled_matmul']} on tensor cores": calls[
-            "scaled_matmul"
-        ]
-        != linears,
-        f"{len(SITES)} inputs a layer, {calls['rotate_quantize']} rotated by the kernel": calls[
-            "rotate_quantize"
-        ]
-        != len(SITES),
+        f"{linears} linears a layer, {on_cores} on tensor cores": on_cores != linears,
+        f"{inputs} inputs a layer, {rotated} rotated by the kernel": rotated != inputs,
         "no kernel has UTCOMMA": not products,
         f"{spilled} bytes of registers spill": spilled > 0,
         "not for sm_100a alone": {kernel.target for kernel in kernels} != {"sm_100a"},

@@ -1,7 +1,7 @@
 """Arrays of all layers of which each layer reads its own where they stand.
 
-A scan gives each layer a slice, which XLA fuses into what reads it, or else copies: always where a
-kernel of Pallas reads it.
+A scan gives each layer a slice, which XLA fuses into what reads it, or else copies, as it may for a
+kernel that it cannot look into; and what each layer gives back it puts into a new array.
 """
 
 import dataclasses

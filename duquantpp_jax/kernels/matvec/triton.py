@@ -7,7 +7,7 @@ bits flipped the positive ones are. A block's sum is that of the first less that
 most 32 * 12 * 12 in magnitude, and exact.
 
 Each thread has blocks of its own and adds them in float32. A kernel reads its layer where it stands
-among all layers, since XLA would copy a slice.
+among all layers, since XLA may copy a slice.
 """
 
 import functools
