@@ -33,6 +33,21 @@ TEXT = pathlib.Path(__file__).parents[1] / "LICENSE"
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--half", type=int, choices=(0, 1), help="of the files, sorted by path, every second one"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m, so that a file is in one half whatever is marked
+def pytest_collection_modifyitems(config, items):
+    if (half := config.getoption("half")) is None:
+        return
+    kept = sorted({item.path for item in items})[half::2]
+    config.hook.pytest_deselected(items=[item for item in items if item.path not in kept])
+    items[:] = [item for item in items if item.path in kept]
+
+
 def pytest_configure(config):
     """Compiles each program once in a run, and quickly; processes of tests compile for themselves.
 
@@ -41,7 +56,7 @@ def pytest_configure(config):
 
     LLVM does not optimize, in these processes and in those that tests start, which saves half of
     what compiling costs: what tests state holds at every level. Programs are optimized as those of
-    users where XLA_FLAGS names a level (.ci/run does, for all tests not marked slow), and where JAX
+    users where XLA_FLAGS names a level (.ci/run does, on the oldest Python), and where JAX
     has a plugin of an accelerator.
     """
     if not hasattr(config, "workerinput"):

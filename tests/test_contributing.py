@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from duquantpp_jax.core import Element, Format, MXArray, Needs, Transform
 from duquantpp_jax.formats import MXFP4
 from duquantpp_jax.formats.elements import E2M1
 from duquantpp_jax.ptq.site import fit_linear, quantize_linear
+from tests import conftest
 from tests.conftest import stats_of
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +51,20 @@ def test_every_link_and_table_leads_somewhere():
     for name, module in tables.items():
         assert f"one line in `{name}`" in PAGE
         assert isinstance(getattr(module, name), dict)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_halves_have_every_test_once_and_each_file_whole(order):
+    files = [Path(f"tests/{letter}.py") for letter in "abcde"]
+    items = [SimpleNamespace(path=path, name=name) for path in files for name in "xyz"][::order]
+    kept, left = [], []
+    for half in (0, 1):
+        hook = SimpleNamespace(pytest_deselected=lambda items: left.append(items))
+        config = SimpleNamespace(getoption={"half": half}.__getitem__, hook=hook)
+        kept.append(items.copy())
+        conftest.pytest_collection_modifyitems(config, kept[-1])
+    assert kept == [[i for i in items if i.path.stem in half] for half in ("ace", "bd")]
+    assert left == kept[::-1]
 
 
 @dataclasses.dataclass(frozen=True)
