@@ -15,6 +15,7 @@ from duquantpp_jax.lab.table import markdown
 from experiments import (
     architecture,
     bench_gpu,
+    compute,
     cut_texts,
     health,
     position_zero,
@@ -84,6 +85,25 @@ def test_massive_outliers_break_no_fit(shallow, tmp_path, monkeypatch, capsys):
     for rows in found["wush_conditioned"].values():
         assert rows["condition"] <= 10 * (1 + 1e-4)
     assert health.table({"recipes": found}) in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_bfloat16_moves_stands_beside_what_last_bits_move(shallow, tmp_path, monkeypatch):
+    out = tmp_path / "out.json"
+    options = ["--tokens", "1022", "--rows", "1", "--recipes", "rtn", "--rules", "even"]
+    monkeypatch.setattr(sys, "argv", ["compute", *options, "--out", str(out)])
+    compute.main()
+    entries = {(e["recipe"], e["way"]): e for e in json.loads(out.read_text())["entries"]}
+    assert len(entries) == 2 + 7
+    assert entries["float", "float32"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert 1e-6 < entries["float", "bf16, model alone"]["kl"] < 1e-2
+    base = entries.pop(("rtn", "float32"))
+    assert base["kl"] > 0.05
+    for (name, way), entry in entries.items():
+        if name == "rtn":
+            moved = entry["difference"]["kl"]["value"]
+            assert moved == pytest.approx(entry["kl"] - base["kl"])
+            assert (moved == 0) == (way == "calibrated on the next rows")  # it reads none
 
 
 def test_what_is_not_finite_is_an_error():

@@ -17,7 +17,7 @@ from duquantpp_jax import cli
 from duquantpp_jax.commands.ablate import AblateOptions, cells_of, grid, layout_of, main
 from duquantpp_jax.recipes import FITS, recipe
 from duquantpp_jax.transforms.basic import FitInTurn
-from experiments import kv_cache, outliers
+from experiments import ideas, kv_cache, outliers
 from experiments.greedy import FitBestOf
 from experiments.seeding import SEEDS, seeded
 from tests.conftest import stats_of, tiny_decoder
@@ -115,6 +115,73 @@ def test_the_best_of_n_rotations_has_the_least_maximum():
             np.abs(np.asarray(x[0, :, 32 * block : 32 * block + 32]) @ r).max() for r in rotations
         ]
         np.testing.assert_array_equal(best[block], rotations[np.argmin(maxima)])
+
+
+def _site():
+    """A site whose channels are unlike, with a massive token, and two linears."""
+    x = jax.random.normal(jax.random.key(0), (2, 50, 64)) * jnp.exp(jnp.arange(64.0) % 7 / 2)
+    w = jax.random.normal(jax.random.key(1), (40, 64))
+    return stats_of(x.at[0, 0, 3].set(900.0)), (w[:24], w[24:]), jax.random.key(2)
+
+
+def test_wush_with_an_exponent_of_one_is_wush():
+    stats, w, key = _site()
+    method = recipe("wush", "floor")
+    ours, theirs = (f(w, stats, method, key).transform for f in (ideas.FitBrake(), method.fit))
+    np.testing.assert_allclose(ours.matrices, theirs.matrices, rtol=1e-6)
+    np.testing.assert_allclose(ours.inverses, theirs.inverses, rtol=1e-6)
+
+
+def test_of_several_fits_each_block_and_the_site_take_that_of_least_error():
+    stats, w, key = _site()
+    method, fits = recipe("rtn", "even"), (ideas.EQUAL, ideas.WUSH, ideas.SMOOTH_HADAMARD)
+    given = (stats.sample, jnp.concatenate(w))
+    formats = (method.activation_format, method.weight_format)
+
+    def error(fit, of):
+        transform = ideas.block_affine(fit(w, stats, method, key).transform, 64, 32)
+        return np.asarray(of(*given, transform, formats=formats))
+
+    blocks = [error(fit, ideas.block_errors) for fit in fits]
+    np.testing.assert_allclose(
+        error(ideas.FitBest(fits), ideas.block_errors), np.min(blocks, axis=0), rtol=1e-5
+    )
+    whole = [error(fit, ideas.site_error) for fit in fits]
+    best = error(ideas.FitBest(fits, per="site"), ideas.site_error)
+    np.testing.assert_allclose(best, min(whole), rtol=1e-5)
+    assert np.ptp(whole) > 0.1 * min(whole)
+
+
+def test_gains_make_good_what_rounding_shrinks():
+    stats, w, key = _site()
+    method = recipe("rtn", "floor")
+    fitted = ideas.FitGains(method.fit)(w, stats, method, key)
+    x = np.asarray(stats.sample) / np.linalg.norm(stats.sample, axis=1, keepdims=True)
+    rounded = np.asarray(method.activation_format.fake_quantize(stats.sample)) / np.linalg.norm(
+        stats.sample, axis=1, keepdims=True
+    )
+    for given, scaled in zip(w, fitted.weights, strict=True):
+        y = x @ np.asarray(given).T
+        seen = rounded @ np.asarray(method.weight_format.fake_quantize(given)).T
+        gains = [
+            np.linalg.lstsq(s[:, None], t, rcond=None)[0][0]
+            for s, t in zip(seen.T, y.T, strict=True)
+        ]
+        np.testing.assert_allclose(scaled, np.asarray(given) * np.array(gains)[:, None], rtol=1e-3)
+    assert np.mean(gains) > 1
+
+
+@pytest.mark.parametrize(("threshold", "rule"), [(6, "rceil"), (7, "even"), (8, "floor")])
+def test_a_threshold_of_the_scale_is_a_rule_where_one_has_it(threshold, rule):
+    x = jax.random.normal(jax.random.key(0), (400, 64)) * 3
+    amax = jnp.array([5.9, 6.0, 6.1, 6.9, 7.0, 7.1, 7.9, 8.0, 8.1, 0.0])
+    x = jnp.concatenate([x, amax[:, None] * jnp.linspace(-1, 0.9, 64)])
+    ours = ideas.Threshold(threshold=threshold).quantize(x)
+    theirs = recipe("rtn", rule).weight_format.quantize(x)
+    if threshold == 7:  # at 7 itself even rounds up
+        ours = ideas.Threshold(threshold=6.9999995).quantize(x)
+    np.testing.assert_array_equal(ours.scale_bytes(), theirs.scale_bytes())
+    np.testing.assert_array_equal(ours.codes(), theirs.codes())
 
 
 def test_values_that_are_turned_come_back():

@@ -8,6 +8,7 @@ alone share compiled code, too.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -90,19 +91,11 @@ class Bench:
         )
         predictor, fit_seconds, sqnr, online = Predictor(start), 0.0, None, None
         if plan:
-            if cell.sequential:  # each layer is calibrated and fitted after those before it
-                fits, calibration, stats = _learned(cell), self._calibration(cell), None
+            make = functools.partial(self._quantized, cell, plan, start)
+            if cell.refine:  # which takes longer than all else: once for all texts
+                predictor, fit_seconds = self._latest("refined", _off_text(cell), make)
             else:
-                fits, fit_seconds, calibration, stats = self._fit(cell, plan, start)
-            chosen = {"include": cell.include, "exclude": cell.exclude}
-            if not cell.fits and (cell.include, cell.exclude) != (("*",), ()):  # fit these alone
-                fits = None
-            given = dataclasses.replace(plan, fits=fits, **chosen)
-            predictor = Predictor(*quantize_decoder(given, start, calibration, stats=stats))
-            if cell.refine:
-                moves = refining.refine(given, start, predictor.state, calibration, cell.refine)
-                state = refining.refitted(predictor.state, moves)
-                predictor = dataclasses.replace(predictor, state=state)
+                predictor, fit_seconds = make()
             sqnr = mean_sqnr(predictor, rows.tokens[:SQNR_ROWS])
             online = costs_by_site(predictor.state)
         predictor = dataclasses.replace(predictor, store=cell.store)
@@ -113,6 +106,24 @@ class Bench:
         give_back_memory()
         seconds = {"fit": fit_seconds, "total": time.perf_counter() - began}
         return Found(sums, rows.documents, sqnr, online, seconds)
+
+    def _quantized(self, cell: Cell, plan: Plan, start: Decoder) -> tuple[Predictor, float]:
+        """The quantized model, refined if the cell says so, and the seconds of its fit."""
+        fit_seconds = 0.0
+        if cell.sequential:  # each layer is calibrated and fitted after those before it
+            fits, calibration, stats = _learned(cell), self._calibration(cell), None
+        else:
+            fits, fit_seconds, calibration, stats = self._fit(cell, plan, start)
+        chosen = {"include": cell.include, "exclude": cell.exclude}
+        if not cell.fits and (cell.include, cell.exclude) != (("*",), ()):  # fit these alone
+            fits = None
+        given = dataclasses.replace(plan, fits=fits, **chosen)
+        predictor = Predictor(*quantize_decoder(given, start, calibration, stats=stats))
+        if cell.refine:
+            moves = refining.refine(given, start, predictor.state, calibration, cell.refine)
+            state = refining.refitted(predictor.state, moves)
+            predictor = dataclasses.replace(predictor, state=state)
+        return predictor, fit_seconds
 
     def fitted(self, cell: Cell) -> tuple[dict[str, Fitted], dict[str, Stats]]:
         """The fits of the cell at every site, and the Stats that they were made from.
@@ -194,17 +205,25 @@ def _learned(cell: Cell) -> dict[str, Fitted] | None:
 def order(cells: list[Cell]) -> list[Cell]:
     """Sorts cells so that neighbours share: first the model, then rows, calibration and fit.
 
-    Fits that need most of the Stats come first, so that one calibration serves all.
+    Fits that need most of the Stats come first, so that one calibration serves all. Cells that are
+    refined come last, those of one configuration but for the text next to each other.
     """
 
     def key(cell: Cell) -> tuple[str, ...]:
         recipe = cell.method()
         fit = (cell.turn, recipe and recipe.fit, cell.fits)
         needs = recipe.needs & ~Needs.FORMATS if recipe else Needs.NOTHING
-        shared = (*_keys(cell), cell.pad, 99 - needs.value, fit)
+        of_model, of_rows, of_calibration = _keys(cell)
+        rows = _off_text(cell) if cell.refine else of_rows
+        shared = (cell.refine > 0, of_model, rows, of_calibration, cell.pad, 99 - needs.value, fit)
         return (*map(repr, shared), f"{cell.seed:09d}")
 
     return sorted(cells, key=key)  # stable: cells of one fit stay in the order given
+
+
+def _off_text(cell: Cell) -> Cell:
+    """The cell without what only measuring it depends on."""
+    return dataclasses.replace(cell, text=None, tokens=0, store=None)
 
 
 def _keys(cell: Cell) -> tuple[tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]]:

@@ -249,6 +249,24 @@ def test_neighbours_share_the_fit(tiny):
     )
 
 
+def test_a_model_is_refined_once_for_all_texts(tiny, tiny_text, tmp_path, monkeypatch):
+    other, refined = tmp_path / "other.txt", []
+    other.write_text(tiny_text.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    monkeypatch.setattr(bench.refining, "refine", lambda *given: refined.append(given[-1]))
+    monkeypatch.setattr(bench.refining, "refitted", lambda state, moves: state)
+    cells = [
+        dataclasses.replace(tiny("rtn", rule, refine=steps), text=text)
+        for text in (tiny_text, other)
+        for rule, steps in (("floor", 0), ("even", 3), ("floor", 2))
+    ]
+    shared, grid = Bench(), running.order(cells)
+    assert [cell.refine for cell in grid] == [0, 0, 3, 3, 2, 2]
+    found = [shared.run(cell).sums.kl for cell in grid]
+    assert refined == [3, 2]
+    np.testing.assert_array_equal(found[:2], found[4:])  # for these were not moved
+    assert np.all(found[0] != found[1])
+
+
 @pytest.mark.slow
 def test_one_calibration_serves_the_fits_that_need_less(tiny, monkeypatch):
     calibrate, needs = bench.calibrate, []
