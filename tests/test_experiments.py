@@ -5,16 +5,19 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from duquantpp_jax.checkpoints import load, testbed
+from duquantpp_jax.evaluation.rows import Rows
 from duquantpp_jax.lab.cells import SCHEMA
 from duquantpp_jax.lab.table import markdown
 from experiments import (
     architecture,
     bench_gpu,
+    cloze,
     compute,
     cut_texts,
     health,
@@ -85,6 +88,45 @@ def test_massive_outliers_break_no_fit(shallow, tmp_path, monkeypatch, capsys):
     for rows in found["wush_conditioned"].values():
         assert rows["condition"] <= 10 * (1 + 1e-4)
     assert health.table({"recipes": found}) in capsys.readouterr().out
+
+
+def test_an_item_of_a_cloze_goes_on_as_its_row_does_and_the_others_do_not():
+    tokens = np.arange(5 * 200).reshape(5, 200) % 997
+    tokens[:, 0] = 0  # BOS; row 4 is alone in its document
+    items = cloze.items_of(Rows(tokens, np.array([0, 1, 0, 1, 2])), 40, seed=3)
+    assert items.tokens.shape == (40, cloze.CHOICES, 1 + cloze.CONTEXT + cloze.CONTINUATION)
+    assert set(items.documents) == {0, 1}
+    for choices, document in zip(items.tokens, items.documents, strict=True):
+        own, *others = choices
+        assert own[0] == 0
+        assert np.all(np.diff(own[1:]) % 997 == 1)
+        assert np.all(choices[:, : -cloze.CONTINUATION] == own[: -cloze.CONTINUATION])
+        row = np.flatnonzero(np.any(tokens == own[-1], axis=1))
+        for other in others:
+            there = np.flatnonzero(np.any(tokens == other[-1], axis=1))
+            assert there % 2 == document
+            assert there != row
+    with pytest.raises(ValueError, match="no document has two rows"):
+        cloze.items_of(Rows(tokens, np.arange(5)), 4)
+
+
+@pytest.mark.slow
+def test_a_cloze_scores_by_the_continuation(tiny_directory, tiny_text, tmp_path, monkeypatch):
+    out = tmp_path / "out.json"
+    options = ["--model", str(tiny_directory), "--text", str(tiny_text), "--items", "40"]
+    options += ["--calibration-text", str(tiny_text), "--rows", "1", "--recipes", "rtn"]
+    monkeypatch.setattr(sys, "argv", ["cloze", *options, "--roundings", "rtn", "--out", str(out)])
+    cloze.main()
+    found = json.loads(out.read_text())["entries"]
+    assert [e["method"] for e in found] == ["float", "rtn"]
+    assert found[0]["recovery"] == 1
+    model = load(tiny_directory)
+    items = cloze.items_of(cloze._rows(tiny_directory, model, tiny_text), 40)
+    logits, _ = model(jnp.asarray(items.tokens[7, :, :-1]))
+    log_q = np.asarray(logits - jax.nn.logsumexp(logits, axis=-1, keepdims=True))[:, -8:]
+    by_hand = [sum(log_q[c, i, t] for i, t in enumerate(items.tokens[7, c, -8:])) for c in range(4)]
+    scores = cloze.scores(cloze.Predictor(model), jnp.asarray(items.tokens[7:8]))
+    np.testing.assert_allclose(scores[0], by_hand, rtol=1e-4)
 
 
 @pytest.mark.slow
