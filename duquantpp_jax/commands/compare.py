@@ -34,6 +34,7 @@ from duquantpp_jax.lab.pivot import Layout, pivots
 from duquantpp_jax.lab.records import Record, record_of
 from duquantpp_jax.lab.running import Outcome
 from duquantpp_jax.lab.webpage import image, page, section
+from duquantpp_jax.ptq.layout import kernels_here
 from duquantpp_jax.recipes import ALIASES, FITS, checked_seed, format_name, import_modules
 
 BATCH_ROWS = 16
@@ -196,6 +197,8 @@ def run(options: CompareOptions) -> int:
     check_texts(options.model, options.text, options.calibration_text)
     if (used := decoded(options.model)) is not None:
         print(used, file=sys.stderr)
+    if (kernels := kernels_here()) is not None:
+        print(kernels, file=sys.stderr)
     if options.fuse and load_config(options.model or testbed.directory()).num_experts:
         print(ALONE, file=sys.stderr)
     with only_process(options.out):

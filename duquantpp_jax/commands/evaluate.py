@@ -7,6 +7,7 @@ clustered by document or by row (evaluation/intervals.py).
 import contextlib
 import dataclasses
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from duquantpp_jax.lab.table import empty
 from duquantpp_jax.models import DecoderConfig
 from duquantpp_jax.models.decoder import COMPUTE
 from duquantpp_jax.ptq import stores as cache
+from duquantpp_jax.ptq.layout import implemented, kernels_here
 from duquantpp_jax.ptq.sharding import host_memory, mesh_of
 from duquantpp_jax.recipes import import_modules, known
 
@@ -105,6 +107,7 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
             "cache": options.cache,
             "rotate_keys": options.rotate_keys,
             "compute": options.compute,
+            "implementation": options.implementation,
             "packed": said(options.model, predictor.linear),
         },
         "model": model,
@@ -118,6 +121,7 @@ def _loaded(
     """The model of a directory, whose matrix products are of the type that is asked for."""
     with host_memory(mesh):
         decoder, linear, state = load_any(directory, inputs)
+    linear = implemented(linear, options.implementation)
     return Predictor(decoder.computing(COMPUTE[options.compute]), linear, state)
 
 
@@ -202,6 +206,8 @@ def run(options: EvaluateOptions) -> int:
             results, described = scores_on_tasks(options), table_of_tasks
         else:
             described = summary
+            if (used := kernels_here()) is not None and options.implementation != "xla":
+                print(used, file=sys.stderr)
             with progress_bar(options.terminal) as progress:
                 results = evaluate(options, progress)
         if options.out is not None:

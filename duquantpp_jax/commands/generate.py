@@ -24,7 +24,7 @@ from duquantpp_jax.models import DecoderConfig
 from duquantpp_jax.models.decoder import COMPUTE
 from duquantpp_jax.models.sampling import Sampling, generate
 from duquantpp_jax.ptq import stores as cache
-from duquantpp_jax.ptq.layout import for_writing, is_packed
+from duquantpp_jax.ptq.layout import for_writing, implemented, is_packed
 from duquantpp_jax.ptq.sharding import DATA, cut, host_memory, mesh_of
 from duquantpp_jax.recipes import checked_seed, import_modules
 
@@ -97,6 +97,7 @@ def continued(
     key = jax.random.key(checked_seed(options.seed))
     if len(prompts) > 1:  # a text is the same whatever is continued beside it
         key = jnp.stack([key] * len(prompts))
+    linear = implemented(linear, options.implementation)
     if mesh is None:
         state = for_writing(linear, state, jax.local_devices()[0], options.implementation)
         if is_packed(state):

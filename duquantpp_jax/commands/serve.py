@@ -15,7 +15,7 @@ from duquantpp_jax.interop.application import Application
 from duquantpp_jax.interop.desk import Desk
 from duquantpp_jax.kernels.matvec.api import FEW
 from duquantpp_jax.ptq import stores
-from duquantpp_jax.ptq.layout import for_writing
+from duquantpp_jax.ptq.layout import for_writing, implemented
 from duquantpp_jax.recipes import import_modules
 
 HEAD_BYTES = 64 * 2**10
@@ -41,6 +41,7 @@ def application(options: ServeOptions) -> Application:
     import_modules(options.imports)
     model, linear, state = load_any(options.model, options.activation_format)
     implementation = options.implementation
+    linear = implemented(linear, implementation)
     if options.rows > FEW:
         if implementation == "triton":
             raise ValueError(f"--implementation triton writes {FEW} texts at most: --rows {FEW}")

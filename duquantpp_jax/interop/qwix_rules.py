@@ -161,7 +161,7 @@ def _provider_class() -> Any:
                 transform = moves.get(self._path(), Identity())
             given = contraction.tokens(x).astype(jnp.float32)
             acts = None if rule.act_qtype is None else method.activation_format
-            seen = QuantizedLinear(acts).quantized(given, QuantizedSite(transform, ()), acts)
+            seen = QuantizedLinear(acts, "xla").quantized(given, QuantizedSite(transform, ()), acts)
             rounded = method.weight_format.exactly(transform.weights(weight))
             y = contraction.output(matmul(seen, rounded), x.ndim)
             return y.astype(dtype or jnp.result_type(x.dtype, kernel.dtype))

@@ -16,14 +16,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from duquantpp_jax.core import ElementRounding, Exact, Format, MXArray, Transform
+from duquantpp_jax.core import Exact, Format, MXArray, Transform
 from duquantpp_jax.formats import MXFP4
 from duquantpp_jax.kernels import Operand
 from duquantpp_jax.kernels.implementation import why_not_nvidia
-from duquantpp_jax.kernels.matvec.move import RAISED_ABOVE
 from duquantpp_jax.kernels.matvec.rows import BLOCK, PackedRows, is_mxfp4
 from duquantpp_jax.models.in_place import InPlace
-from duquantpp_jax.ptq.site import PackedFloat, QuantizedLinear, QuantizedSite, layer_of
+from duquantpp_jax.ptq.site import (
+    PackedFloat,
+    QuantizedLinear,
+    QuantizedSite,
+    is_in_kernels,
+    layer_of,
+)
 
 
 def decoded_once(state: Any, device: Any) -> Any:
@@ -81,6 +86,26 @@ def for_writing(linear: Any, state: Any, device: Any, implementation: str | None
     return decoded_once(packed, device)
 
 
+def implemented(linear: Any, implementation: str | None) -> Any:
+    """A model's linear whose inputs are moved and rounded by the named implementation.
+
+    Raises:
+      ValueError: "triton" cannot run here.
+    """
+    if implementation == "triton" and (reason := why_not_nvidia()) is not None:
+        raise ValueError(f"no implementation triton here: {reason}")
+    if implementation is None or not isinstance(linear, QuantizedLinear):
+        return linear
+    return dataclasses.replace(linear, implementation=implementation)
+
+
+def kernels_here() -> str | None:
+    """A line about the kernels that models run with on this device; None if there are none."""
+    if why_not_nvidia() is not None:
+        return None
+    return "inputs in MXFP4 are moved and rounded in one kernel (triton), where theirs is one"
+
+
 def for_tensor_cores(linear: Any, state: Any) -> Any:
     """A model's state for the block-scaled tensor cores of Blackwell: weights as their operands.
 
@@ -135,8 +160,7 @@ def _packed(site: QuantizedSite, format: Format | None) -> QuantizedSite:
     if len(weights) < len(site.weights):
         return site
     width, matrices = weights[0].shape[-1], None
-    plain = format.rounding is ElementRounding.NEAREST_EVEN and format.scale_rule in RAISED_ABOVE
-    if plain and site.clip is None and site.scale_offset is None:
+    if is_in_kernels(format) and site.clip is None and site.scale_offset is None:
         matrices = _matrices(_each_layer(site), width)
     rows = PackedRows.of(weights, matrices)
     return dataclasses.replace(site, weights=(), packed=InPlace(rows))

@@ -181,7 +181,7 @@ class MXLinear(nnx.Module):
         if out_sharding is not None:
             raise ValueError("an MXLinear leaves the sharding of its output to the compiler")
         x, site = self.contraction.tokens(inputs).astype(jnp.float32), self.site
-        linear = QuantizedLinear(self.formats[1])
+        linear = QuantizedLinear(self.formats[1], "xla")
         if site.weights:
             ((y,), _) = linear("", x, (), site)
         else:

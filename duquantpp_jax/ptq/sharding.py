@@ -27,7 +27,7 @@ from jaxtyping import Array
 from duquantpp_jax.models import Decoder, Linear
 from duquantpp_jax.models.parameters import LINEARS
 from duquantpp_jax.ptq.plan import linear_shapes
-from duquantpp_jax.ptq.site import QuantizedSite
+from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
 
 DATA, MODEL = "rows", "model"
 """The axes of a mesh: of rows, which an option calls data, and of matrices."""
@@ -131,6 +131,8 @@ def cut(mesh: Mesh, model: Decoder, linear: Linear, state: Any) -> tuple[Decoder
 
     state = jax.tree.map(of_site, state, is_leaf=lambda part: isinstance(part, QuantizedSite))
     heads = ("attention_in",) * (config.num_key_value_heads % size == 0)
+    if isinstance(linear, QuantizedLinear):  # a kernel is not cut
+        linear = dataclasses.replace(linear, implementation="xla")
     return moved, CutLinear(linear, ("mlp_in", *heads)), state
 
 

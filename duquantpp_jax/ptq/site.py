@@ -13,8 +13,8 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Key
 
 from duquantpp_jax.core import (
+    ElementRounding,
     Exact,
     Fitted,
     Format,
@@ -37,11 +38,17 @@ from duquantpp_jax.core import (
 from duquantpp_jax.formats import MX, MXFP4
 from duquantpp_jax.formats.mx import to_float32
 from duquantpp_jax.kernels import Operand, rotate_quantize, scaled_matmul
+from duquantpp_jax.kernels.block_scale import RAISED_ABOVE
+from duquantpp_jax.kernels.implementation import why_not_nvidia
 from duquantpp_jax.kernels.matvec.api import FEW, matvec, quantized_matvec, unpacked
+from duquantpp_jax.kernels.matvec.rows import BLOCK
+from duquantpp_jax.kernels.rotate_quantize import triton
 from duquantpp_jax.models.experts import Routed
 from duquantpp_jax.models.in_place import InPlace
 from duquantpp_jax.models.products import as_factor, matmul
 from duquantpp_jax.transforms.block import lower
+
+Implementation = Literal["triton", "xla"]
 
 
 @struct.dataclass
@@ -176,15 +183,17 @@ class QuantizedLinear:
 
     Attributes:
       activation_formats: Q, of all sites, or of each as (site, format); None to quantize none.
+      implementation: Of Q(transform.activations(x)): "triton" is one kernel, for inputs in MXFP4
+        moved within blocks; "xla" has derivatives; None is the first of these that the device runs.
     """
 
     activation_formats: Format | tuple[tuple[str, Format | None], ...] | None
+    implementation: Implementation | None = None
 
     def __call__(
         self, site: str, x: Array | Routed, weights: tuple[Array, ...], state: QuantizedSite
     ) -> tuple[tuple[Array, ...], None]:
-        given, x = x, x.astype(jnp.float32)
-        dtype = (given.x if isinstance(given, Routed) else given).dtype
+        dtype = (x.x if isinstance(x, Routed) else x).dtype
         if (packed := state.packed) is not None and not isinstance(x, Routed):
             format, few = self.format(site), math.prod(x.shape[:-1]) <= FEW
             if few and isinstance(format, MXFP4):
@@ -194,7 +203,7 @@ class QuantizedLinear:
         operands = [w for w in state.weights if isinstance(w, Operand)]
         if operands:
             return self._on_tensor_cores(x, state, operands, self.format(site)), None
-        quantized, seen = [isinstance(w, MXArray | Exact) for w in state.weights], x
+        quantized, seen = [isinstance(w, MXArray | Exact) for w in state.weights], None
         if any(quantized):
             width = state.weights[quantized.index(True)].shape[-1]
             seen = self.quantized(pad_channels(x, width), state, self.format(site))
@@ -202,7 +211,7 @@ class QuantizedLinear:
         def output(weight: Any) -> Array:
             if isinstance(weight, MXArray | Exact):
                 return matmul(seen, weight.exactly() if isinstance(weight, MXArray) else weight)
-            return matmul(given, as_factor(weight, dtype)).astype(jnp.float32)
+            return matmul(x, as_factor(weight, dtype)).astype(jnp.float32)
 
         return tuple(map(output, state.weights)), None
 
@@ -233,6 +242,18 @@ class QuantizedLinear:
 
     def quantized(self, x: Any, state: QuantizedSite, format: Format | None) -> Any:
         """Q(transform.activations(x)), x as wide as the weights, as an Exact where it is one."""
+        by_xla = functools.partial(self._by_xla, state=state, format=format)
+        named, move = self.implementation, None
+        if named == "triton" or (named is None and why_not_nvidia() is None):
+            move = _in_kernel(x, state, format)
+        if move is None:
+            return by_xla(x)
+        if named == "triton":
+            return move(x)
+        return jax.lax.platform_dependent(x, cuda=move, default=by_xla)
+
+    def _by_xla(self, x: Any, state: QuantizedSite, format: Format | None) -> Any:
+        x = x.astype(jnp.float32)
         if format is None:
             return move_input(x, state.transform)
         moved, given = _moved(x, state)
@@ -245,6 +266,37 @@ class QuantizedLinear:
         return Exact(dataclasses.replace(moved, x=rounded.numbers))
 
 
+def _in_kernel(
+    x: Any, state: QuantizedSite, format: Format | None
+) -> Callable[[Float[Array, "*tokens k"]], Exact] | None:
+    """Q(transform.activations(x)) in one kernel; None where that is not for it."""
+    if isinstance(x, Routed) or not is_in_kernels(format):
+        return None
+    if not (state.clip is state.scale_offset is None) or x.shape[-1] % BLOCK:
+        return None
+    try:
+        blocks = state.transform.as_blocks(x.shape[-1], BLOCK)
+    except ValueError:  # its arrays are traced, and it does not say what they are then
+        return None
+    if blocks is None:
+        return None
+    smooth, matrices, _ = blocks.whole(x.shape[-1], BLOCK)
+
+    def move(x: Float[Array, "*tokens k"]) -> Exact:
+        tokens = (x if x.dtype == jnp.bfloat16 else to_float32(x)).reshape(-1, x.shape[-1])
+        numbers = triton.numbers(tokens, triton.joined(matrices, smooth), format.scale_rule)
+        return Exact(numbers.astype(jnp.float32).reshape(x.shape))
+
+    return move
+
+
+def is_in_kernels(format: Format | None) -> TypeGuard[MXFP4]:
+    """Whether kernels round to a format: MXFP4 in blocks of 32, to nearest, by some rules."""
+    if not isinstance(format, MXFP4) or format.block_size != BLOCK:
+        return False
+    return format.rounding is ElementRounding.NEAREST_EVEN and format.scale_rule in RAISED_ABOVE
+
+
 def _few_tokens(
     x: Any, state: QuantizedSite, packed: InPlace, format: MXFP4
 ) -> tuple[Float32[Array, "*tokens _n"], ...]:
@@ -254,7 +306,7 @@ def _few_tokens(
     if rows.matrices is not None:
         ys = quantized_matvec(to_float32(tokens), rows, layer, scale_rule=format.scale_rule)
     else:
-        moved, given = _moved(tokens, state)
+        moved, given = _moved(tokens.astype(jnp.float32), state)
         ys = matvec(format.encode(moved, **given), rows, layer)
     return tuple(y.reshape(*x.shape[:-1], -1) for y in ys)
 

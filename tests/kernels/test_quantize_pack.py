@@ -8,10 +8,11 @@ import pytest
 from duquantpp_jax.core import MXArray
 from duquantpp_jax.formats import E2M1, MXFP4
 from duquantpp_jax.formats.packing import pack_nibbles, unpack_nibbles
+from duquantpp_jax.kernels.block_scale import RAISED_ABOVE
 from duquantpp_jax.kernels.quantize_pack import reference, triton
 from duquantpp_jax.kernels.quantize_pack.api import quantize_pack, unpack_dequantize
 
-RULES = pytest.mark.parametrize("rule", list(triton.RAISED_ABOVE), ids=lambda r: r.value)
+RULES = pytest.mark.parametrize("rule", list(RAISED_ABOVE), ids=lambda r: r.value)
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 
 

@@ -3,7 +3,15 @@
 import dataclasses
 from pathlib import Path
 
-from duquantpp_jax.commands.options.common import Compute, Flag, Imports, Plain, Printing, Terminal
+from duquantpp_jax.commands.options.common import (
+    Compute,
+    Flag,
+    Implementation,
+    Imports,
+    Plain,
+    Printing,
+    Terminal,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +45,8 @@ class EvaluateOptions(Plain):
         quantized linears are given is rounded to it (docs/performance.md).
       mesh: Cut weights over devices, as in data=2,model=4: two groups of four devices share the
         rows, and the devices of a group the weights; by default each device has all of them.
+      implementation: How inputs in MXFP4 are moved and rounded: triton in one kernel, xla without;
+        by default the first of these that the device runs (docs/performance.md).
       out: File for the results, as JSON.
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
@@ -58,6 +68,7 @@ class EvaluateOptions(Plain):
     activation_format: str | None = None
     compute: Compute = "float32"
     mesh: str | None = None
+    implementation: Implementation | None = None
     out: Path | None = None
     imports: Imports = ()
     terminal: Printing = Terminal()

@@ -38,8 +38,9 @@ class GenerateOptions(Plain):
       compute: Type of the products of attention, of the head and of linears left in float; what
         quantized linears are given is rounded to it (docs/performance.md).
       mesh: Cut weights over devices, as in model=4; by default one device has all of them.
-      implementation: Of products of a few tokens with weights in MXFP4: triton reads them packed,
-        xla decodes them before; by default the first of these that the device runs.
+      implementation: triton moves and rounds inputs in MXFP4 in one kernel, and multiplies a few
+        tokens with weights in MXFP4 as they are packed; xla has no kernels and decodes weights
+        before; by default the first of these that the device runs (docs/performance.md).
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
 

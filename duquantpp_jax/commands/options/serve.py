@@ -25,8 +25,9 @@ class ServeOptions(Plain):
       cache: Format of the key-value cache: float32, bf16, mxfp8, mxfp4.
       activation_format: Of the inputs of packed weights, which are used as they are stored; without
         it these inputs are not quantized.
-      implementation: Of products of a few tokens with weights in MXFP4: triton reads them packed,
-        xla decodes them before; by default the first of these that the device runs.
+      implementation: triton moves and rounds inputs in MXFP4 in one kernel, and multiplies a few
+        tokens with weights in MXFP4 as they are packed; xla has no kernels and decodes weights
+        before; by default the first of these that the device runs (docs/performance.md).
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
 

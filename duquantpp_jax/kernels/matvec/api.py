@@ -7,6 +7,7 @@ from jaxtyping import Array, BFloat16, Float32, Int32
 
 from duquantpp_jax.core import MXArray, ScaleRule
 from duquantpp_jax.formats import MXFP4
+from duquantpp_jax.kernels.block_scale import RAISED_ABOVE
 from duquantpp_jax.kernels.implementation import choose, why_not_nvidia
 from duquantpp_jax.kernels.matvec import move, reference, triton, unpack
 from duquantpp_jax.kernels.matvec.rows import BLOCK, PackedRows, filled, is_mxfp4
@@ -86,10 +87,10 @@ def quantized_matvec(
       ValueError: As `matvec`, `rows` has no matrices, or another rule.
       RuntimeError: The named implementation cannot run here.
     """
-    if rows.matrices is None or scale_rule not in move.RAISED_ABOVE:
+    if rows.matrices is None or scale_rule not in RAISED_ABOVE:
         raise ValueError(
             "quantized_matvec needs rows with matrices, and one of the rules "
-            f"{', '.join(rule.value for rule in move.RAISED_ABOVE)}: got {scale_rule.value}"
+            f"{', '.join(rule.value for rule in RAISED_ABOVE)}: got {scale_rule.value}"
         )
     if not 1 <= len(x) <= FEW or x.shape[1] != rows.width:
         raise ValueError(f"x {x.shape} is not 1 to {FEW} tokens of {rows.width} columns")

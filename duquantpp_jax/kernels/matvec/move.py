@@ -1,9 +1,6 @@
 """A few tokens moved by a matrix for each block and quantized, in one kernel.
 
-    y_b = x_b M_b,      Q(y_b) = (2^E_b, elements)        E_b by a rule from max |y_b|
-
-An element's magnitude a = |y| / 2^E is rounded to the nearest of 0, .5, 1, 1.5, 2, 3, 4, 6, ties to
-even mantissas: below 2 that is 2a to an integer, from 2 to 4 a, above a / 2, each to even.
+y_b = x_b M_b,      Q(y_b) = (2^E_b, elements)        E_b by a rule from max |y_b|
 """
 
 import functools
@@ -17,8 +14,14 @@ from jaxtyping import Array, Float32, Int32
 
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.formats.division import power_of_two
+from duquantpp_jax.kernels.block_scale import (
+    RAISED_ABOVE,
+    magnitude,
+    nearest,
+    scale_of,
+    with_sign,
+)
 from duquantpp_jax.kernels.matvec.tokens import Tokens
-from duquantpp_jax.kernels.quantize_pack.triton import RAISED_ABOVE
 
 BLOCKS = 2
 """Blocks of a program."""
@@ -56,28 +59,11 @@ def _kernel(raised_above: int, layer: Any, x: Any, matrices: Any, words: Any, by
     own = matrices[layer[0], at, :, :]
     for token in range(len(bytes)):
         y = jnp.sum(x[token, at, :][:, :, None] * own, axis=1)
-        bits = lax.bitcast_convert_type(y, jnp.int32)
-        amax = jnp.max(bits & 0x7FFFFFFF, axis=1)
-        bad = amax >= 0x7F800000
-        raised = ((amax & 0x7FFFFF) > raised_above).astype(jnp.int32)
-        exponent = jnp.where(bad, 0, jnp.maximum((amax >> 23) - 129 + raised, -127))
-        half = -exponent >> 1
-        a = jnp.abs(y) * power_of_two(half)[:, None] * power_of_two(-exponent - half)[:, None]
-        value = jnp.where(bits < 0, -_doubled(a), _doubled(a))
+        exponent, bad = scale_of(jnp.max(magnitude(y), axis=1), raised_above)
+        twice = 2 * nearest(jnp.abs(y) * power_of_two(-exponent)[:, None])
+        value = with_sign(twice, y).astype(jnp.int32)
         byte = jnp.where(bad[:, None], 0, value) & 0xFF
         shifts = 8 * lax.broadcasted_iota(jnp.int32, (BLOCKS, 8, 4), 2)
         word = jnp.sum(byte.reshape(BLOCKS, 8, 4) << shifts, axis=2)
         words[pl.ds(8 * token, 8), :] = word.T.astype(jnp.uint32)
         bytes[token, :] = jnp.where(bad, 255, exponent + 127).astype(jnp.uint8)
-
-
-def _doubled(a: Array) -> Array:
-    """Twice the E2M1 magnitude next to a >= 0."""
-    a = jnp.minimum(a, 8)
-    steep = jnp.where(a < 4, 2 * _to_even(a), jnp.minimum(4 * _to_even(a / 2), 12))
-    return jnp.where(a < 2, _to_even(2 * a), steep)
-
-
-def _to_even(a: Array) -> Array:
-    """The integer next to 0 <= a < 2^22, ties to even: float32 from 2^23 on has integers alone."""
-    return lax.bitcast_convert_type(a + jnp.float32(2.0**23), jnp.int32) - 0x4B000000

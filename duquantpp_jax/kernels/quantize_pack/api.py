@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, UInt8
 
 from duquantpp_jax.core import ScaleRule
+from duquantpp_jax.kernels.block_scale import RAISED_ABOVE
 from duquantpp_jax.kernels.implementation import choose, why_not_nvidia
 from duquantpp_jax.kernels.quantize_pack import reference, triton
 
@@ -38,7 +39,7 @@ def quantize_pack(
             return reason
         if x.dtype != jnp.bfloat16:
             return f"it takes bfloat16, and x is {x.dtype}"
-        if scale_rule not in triton.RAISED_ABOVE:
+        if scale_rule not in RAISED_ABOVE:
             return f"it has no rule {scale_rule.value}"
         return None
 

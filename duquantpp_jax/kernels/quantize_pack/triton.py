@@ -1,12 +1,4 @@
-"""One pass over bfloat16 x: a block of 16 words, two numbers a word, becomes 16 bytes and a scale.
-
-With z = x / 2^E, the float32 z * 2^-126 has an exponent field one below that of E2M1. So elements
-below 1, which are subnormal in E2M1, are subnormal in float32 too, and the code is these bits,
-rounded to nearest even at bit 22. The product is exact where it matters: bfloat16 has 8 bits, and
-none of them reaches 2^-149 unless |z| is so small that its code is 0. There are two factors, since
-2^(-E-126) and partial products are not always normal numbers. GPUs keep subnormals. CPUs flush
-them, so interpreting this on a CPU is right only for blocks of elements that are 0 or at least 1.
-"""
+"""One pass over bfloat16 x: 16 words of two numbers, a block, become 16 bytes and a scale."""
 
 import functools
 import math
@@ -20,15 +12,10 @@ from jaxtyping import Array, BFloat16
 
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.formats.division import power_of_two
+from duquantpp_jax.kernels.block_scale import RAISED_ABOVE, code, magnitude, pair, scale_of
 from duquantpp_jax.kernels.quantize_pack.reference import Packed
 
 ROWS = 512  # blocks of 32 in a program
-RAISED_ABOVE = {  # largest mantissa of amax at which the rule still has FLOOR's E
-    ScaleRule.FLOOR: 0x7FFFFF,
-    ScaleRule.CEIL: 0,
-    ScaleRule.EVEN: 0x5FFFFF,
-    ScaleRule.RCEIL: 0x400000,
-}
 
 
 def quantize_pack(
@@ -60,21 +47,13 @@ def quantize_pack(
 
 def _kernel(raised_above: int, words: Any, packed: Any, scale_bytes: Any) -> None:
     both = words[...]  # the lower index in the lower half
-    low, high = both << 16, both & jnp.uint32(0xFFFF0000)
-    larger = jnp.maximum(low & jnp.uint32(0x7FFFFFFF), high & jnp.uint32(0x7FFFFFFF))
-    amax = jnp.max(larger.astype(jnp.int32), axis=1)
-    bad = amax >= 0x7F800000
-    raised = ((amax & 0x7FFFFF) > raised_above).astype(jnp.int32)
-    exponent = jnp.where(bad, 0, jnp.maximum((amax >> 23) - 129 + raised, -127))
-    power = -126 - exponent
-    factors = [power_of_two(p)[:, None] for p in (power >> 1, power - (power >> 1))]
+    low, high = (
+        lax.bitcast_convert_type(bits, jnp.float32)
+        for bits in (both << 16, both & jnp.uint32(0xFFFF0000))
+    )
+    amax = jnp.max(jnp.maximum(magnitude(low), magnitude(high)), axis=1)
+    exponent, bad = scale_of(amax, raised_above)
+    power = power_of_two(-exponent)[:, None]
     kept = jnp.where(bad, 0x88, 0xFF).astype(jnp.uint32)[:, None]
-    packed[...] = ((_code(low, factors) | _code(high, factors) << 4) & kept).astype(jnp.uint8)
+    packed[...] = (pair(code(low * power), code(high * power)) & kept).astype(jnp.uint8)
     scale_bytes[...] = jnp.where(bad, 255, exponent + 127).astype(jnp.uint8)
-
-
-def _code(bits: Array, factors: list[Array]) -> Array:
-    scaled = lax.bitcast_convert_type(bits, jnp.float32) * factors[0] * factors[1]
-    magnitude = lax.bitcast_convert_type(scaled, jnp.uint32) & jnp.uint32(0x7FFFFFFF)
-    rounded = (magnitude + jnp.uint32(0x1FFFFF) + ((magnitude >> 22) & 1)) >> 22
-    return jnp.minimum(rounded, jnp.uint32(7)) | (bits >> 31) << 3

@@ -1,0 +1,166 @@
+"""One pass over x: blocks moved by their matrices on tensor cores, and rounded from registers.
+
+    y_b = x_b M_b            M_b = diag(1 / smooth_b) R_b
+    x = x_1 (+ x_2 + x_3),   M = M_1 + M_2 + M_3        each part of 8 bits, in bfloat16
+    y = sum of x_i M_j, i + j <= 4, in float32
+
+A float32 is the sum of three bfloat16 numbers, exactly: each is what the upper half of the bits of
+what is left says. x in bfloat16 is one. What is left out is below 2^-24 |x| |M|, so y is as near as
+a product in float32.
+
+A program has some rows of some blocks. The last programs begin where they end with the last row, so
+that rows that two of them have are written twice, alike.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, BFloat16, Float, Float32, UInt8
+
+from duquantpp_jax.core import MXArray, ScaleRule
+from duquantpp_jax.formats import E2M1
+from duquantpp_jax.formats.division import power_of_two
+from duquantpp_jax.kernels.block_scale import (
+    RAISED_ABOVE,
+    code,
+    magnitude,
+    nearest,
+    pair,
+    scale_of,
+    with_sign,
+)
+from duquantpp_jax.kernels.operand import Operand
+
+ROWS, LEAST_ROWS, BLOCKS = 128, 16, 4
+"""Rows of a program, the fewest that tensor cores take, and the blocks that it moves."""
+PARTS = 3
+BLOCK = 32
+
+
+def numbers(
+    x: Float[Array, "m k"],
+    matrices: Float32[Array, "blocks 32 32"],
+    rule: ScaleRule,
+    *,
+    interpret: bool = False,
+) -> BFloat16[Array, "m k"]:
+    """Q(x_b M_b), which bfloat16 holds exactly."""
+    (y,) = _call(x, matrices, rule, [(BLOCK, jnp.bfloat16)], interpret)
+    return y
+
+
+def packed(
+    x: Float[Array, "m k"],
+    matrices: Float32[Array, "blocks 32 32"],
+    rule: ScaleRule,
+    *,
+    interpret: bool = False,
+) -> tuple[UInt8[Array, "m bytes"], UInt8[Array, "m blocks"]]:
+    """Codes of Q(x_b M_b), two a byte, and scale bytes."""
+    codes, scale_bytes = _call(x, matrices, rule, [(16, jnp.uint8), (1, jnp.uint8)], interpret)
+    return codes, scale_bytes
+
+
+def rotate_quantize(
+    x: Float[Array, "m k"],
+    rotation: Float[Array, "blocks 32 32"],
+    smooth: Float[Array, " _k"] | None,
+    *,
+    scale_rule: ScaleRule,
+    interpret: bool = False,
+) -> Operand:
+    """MXFP4 of (x / smooth)_b R_b."""
+    codes, scale_bytes = packed(x, joined(rotation, smooth), scale_rule, interpret=interpret)
+    elements = lax.bitcast_convert_type(codes, jnp.float4_e2m1fn).reshape(x.shape)
+    scales = lax.bitcast_convert_type(scale_bytes, jnp.float8_e8m0fnu)
+    return Operand.from_mx(MXArray(elements, scales, element=E2M1, block_size=BLOCK))
+
+
+def joined(
+    rotation: Float[Array, "blocks 32 32"], smooth: Float[Array, " _k"] | None
+) -> Float32[Array, "_ 32 32"]:
+    """diag(1 / smooth_b) R_b."""
+    matrices = rotation.astype(jnp.float32)
+    return matrices if smooth is None else matrices / smooth.reshape(-1, BLOCK, 1)
+
+
+def why_not(x: Array, rule: ScaleRule) -> str | None:
+    """Why x cannot be moved and rounded so; None if it can."""
+    if rule not in RAISED_ABOVE:
+        return f"it has no rule {rule.value}"
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"it takes float32 or bfloat16, and x is {x.dtype}"
+    return None
+
+
+def _call(x: Array, matrices: Array, rule: ScaleRule, outs: Any, interpret: bool) -> Any:
+    from jax.experimental.pallas import triton as plt
+
+    m, k = x.shape
+    blocks, missing = k // BLOCK, max(0, LEAST_ROWS - m)
+    x = jnp.pad(x, ((0, missing), (0, 0)))
+    rows = min(ROWS, 1 << (len(x).bit_length() - 1))
+    each = math.gcd(blocks, BLOCKS)
+    kernel = functools.partial(_kernel, RAISED_ABOVE[rule], rows, each, len(matrices) == 1)
+    found = pl.pallas_call(
+        kernel,
+        grid=(-(-len(x) // rows), blocks // each),
+        in_specs=[pl.BlockSpec()] * 2,
+        out_specs=[pl.BlockSpec()] * len(outs),
+        out_shape=[jax.ShapeDtypeStruct((len(x), blocks * n), dtype) for n, dtype in outs],
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+    )(x, jnp.stack(_parts(matrices)))
+    return [y[:m] for y in found]
+
+
+def _parts(x: Float[Array, "*s"]) -> list[BFloat16[Array, "*s"]]:
+    """Numbers of 8 bits that add up to x."""
+    if x.dtype == jnp.bfloat16:
+        return [x]
+    found = []
+    for _ in range(PARTS):
+        bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
+        part = lax.bitcast_convert_type(bits, jnp.float32)
+        found.append(part.astype(jnp.bfloat16))
+        x = x - part
+    return found
+
+
+def _kernel(
+    raised_above: int, rows: int, each: int, shared: bool, x: Any, matrices: Any, *outs: Any
+) -> None:
+    m = x.shape[0]
+    own = pl.ds(jnp.minimum(pl.program_id(0) * rows, m - rows), rows)
+    for i in range(each):
+        block = pl.program_id(1) * each + i
+        y = _moved(x[own, pl.ds(block * BLOCK, BLOCK)], matrices, 0 if shared else block)
+        exponent, bad = scale_of(jnp.max(magnitude(y), axis=1), raised_above)
+        power = power_of_two(-exponent)[:, None]
+        if len(outs) == 1:
+            # Of 2^-127 the bits are those of half of 2^-126.
+            bits = jnp.where(exponent == -127, 0x00400000, (exponent + 127) << 23)
+            scale = lax.bitcast_convert_type(jnp.where(bad, 0x7FC00000, bits), jnp.float32)
+            value = with_sign(nearest(jnp.abs(y) * power) * scale[:, None], y)
+            outs[0][own, pl.ds(block * BLOCK, BLOCK)] = value.astype(jnp.bfloat16)
+            continue
+        codes = code(y * power).reshape(rows, BLOCK // 2, 2)
+        place = lax.broadcasted_iota(jnp.uint32, codes.shape, 2)
+        low, high = (jnp.sum(jnp.where(place == half, codes, 0), axis=2) for half in (0, 1))
+        kept = jnp.where(bad, 0x88, 0xFF).astype(jnp.uint32)[:, None]
+        outs[0][own, pl.ds(block * 16, 16)] = (pair(low, high) & kept).astype(jnp.uint8)
+        outs[1][own, block] = jnp.where(bad, 255, exponent + 127).astype(jnp.uint8)
+
+
+def _moved(x: Array, matrices: Any, block: Any) -> Float32[Array, "rows 32"]:
+    """x M as a sum of products of parts, the smallest first."""
+    parts, y = _parts(x), jnp.zeros((x.shape[0], BLOCK), jnp.float32)
+    for both in reversed(range(PARTS)):
+        for i, part in enumerate(parts[: both + 1]):
+            y += jnp.dot(part, matrices[both - i, block, :, :], preferred_element_type=jnp.float32)
+    return y
