@@ -34,156 +34,38 @@ import optax
 
 from duquantpp_jax import files
 from duquantpp_jax.evaluation import Predictor, Reference
-from duquantpp_jax.evaluation.rows import TARGETS
-from duquantpp_jax.kernels.matvec.api import FEW, matvec, unpacked
-from duquantpp_jax.kernels.matvec.rows import PackedRows
 from duquantpp_jax.learning.model import Divergence
 from duquantpp_jax.learning.moves import moves_named
 from duquantpp_jax.learning.training import held_out_loss, train
-from duquantpp_jax.models import SITES, Decoder, DecoderConfig, dense
+from duquantpp_jax.models import SITES, Decoder, dense
 from duquantpp_jax.models.parameters import LAYER
-from duquantpp_jax.models.products import exact
 from duquantpp_jax.models.sampling import generate
 from duquantpp_jax.ptq.layout import decoded_once, for_writing
 from duquantpp_jax.ptq.plan import Plan
-from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
 from duquantpp_jax.ptq.stores import store
 from duquantpp_jax.ptq.walk import quantize_layer
 from duquantpp_jax.recipes import recipe
-from duquantpp_jax.transforms.basic import Identity
 from duquantpp_jax.transforms.block import BlockAffine
 from experiments.bench_fit import least
+from experiments.bench_kernels import (
+    FULL,
+    REPEATS,
+    TINY,
+    Row,
+    Sizes,
+    limits,
+    linear,
+    packed,
+    rotation,
+    seconds_of,
+)
 from experiments.shapes import (
     BLOCK,
     FORMAT,
-    LLAMA,
-    SMALL,
-    SMOLLM2,
     quantized,
     random_model,
     rotations,
 )
-
-REPEATS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Shapes of all parts.
-
-    Attributes:
-      model: Of evaluation, generation and quantizing.
-      learned: Of the learning step.
-      linear: Tokens, inputs and outputs of the linear that is checked and timed alone.
-      rows, learned_rows: Of `TARGETS` tokens.
-      copied: Bytes. side: of the square matmul.
-      prompt: Tokens read by prefill. new: tokens decoded.
-    """
-
-    model: DecoderConfig
-    learned: DecoderConfig
-    linear: tuple[int, int, int]
-    rows: int
-    learned_rows: int
-    length: int
-    copied: int
-    side: int
-    prompt: int
-    new: int
-
-
-FULL = Sizes(LLAMA, SMOLLM2, (2048, 4096, 14336), 4, 16, TARGETS, 2**30, 8192, 2048, 64)
-TINY = Sizes(SMALL, SMALL, (8, 64, 48), 2, 2, 31, 2**20, 64, 40, 4)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """A line of the table: seconds, a ratio to another time of this run, and what is aimed at."""
-
-    work: str
-    seconds: float
-    against: str = ""
-    ratio: float | None = None
-    goal: str = ""
-
-
-def seconds_of(call: Callable[[], object]) -> float:
-    """Seconds of a call that was compiled before."""
-    return least(call, REPEATS)[1]
-
-
-def limits(sizes: Sizes) -> Iterator[Row]:
-    """Copy and bfloat16 matmul: what the device can do."""
-    x, side = jnp.zeros(sizes.copied // 2, jnp.bfloat16), sizes.side
-    copy = jax.jit(lambda x: x + jnp.bfloat16(1))
-    seconds = seconds_of(lambda: copy(x))
-    yield Row(f"copy, {2 * sizes.copied / seconds / 1e9:.0f} GB/s", seconds)
-    a = jnp.ones((side, side), jnp.bfloat16)
-    product = jax.jit(jnp.matmul)
-    seconds = seconds_of(lambda: product(a, a))
-    yield Row(f"bf16 matmul {side}^3, {2 * side**3 / seconds / 1e12:.0f} TFLOP/s", seconds)
-
-
-def linear(sizes: Sizes) -> Iterator[Row]:
-    """One linear in W4A4, checked against float64, with its weight decoded before and at use."""
-    tokens, inputs, outputs = sizes.linear
-    draw = np.random.default_rng(0)
-    x = jnp.asarray(draw.standard_normal((tokens, inputs), np.float32))
-    w = jnp.asarray(draw.standard_normal((outputs, inputs), np.float32))
-    packed = QuantizedSite(Identity(), (jax.jit(FORMAT.quantize)(w),))
-    site = QuantizedLinear(FORMAT)
-    run = jax.jit(lambda x, state: site("", x, (), state)[0][0])
-    held = {"decoded at use": packed, "decoded before": decoded_once(packed, jax.devices()[0])}
-    few = np.asarray(FORMAT.fake_quantize(x[:4]), np.float64)
-    wide = np.asarray(jax.jit(FORMAT.fake_quantize)(w), np.float64)
-    wanted, bound = few @ wide.T, 2.0**-23 * inputs * (np.abs(few) @ np.abs(wide).T)
-    for name, state in held.items():
-        if not np.all(np.abs(np.asarray(run(x, state)[:4], np.float64) - wanted) <= bound):
-            raise ValueError(f"the linear that is {name} is further off than float32 sums can be")
-    narrow = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
-    plain = jax.jit(lambda x, w: jnp.einsum("tk,nk->tn", x, w))
-    rival = seconds_of(lambda: plain(*narrow))
-    shape = f"linear {tokens} x {outputs} x {inputs}"
-    yield Row(f"{shape}, bf16", rival)
-    for name, state in held.items():
-        seconds = seconds_of(lambda: run(x, state))  # noqa: B023
-        yield Row(f"{shape}, W4A4 {name}", seconds, "bf16", seconds / rival)
-
-
-def packed(sizes: Sizes) -> Iterator[Row]:
-    """Packed weights decoded for many tokens, and multiplied with few, each layer's in turn."""
-    _, inputs, outputs = sizes.linear
-    layers, shape = 4, f"{outputs} x {inputs}"
-    draw = np.random.default_rng(0)
-    w = draw.standard_normal((layers, outputs, inputs), np.float32)
-    q = jax.jit(FORMAT.quantize)(w)
-    rows, wide = PackedRows.of([q]), jax.jit(lambda q: q.dequantize()[1])(q)
-    if not np.array_equal(unpacked(rows, 1)[:outputs].astype(jnp.float32), wide):
-        raise ValueError("unpacked weights are not the numbers that were packed")
-    copy = jax.jit(lambda x: x + jnp.bfloat16(1))
-    x = jnp.zeros(sizes.copied // 2, jnp.bfloat16)
-    of_a_byte = seconds_of(lambda: copy(x)) / (2 * sizes.copied)
-    every = range(layers)
-    decode = jax.jit(lambda rows: [unpacked(rows, layer) for layer in every])
-    seconds = seconds_of(lambda: decode(rows)) / layers
-    bytes_moved = outputs * inputs * (2 + 17 / 32)
-    against = "a copy of its bytes"
-    yield Row(f"unpack {shape}", seconds, against, seconds / bytes_moved / of_a_byte, "<= 1.25")
-    narrow = [jnp.asarray(layer, jnp.bfloat16) for layer in w]
-    for tokens in range(1, FEW + 1):
-        token = FORMAT.encode(jnp.asarray(draw.standard_normal((tokens, inputs), np.float32)))
-        (y,) = matvec(token, rows, 1)
-        factors = np.asarray(token.dequantize(), np.float64), np.asarray(wide, np.float64).T
-        bound = 2.0**-23 * inputs / 32 * np.abs(factors[0]) @ np.abs(factors[1])
-        if not np.all(np.abs(np.asarray(y, np.float64) - factors[0] @ factors[1]) <= bound):
-            raise ValueError("a product with packed weights is further off than its sums can be")
-        given = token.dequantize().astype(jnp.bfloat16)
-        plain = jax.jit(lambda x, ws: [exact(x, w, parts=1) for w in ws])
-        rival = seconds_of(lambda: plain(given, narrow)) / layers  # noqa: B023
-        run = jax.jit(lambda x, rows: [matvec(x, rows, layer) for layer in every])
-        seconds = seconds_of(lambda: run(token, rows)) / layers  # noqa: B023
-        label = f"{tokens} tokens x {shape}, packed"
-        yield Row(label, seconds, "bf16 weights", seconds / rival)
 
 
 def evaluation(sizes: Sizes) -> Iterator[Row]:
@@ -309,6 +191,7 @@ PARTS: dict[str, Callable[[Sizes], Iterator[Row]]] = {
     "limits": limits,
     "linear": linear,
     "packed": packed,
+    "rotation": rotation,
     "evaluation": evaluation,
     "generation": generation,
     "learning": learning,

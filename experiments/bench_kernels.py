@@ -1,0 +1,265 @@
+"""How near to the memory's speed do kernels run, and what does moving inputs cost?
+
+The parts of bench_gpu.py that need no model: the limits of the device, a linear, packed weights,
+and rotations. Its docstring has the command, the hypothesis and the last result.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from duquantpp_jax.core import ScaleRule
+from duquantpp_jax.evaluation.rows import TARGETS
+from duquantpp_jax.kernels import rotate_fake_quantize, rotate_quantize
+from duquantpp_jax.kernels.matvec import move
+from duquantpp_jax.kernels.matvec.api import FEW, matvec, unpacked
+from duquantpp_jax.kernels.matvec.rows import PackedRows
+from duquantpp_jax.kernels.rotate_quantize.cases import Case
+from duquantpp_jax.models import DecoderConfig
+from duquantpp_jax.models.products import exact
+from duquantpp_jax.ptq.layout import decoded_once
+from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
+from duquantpp_jax.transforms.basic import Identity
+from duquantpp_jax.transforms.block import BlockRotation
+from experiments.bench_fit import least
+from experiments.shapes import BLOCK, FORMAT, LLAMA, SMALL, SMOLLM2
+
+REPEATS = 3
+COPIES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Shapes of all parts.
+
+    Attributes:
+      model: Of evaluation, generation and quantizing.
+      learned: Of the learning step.
+      linear: Tokens, inputs and outputs of the linear that is checked and timed alone.
+      rows, learned_rows: Of `TARGETS` tokens.
+      moved: Tokens and inputs that are moved and rounded.
+      copied: Bytes. side: of the square matmul.
+      prompt: Tokens read by prefill. new: tokens decoded.
+    """
+
+    model: DecoderConfig
+    learned: DecoderConfig
+    linear: tuple[int, int, int]
+    moved: tuple[int, int]
+    rows: int
+    learned_rows: int
+    length: int
+    copied: int
+    side: int
+    prompt: int
+    new: int
+
+
+FULL = Sizes(
+    LLAMA, SMOLLM2, (2048, 4096, 14336), (16384, 8192), 4, 16, TARGETS, 2**30, 8192, 2048, 64
+)
+TINY = Sizes(SMALL, SMALL, (8, 64, 48), (512, 64), 2, 2, 31, 2**20, 64, 40, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the table: seconds, a ratio to another time of this run, and what is aimed at."""
+
+    work: str
+    seconds: float
+    against: str = ""
+    ratio: float | None = None
+    goal: str = ""
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    """Seconds of a call that was compiled before."""
+    return least(call, REPEATS)[1]
+
+
+def each(call: Callable[[Any], Any], items: list[Any]) -> float:
+    """Seconds of a call on each item, all in one program, so without a launch."""
+    every = jax.jit(lambda items: [call(item) for item in items])
+    return seconds_of(lambda: every(items)) / len(items)
+
+
+def after_another(call: Callable[[jax.Array], Any], x: jax.Array, times: int) -> float:
+    """Seconds of a call whose input waits for the output of the one before."""
+
+    def step(_: Any, x: jax.Array) -> jax.Array:
+        first = jnp.ravel(jax.tree.leaves(call(x))[0])[0].astype(x.dtype)
+        return x + x.dtype.type(1e-6) * first
+
+    run = jax.jit(lambda x: jax.lax.fori_loop(0, times, step, x))
+    return seconds_of(lambda: run(x)) / times
+
+
+def copy_of(size: int) -> float:
+    """Seconds in which the device reads size / 2 bytes and writes as many."""
+    xs = [jnp.full(size // 4, i, jnp.bfloat16) for i in range(COPIES)]
+    return each(lambda x: x + jnp.bfloat16(1), xs)
+
+
+def limits(sizes: Sizes) -> Iterator[Row]:
+    """Copy and bfloat16 matmul: what the device can do."""
+    side, seconds = sizes.side, copy_of(2 * sizes.copied)
+    yield Row(f"copy, {2 * sizes.copied / seconds / 1e9:.0f} GB/s", seconds)
+    a = jnp.ones((side, side), jnp.bfloat16)
+    product = jax.jit(jnp.matmul)
+    seconds = seconds_of(lambda: product(a, a))
+    yield Row(f"bf16 matmul {side}^3, {2 * side**3 / seconds / 1e12:.0f} TFLOP/s", seconds)
+
+
+def linear(sizes: Sizes) -> Iterator[Row]:
+    """One linear in W4A4, checked against float64, with its weight decoded before and at use."""
+    tokens, inputs, outputs = sizes.linear
+    draw = np.random.default_rng(0)
+    x = jnp.asarray(draw.standard_normal((tokens, inputs), np.float32))
+    w = jnp.asarray(draw.standard_normal((outputs, inputs), np.float32))
+    packed = QuantizedSite(Identity(), (jax.jit(FORMAT.quantize)(w),))
+    site = QuantizedLinear(FORMAT)
+    run = jax.jit(lambda x, state: site("", x, (), state)[0][0])
+    held = {"decoded at use": packed, "decoded before": decoded_once(packed, jax.devices()[0])}
+    few = np.asarray(FORMAT.fake_quantize(x[:4]), np.float64)
+    wide = np.asarray(jax.jit(FORMAT.fake_quantize)(w), np.float64)
+    wanted, bound = few @ wide.T, 2.0**-23 * inputs * (np.abs(few) @ np.abs(wide).T)
+    for name, state in held.items():
+        if not np.all(np.abs(np.asarray(run(x, state)[:4], np.float64) - wanted) <= bound):
+            raise ValueError(f"the linear that is {name} is further off than float32 sums can be")
+    narrow = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)
+    plain = jax.jit(lambda x, w: jnp.einsum("tk,nk->tn", x, w))
+    rival = seconds_of(lambda: plain(*narrow))
+    shape = f"linear {tokens} x {outputs} x {inputs}"
+    yield Row(f"{shape}, bf16", rival)
+    for name, state in held.items():
+        seconds = seconds_of(lambda: run(x, state))  # noqa: B023
+        yield Row(f"{shape}, W4A4 {name}", seconds, "bf16", seconds / rival)
+
+
+def packed(sizes: Sizes) -> Iterator[Row]:
+    """Packed weights decoded for many tokens, and multiplied with few, each layer's in turn."""
+    _, inputs, outputs = sizes.linear
+    layers, shape = 4, f"{outputs} x {inputs}"
+    draw = np.random.default_rng(0)
+    w = draw.standard_normal((layers, outputs, inputs), np.float32)
+    q = jax.jit(FORMAT.quantize)(w)
+    rows, wide = PackedRows.of([q]), jax.jit(lambda q: q.dequantize()[1])(q)
+    if not np.array_equal(unpacked(rows, 1)[:outputs].astype(jnp.float32), wide):
+        raise ValueError("unpacked weights are not the numbers that were packed")
+    of_a_byte = copy_of(2 * sizes.copied) / (2 * sizes.copied)
+    every = range(layers)
+    decode = jax.jit(lambda rows: [unpacked(rows, layer) for layer in every])
+    seconds = seconds_of(lambda: decode(rows)) / layers
+    bytes_moved = outputs * inputs * (2 + 17 / 32)
+    against = "a copy of its bytes"
+    yield Row(f"unpack {shape}", seconds, against, seconds / bytes_moved / of_a_byte, "<= 1.25")
+    narrow = [jnp.asarray(layer, jnp.bfloat16) for layer in w]
+    for tokens in range(1, FEW + 1):
+        token = FORMAT.encode(jnp.asarray(draw.standard_normal((tokens, inputs), np.float32)))
+        (y,) = matvec(token, rows, 1)
+        factors = np.asarray(token.dequantize(), np.float64), np.asarray(wide, np.float64).T
+        bound = 2.0**-23 * inputs / 32 * np.abs(factors[0]) @ np.abs(factors[1])
+        if not np.all(np.abs(np.asarray(y, np.float64) - factors[0] @ factors[1]) <= bound):
+            raise ValueError("a product with packed weights is further off than its sums can be")
+        given = token.dequantize().astype(jnp.bfloat16)
+        plain = jax.jit(lambda x, ws: [exact(x, w, parts=1) for w in ws])
+        rival = seconds_of(lambda: plain(given, narrow)) / layers  # noqa: B023
+        run = jax.jit(lambda x, rows: [matvec(x, rows, layer) for layer in every])
+        seconds = seconds_of(lambda: run(token, rows)) / layers  # noqa: B023
+        label = f"{tokens} tokens x {shape}, packed"
+        yield Row(label, seconds, "bf16 weights", seconds / rival)
+
+
+def rotation(sizes: Sizes) -> Iterator[Row]:
+    """Inputs moved and rounded, checked first: against a copy, and each way of doing it."""
+    rows, width = sizes.moved
+    for shared, goal in ((True, "<= 1.11"), (False, "<= 1.25")):
+        case = Case(rows, width, shared=shared, scale_rule=ScaleRule.EVEN)
+        made = [case.inputs(jax.random.key(i)) for i in range(COPIES)]
+        xs, matrices = [x for x, *_ in made], made[0][1]
+        for call in (rotate_quantize, rotate_fake_quantize):
+            run = functools.partial(call, scale_rule=case.scale_rule)
+            near_reference(run, xs[0][:256], matrices)
+            seconds = each(lambda x: run(x, matrices), xs)  # noqa: B023
+            size = case.bytes if call is rotate_quantize else 4 * rows * width
+            limit = copy_of(size)
+            label = f"{call.__name__} {case.name}"
+            yield Row(label, seconds, "a copy of its bytes", seconds / limit, goal)
+    yield from shares(sizes)
+
+
+def near_reference(run: Callable[..., Any], x: jax.Array, matrices: jax.Array) -> None:
+    """Raises ValueError unless all but a few numbers are those of the reference."""
+    pair = [run(x, matrices), run(x, matrices, implementation="reference")]
+    mine, law = (np.asarray(y.dequantize() if hasattr(y, "dequantize") else y, np.float32)
+                 for y in pair)  # fmt: skip
+    if np.mean(mine != law) > 1e-3:
+        raise ValueError(f"{np.mean(mine != law):.2%} of the numbers are not the reference's")
+
+
+def walsh_hadamard(x: jax.Array) -> jax.Array:
+    """H x of each block of 32 in five stages of sums and differences, over the root of 32."""
+    y = x.astype(jnp.float32).reshape(-1, BLOCK)
+    for stage in range(5):
+        a, b = jnp.moveaxis(y.reshape(len(y), -1, 2, 2**stage), 2, 0)
+        y = jnp.stack([a + b, a - b], axis=2).reshape(len(y), BLOCK)
+    return y.reshape(x.shape) * np.float32(BLOCK**-0.5)
+
+
+def shares(sizes: Sizes) -> Iterator[Row]:
+    """All inputs of a layer, four widths, moved and rounded in some ways, for a prompt and for a
+    token: seconds of all layers of the model, of which the share of a step is to be seen."""
+    config = sizes.model
+    widths = (config.hidden_size,) * 3 + (config.intermediate_size,)
+    layers = config.num_hidden_layers
+    for tokens in (sizes.prompt, 1):
+        times: dict[str, float] = {}
+        for width in dict.fromkeys(widths):
+            key, blocks = jax.random.key(width), width // BLOCK
+            x = jax.random.normal(key, (tokens, width), jnp.bfloat16)
+            own = jnp.linalg.qr(jax.random.normal(key, (blocks, BLOCK, BLOCK)))[0]
+            for name, call in ways(own, tokens).items():
+                if tokens > 1:
+                    seconds = each(call, [x + x.dtype.type(i) for i in range(COPIES)])
+                else:
+                    seconds = after_another(call, x, layers)
+                seconds *= layers * widths.count(width)
+                times[name] = times.get(name, 0.0) + seconds
+        what = "a prompt" if tokens > 1 else "a token"
+        for name, seconds in times.items():
+            label = f"inputs of {layers} layers, {what} of {tokens}: {name}"
+            yield Row(label, seconds, "rounded alone", seconds / times["rounded alone"])
+
+
+def ways(own: jax.Array, tokens: int) -> dict[str, Callable[[jax.Array], Any]]:
+    """Ways to move and round an input, by name."""
+
+    def by(implementation: Any, transform: Any) -> Callable[[jax.Array], Any]:
+        linear, site = QuantizedLinear(FORMAT, implementation), QuantizedSite(transform, ())
+        return lambda x: linear.quantized(x, site, FORMAT).whole().astype(jnp.bfloat16)
+
+    found = {
+        "rounded alone": by("xla", Identity()),
+        "Hadamard by FWHT": lambda x: by("xla", Identity())(walsh_hadamard(x)),
+        "a matrix for all blocks": by("xla", BlockRotation(own[:1])),
+        "a matrix a block": by("xla", BlockRotation(own)),
+    }
+    if jax.default_backend() != "gpu":
+        return found
+    if tokens > 1:
+        found["a matrix for all blocks, kernel"] = by("triton", BlockRotation(own[:1]))
+        found["a matrix a block, kernel"] = by("triton", BlockRotation(own))
+        return found
+    missing = -len(own) % 32
+    given = jnp.pad(own, ((0, missing), (0, 0), (0, 0)))[None]
+
+    def one(x: jax.Array) -> Any:
+        x = jnp.pad(x.reshape(1, -1, BLOCK).astype(jnp.float32), ((0, 0), (0, missing), (0, 0)))
+        return move.to_tokens(x, given, jnp.int32(0), FORMAT.scale_rule)
+
+    return found | {"a matrix a block, kernel": one}
