@@ -61,6 +61,7 @@ def test_results_keep_their_contract(results):
         "cache": "bf16",
         "rotate_keys": False,
         "compute": "float32",
+        "implementation": None,
         "packed": None,
     }
     assert results["model"] == results["reference"]
