@@ -17,6 +17,7 @@ from duquantpp_jax.lab.table import markdown
 from experiments import (
     architecture,
     bench_gpu,
+    bench_kernels,
     cloze,
     compute,
     cut_texts,
@@ -66,7 +67,7 @@ def test_the_bench_of_a_gpu_checks_first_and_gives_ratios_of_one_run(tmp_path, m
     assert all(row["ratio"] == row["seconds"] / rival["seconds"] for row in others)
     assert len(capsys.readouterr().out.splitlines()) == 6
     wrong = lambda self, site, x, weights, state: ((x @ x.T,), None)  # noqa: E731
-    monkeypatch.setattr(bench_gpu.QuantizedLinear, "__call__", wrong)
+    monkeypatch.setattr(bench_kernels.QuantizedLinear, "__call__", wrong)
     with pytest.raises(ValueError, match="further off"):
         list(bench_gpu.linear(dataclasses.replace(bench_gpu.TINY, linear=(48, 64, 48))))
 
