@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,8 @@ def _programs(monkeypatch):
 
 @pytest.fixture(scope="module")
 def cells(tiny_directory, tiny_text):
-    given = {"tokens": 4 * TARGETS, "calibration_tokens": TARGETS, "batch_rows": 4}
+    # Shapes of test_running.py, whose programs are found.
+    given = {"tokens": 4 * TARGETS, "calibration_tokens": 8 * TARGETS, "batch_rows": 4}
     texts = {"text": tiny_text, "calibration_text": tiny_text}
     return [
         Cell("random_hadamard", model=tiny_directory, seed=seed, **texts, **given)
@@ -52,9 +54,16 @@ def _assert_alike(outcome, here):
 
 @pytest.mark.slow
 def test_processes_measure_what_this_one_does_and_a_killed_one_is_replaced(
-    cells, here, tmp_path, caplog
+    cells, here, tmp_path, caplog, monkeypatch
 ):
-    seen, killed = [], []
+    """Each imports what is given and sees its own GPU, also the one that replaces another."""
+    seen, killed, saw = [], [], tmp_path / "saw"
+    saw.mkdir()
+    monkeypatch.syspath_prepend(saw)
+    code = "import os, pathlib; device = os.environ['CUDA_VISIBLE_DEVICES']\n"
+    code += f"(pathlib.Path({str(saw)!r}) / f'{{os.getpid()}}.pid').write_text(device)"
+    (saw / "sees.py").write_text(code)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
 
     def progress(*counts):
         seen.append(counts)
@@ -71,7 +80,7 @@ def test_processes_measure_what_this_one_does_and_a_killed_one_is_replaced(
 
     killer = threading.Thread(target=kill_one)
     killer.start()
-    outcome = run(cells, tmp_path, Processes(2), progress=progress)
+    outcome = run(cells, tmp_path, gpus(imports=("sees",)), progress=progress)
     killer.join()
     assert len(killed) == 1
     (said,) = caplog.messages
@@ -82,14 +91,44 @@ def test_processes_measure_what_this_one_does_and_a_killed_one_is_replaced(
     assert seen[0] == (0, 0, 4)
     assert seen[-1] == (4, 0, 4)
     assert list(tmp_path.glob(".claims/*")) == []
+    devices = {path.stem: path.read_text() for path in saw.glob("*.pid")}
+    replaced = devices[str(killed[0])]
+    assert sorted(devices.values()) == sorted(["2", "5", replaced])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,5"
 
 
 @pytest.mark.slow
-def test_jobs_of_submitit_measure_what_this_process_does(cells, here, tmp_path):
+def test_a_job_of_submitit_measures_what_this_process_does(cells, here, tmp_path):
     pytest.importorskip("submitit")
-    outcome = run(cells, tmp_path, Slurm(2, (("timeout_min", 5),), cluster="local"))
+    outcome = run(cells, tmp_path, Slurm(1, (("timeout_min", 5),), cluster="local"))
     assert not outcome.errors
     _assert_alike(outcome, here)
+
+
+def test_jobs_begin_at_different_cells_and_get_what_was_asked_for(cells, tmp_path, monkeypatch):
+    asked, ticks = [], []
+
+    class Executor:
+        def __init__(self, **given):
+            asked.append(given)
+
+        def update_parameters(self, **given):
+            asked.append(given)
+
+        def submit(self, function, cells, out, cache_bytes, first, imports):
+            asked.append((function, cells, out, cache_bytes, first, imports))
+            return SimpleNamespace(done=lambda: True, exception=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=Executor))
+    slurm = Slurm(2, (("timeout_min", 5), ("gpus_per_node", 1)), imports=("a",))
+    with pytest.raises(ValueError, match=r"2 jobs ended early .*: 4 cells are left"):
+        slurm(cells, tmp_path, 7, lambda: ticks.append(1))
+    place, *parameters = asked[:2]
+    assert place == {"folder": tmp_path / executors.JOBS, "cluster": "slurm"}
+    assert parameters == [{"timeout_min": 5, "gpus_per_node": 1}]
+    same = executors._job, cells, tmp_path.resolve(), 7
+    assert asked[2:] == [(*same, first, ("a",)) for first in (0, 2)]
+    assert ticks
 
 
 def test_a_job_that_is_killed_is_named_with_its_cell(cells, tmp_path, caplog, monkeypatch):
@@ -125,22 +164,10 @@ def test_processes_import_what_is_given_and_are_reported_if_all_die(
     assert not any(records.is_recorded(tmp_path, cell) for cell in cells)
 
 
-def _say_device(cells, out, *_):
-    (out / f"saw.{os.environ['CUDA_VISIBLE_DEVICES']}").touch()
-    os._exit(9)
-
-
-@pytest.mark.slow
-def test_every_process_sees_its_own_gpu(cells, tmp_path, monkeypatch):
-    monkeypatch.setattr(executors, "_worker", _say_device)
-    monkeypatch.setattr(executors, "STARTS", 1)
+def test_gpus_are_those_that_this_process_may_see(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert gpus() == Processes(2, ("2", "5"))
     assert gpus(1, ("a",)) == Processes(1, ("2",), ("a",))
-    with pytest.raises(ValueError, match="worker processes died"):
-        run(cells, tmp_path, gpus())
-    assert sorted(path.name for path in tmp_path.glob("saw.*")) == ["saw.2", "saw.5"]
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,5"
 
 
 def test_without_a_gpu_its_executor_says_so(monkeypatch):
