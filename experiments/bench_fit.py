@@ -39,7 +39,7 @@ from duquantpp_jax.transforms.duquant import FitDuquantpp, mixed_rotations
 
 SIZE = 32
 LAYERS = 32
-KEY = jax.random.key(1)
+SEED = 1
 
 
 def plain(x: np.ndarray, rotations: np.ndarray) -> np.ndarray:
@@ -87,14 +87,18 @@ def fit_seconds(
     jax.block_until_ready(stats)
     weights, method = (jnp.ones((1, width)),), recipe("greedy", "floor")
     fit = FitDuquantpp(steps=steps)
-    first, later = least(lambda: fit(weights, stats, method, KEY).transform)
-    return first, later, np.asarray(fit(weights, stats, method, KEY).transform.matrices)
+    first, later = least(lambda: fit(weights, stats, method, jax.random.key(SEED)).transform)
+    return (
+        first,
+        later,
+        np.asarray(fit(weights, stats, method, jax.random.key(SEED)).transform.matrices),
+    )
 
 
 def plain_seconds(count: int, width: int, steps: int, blocks: int, fitted: np.ndarray) -> float:
     """Seconds a block of the loop in NumPy, which must find the same rotations."""
     x = np.asarray(tokens_of(count, width)).reshape(count, -1, SIZE)
-    rotations = np.asarray(mixed_rotations(KEY, steps, SIZE, "left"))
+    rotations = np.asarray(mixed_rotations(jax.random.key(SEED), steps, SIZE, "left"))
     seconds = []
     for block in range(min(blocks, x.shape[1])):
         tokens = np.ascontiguousarray(x[:, block])

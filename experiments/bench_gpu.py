@@ -30,14 +30,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from duquantpp_jax import files
 from duquantpp_jax.evaluation import Predictor, Reference
-from duquantpp_jax.learning.model import Divergence
-from duquantpp_jax.learning.moves import moves_named
-from duquantpp_jax.learning.training import held_out_loss, train
-from duquantpp_jax.models import SITES, Decoder, dense
+from duquantpp_jax.learning.training import held_out_loss
+from duquantpp_jax.models import Decoder, dense
 from duquantpp_jax.models.parameters import LAYER
 from duquantpp_jax.models.sampling import generate
 from duquantpp_jax.ptq.layout import decoded_once, for_writing
@@ -45,7 +42,6 @@ from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.stores import store
 from duquantpp_jax.ptq.walk import quantize_layer
 from duquantpp_jax.recipes import recipe
-from duquantpp_jax.transforms.block import BlockAffine
 from experiments.bench_fit import least
 from experiments.bench_kernels import (
     FULL,
@@ -59,9 +55,8 @@ from experiments.bench_kernels import (
     rotation,
     seconds_of,
 )
+from experiments.bench_learning import MOVES, step_seconds, through_model
 from experiments.shapes import (
-    BLOCK,
-    FORMAT,
     quantized,
     random_model,
     rotations,
@@ -136,27 +131,11 @@ def generation(sizes: Sizes) -> Iterator[Row]:
 
 def learning(sizes: Sizes) -> Iterator[Row]:
     """A step of learning through the model, and the loss on a batch, which has no backward pass."""
-    config, model, rows = sizes.learned, random_model(sizes.learned), sizes.learned_rows
+    config, rows = sizes.learned, sizes.learned_rows
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (rows, sizes.length + 1))
-    tokens, steps = jnp.asarray(tokens, jnp.int32), 4  # between checks
-    start = {}
-    for site in SITES:
-        width = model.weights(site)[0].shape[-1]
-        eyes = jnp.broadcast_to(jnp.eye(BLOCK), (config.num_hidden_layers, width // BLOCK, 32, 32))
-        start[site] = BlockAffine(eyes, eyes)
-    moves, optimizer = moves_named(["affine"]), optax.adam(1e-3)
-    objective = Divergence(start, moves, (FORMAT, FORMAT), model)
-    learned = {s: moves.init(start[s], model.weights(s)) for s in start}
-    held = tokens[:1]
-
-    def run(steps: int) -> object:
-        options: Any = {"steps": steps, "check_every": 4, "batch_rows": rows}
-        return train(objective, learned, tokens, held, jax.random.key(0), optimizer=optimizer,
-                     **options).history  # fmt: skip
-
-    loss = seconds_of(lambda: held_out_loss(objective, learned, held, 1))
-    seconds = (seconds_of(lambda: run(3 * steps)) - seconds_of(lambda: run(steps))) / (2 * steps)
-    seconds -= loss / steps
+    tokens = tokens.astype(np.int32)
+    objective, learned = through_model(random_model(config), MOVES)
+    seconds = step_seconds(objective, learned, tokens, rows, devices=jax.local_devices()[:1])
     what = f"learning step, {config.num_hidden_layers} layers, {rows * sizes.length} tokens"
     forward = seconds_of(lambda: held_out_loss(objective, learned, tokens, rows))
     yield Row(what, seconds, "both forward passes", seconds / forward, "<= .12 s")

@@ -14,7 +14,7 @@ from duquantpp_jax.models import SITES, Decoder, DecoderConfig
 from duquantpp_jax.models.parameters import LAYER, LINEARS, parameter_shapes
 from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
 from duquantpp_jax.transforms.basic import Identity
-from duquantpp_jax.transforms.block import BlockRotation, lower
+from duquantpp_jax.transforms.block import BlockAffine, BlockRotation, lower
 from experiments.synthetic_checkpoint import SHAPES
 
 FORMAT = MXFP4(scale_rule="even")
@@ -37,6 +37,14 @@ SMOLLM2 = DecoderConfig.from_dict(
     }
 )
 LLAMA = DecoderConfig.from_dict(SHAPES | {"num_hidden_layers": 32})
+LLAMA_1B = dataclasses.replace(
+    LLAMA,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
 SMALL = dataclasses.replace(
     SMOLLM2,
     hidden_size=64,
@@ -70,6 +78,16 @@ def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 @functools.partial(jax.jit, static_argnames="count")
 def _repeated(array: jax.Array, count: int) -> jax.Array:
     return jnp.broadcast_to(array, (count, *array.shape))
+
+
+def starts(model: Decoder) -> dict[str, BlockAffine]:
+    """The identity for each block of every site, stacked over layers: where learning starts."""
+    found = {}
+    for site in SITES:
+        layers, _, width = model.weights(site)[0].shape
+        eyes = jnp.broadcast_to(jnp.eye(BLOCK), (layers, width // BLOCK, BLOCK, BLOCK))
+        found[site] = BlockAffine(eyes, eyes)
+    return found
 
 
 def quantized(model: Decoder, transforms: dict[int, Any]) -> Predictor:

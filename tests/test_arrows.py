@@ -15,7 +15,7 @@ FLOORS = (
     "transforms models",
     "rounding kernels",
     "learning.straight_through learning.moves learning.training learning.state learning.site "
-    "learning.callbacks",
+    "learning.callbacks learning.sharing",
     "recipes",
     "ptq",
     "checkpoints",

@@ -16,8 +16,10 @@ from duquantpp_jax.lab.cells import SCHEMA
 from duquantpp_jax.lab.table import markdown
 from experiments import (
     architecture,
+    bench_devices,
     bench_gpu,
     bench_kernels,
+    bench_learning,
     cloze,
     compute,
     cut_texts,
@@ -279,3 +281,25 @@ def test_texts_are_cut_at_whole_documents_and_a_file_that_is_missing_is_said(tmp
     assert parts == [books[:8], books[-8:]]
     assert "train.txt: left out" in capsys.readouterr().err
     assert cut_texts.cut("abc<|endoftext|>defg", slice(None), 2) == "ab<|endoftext|>de"
+
+
+@pytest.mark.slow
+def test_the_bench_of_learning_times_steps_through_a_block_and_a_model():
+    for name in ("block_8b", "model_1b_in_4"):
+        part = bench_learning.tiny(bench_learning.PARTS[name])
+        found = bench_learning.measured(part, 4, 16)
+        assert found["seconds"] > 0
+        assert found["tokens"] == 60
+        assert found["kept GiB"] > 0
+        assert not found["layers run again"]
+
+
+def test_the_bench_of_devices_refuses_those_that_do_not_agree(monkeypatch):
+    (found,) = bench_devices.evaluation(True, [1])
+    assert found[0] == 1
+    assert found[1] > 0
+    nlls = iter([np.ones(3), np.ones(3) * (1 + 2 * bench_devices.TOLERANCE)])
+    monkeypatch.setattr(bench_devices.Reference, "nll", lambda self: next(nlls))
+    monkeypatch.setattr(bench_devices, "least", lambda call, times: (0, 1))
+    with pytest.raises(ValueError, match="on 1 devices NLL is 2e-05 of itself away"):
+        list(bench_devices.evaluation(True, [1, 1]))

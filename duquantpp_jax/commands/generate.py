@@ -20,12 +20,13 @@ from duquantpp_jax.checkpoints.hugging_face import chat_prompt
 from duquantpp_jax.checkpoints.packed import said
 from duquantpp_jax.checkpoints.source import source
 from duquantpp_jax.commands.options.generate import GenerateOptions
+from duquantpp_jax.core.mesh import DATA
 from duquantpp_jax.models import DecoderConfig
 from duquantpp_jax.models.decoder import COMPUTE
 from duquantpp_jax.models.sampling import Sampling, generate
 from duquantpp_jax.ptq import stores as cache
 from duquantpp_jax.ptq.layout import for_writing, implemented, is_packed
-from duquantpp_jax.ptq.sharding import DATA, cut, host_memory, mesh_of
+from duquantpp_jax.ptq.sharding import cut, host_memory, mesh_of
 from duquantpp_jax.recipes import checked_seed, import_modules
 
 ASKED = """do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff

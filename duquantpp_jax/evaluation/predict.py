@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Float64, Integer
 
+from duquantpp_jax.core.mesh import DATA, everywhere, gathered, placed
 from duquantpp_jax.models import (
     Decoder,
     DecoderConfig,
@@ -35,7 +36,7 @@ from duquantpp_jax.models import (
 )
 from duquantpp_jax.ptq.estimate import running_bytes
 from duquantpp_jax.ptq.layout import decoded_once
-from duquantpp_jax.ptq.sharding import DATA, MODEL, cut
+from duquantpp_jax.ptq.sharding import MODEL, cut
 
 LARGEST_LOGITS = 2**28
 """Most logits of a batch (1 GiB in float32); a few such arrays are in memory together."""
@@ -133,7 +134,7 @@ class Reference:
         """Args:
           tokens: All but the last of a row are inputs, all but the first are targets.
           keep_bytes: Bound on the log-probabilities kept on each device.
-          devices: They share the batches; all devices of this process by default.
+          devices: They share the batches; all devices of all processes by default.
           mesh: In their place, of `ptq.sharding`: its groups share the batches, and the devices of
             a group the weights.
 
@@ -148,7 +149,7 @@ class Reference:
         count, length = tokens.shape
         largest = most_rows(length, predictor.model.config)
         self.batch_rows = min(batch_rows, largest, count)
-        self._mesh = mesh or Mesh(np.asarray(devices or jax.local_devices()), (DATA,))
+        self._mesh = mesh or Mesh(np.asarray(devices or jax.devices()), (DATA,))
         self._given, self._on_devices = predictor, self._placed(predictor)
         self._kept: dict[int, _Predicted] = {}
         self._left = keep_bytes * self._mesh.shape[DATA]
@@ -171,9 +172,8 @@ class Reference:
     def _placed(self, predictor: Predictor) -> Predictor:
         """The predictor on the devices."""
         if MODEL not in self._mesh.axis_names:
-            state = decoded_once(predictor.state, self._mesh.devices.flat[0])
-            predictor = dataclasses.replace(predictor, state=state)
-            return jax.device_put(predictor, NamedSharding(self._mesh, PartitionSpec()))
+            state = decoded_once(predictor.state, self._mesh.local_devices[0])
+            return everywhere(dataclasses.replace(predictor, state=state), self._mesh)
         parts = predictor.model, predictor.linear, predictor.state
         return Predictor(*cut(self._mesh, *parts), predictor.store)
 
@@ -184,7 +184,7 @@ class Reference:
             rows = np.arange(first, first + step)
             batch = rows // self.batch_rows * self.batch_rows  # first row of each row's batch
             filled = np.where(rows < count, rows, np.where(batch < count, batch, 0))
-            tokens = jax.device_put(self.tokens[filled], NamedSharding(self._mesh, ROWS))
+            tokens = placed(self.tokens[filled], self._mesh, DATA)
             if (base := self._kept.get(first)) is None:
                 base = _predicted(self._on_devices, tokens, mesh=self._mesh)
                 if base.log_p.nbytes <= self._left:
@@ -252,7 +252,7 @@ def _compared(
 
 def _by_row(*at_targets: Float[Array, "rows targets"]) -> list[Float64[np.ndarray, " rows"]]:
     """Sums over targets; waits for them, so that only one batch is on the devices."""
-    return [np.asarray(values, np.float64).sum(axis=1) for values in at_targets]
+    return [gathered(values).astype(np.float64).sum(axis=1) for values in at_targets]
 
 
 def _nll(

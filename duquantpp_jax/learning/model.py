@@ -2,11 +2,14 @@
 
     loss = mean over targets of KL(p || q)
 
-p from the float model, q from the model whose linears round (moves.py). Both predict, and KL is
-computed, as everywhere (evaluation/predict.py); only the dtype of the matrix products may differ.
-The float model's last hidden states are kept: a row that is seen again takes its head alone.
+p from the float model, q from the model whose linears round (moves.py). KL is computed as it is
+everywhere (evaluation/predict.py); only the dtype of the matrix products may differ. The float
+model's last hidden states are kept: a row that is seen again takes its head alone. The head runs
+row by row, and its gradient is taken there and then: the logits of one row are in memory.
 """
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,11 +21,11 @@ from flax import struct
 from jaxtyping import Array, Float, Integer, Key
 
 from duquantpp_jax.core import Format, MXArray
-from duquantpp_jax.evaluation.predict import Predictor, kl_divergence, normalized
+from duquantpp_jax.evaluation.predict import kl_divergence, normalized
 from duquantpp_jax.learning.moves import PARTS, Learned, Moves, SitesObjective
 from duquantpp_jax.learning.straight_through import product
 from duquantpp_jax.learning.training import Trained
-from duquantpp_jax.models import Decoder, dense
+from duquantpp_jax.models import Decoder, Linear, dense
 from duquantpp_jax.transforms.block import BlockAffine
 
 Batch = Integer[Array | np.ndarray, "rows length"] | tuple[Array, Array]
@@ -50,18 +53,18 @@ class Divergence(SitesObjective):
 
     def loss(self, learned: dict[str, Learned], batch: Batch) -> Float[Array, ""]:
         tokens, hidden = batch if isinstance(batch, tuple) else (batch, self.hidden(batch))
-        model = self.model.computing(self.dtype)
-        log_p = jax.lax.stop_gradient(normalized(model.logits(hidden)))
-        state = self.states(learned, self.rounded)
-        log_q = Predictor(model, self.linear, state).log_probabilities(jnp.asarray(tokens))
-        return jnp.mean(kl_divergence(log_p, log_q))
+        model, state = self.model.computing(self.dtype), self.states(learned, self.rounded)
+        return head_divergence(model, _before_targets(model, tokens, self.linear, state), hidden)
 
     def hidden(
         self, tokens: Integer[Array | np.ndarray, "rows length"]
     ) -> Float[Array, "rows targets k"]:
         """What the head of the float model reads before every target."""
         plain = dense if self.dtype == jnp.float32 else _bfloat16_linear
-        return self.model.computing(self.dtype).hidden(jnp.asarray(tokens)[:, :-1], plain)
+        return _before_targets(self.model.computing(self.dtype), tokens, plain)
+
+    def sparing(self) -> "Divergence":
+        return dataclasses.replace(self, model=self.model.rematerializing())
 
     def prepared(self, rows: Batch, batch_rows: int, uses: float) -> Batch:
         """The rows with `hidden` of each, if they are used twice and take no more than KEPT_BYTES;
@@ -81,6 +84,52 @@ class Divergence(SitesObjective):
 
 
 _hidden = jax.jit(Divergence.hidden)
+
+
+def _before_targets(
+    model: Decoder, tokens: Integer[Array | np.ndarray, "rows length"], linear: Linear, *state: Any
+) -> Float[Array, "rows targets k"]:
+    """What the head reads before every target.
+
+    The last token, which is no input, is run as well: it changes no number before it, and a GPU
+    multiplies 512 positions faster than 511.
+    """
+    return model.hidden(jnp.asarray(tokens), linear, *state)[:, :-1]
+
+
+@jax.custom_vjp
+def head_divergence(
+    model: Decoder,
+    hidden: Float[Array, "rows targets k"],
+    wanted: Float[Array, "rows targets k"],
+) -> Float[Array, ""]:
+    """Mean KL(p || q) over targets, q the head's prediction from `hidden`, p that from `wanted`.
+
+    Its gradient is that of `hidden` alone: neither the model nor what is wanted learns.
+    """
+    of_row = functools.partial(_row_divergence, model)
+    return jnp.mean(jax.lax.map(lambda pair: of_row(*pair), (hidden, wanted)))
+
+
+def _row_divergence(
+    model: Decoder, hidden: Float[Array, "targets k"], wanted: Float[Array, "targets k"]
+) -> Float[Array, ""]:
+    log_q, log_p = (normalized(model.logits(h[None])) for h in (hidden, wanted))
+    return jnp.mean(kl_divergence(log_p, log_q))
+
+
+def _forward(model: Decoder, hidden: Array, wanted: Array) -> tuple[Array, Array]:
+    of_row = jax.value_and_grad(functools.partial(_row_divergence, model))
+    values, gradients = jax.lax.map(lambda pair: of_row(*pair), (hidden, wanted))
+    return jnp.mean(values), gradients
+
+
+def _backward(gradients: Array, g: Float[Array, ""]) -> tuple[None, Array, None]:
+    scaled = gradients.astype(jnp.float32) * (g / np.float32(len(gradients)))
+    return None, scaled.astype(gradients.dtype), None
+
+
+head_divergence.defvjp(_forward, _backward)
 
 
 def learn_model(

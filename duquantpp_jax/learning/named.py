@@ -32,6 +32,7 @@ from duquantpp_jax.learning.blocks import learn_blocks, stack_blocks
 from duquantpp_jax.learning.callbacks import Callback, each
 from duquantpp_jax.learning.model import by_parts, learn_model
 from duquantpp_jax.learning.moves import PARTS, Learned, moves_named
+from duquantpp_jax.learning.sharing import Sharing
 from duquantpp_jax.learning.site import FitLearned, start_of
 from duquantpp_jax.learning.training import Trained, warmed_cosine
 from duquantpp_jax.models import SITES
@@ -116,9 +117,15 @@ def check_settings(how: LearnSettings) -> None:
     find_fit(how.start)
     checked_seed(how.seed)
     moves_named(how.moves)
-    for name in ("steps", "batch_rows", "check_every"):
+    for name in ("steps", "batch_rows", "accumulate", "check_every"):
         if getattr(how, name) < 1:
             raise ValueError(f"{name} = {getattr(how, name)}: give at least 1")
+    if how.through == "site" and how.accumulate > 1:
+        raise ValueError(
+            f"accumulate = {how.accumulate}: batches of a site are small, leave it out, or learn "
+            "through block or model"
+        )
+    Sharing.of(how.batch_rows, how.accumulate)
     if not how.rate > 0:
         raise ValueError(f"rate = {how.rate:g}: give a positive number")
 
@@ -177,7 +184,7 @@ def learn(
         kept = place, str(asked), unchanged
         return Trained(None, 0.0, [], _learn_sites(plan, checkpoint, calibration, report, *kept))
     settings |= {"optimizer": make(warmed_cosine(how.rate, count))}
-    settings |= {"batch_rows": how.batch_rows}
+    settings |= {"batch_rows": how.batch_rows, "accumulate": how.accumulate}
     formats = (recipe.activation_format, recipe.weight_format)
     size = max(format.block_size for format in formats)
     starts = _starts(plan, checkpoint, calibration, size, unchanged)

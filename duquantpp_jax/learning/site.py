@@ -113,6 +113,7 @@ class FitLearned:
             optimizer=_optimizer(self.optimizer, self.rate, self.steps),
             batch_rows=min(self.batch_tokens, len(rows)),
             check_every=self.check_every,
+            devices=jax.local_devices()[:1],  # a batch is too small to share
         )
         fitted = found.fits[SITE]
         return fitted if fitted.weights else dataclasses.replace(fitted, weights=first.weights)

@@ -5,11 +5,13 @@
 Batches are drawn with a key, without replacement within a pass over the rows. At every check the
 parameters are brought within their bounds and the loss on held-out rows is measured; those with the
 least such loss, the start included, are the result. Learning whose loss is NaN or Inf stops there.
+All devices share the rows of a batch (sharing.py).
 """
 
 import abc
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +24,18 @@ from jaxtyping import Array, Float, Int, Integer, Key
 
 from duquantpp_jax import files
 from duquantpp_jax.core import Fitted
+from duquantpp_jax.core.mesh import DATA, placed
 from duquantpp_jax.core.notices import warn
 from duquantpp_jax.learning import state as states
 from duquantpp_jax.learning.callbacks import Callback
+from duquantpp_jax.learning.sharing import (
+    Sharing,
+    home,
+    kept_bytes,
+    mean_loss,
+    memory_of,
+    value_and_grad,
+)
 
 Rows = Any
 """A pytree of arrays whose leading axes are the rows that batches are drawn from."""
@@ -48,6 +59,10 @@ class Objective(abc.ABC):
           uses: How often the loss of each is asked for.
         """
         return rows
+
+    def sparing(self) -> "Objective":
+        """One with the same loss that keeps less for the backward pass, if there is one."""
+        return self
 
 
 @struct.dataclass
@@ -88,6 +103,8 @@ def train(
     optimizer: optax.GradientTransformation,
     batch_rows: int = 16,
     check_every: int = 100,
+    accumulate: int = 1,
+    devices: Sequence[Any] | None = None,
     callback: Callback = lambda *_: None,
     checkpoint: Path | None = None,
 ) -> Trained:
@@ -110,17 +127,27 @@ def train(
     Args:
       rows, held_out: To learn from, and to choose by; never test text.
       optimizer: Of optax, with its schedule. Compiled code is kept while it is the same object.
+      accumulate: Parts that a batch is taken in, which bounds memory; see `sharing`.
+      devices: They share the rows of a batch; all by default, or as many as can evenly.
       callback: Called at every check with its step and losses.
       checkpoint: A file, written at every check; a run that finds it goes on from there, to the
         same bits. It holds digests of all other arguments, which must be the same.
 
     Raises:
-      ValueError: Too few rows, or none held out; a checkpoint of other settings.
+      ValueError: Too few rows, or none held out; a batch that has no such parts; a checkpoint of
+        other settings.
     """
     objective, learned, rows = jax.tree.map(jnp.asarray, (objective, learned, rows))
-    checked = objective.prepared(held_out, batch_rows, 1 + steps / check_every)
-    best_loss = jnp.float32(held_out_loss(objective, learned, checked, batch_rows))
-    state = Progress(jnp.int32(0), learned, optimizer.init(learned), learned, best_loss)
+    sharing, some = Sharing.of(batch_rows, accumulate, devices), batch_rows // accumulate
+    checked = _cut(objective.prepared(held_out, some, 1 + steps / check_every), some, sharing)
+    given = objective
+    if _tight(objective, learned, rows, sharing, sharing.rows(batch_rows)):
+        objective = objective.sparing()
+    objective = sharing.put(objective)
+    best_loss = _loss_of(objective, sharing.put(learned), checked, sharing)
+    state = Progress(
+        jnp.int32(0), learned, optimizer.init(learned), learned, jnp.float32(best_loss)
+    )
     start_loss, history = float(best_loss), []
     if not np.isfinite(start_loss):
         raise ValueError(
@@ -129,10 +156,11 @@ def train(
         )
     settings = {}
     if checkpoint is not None:
+        parts = "" if accumulate == 1 else f" in {accumulate} parts"
         settings = {
-            "objective": f"{_said(objective)} of {states.digest(objective)}",
+            "objective": f"{_said(given)} of {states.digest(given)}",
             "optimizer": states.describe(optimizer, learned),
-            "pace": f"{steps} steps, batches of {batch_rows}, checked every {check_every}",
+            "pace": f"{steps} steps, batches of {batch_rows}{parts}, checked every {check_every}",
             "start": states.digest(learned),
             "key": states.digest(jax.random.key_data(key)),
             "rows": states.digest((rows, held_out)),
@@ -140,15 +168,15 @@ def train(
         if checkpoint.exists():
             state, start_loss, history = states.load(checkpoint, state, settings)
     order = batches(key, _count(rows), batch_rows, steps)
-    state = jax.tree.map(jnp.copy, state)  # for it is given away
-    rows = objective.prepared(rows, batch_rows, steps * batch_rows / _count(rows))
+    state = jax.tree.map(jnp.copy, sharing.put(state))  # for it is given away
+    rows = sharing.put(given.prepared(rows, some, steps * batch_rows / _count(rows)))
     while (first := int(state.step)) < steps and not (history and _diverged(*history[-1])):
-        part = jnp.asarray(order[first : first + check_every])
-        state, losses = _advance(objective, state, rows, part, optimizer=optimizer)
-        loss = held_out_loss(objective, state.learned, checked, batch_rows)
+        part = sharing.put(order[first : first + check_every])
+        state, losses = _advance(objective, state, rows, part, optimizer=optimizer, sharing=sharing)
+        loss = _loss_of(objective, state.learned, checked, sharing)
         if loss < float(state.best_loss):
             best = jax.tree.map(jnp.copy, state.learned)
-            state = dataclasses.replace(state, best=best, best_loss=jnp.float32(loss))
+            state = dataclasses.replace(state, best=best, best_loss=sharing.put(np.float32(loss)))
         history.append((int(state.step), float(jnp.mean(losses)), loss))
         if checkpoint is not None:
             states.save(checkpoint, state, start_loss, history, settings)
@@ -158,7 +186,7 @@ def train(
         warn("learning diverged by step %d (loss %g, held out %g) and was stopped; the best so "
              "far is kept, of held-out loss %g: give a lower rate",
              *history[-1], float(state.best_loss))  # fmt: skip
-    return Trained(state.best, start_loss, history)
+    return Trained(home(state.best), start_loss, history)
 
 
 def _diverged(step: int, loss: float, held_out: float) -> bool:
@@ -175,14 +203,27 @@ def warmed_cosine(rate: float, steps: int) -> optax.Schedule:
 
 def held_out_loss(objective: Objective, learned: Any, rows: Rows, batch_rows: int) -> float:
     """Mean of the objective over all rows; ValueError if there are none."""
-    count = _count(rows)
-    if not count:
+    alone = Sharing.of(1, 1)
+    objective, learned = alone.put((objective, learned))
+    return _loss_of(objective, learned, _cut(rows, batch_rows, alone), alone)
+
+
+def _cut(rows: Rows, batch_rows: int, sharing: Sharing) -> list[Rows]:
+    """Batches on the devices, which share those of as many rows as they can share."""
+    if not (count := _count(rows)):
         raise ValueError("no rows are held out: give some to choose the best step by")
-    total = 0.0
+    mesh, found = sharing.mesh, []
     for first in range(0, count, batch_rows):
-        batch = jax.tree.map(lambda a: jnp.asarray(a[first : first + batch_rows]), rows)  # noqa: B023
-        total += _count(batch) * float(_loss(objective, learned, batch))
-    return total / count
+        batch = jax.tree.map(lambda a: a[first : first + batch_rows], rows)  # noqa: B023
+        found.append(placed(batch, mesh, *[DATA] * (_count(batch) % mesh.size == 0)))
+    return found
+
+
+def _loss_of(objective: Objective, learned: Any, batches: list[Rows], sharing: Sharing) -> float:
+    """Mean over the rows of all batches."""
+    sizes = [_count(batch) for batch in batches]
+    losses = [float(_loss(objective, learned, batch, sharing=sharing)) for batch in batches]
+    return float(np.dot(sizes, losses)) / sum(sizes)
 
 
 def batches(
@@ -200,7 +241,7 @@ def batches(
     return order.reshape(-1, batch_rows)[:steps]
 
 
-@functools.partial(jax.jit, static_argnames="optimizer", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("optimizer", "sharing"), donate_argnames="state")
 def _advance(
     objective: Objective,
     state: Progress,
@@ -208,14 +249,15 @@ def _advance(
     order: Integer[Array, "steps batch"],
     *,
     optimizer: optax.GradientTransformation,
+    sharing: Sharing,
 ) -> tuple[Progress, Float[Array, " steps"]]:
     """One chunk of steps."""
     update = optax.with_extra_args_support(optimizer).update
 
     def step(state: Progress, number: Integer[Array, " batch"]) -> tuple[Progress, Array]:
         batch = jax.tree.map(lambda a: a[number], rows)
-        loss = functools.partial(objective.loss, batch=batch)
-        value, gradient = jax.value_and_grad(loss)(state.learned)
+        loss = functools.partial(mean_loss, objective, batch=batch, sharing=sharing)
+        value, gradient = value_and_grad(objective, state.learned, batch, sharing)
         extra = {"value": value, "grad": gradient, "value_fn": loss}
         with jax.numpy_dtype_promotion("standard"):  # optax counts on it
             updates, kept = update(gradient, state.optimizer, state.learned, **extra)
@@ -227,9 +269,21 @@ def _advance(
     return dataclasses.replace(state, learned=objective.bounded(state.learned)), losses
 
 
-@jax.jit
-def _loss(objective: Objective, learned: Any, batch: Rows) -> Float[Array, ""]:
-    return objective.loss(learned, batch)
+@functools.partial(jax.jit, static_argnames="sharing")
+def _loss(objective: Objective, learned: Any, batch: Rows, *, sharing: Sharing) -> Float[Array, ""]:
+    """Of a batch of any size; one that cannot be shared is run on every device."""
+    if _count(batch) % sharing.mesh.size:
+        return objective.loss(learned, batch)
+    return mean_loss(objective, learned, batch, sharing._replace(parts=1))
+
+
+def _tight(objective: Objective, learned: Any, rows: Rows, sharing: Sharing, each: int) -> bool:
+    """Whether what the backward pass would be given takes more than half of a device's memory."""
+    memory = memory_of(sharing.mesh.devices.flat[0])
+    if memory is None:
+        return False
+    some = jax.tree.map(lambda a: jax.ShapeDtypeStruct((each, *a.shape[1:]), a.dtype), rows)
+    return 2 * kept_bytes(objective, learned, some) > memory
 
 
 def _said(objective: Objective) -> str:

@@ -49,6 +49,7 @@ class Decoder(nnx.Module):
       dtype: Of the matrix products; static. The residual stream, norms, rotary positions, softmax
         and logits are always float32. Parameters may be of any float type: those of a layer are
         converted while it runs, so that a model in bfloat16 takes two bytes for each.
+      rematerialized: Whether gradients run each layer again rather than keep what it made; static.
       embedding: [vocab, hidden]; also the head where the embeddings are tied.
       layers: Parameters with a leading layer axis, by their names inside a layer of a checkpoint.
       head: [vocab, hidden], or None where the embeddings are tied.
@@ -80,7 +81,7 @@ class Decoder(nnx.Module):
             wrong = next(name for name in shapes | got if got.get(name) != shapes.get(name))
             has, wants = got.get(wrong), shapes.get(wrong)
             raise ValueError(f"parameter {wrong} has shape {has}: this configuration wants {wants}")
-        self.config, self.dtype = config, jnp.dtype(dtype)
+        self.config, self.dtype, self.rematerialized = config, jnp.dtype(dtype), False
         self.embedding = nnx.Param(parameters[EMBEDDING])
         layers = {n.removeprefix(LAYER): a for n, a in parameters.items() if n.startswith(LAYER)}
         self.layers = nnx.Dict({name: nnx.Param(array) for name, array in layers.items()})
@@ -91,6 +92,15 @@ class Decoder(nnx.Module):
         """The same decoder with matrix products of this type."""
         moved = jax.tree.map(lambda leaf: leaf, self)
         moved.dtype = jnp.dtype(dtype)
+        return moved
+
+    def rematerializing(self) -> "Decoder":
+        """The same decoder whose gradients take the memory of one layer, and a third more time.
+
+        Source: Chen et al., arXiv:1604.06174.
+        """
+        moved = jax.tree.map(lambda leaf: leaf, self)
+        moved.rematerialized = True
         return moved
 
     def parameters(self) -> dict[str, Float[Array, "..."]]:
@@ -138,10 +148,13 @@ class Decoder(nnx.Module):
         return self.logits(hidden), outs
 
     def hidden(
-        self, tokens: Integer[Array, "rows length"], linear: Linear = dense
+        self,
+        tokens: Integer[Array, "rows length"],
+        linear: Linear = dense,
+        state: State | None = None,
     ) -> Float[Array, "rows length k"]:
         """What the head reads at every position, in the type of the matrix products."""
-        return self._run(tokens, linear, None, jnp.int32(0), None, None)[0]
+        return self._run(tokens, linear, state, jnp.int32(0), None, None)[0]
 
     def logits(self, hidden: Float[Array, "rows length k"]) -> Float32[Array, "rows length vocab"]:
         """The product of the head with what `hidden` gives."""
@@ -209,6 +222,8 @@ class Decoder(nnx.Module):
             own, where = jax.tree.map(lambda a: a[first : first + count], scanned)  # noqa: B023
             sliced, join = apart((own, dict.fromkeys(SITES) | dict(run), where), count)
             step = functools.partial(body, join)
+            if self.rematerialized:
+                step = jax.checkpoint(step, prevent_cse=False)  # pyright: ignore
             (x, entries), out = jax.lax.scan(step, (x, entries), (numbers, sliced))
             outs.append(out)
             first += count

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32, Int, Integer
 
 from duquantpp_jax.core import Fitted, Format, Needs, Stats
+from duquantpp_jax.core.mesh import placed
 from duquantpp_jax.models import SITES, Decoder, DecoderConfig, dense
 from duquantpp_jax.models.experts import Routed
 from duquantpp_jax.models.layers import Positional, join_layers, layer, positional_of
@@ -230,12 +231,7 @@ def spread(tree: Any, mesh: Mesh | None, *axes: str) -> Any:
     """A pytree that every process has whole, laid over the devices of all of them."""
     if mesh is None:
         return jax.tree.map(jnp.asarray, tree)
-
-    def place(leaf: Any) -> Array:
-        array, sharding = np.asarray(leaf), NamedSharding(mesh, P(*axes))
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-    return jax.tree.map(place, tree)
+    return placed(tree, mesh, *axes)
 
 
 def replicated(tree: Any, mesh: Mesh | None) -> Any:

@@ -24,13 +24,14 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from duquantpp_jax.core.mesh import DATA
 from duquantpp_jax.models import Decoder, Linear
 from duquantpp_jax.models.parameters import LINEARS
 from duquantpp_jax.ptq.plan import linear_shapes
 from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
 
-DATA, MODEL = "rows", "model"
-"""The axes of a mesh: of rows, which an option calls data, and of matrices."""
+MODEL = "model"
+"""The axis of a mesh that matrices are cut along; that of rows, DATA, an option calls data."""
 
 
 def mesh_of(sizes: str) -> Mesh:

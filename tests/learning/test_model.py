@@ -8,19 +8,20 @@ import optax
 import pytest
 
 from duquantpp_jax.checkpoints import load, testbed
-from duquantpp_jax.evaluation.predict import Predictor, Reference
+from duquantpp_jax.evaluation.predict import Predictor, Reference, kl_divergence, normalized
 from duquantpp_jax.formats import MXFP4
 from duquantpp_jax.learning import model as learning_model
-from duquantpp_jax.learning.model import Divergence, at_rates, learn_model
+from duquantpp_jax.learning.model import Divergence, at_rates, head_divergence, learn_model
 from duquantpp_jax.learning.moves import Learned, Moves
 from duquantpp_jax.learning.training import held_out_loss
-from duquantpp_jax.models import SITES
+from duquantpp_jax.models import SITES, dense
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import QuantizedLinear
 from duquantpp_jax.ptq.walk import quantize_decoder
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.block import BlockAffine
 from duquantpp_jax.transforms.learned import PARAMETRIZATIONS
+from tests.conftest import tiny_decoder
 
 FORMATS = (MXFP4(), MXFP4())
 
@@ -99,6 +100,32 @@ def test_what_is_kept_of_the_float_model_changes_no_loss_and_is_bounded(model, m
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     monkeypatch.setattr(learning_model, "KEPT_BYTES", kept[1].nbytes - 1)
     assert objective.prepared(rows, 2, 2.0) is rows
+
+
+def test_the_gradient_of_the_head_row_by_row_and_of_layers_run_again_is_that_of_the_whole():
+    model, draw = tiny_decoder(), np.random.default_rng(0)
+    rows = jnp.asarray(draw.integers(0, 257, (3, 17)), jnp.int32)
+    wanted = jnp.asarray(draw.standard_normal((3, 17, model.config.hidden_size), np.float32))
+
+    def linear(site, x, weights, state):
+        return dense(site, x * state, weights, None)
+
+    def whole(scales, model):
+        hidden = model.hidden(rows, linear, scales)
+        log_q, log_p = (normalized(model.logits(h)) for h in (hidden, wanted))
+        return jnp.mean(kl_divergence(log_p, log_q))
+
+    def by_row(scales, model):
+        return head_divergence(model, model.hidden(rows, linear, scales), wanted)
+
+    scales = dict.fromkeys(SITES, jnp.ones(model.config.num_hidden_layers))
+    loss, gradient = jax.jit(jax.value_and_grad(whole))(scales, model)
+    for each in (model, model.rematerializing()):
+        found, moved = jax.jit(jax.value_and_grad(by_row))(scales, each)
+        np.testing.assert_allclose(found, loss, rtol=1e-5)
+        for site in SITES:
+            np.testing.assert_allclose(moved[site], gradient[site], rtol=1e-3, atol=1e-6)
+            assert np.all(np.abs(gradient[site]) > 1e-5)
 
 
 @jax.numpy_dtype_promotion("standard")  # optax counts on it

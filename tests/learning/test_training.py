@@ -7,6 +7,8 @@ import optax
 import pytest
 from flax import struct
 
+from duquantpp_jax.learning import training
+from duquantpp_jax.learning.sharing import kept_bytes
 from duquantpp_jax.learning.training import Objective, batches, held_out_loss, train, warmed_cosine
 
 KEY = jax.random.key(0)
@@ -181,6 +183,37 @@ def test_every_pass_takes_every_row_once():
             np.sort(order[2 * number : 2 * number + 2].ravel()), range(10)
         )
     assert not np.array_equal(order[:2], order[2:4])
+
+
+@pytest.mark.parametrize("parts", [2, 8])
+def test_a_batch_in_parts_learns_what_the_whole_batch_learns(rows, parts):
+    whole, found = run(rows), run(rows, accumulate=parts)
+    np.testing.assert_allclose(found.learned["w"], whole.learned["w"], rtol=1e-5)
+    np.testing.assert_allclose(found.history, whole.history, rtol=1e-4)
+
+
+@pytest.mark.parametrize("parts", [0, 3, 16])
+def test_a_batch_that_has_no_such_parts_is_refused(rows, parts):
+    with pytest.raises(ValueError, match=f"8 rows cannot be taken in {parts} parts of as many"):
+        run(rows, accumulate=parts)
+
+
+@struct.dataclass
+class Wide(Line):
+    """As much as a device has is kept for its gradient."""
+
+    def sparing(self):
+        return OtherLine(self.scale * 2)
+
+
+def test_where_memory_is_tight_the_loss_that_keeps_less_is_learned(rows, monkeypatch):
+    plain = run(rows, objective=Wide(jnp.float32(1.0)))
+    kept = kept_bytes(Wide(jnp.float32(1.0)), {"w": jnp.zeros(4)}, tuple(p[:8] for p in rows))
+    starts = {}
+    for memory in (2 * kept, 2 * kept - 1):
+        monkeypatch.setattr(training, "memory_of", lambda _: memory)  # noqa: B023
+        starts[memory] = run(rows, objective=Wide(jnp.float32(1.0))).start_loss
+    assert starts == {2 * kept: plain.start_loss, 2 * kept - 1: pytest.approx(4 * plain.start_loss)}
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

@@ -3,6 +3,7 @@
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ from experiments import bench_fit
 @pytest.mark.slow
 def test_the_plain_loop_finds_the_rotations_of_the_fit():
     *_, fitted = bench_fit.fit_seconds(64, 64, 8)
-    rotations = np.asarray(bench_fit.mixed_rotations(bench_fit.KEY, 8, 32, "left"))
+    rotations = np.asarray(bench_fit.mixed_rotations(jax.random.key(bench_fit.SEED), 8, 32, "left"))
     tokens = np.asarray(bench_fit.tokens_of(64, 64))
     for block in (0, 1):
         found = bench_fit.plain(tokens[:, 32 * block : 32 * block + 32], rotations)

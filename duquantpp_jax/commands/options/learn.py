@@ -23,6 +23,8 @@ class LearnSettings(Plain):
         offsets at ten times.
       optimizer: One of optax, by its name there: adam, adamw, lion, lamb, rmsprop, sgd, ..
       batch_rows: Rows of a batch; of a site, batches of 16 times as many tokens.
+      accumulate: Parts that a batch is taken in, one after the other, for less memory; through
+        block or model.
       check_every: Steps between checks, at which progress is kept.
       seed: For starts that draw random numbers, and for the order of batches.
     """
@@ -34,6 +36,7 @@ class LearnSettings(Plain):
     rate: float = 1e-3
     optimizer: str = "adam"
     batch_rows: int = 16
+    accumulate: int = 1
     check_every: int = 50
     seed: int = 0
 
