@@ -21,6 +21,7 @@ Last result, 2026-11-30 (results/bench_gpu.json): evaluation in W4A4 1.33 times 
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ from duquantpp_jax.models.parameters import LAYER
 from duquantpp_jax.models.sampling import generate
 from duquantpp_jax.ptq.layout import decoded_once, for_writing
 from duquantpp_jax.ptq.plan import Plan
+from duquantpp_jax.ptq.site import QuantizedLinear
 from duquantpp_jax.ptq.stores import store
 from duquantpp_jax.ptq.walk import quantize_layer
 from duquantpp_jax.recipes import recipe
@@ -79,10 +81,14 @@ def evaluation(sizes: Sizes) -> Iterator[Row]:
     yield Row(f"{what}, model in bf16", rival)
     for name, goal in {"nothing": "<= 1.25", "a matrix a block": "<= 1.4"}.items():
         predictor = quantized(model, rotations(config, per_block=name != "nothing"))
-        for compute, dtype in {"bf16": jnp.bfloat16, "float32": jnp.float32}.items():
-            own = seconds(predictor, dtype)
+        by_xla = dataclasses.replace(predictor, linear=QuantizedLinear(FORMAT, "xla"))
+        for (compute, dtype), (how, engine) in itertools.product(
+            {"bf16": jnp.bfloat16, "float32": jnp.float32}.items(),
+            {"": predictor, ", --implementation xla": by_xla}.items(),
+        ):
+            own = seconds(engine, dtype)
             yield Row(
-                f"{what}, W4A4 moved by {name}, --compute {compute}",
+                f"{what}, W4A4 moved by {name}, --compute {compute}{how}",
                 own,
                 "model in bf16",
                 own / rival,
@@ -94,12 +100,13 @@ def generation(sizes: Sizes) -> Iterator[Row]:
     """Prefill and decode as `generate` runs them, a single prompt, a bf16 cache."""
     config, model = sizes.model, random_model(sizes.model).computing(jnp.bfloat16)
     moved = quantized(model, rotations(config, per_block=True))
-    options: Any = {"store": store("bf16", config.head_dim)}
+    plain = store("bf16", config.head_dim, implementation="xla")
     device = jax.devices()[0]
     state = decoded_once(moved.state, device)
     held = for_writing(moved.linear, moved.state, device)
     kinds: dict[str, tuple[Decoder, dict[str, Any]]] = {
         "model in bf16": (model, {"linear": dense}),
+        "model in bf16, --implementation xla": (model, {"linear": dense, "store": plain}),
         "W4 decoded at use": (moved.model, {"linear": moved.linear, "state": moved.state}),
         "W4 decoded before": (moved.model, {"linear": moved.linear, "state": state}),
         "W4 packed": (moved.model, {"linear": moved.linear, "state": held}),
@@ -110,7 +117,8 @@ def generation(sizes: Sizes) -> Iterator[Row]:
     rivals: dict[str, float] = {}
     for name, (decoder, given) in kinds.items():
         decoder = decoder.computing(jnp.bfloat16)
-        run = functools.partial(generate, decoder, key=jax.random.key(0), **options, **given)
+        options: dict[str, Any] = {"store": store("bf16", config.head_dim)} | given
+        run = functools.partial(generate, decoder, key=jax.random.key(0), **options)
         times = {
             "prefill": seconds_of(lambda: run([long], new=1)),  # noqa: B023
             "decode": (
@@ -123,7 +131,7 @@ def generation(sizes: Sizes) -> Iterator[Row]:
         for what, seconds in times.items():
             tokens = f"prefill of {sizes.prompt} tokens" if what == "prefill" else "decode a token"
             rival = rivals.setdefault(what, seconds)
-            beside = {} if given.get("state") is None else {"against": "model in bf16"}
+            beside = {} if seconds is rival else {"against": "model in bf16"}
             ratio = seconds / rival if beside else None
             label = f"{tokens}, {config.num_hidden_layers} layers, {name}"
             yield Row(label, seconds, ratio=ratio, goal=goals[what] if beside else "", **beside)

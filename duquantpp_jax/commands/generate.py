@@ -86,7 +86,9 @@ def continued(
     if (note := left_out(options.model)) is not None:
         print(f"{options.model}: {note}", file=sys.stderr)
     config, tokenizer = model.config, load_tokenizer(options.model, model.config)
-    store = cache.store(options.cache, config.head_dim, rotate_keys=options.rotate_keys)
+    how = "xla" if mesh is not None else options.implementation
+    turned = {"rotate_keys": options.rotate_keys, "implementation": how}
+    store = cache.store(options.cache, config.head_dim, **turned)
     prompts = [_ids(options, text, tokenizer, config) for text in options.prompt]
     longest, new = max(map(len, prompts)), options.max_new_tokens
     room = config.max_position_embeddings - longest

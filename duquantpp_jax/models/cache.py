@@ -15,9 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int32
 
+from duquantpp_jax.models.attention import causal_attention
 from duquantpp_jax.models.config import DecoderConfig
 from duquantpp_jax.models.in_place import InPlace
 
@@ -43,6 +45,19 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def decode(self, entries: Any) -> Float[Array, "rows length heads head_dim"]:
         """The numbers that the entries stand for."""
+
+    def attend(
+        self,
+        q: Float[Array, "rows length kv_heads groups head_dim"],
+        entries: InPlace,
+        positions: Int32[Array, "*rows length"],
+        window: Int32[Array | np.ndarray, ""] | None,
+        scalar: float,
+        sinks: Float[Array, "kv_heads groups"] | None,
+    ) -> Float[Array, "rows length kv_heads groups head_dim"]:
+        """`causal_attention` over the entries (keys, values) of a layer."""
+        k, v = (self.decode(part).astype(q.dtype) for part in entries.own())
+        return causal_attention(q, k, v, positions, window, scalar, sinks)
 
 
 @struct.dataclass

@@ -156,16 +156,22 @@ def layer(
         return [rms_norm(config, y, parameters[after[site]]) for y in ys] if site in after else ys
 
     q, k, v = _heads(config, parameters, where, positions, *at("attention_in", x))
+    sinks = parameters[SINKS].reshape(q.shape[2:4]) if config.sinks else None
+    scalar = float(config.query_pre_attn_scalar or config.head_dim)
+    seen: dict[str, Any] = {"positions": positions, "window": where.window}
+    seen |= {"scalar": scalar, "sinks": sinks}
     if store is not None:
         q, k = store.move(q), store.move(k)
         new = store.encode(k), store.encode(v.astype(jnp.float32))
-        if entries is not None:
+        if entries is None:
+            k, v = map(store.decode, new)
+        else:
             entries = put(entries, new, start)
-        k, v = map(store.decode, new if entries is None else entries.own())
-    sinks = parameters[SINKS].reshape(q.shape[2:4]) if config.sinks else None
-    q, k, v = (y.astype(dtype) for y in (q, k, v))
-    scalar = float(config.query_pre_attn_scalar or config.head_dim)
-    a = causal_attention(q, k, v, positions, where.window, scalar, sinks)
+    if store is None or entries is None:
+        q, k, v = (y.astype(dtype) for y in (q, k, v))
+        a = causal_attention(q, k, v, **seen)
+    else:
+        a = store.attend(q.astype(dtype), entries, **seen)
     (y,) = at("attention_out", a.reshape(*x.shape[:2], -1))
     x = x + y.astype(jnp.float32)
     h, scores = x, None

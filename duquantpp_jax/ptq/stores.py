@@ -16,12 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int32
 
 from duquantpp_jax.core import MXArray, ScaleRule
 from duquantpp_jax.formats import MX, MXFP4, MXFP8
 from duquantpp_jax.formats.packing import pack_nibbles, unpack_nibbles
+from duquantpp_jax.kernels.decode_attention.api import EVERYTHING, decode_attention, why_not
+from duquantpp_jax.kernels.implementation import why_not_nvidia
 from duquantpp_jax.models import Store
+from duquantpp_jax.models.in_place import InPlace
 from duquantpp_jax.recipes import known
 from duquantpp_jax.transforms.block import multiply_blocks
 from duquantpp_jax.transforms.hadamard import hadamard
@@ -40,11 +43,17 @@ the largest of a block saturates at 448 whenever it lies in (448, 512) times its
 """
 
 
-def store(name: str, head_dim: int, *, rotate_keys: bool = False) -> Store:
+def store(
+    name: str, head_dim: int, *, rotate_keys: bool = False, implementation: str | None = None
+) -> Store:
     """The store of a name in `FORMATS`; `rotate_keys` rotates queries and keys by H.
 
     >>> store("mxfp4", head_dim=32).format.block_size
     32
+
+    Args:
+      implementation: Of the attention of a token over entries in bfloat16: "xla", or None for the
+        kernel `decode_attention` where the device runs it.
 
     Raises:
       ValueError: An unknown name, or a head that the format's blocks or the matrix do not fit.
@@ -60,7 +69,7 @@ def store(name: str, head_dim: int, *, rotate_keys: bool = False) -> Store:
             f"--rotate-keys needs a head_dim that is a power of two, and this model's is "
             f"{head_dim}: leave it out"
         )
-    return HeadStore(format, rotate_keys)
+    return HeadStore(format, rotate_keys, kernels=implementation != "xla")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +78,29 @@ class HeadStore(Store):
 
     format: MX | np.dtype
     rotate_keys: bool = False
+    kernels: bool = True
+
+    def attend(
+        self,
+        q: Float[Array, "rows length kv_heads groups head_dim"],
+        entries: InPlace,
+        positions: Int32[Array, "*rows length"],
+        window: Int32[Array | np.ndarray, ""] | None,
+        scalar: float,
+        sinks: Float[Array, "kv_heads groups"] | None,
+    ) -> Float[Array, "rows length kv_heads groups head_dim"]:
+        """As `Store.attend`; for one token of each row by a kernel, where there is one for it."""
+        if sinks is not None or not self._in_a_kernel(q, entries):
+            return super().attend(q, entries, positions, window, scalar, sinks)
+        at, (keys, values) = jnp.broadcast_to(positions[..., 0], q.shape[:1]), entries.arrays
+        seen = EVERYTHING if window is None else jnp.asarray(window)
+        options: Any = {"scale": scalar**-0.5, "window": seen}
+        return decode_attention(q[:, 0], keys, values, entries.layer, at, **options)[:, None]
+
+    def _in_a_kernel(self, q: Array, entries: InPlace) -> bool:
+        if not self.kernels or isinstance(self.format, MX) or q.shape[1] > 1:
+            return False
+        return (why_not_nvidia() or why_not(q[:, 0], entries.arrays[0])) is None
 
     def move(self, x: Float[Array, "*batch head_dim"]) -> Float[Array, "*batch head_dim"]:
         """x H."""

@@ -1,12 +1,8 @@
 """One pass over x: blocks moved by their matrices on tensor cores, and rounded from registers.
 
     y_b = x_b M_b            M_b = diag(1 / smooth_b) R_b
-    x = x_1 (+ x_2 + x_3),   M = M_1 + M_2 + M_3        each part of 8 bits, in bfloat16
-    y = sum of x_i M_j, i + j <= 4, in float32
 
-A float32 is the sum of three bfloat16 numbers, exactly: each is what the upper half of the bits of
-what is left says. x in bfloat16 is one. What is left out is below 2^-24 |x| |M|, so y is as near as
-a product in float32.
+The products are in float32, of parts (parts.py).
 
 A program has some rows of some blocks. The last programs begin where they end with the last row, so
 that rows that two of them have are written twice, alike.
@@ -35,10 +31,10 @@ from duquantpp_jax.kernels.block_scale import (
     with_sign,
 )
 from duquantpp_jax.kernels.operand import Operand
+from duquantpp_jax.kernels.parts import PARTS, parts_of
 
-ROWS, LEAST_ROWS, BLOCKS = 128, 16, 4
-"""Rows of a program, the fewest that tensor cores take, and the blocks that it moves."""
-PARTS = 3
+ROWS, LEAST_ROWS, BLOCKS, WARPS = 128, 16, 4, 4
+"""Rows of a program, the fewest that tensor cores take, the blocks that it moves, and its warps."""
 BLOCK = 32
 
 
@@ -113,23 +109,10 @@ def _call(x: Array, matrices: Array, rule: ScaleRule, outs: Any, interpret: bool
         in_specs=[pl.BlockSpec()] * 2,
         out_specs=[pl.BlockSpec()] * len(outs),
         out_shape=[jax.ShapeDtypeStruct((len(x), blocks * n), dtype) for n, dtype in outs],
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
-    )(x, jnp.stack(_parts(matrices)))
+    )(x, jnp.stack(parts_of(matrices)))
     return [y[:m] for y in found]
-
-
-def _parts(x: Float[Array, "*s"]) -> list[BFloat16[Array, "*s"]]:
-    """Numbers of 8 bits that add up to x."""
-    if x.dtype == jnp.bfloat16:
-        return [x]
-    found = []
-    for _ in range(PARTS):
-        bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000)
-        part = lax.bitcast_convert_type(bits, jnp.float32)
-        found.append(part.astype(jnp.bfloat16))
-        x = x - part
-    return found
 
 
 def _kernel(
@@ -159,7 +142,7 @@ def _kernel(
 
 def _moved(x: Array, matrices: Any, block: Any) -> Float32[Array, "rows 32"]:
     """x M as a sum of products of parts, the smallest first."""
-    parts, y = _parts(x), jnp.zeros((x.shape[0], BLOCK), jnp.float32)
+    parts, y = parts_of(x), jnp.zeros((x.shape[0], BLOCK), jnp.float32)
     for both in reversed(range(PARTS)):
         for i, part in enumerate(parts[: both + 1]):
             y += jnp.dot(part, matrices[both - i, block, :, :], preferred_element_type=jnp.float32)
