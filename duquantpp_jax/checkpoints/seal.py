@@ -26,8 +26,10 @@ def write_seal(directory: Path, last: Mapping[str, bytes]) -> None:
     Args:
       last: Contents of files that are written after it.
     """
-    paths = (path for path in directory.iterdir() if path.is_file() and path.name != SUMS)
-    sums = {path.name: files.sha256(path) for path in paths if not path.name.startswith(".")}
+    paths = [path for path in directory.iterdir() if path.is_file() and path.name != SUMS]
+    paths = [path for path in paths if not path.name.startswith(".")]
+    names = (path.name for path in paths)
+    sums = dict(zip(names, files.sha256_of_each(paths), strict=True))
     sums |= {name: hashlib.sha256(content).hexdigest() for name, content in last.items()}
     lines = (f"{sums[name]}  {name}\n" for name in sorted(sums))
     files.write_whole(directory / SUMS, "".join(lines).encode())

@@ -108,8 +108,9 @@ class Directory:
     def sha256(self) -> str:
         """SHA-256 over the names and bytes of config.json and the shards."""
         total = hashlib.sha256()
-        for path in sorted({self.path / CONFIG, *shard_files(self.path)}, key=lambda p: p.name):
-            total.update(f"{path.name} {files.sha256(path)}\n".encode())
+        paths = sorted({self.path / CONFIG, *shard_files(self.path)}, key=lambda p: p.name)
+        for path, found in zip(paths, files.sha256_of_each(paths), strict=True):
+            total.update(f"{path.name} {found}\n".encode())
         return total.hexdigest()
 
     def companions(self) -> dict[str, Callable[[], bytes]]:

@@ -10,6 +10,7 @@ out.)
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,9 @@ from duquantpp_jax.transforms.storage import to_arrays
 
 REFINED = "refined"
 """In the metadata of a layer whose transforms were learned once more."""
+
+READERS = 4
+"""Layers whose hashes are checked side by side at the end."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done, steps in all."""
@@ -127,30 +131,48 @@ def write_layers(
         hidden = streams(plan, checkpoint.embed(tokens))
     steps = plan.passes * -(-len(tokens) // BATCH_ROWS) + 2 * len(SITES)  # of a layer, at most
     done = itertools.count(first * steps + 1)
-    for number in range(first, count):
-        what = f"layer {number + 1} of {count}"
-        progress(what, number * steps, count * steps)
+    with ThreadPoolExecutor(1) as behind:  # writes a layer while the next is made
+        written: Future[None] | None = None
+        for number in range(first, count):
+            what = f"layer {number + 1} of {count}"
+            progress(what, number * steps, count * steps)
 
-        def says(doing: str) -> None:
-            progress(f"{what}: {doing}", next(done), count * steps)  # noqa: B023
+            def says(doing: str) -> None:
+                progress(f"{what}: {doing}", next(done), count * steps)  # noqa: B023
 
-        layer = quantize_layer(plan, number, checkpoint.layer(number), hidden, says)
-        if wrong := np.count_nonzero(~np.isfinite(hidden)):
-            raise NotFinite(  # and the inputs of all sites are finite: `check_input` has looked
-                f"{layer_prefix(number)}mlp: on the calibration rows the output is NaN or Inf in "
-                f"{wrong} of {hidden.size} numbers: the model overflows in float32, and cannot be "
-                "calibrated on them"
-            )
-        check(number, layer)
-        stored = checkpoint.layer_as_stored(number)[1] if checkpoint.packed else {}
-        tensors, about = layer_tensors(number, layer, stored)
-        about = {"schema": SCHEMA, "job": job.to_dict(), **about}
-        about["report"] = report_layer(plan, number, layer)
-        files.write_tensors(out / layer_file(number), tensors, about)
-        if number + 1 < count:
-            files.write_tensors(_hidden_file(out, number + 1), {"hidden": hidden}, {})
-        for past in range(number + 1):  # last the one that a killed run goes on from
-            _hidden_file(out, past).unlink(missing_ok=True)
+            layer = quantize_layer(plan, number, checkpoint.layer(number), hidden, says)
+            if wrong := np.count_nonzero(~np.isfinite(hidden)):
+                raise NotFinite(  # and the inputs of all sites are finite: `check_input` has looked
+                    f"{layer_prefix(number)}mlp: on the calibration rows the output is NaN or Inf "
+                    f"in {wrong} of {hidden.size} numbers: the model overflows in float32, and "
+                    "cannot be calibrated on them"
+                )
+            check(number, layer)
+            stored = checkpoint.layer_as_stored(number)[1] if checkpoint.packed else {}
+            tensors, about = layer_tensors(number, layer, stored)
+            about = {"schema": SCHEMA, "job": job.to_dict(), **about}
+            about["report"] = report_layer(plan, number, layer)
+            if written is not None:
+                written.result()
+            after = hidden.copy() if number + 1 < count else None
+            written = behind.submit(_write_layer, out, number, tensors, about, after)
+        if written is not None:
+            written.result()
+
+
+def _write_layer(
+    out: Path,
+    number: int,
+    tensors: Mapping[str, np.ndarray],
+    about: Mapping[str, Any],
+    hidden: Float32[np.ndarray, "rows length k"] | None,
+) -> None:
+    """Writes a finished layer and what the next is given, and drops what earlier ones were."""
+    files.write_tensors(out / layer_file(number), tensors, about)
+    if hidden is not None:
+        files.write_tensors(_hidden_file(out, number + 1), {"hidden": hidden}, {})
+    for past in range(number + 1):  # last the one that a killed run goes on from
+        _hidden_file(out, past).unlink(missing_ok=True)
 
 
 def layer_tensors(
@@ -278,10 +300,16 @@ def finish(
         file = f"outside-{number}.safetensors"
         write_tensors(out / file, {name: array}, {})
         place[name] = file
-    for number in range(checkpoint.config.num_hidden_layers):
+
+    def read(number: int) -> tuple[list[str], list[dict[str, Any]]]:
         tensors, about = _finished(out, number, job)
-        rows += about["report"]
-        place |= dict.fromkeys(tensors, layer_file(number))
+        return [*tensors], about["report"]
+
+    with ThreadPoolExecutor(READERS) as threads:
+        read_again = threads.map(read, range(checkpoint.config.num_hidden_layers))
+        for number, (names, report) in enumerate(read_again):
+            rows += report
+            place |= dict.fromkeys(names, layer_file(number))
     fields = checkpoint.source.fields()
     if untied := bool(fields.get("tie_word_embeddings")) > checkpoint.config.tie_word_embeddings:
         fields["tie_word_embeddings"] = False

@@ -21,6 +21,7 @@ from duquantpp_jax import files
 from duquantpp_jax.analysis.outliers import moved_maxima
 from duquantpp_jax.checkpoints import load_config, testbed
 from duquantpp_jax.checkpoints.packed import decoded
+from duquantpp_jax.commands.hosts import as_one_of_several
 from duquantpp_jax.commands.options.compare import BASELINE, FORMATS, CompareOptions
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.commands.sizes import ALONE, used
@@ -180,6 +181,7 @@ def _chosen(options: CompareOptions) -> dict[str, Any]:
         "out",
         "report",
         "seed",
+        "distributed",
         "terminal",
     )  # model and text stand beside
     return {name: value for name, value in fields.items() if name not in left}
@@ -187,6 +189,11 @@ def _chosen(options: CompareOptions) -> dict[str, Any]:
 
 def run(options: CompareOptions) -> int:
     """Runs the command, and prints and writes the results; returns the exit code."""
+    with as_one_of_several(options) as own:
+        return _run(own)
+
+
+def _run(options: CompareOptions) -> int:
     from duquantpp_jax.analysis import figures
 
     files.check_writable(options.out)

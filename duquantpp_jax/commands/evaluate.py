@@ -19,6 +19,7 @@ from rich.table import Table
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load_any, load_tokenizer
 from duquantpp_jax.checkpoints.packed import said
+from duquantpp_jax.commands.hosts import as_one_of_several
 from duquantpp_jax.commands.options.evaluate import EvaluateOptions
 from duquantpp_jax.commands.progress import Step, progress_bar
 from duquantpp_jax.evaluation import Predictor, Reference, RowSums, clusters, estimate, rows_of_text
@@ -196,6 +197,13 @@ def summary(results: dict[str, Any]) -> tuple[str, Table]:
 
 def run(options: EvaluateOptions) -> int:
     """Runs the command and prints the results; returns the exit code."""
+    if options.distributed and (options.tasks or options.mesh):
+        raise ValueError("--distributed shares the rows of a text: leave --tasks and --mesh out")
+    with as_one_of_several(options) as own:
+        return _run(own)
+
+
+def _run(options: EvaluateOptions) -> int:
     with contextlib.ExitStack() as stack:
         if options.out is not None:
             files.check_writable(options.out.parent)

@@ -21,6 +21,7 @@ from duquantpp_jax.checkpoints import load, testbed
 from duquantpp_jax.checkpoints.fits import ABOUT, ARRAYS, read_about, save_fits
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.packed import decoded
+from duquantpp_jax.commands.hosts import as_one_of_several, is_first, wait_for_all
 from duquantpp_jax.commands.options.learn import LearnOptions, LearnSettings
 from duquantpp_jax.commands.progress import progress_bar
 from duquantpp_jax.core import Fitted, Recipe
@@ -106,9 +107,12 @@ def learn_fits(
         "environment": environment(),
     }
     place = options.out / PROGRESS
-    with only_process(options.out):
-        if _begin(options, asked):
-            shutil.rmtree(place, ignore_errors=True)  # left by a run that was killed at its end
+    with only_process(options.out) if is_first() else contextlib.nullcontext():
+        finished = is_first() and _begin(options, asked)
+        wait_for_all("begun")
+        if finished or (not is_first() and (options.out / ABOUT).is_file()):
+            if is_first():  # left by a run that was killed at its end
+                shutil.rmtree(place, ignore_errors=True)
             return read_about(options.out)
         unchanged = functools.partial(check_unchanged, checkpoint.source.path, asked["model"])
         found = learn(options, checkpoint, method, rows, held_out, place=place, report=report,
@@ -120,8 +124,10 @@ def learn_fits(
         unchanged()
         history = [[x if np.isfinite(x) else None for x in check] for check in found.history]
         about = asked | {"start_loss": found.start_loss, "history": history, "held_out_kl": kl}
-        save_fits(options.out, found.fits, about)
-        shutil.rmtree(place)
+        if is_first():
+            save_fits(options.out, found.fits, about)
+            shutil.rmtree(place)
+        wait_for_all("saved")
     return read_about(options.out)
 
 
@@ -244,6 +250,16 @@ def _words(value: Any) -> str:
 
 def run(options: LearnOptions) -> int:
     """Runs the command and prints the held-out KL; returns the exit code."""
+    if options.distributed and options.through == "site":
+        raise ValueError(
+            "--distributed shares the rows of a batch, and those of a site are small: leave it "
+            "out, or learn --through block or model"
+        )
+    with as_one_of_several(options, shared=True) as own:
+        return _run(own)
+
+
+def _run(options: LearnOptions) -> int:
     if options.text and (used := decoded(options.model)) is not None:
         print(used, file=sys.stderr)
     with contextlib.ExitStack() as stack:
@@ -254,9 +270,9 @@ def run(options: LearnOptions) -> int:
                 "leave them out, or give --through block or model"
             )
         loggers: list[Callback] = []
-        if options.tensorboard:
+        if options.tensorboard and is_first():
             loggers.append(stack.enter_context(tensorboard(options.tensorboard)))
-        if options.wandb:
+        if options.wandb and is_first():
             config = {field.name: getattr(options, field.name) for field in SETTINGS}
             loggers.append(stack.enter_context(wandb(options.wandb, config=config)))
         progress = stack.enter_context(progress_bar(options.terminal))

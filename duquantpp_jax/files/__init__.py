@@ -16,7 +16,8 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -296,6 +297,14 @@ def sha256(path: Path) -> str:
     found = path.stat()
     written = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
     return _sha256(path, *written)
+
+
+def sha256_of_each(paths: Sequence[Path]) -> list[str]:
+    """`sha256` of several files, side by side: each is bound by a core, and not by the disk."""
+    if len(paths) < 2:
+        return [sha256(path) for path in paths]
+    with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1, 16)) as threads:
+        return [*threads.map(sha256, paths)]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Array, UInt8
 
 from duquantpp_jax.core import Element, MXArray
 from duquantpp_jax.formats.elements import E2M1, E2M3, E3M2, E4M3, E5M2
@@ -39,6 +39,19 @@ def pack_codes(codes: UInt8[np.ndarray, "*shape"], bits: int) -> UInt8[np.ndarra
     return np.packbits(each.ravel(), bitorder="little")
 
 
+def _packed(codes: UInt8[Array, "*shape"], bits: int) -> UInt8[np.ndarray, " bytes"]:
+    """`pack_codes`; pairs of four bits where the codes are, so that half as much is moved."""
+    if bits == 4 and codes.size % 2 == 0 and codes.size:
+        return np.asarray(_pairs(jnp.asarray(codes)))
+    return pack_codes(np.asarray(codes), bits)
+
+
+@jax.jit
+def _pairs(codes: UInt8[Array, "*shape"]) -> UInt8[Array, " bytes"]:
+    low, high = jnp.moveaxis(codes.reshape(-1, 2), -1, 0)
+    return low | high << 4
+
+
 def unpack_codes(
     packed: UInt8[np.ndarray, " bytes"], bits: int, shape: tuple[int, ...]
 ) -> UInt8[np.ndarray, "*shape"]:
@@ -56,7 +69,7 @@ def to_tensors(name: str, array: MXArray) -> tuple[dict[str, np.ndarray], dict[s
     """The tensors of an array, and its record for the metadata."""
     scales = array.scales
     tensors = {
-        f"{name}.codes": pack_codes(np.asarray(array.codes()), array.element.bits),
+        f"{name}.codes": _packed(array.codes(), array.element.bits),
         f"{name}.scales": np.asarray(array.scale_bytes() if scales.dtype.itemsize == 1 else scales),
     }
     if array.tensor_scale is not None:

@@ -178,7 +178,7 @@ def train(
             best = jax.tree.map(jnp.copy, state.learned)
             state = dataclasses.replace(state, best=best, best_loss=sharing.put(np.float32(loss)))
         history.append((int(state.step), float(jnp.mean(losses)), loss))
-        if checkpoint is not None:
+        if checkpoint is not None and jax.process_index() == 0:
             states.save(checkpoint, state, start_loss, history, settings)
         step, mean, _ = history[-1]
         callback(step, {"loss": mean, "held_out_loss": loss})

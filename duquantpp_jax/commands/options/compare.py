@@ -5,6 +5,7 @@ from pathlib import Path
 
 from duquantpp_jax.commands.options.common import (
     TARGETS,
+    Flag,
     Imports,
     Plain,
     Printing,
@@ -49,6 +50,8 @@ class CompareOptions(Plain):
       text_key: Of the text in .jsonl files.
       out: Directory for results.json, timings.json and compare.png.
       report: HTML page to write: the figure, a sortable table, and the configuration.
+      distributed: Share the rows with other processes that run the same command, on one host or
+        several (docs/many_devices.md).
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
 
@@ -73,5 +76,6 @@ class CompareOptions(Plain):
     text_key: str = "text"
     out: Path = Path("compare-out")
     report: Path | None = None
+    distributed: Flag = False
     imports: Imports = ()
     terminal: Printing = Terminal()

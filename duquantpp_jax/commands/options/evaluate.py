@@ -48,6 +48,8 @@ class EvaluateOptions(Plain):
       implementation: How inputs in MXFP4 are moved and rounded: triton in one kernel, xla without;
         by default the first of these that the device runs (docs/performance.md).
       out: File for the results, as JSON.
+      distributed: Share the rows with other processes that run the same command, on one host or
+        several (docs/many_devices.md).
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
 
@@ -70,5 +72,6 @@ class EvaluateOptions(Plain):
     mesh: str | None = None
     implementation: Implementation | None = None
     out: Path | None = None
+    distributed: Flag = False
     imports: Imports = ()
     terminal: Printing = Terminal()

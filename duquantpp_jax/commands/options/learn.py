@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from duquantpp_jax.commands.options.common import Imports, Plain, Printing, Terminal
+from duquantpp_jax.commands.options.common import Flag, Imports, Plain, Printing, Terminal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +65,8 @@ class LearnOptions(LearnSettings):
       overwrite: Start anew if --out holds other fits.
       text_key: Of the text in a .jsonl file.
       out: Directory for the fits.
+      distributed: Share the rows with other processes that run the same command, on one host or
+        several (docs/many_devices.md).
       imports: Modules to import first, for transforms and formats that this package does not have.
     """
 
@@ -82,5 +84,6 @@ class LearnOptions(LearnSettings):
     overwrite: bool = False
     text_key: str = "text"
     out: Path = Path("fits")
+    distributed: Flag = False
     imports: Imports = ()
     terminal: Printing = Terminal()

@@ -1,0 +1,91 @@
+"""Commands of two processes, with two devices each, give what one process gives."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from duquantpp_jax import files
+from duquantpp_jax.checkpoints.fits import read_about
+from duquantpp_jax.commands import hosts
+from duquantpp_jax.commands.evaluate import evaluate
+from duquantpp_jax.commands.learn import learn_fits
+from duquantpp_jax.commands.learn import run as learn
+from duquantpp_jax.commands.options.evaluate import EvaluateOptions
+from duquantpp_jax.commands.options.learn import LearnOptions
+from tests.conftest import TEXT
+
+
+def by_two(*arguments):
+    """What two processes print that run a command together."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
+    shared = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_NUM_PROCESSES": "2"}
+    shared |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
+    command = [sys.executable, "-m", "duquantpp_jax", *map(str, arguments), "--distributed"]
+    started = [
+        subprocess.Popen(
+            command, env=os.environ | shared | {"JAX_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300) for process in started]
+    for process, (_, errors) in zip(started, said, strict=True):
+        assert process.returncode == 0, errors
+    # Sums over processes on a CPU are Gloo's, which says with whom it is connected.
+    return [re.sub(r"(?m)^\[Gloo\].*\n", "", out) for out, _ in said]
+
+
+@pytest.mark.slow
+@pytest.mark.sockets
+def test_two_processes_evaluate_what_one_evaluates_and_the_first_alone_says_so(
+    tiny_directory, tmp_path
+):
+    alone = evaluate(EvaluateOptions(tiny_directory, TEXT, window=64))
+    out = tmp_path / "2.json"
+    asked = ("--model", tiny_directory, "--text", TEXT, "--window", 64, "--out", out)
+    first, other = by_two("evaluate", *asked)
+    assert "NLL" in first
+    assert not other
+    found = files.read_json(out)
+    np.testing.assert_allclose(found["nll"]["value"], alone["nll"]["value"], rtol=1e-6)
+    assert found["targets"] == alone["targets"]
+
+
+@pytest.mark.slow
+@pytest.mark.sockets
+def test_two_processes_learn_what_one_learns(tiny_directory, tmp_path):
+    how: dict[str, Any] = {"rows": 12, "held_out": 4.0, "steps": 2, "batch_rows": 8, "start": "rtn"}
+    how |= {"accumulate": 2, "measure": False}
+    alone = learn_fits(LearnOptions(model=tiny_directory, text=(TEXT,), out=tmp_path / "1", **how))
+    asked = [f"--{name.replace('_', '-')}={value}" for name, value in how.items() if value]
+    out = tmp_path / "2"
+    first, other = by_two("learn", "--model", tiny_directory, "--text", TEXT, "--out", out, *asked,
+                          "--no-measure")  # fmt: skip
+    assert "Written" in first
+    assert not other
+    assert not (out / "progress").exists()
+    found = read_about(out)
+    np.testing.assert_allclose(found["history"], alone["history"], rtol=1e-3)
+    assert alone["history"][-1][2] < alone["start_loss"]
+
+
+def test_what_cannot_be_shared_or_joined_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(ValueError, match="those of a site are small"):
+        learn(LearnOptions(distributed=True, through="site", out=tmp_path))
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    with pytest.raises(ValueError, match="needs JAX_COORDINATOR_ADDRESS and JAX_NUM_PROCESSES"):
+        hosts.meet_others()
+
+
+def test_others_than_the_first_write_nowhere(tmp_path):
+    options = LearnOptions(out=tmp_path / "fits")
+    assert hosts._writing_to(tmp_path / "nowhere", options).out == tmp_path / "nowhere" / "out"
