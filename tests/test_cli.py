@@ -30,14 +30,18 @@ def _arguments(directory, text, out, *more):
     return [
         "compare",
         *("--model", str(directory), "--text", str(text), "--calibration-text", str(text)),
-        *("--tokens", "5110", "--out", str(out)),
+        *("--tokens", "2044", "--out", str(out)),
         *more,
     ]
 
 
-@pytest.fixture(autouse=True)
-def _few_calibration_rows(monkeypatch):
-    monkeypatch.setattr("duquantpp_jax.commands.compare.CALIBRATION_ROWS", 8)
+@pytest.fixture(scope="module", autouse=True)
+def _few_rows():
+    """Shapes of lab/test_running.py, whose programs are found."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("duquantpp_jax.commands.compare.CALIBRATION_ROWS", 8)
+        patch.setattr("duquantpp_jax.commands.compare.BATCH_ROWS", 4)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +49,9 @@ def compared(tiny_directory, tiny_text, tmp_path_factory):
     """The output directory of one run, and what it printed."""
     out = tmp_path_factory.mktemp("compared")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("duquantpp_jax.commands.compare.CALIBRATION_ROWS", 8)
+        patch.setattr("duquantpp_jax.evaluation.intervals.LEAST_DOCUMENTS", 4)
         recipes = ("--recipes", "rtn", "block_hadamard", "random_hadamard")
-        recipes += ("--scale-rules", "floor", "log256", "--seeds", "2")
+        recipes += ("--scale-rules", "floor", "even", "--seeds", "2")
         assert cli.main(_arguments(tiny_directory, tiny_text, out / "a", *recipes)) == 0
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             again = _arguments(tiny_directory, tiny_text, out / "b", *recipes, "--json")
@@ -74,14 +78,14 @@ def test_results_keep_their_contract(compared):
     timings = json.loads((compared / "a" / "timings.json").read_text())
     assert undocumented([results, timings]) == set()
     assert results["schema"] == 2
-    assert results["targets"] == 5110
-    assert results["clusters"] == {"unit": "document", "count": 10}
+    assert results["targets"] == 2044
+    assert results["clusters"] == {"unit": "document", "count": 4}
     assert results["model"]["name"] == "tiny"
     assert results["text"]["name"] == "text.txt"
     assert {len(results[name]["sha256"]) for name in ("model", "text")} == {64}
     assert "out" not in results["options"]
     assert results["environments"][0]["cores"] >= 1
-    names, rules = ("rtn", "block_hadamard", "random_hadamard"), ("floor", "log256")
+    names, rules = ("rtn", "block_hadamard", "random_hadamard"), ("floor", "even")
     cells = [(entry["row"], entry["column"]) for entry in results["entries"]]
     assert cells == [(name, rule) for rule in rules for name in names]
     entries = dict(zip(cells, results["entries"], strict=True))
