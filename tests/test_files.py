@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -208,3 +209,17 @@ def test_a_file_to_write_is_refused_by_the_option_that_names_it(tmp_path):
         files.check_file(tmp_path, "--report")
     with pytest.raises(ValueError, match="give another --summary"):
         files.check_file(Path("/proc/page.html"), "--summary")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_what_is_not_finite_is_found_in_every_place(monkeypatch, dtype):
+    monkeypatch.setattr(files, "PIECE", 3)
+    plain = np.linspace(-2, 2, 8).astype(dtype)
+    assert files.all_finite(plain)
+    assert files.all_finite(plain[:0])
+    for place in range(8):
+        for wrong in (np.nan, -np.nan, np.inf, -np.inf):
+            spoiled = plain.copy()
+            spoiled[place] = wrong
+            assert not files.all_finite(spoiled)
+            assert not files.all_finite(np.stack([plain, spoiled], axis=1)[:, 1])

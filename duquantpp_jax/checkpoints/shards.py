@@ -18,7 +18,7 @@ from jaxtyping import Float, Shaped
 from safetensors import SafetensorError, safe_open
 
 from duquantpp_jax.checkpoints.gguf import Blocks
-from duquantpp_jax.files import one_line, read_json
+from duquantpp_jax.files import all_finite, one_line, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 OWN_INDEX = "quantized.safetensors.index.json"
@@ -136,10 +136,7 @@ def read_stored(
     """The named tensors as they are stored, shard by shard; raises ValueError for NaN and Inf."""
     for name in sorted(names, key=lambda name: (found[name].shard, name)):
         shard, array = found[name].shard, found[name].read()
-        # The largest magnitude says it all: NaN wins every maximum. Bits, as integers are fast.
-        unsigned = np.dtype(f"uint{8 * array.itemsize}")
-        largest = (array.view(unsigned) & np.iinfo(unsigned).max >> 1).max(initial=0)
-        if not np.isfinite(largest.view(array.dtype)):
+        if not all_finite(array):
             kind = "NaN" if np.isnan(array).any() else "Inf"
             wrong = np.count_nonzero(~np.isfinite(array))
             raise ValueError(

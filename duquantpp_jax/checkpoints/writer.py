@@ -141,7 +141,8 @@ def write_layers(
                 progress(f"{what}: {doing}", next(done), count * steps)  # noqa: B023
 
             layer = quantize_layer(plan, number, checkpoint.layer(number), hidden, says)
-            if wrong := np.count_nonzero(~np.isfinite(hidden)):
+            if not files.all_finite(hidden):
+                wrong = np.count_nonzero(~np.isfinite(hidden))
                 raise NotFinite(  # and the inputs of all sites are finite: `check_input` has looked
                     f"{layer_prefix(number)}mlp: on the calibration rows the output is NaN or Inf "
                     f"in {wrong} of {hidden.size} numbers: the model overflows in float32, and "

@@ -31,6 +31,10 @@ ABOUT = "duquantpp_jax"
 """The entry of a safetensors file's metadata that says what its tensors are, as JSON."""
 
 
+PIECE = 1 << 17
+"""Numbers that `all_finite` looks at at once."""
+
+
 @contextlib.contextmanager
 def temporary(path: Path) -> Iterator[Path]:
     """A name beside a path that holds the name of this process; at the end it is removed.
@@ -198,15 +202,28 @@ def check_finite(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     for name, array in tensors.items():
         if np.issubdtype(array.dtype, np.integer) or array.dtype == bool:
             continue
-        # The largest magnitude says it all: NaN wins every maximum. Bits, as integers are fast.
-        unsigned = np.dtype(f"uint{8 * array.itemsize}")
-        largest = (array.view(unsigned) & np.iinfo(unsigned).max >> 1).max(initial=0)
-        if not np.isfinite(largest.view(array.dtype)):
+        if not all_finite(array):
             wrong = np.count_nonzero(~np.isfinite(array))
             raise ValueError(
                 f"{path}: {name} has NaN or Inf in {wrong} of {array.size} numbers: all of them "
                 "must be finite"
             )
+
+
+def all_finite(array: np.ndarray) -> bool:
+    """Whether an array of floats has neither NaN nor Inf.
+
+    The largest magnitude says it: NaN wins every maximum. Bits, as integers are fast, and in pieces
+    that stay in the processor's cache.
+
+    >>> all_finite(np.float32([1, -2])), all_finite(np.float32([1, -np.inf]))
+    (True, False)
+    """
+    unsigned = np.dtype(f"uint{8 * array.itemsize}")
+    bits, magnitude = np.ravel(array).view(unsigned), np.iinfo(unsigned).max >> 1
+    pieces = (bits[first : first + PIECE] for first in range(0, bits.size, PIECE))
+    largest = max(((piece & magnitude).max() for piece in pieces), default=unsigned.type(0))
+    return bool(np.isfinite(largest.view(array.dtype)))
 
 
 def _hash_of(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> str:
