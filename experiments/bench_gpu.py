@@ -59,6 +59,7 @@ from experiments.bench_kernels import (
 )
 from experiments.bench_learning import MOVES, step_seconds, through_model
 from experiments.shapes import (
+    FORMAT,
     quantized,
     random_model,
     rotations,
