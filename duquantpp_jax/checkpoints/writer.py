@@ -131,8 +131,11 @@ def write_layers(
         hidden = streams(plan, checkpoint.embed(tokens))
     steps = plan.passes * -(-len(tokens) // BATCH_ROWS) + 2 * len(SITES)  # of a layer, at most
     done = itertools.count(first * steps + 1)
-    with ThreadPoolExecutor(1) as behind:  # writes a layer while the next is made
+    # While a layer is made, the one before it is written and the one after it is read.
+    with ThreadPoolExecutor(1) as behind, ThreadPoolExecutor(1) as ahead:
+        following = ahead.submit(checkpoint.layer, first)
         written: Future[None] | None = None
+        after = np.empty_like(hidden)
         for number in range(first, count):
             what = f"layer {number + 1} of {count}"
             progress(what, number * steps, count * steps)
@@ -140,7 +143,11 @@ def write_layers(
             def says(doing: str) -> None:
                 progress(f"{what}: {doing}", next(done), count * steps)  # noqa: B023
 
-            layer = quantize_layer(plan, number, checkpoint.layer(number), hidden, says)
+            parameters = following.result()
+            if number + 1 < count:
+                following = ahead.submit(checkpoint.layer, number + 1)
+            layer = quantize_layer(plan, number, parameters, hidden, says)
+            del parameters
             if not files.all_finite(hidden):
                 wrong = np.count_nonzero(~np.isfinite(hidden))
                 raise NotFinite(  # and the inputs of all sites are finite: `check_input` has looked
@@ -155,8 +162,11 @@ def write_layers(
             about["report"] = report_layer(plan, number, layer)
             if written is not None:
                 written.result()
-            after = hidden.copy() if number + 1 < count else None
-            written = behind.submit(_write_layer, out, number, tensors, about, after)
+            np.copyto(after, hidden)
+            last = number + 1 == count
+            written = behind.submit(
+                _write_layer, out, number, tensors, about, None if last else after
+            )
         if written is not None:
             written.result()
 

@@ -78,14 +78,14 @@ def estimate(plan: Plan, rows: int, length: int, stored: float = 2.0) -> dict[st
     embedding = float(stored * config.vocab_size * config.hidden_size)
     layer = float(stored * parameters)
     running = running_bytes(config, BATCH_ROWS, length, stored)
-    # On the host hidden states are there twice while they are written and the next layer is made.
+    # While a layer is made, the hidden states before it are written and the next layer is read.
     return {
         "linears": linears,
         "bytes": sum(linear["bytes"] for linear in linears),
         "float_bytes": sum(2 * linear["parameters"] for linear in linears),
         "layers": layers,
         "device_bytes": layer + stats_bytes + max(running, largest),
-        "host_bytes": RUNTIME + hidden + max(hidden + layer, 2 * embedding),
+        "host_bytes": RUNTIME + hidden + max(hidden + 2 * layer, 2 * embedding),
         "seconds": flops / flops_per_second(),
     }
 
