@@ -67,8 +67,8 @@ def code(z: Float32[Array, "*s"]) -> UInt32[Array, "*s"]:
 
 
 def pair(low: UInt32[Array, "*s"], high: UInt32[Array, "*s"]) -> UInt32[Array, "*s"]:
-    """Two of `code` as a byte; of NaN and Inf the signs are right."""
+    """Two of `code` as a byte; of NaN and Inf it has no meaning."""
     both = low | high << 16
     both -= both >> 3 & 0x00010001
-    both = both & 0x00070007 | both >> 6 & 0x00080008
+    both = (both | both >> 6) & 0x000F000F
     return (both | both >> 12) & 0xFF

@@ -47,13 +47,13 @@ def quantize_pack(
 
 def _kernel(raised_above: int, words: Any, packed: Any, scale_bytes: Any) -> None:
     both = words[...]  # the lower index in the lower half
-    low, high = (
-        lax.bitcast_convert_type(bits, jnp.float32)
-        for bits in (both << 16, both & jnp.uint32(0xFFFF0000))
-    )
-    amax = jnp.max(jnp.maximum(magnitude(low), magnitude(high)), axis=1)
-    exponent, bad = scale_of(amax, raised_above)
+    halves = both << 16, both & jnp.uint32(0xFFFF0000)
+    low, high = (magnitude(lax.bitcast_convert_type(bits, jnp.float32)) for bits in halves)
+    exponent, bad = scale_of(jnp.max(jnp.maximum(low, high), axis=1), raised_above)
+    kept = jnp.where(bad, 0x80000000, 0xFFFFFFFF).astype(jnp.uint32)[:, None]
     power = power_of_two(-exponent)[:, None]
-    kept = jnp.where(bad, 0x88, 0xFF).astype(jnp.uint32)[:, None]
-    packed[...] = (pair(code(low * power), code(high * power)) & kept).astype(jnp.uint8)
+    low, high = (
+        code(lax.bitcast_convert_type(bits & kept, jnp.float32) * power) for bits in halves
+    )
+    packed[...] = pair(low, high).astype(jnp.uint8)
     scale_bytes[...] = jnp.where(bad, 255, exponent + 127).astype(jnp.uint8)

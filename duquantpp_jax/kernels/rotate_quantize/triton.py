@@ -4,8 +4,9 @@
 
 The products are in float32, of parts (parts.py).
 
-A program has some rows of some blocks. The last programs begin where they end with the last row, so
-that rows that two of them have are written twice, alike.
+A program keeps the matrices of some blocks, and goes through tiles of rows, of which the next are
+on their way while one is moved. The last tiles begin where they end with the last row, so that rows
+that two of them have are written twice, alike.
 """
 
 import functools
@@ -33,8 +34,10 @@ from duquantpp_jax.kernels.block_scale import (
 from duquantpp_jax.kernels.operand import Operand
 from duquantpp_jax.kernels.parts import PARTS, parts_of
 
-ROWS, LEAST_ROWS, BLOCKS, WARPS = 128, 16, 4, 4
-"""Rows of a program, the fewest that tensor cores take, the blocks that it moves, and its warps."""
+ROWS, LEAST_ROWS, BLOCKS = 64, 16, 2
+"""Rows of a tile, the fewest that tensor cores take, and the blocks that a program moves."""
+TILES, PROGRAMS, WARPS, STAGES = 16, 1056, 4, 3
+"""Most tiles of a program, programs that fill a GPU, warps of one, and tiles on their way."""
 BLOCK = 32
 
 
@@ -101,49 +104,68 @@ def _call(x: Array, matrices: Array, rule: ScaleRule, outs: Any, interpret: bool
     blocks, missing = k // BLOCK, max(0, LEAST_ROWS - m)
     x = jnp.pad(x, ((0, missing), (0, 0)))
     rows = min(ROWS, 1 << (len(x).bit_length() - 1))
-    each = math.gcd(blocks, BLOCKS)
-    kernel = functools.partial(_kernel, RAISED_ABOVE[rule], rows, each, len(matrices) == 1)
+    each, tiles = math.gcd(blocks, BLOCKS), -(-len(x) // rows)
+    repeats = max(1, min(TILES, tiles * (blocks // each) // PROGRAMS))
+    shape = rows, repeats, each
+    kernel = functools.partial(_kernel, RAISED_ABOVE[rule], shape, len(matrices) == 1)
     found = pl.pallas_call(
         kernel,
-        grid=(-(-len(x) // rows), blocks // each),
+        grid=(blocks // each, -(-tiles // repeats)),
         in_specs=[pl.BlockSpec()] * 2,
         out_specs=[pl.BlockSpec()] * len(outs),
         out_shape=[jax.ShapeDtypeStruct((len(x), blocks * n), dtype) for n, dtype in outs],
-        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=STAGES),
         interpret=interpret,
     )(x, jnp.stack(parts_of(matrices)))
     return [y[:m] for y in found]
 
 
 def _kernel(
-    raised_above: int, rows: int, each: int, shared: bool, x: Any, matrices: Any, *outs: Any
+    raised_above: int, shape: tuple[int, int, int], shared: bool, x: Any, matrices: Any, *outs: Any
 ) -> None:
-    m = x.shape[0]
-    own = pl.ds(jnp.minimum(pl.program_id(0) * rows, m - rows), rows)
-    for i in range(each):
-        block = pl.program_id(1) * each + i
-        y = _moved(x[own, pl.ds(block * BLOCK, BLOCK)], matrices, 0 if shared else block)
-        exponent, bad = scale_of(jnp.max(magnitude(y), axis=1), raised_above)
-        power = power_of_two(-exponent)[:, None]
-        if len(outs) == 1:
-            # Of 2^-127 the bits are those of half of 2^-126.
-            bits = jnp.where(exponent == -127, 0x00400000, (exponent + 127) << 23)
-            scale = lax.bitcast_convert_type(jnp.where(bad, 0x7FC00000, bits), jnp.float32)
-            value = with_sign(nearest(jnp.abs(y) * power) * scale[:, None], y)
-            outs[0][own, pl.ds(block * BLOCK, BLOCK)] = value.astype(jnp.bfloat16)
-            continue
-        codes = code(y * power).reshape(rows, BLOCK // 2, 2)
-        place = lax.broadcasted_iota(jnp.uint32, codes.shape, 2)
-        low, high = (jnp.sum(jnp.where(place == half, codes, 0), axis=2) for half in (0, 1))
-        kept = jnp.where(bad, 0x88, 0xFF).astype(jnp.uint32)[:, None]
-        outs[0][own, pl.ds(block * 16, 16)] = (pair(low, high) & kept).astype(jnp.uint8)
-        outs[1][own, block] = jnp.where(bad, 255, exponent + 127).astype(jnp.uint8)
+    (rows, repeats, each), m = shape, x.shape[0]
+    first = pl.program_id(1) * repeats
+    blocks = [pl.program_id(0) * each + i for i in range(each)]
+    parts = [
+        [matrices[part, 0 if shared else block, :, :] for part in range(PARTS)] for block in blocks
+    ]
+
+    def step(tile: Any, nothing: Any) -> Any:
+        own = pl.ds(jnp.minimum((first + tile) * rows, m - rows), rows)
+        for block, matrix in zip(blocks, parts, strict=True):
+            y = _moved(x[own, pl.ds(block * BLOCK, BLOCK)], matrix)
+            exponent, bad = scale_of(jnp.max(magnitude(y), axis=1), raised_above)
+            write = _numbers if len(outs) == 1 else _codes
+            write(y, exponent, bad, own, block, *outs)
+        return nothing
+
+    lax.fori_loop(0, repeats, step, jnp.int32(0))
 
 
-def _moved(x: Array, matrices: Any, block: Any) -> Float32[Array, "rows 32"]:
+def _numbers(y: Array, exponent: Array, bad: Array, own: Any, block: Any, out: Any) -> None:
+    power = power_of_two(-exponent)[:, None]
+    # Of 2^-127 the bits are those of half of 2^-126.
+    bits = jnp.where(exponent == -127, 0x00400000, (exponent + 127) << 23)
+    scale = lax.bitcast_convert_type(jnp.where(bad, 0x7FC00000, bits), jnp.float32)
+    value = with_sign(nearest(jnp.abs(y) * power) * scale[:, None], y)
+    out[own, pl.ds(block * BLOCK, BLOCK)] = value.astype(jnp.bfloat16)
+
+
+def _codes(
+    y: Array, exponent: Array, bad: Array, own: Any, block: Any, packed: Any, scale_bytes: Any
+) -> None:
+    codes = code(y * power_of_two(-exponent)[:, None]).reshape(len(y), BLOCK // 2, 2)
+    place = lax.broadcasted_iota(jnp.uint32, codes.shape, 2)
+    low, high = (jnp.sum(jnp.where(place == half, codes, 0), axis=2) for half in (0, 1))
+    kept = jnp.where(bad, 0x88, 0xFF).astype(jnp.uint32)[:, None]
+    packed[own, pl.ds(block * 16, 16)] = (pair(low, high) & kept).astype(jnp.uint8)
+    scale_bytes[own, block] = jnp.where(bad, 255, exponent + 127).astype(jnp.uint8)
+
+
+def _moved(x: Array, matrix: list[Array]) -> Float32[Array, "rows 32"]:
     """x M as a sum of products of parts, the smallest first."""
     parts, y = parts_of(x), jnp.zeros((x.shape[0], BLOCK), jnp.float32)
     for both in reversed(range(PARTS)):
         for i, part in enumerate(parts[: both + 1]):
-            y += jnp.dot(part, matrices[both - i, block, :, :], preferred_element_type=jnp.float32)
+            y += jnp.dot(part, matrix[both - i], preferred_element_type=jnp.float32)
     return y
