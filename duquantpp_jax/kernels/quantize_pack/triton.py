@@ -50,7 +50,7 @@ def _kernel(raised_above: int, words: Any, packed: Any, scale_bytes: Any) -> Non
     halves = both << 16, both & jnp.uint32(0xFFFF0000)
     low, high = (magnitude(lax.bitcast_convert_type(bits, jnp.float32)) for bits in halves)
     exponent, bad = scale_of(jnp.max(jnp.maximum(low, high), axis=1), raised_above)
-    kept = jnp.where(bad, 0x80000000, 0xFFFFFFFF).astype(jnp.uint32)[:, None]
+    kept = jnp.where(bad, jnp.uint32(0x80000000), jnp.uint32(0xFFFFFFFF))[:, None]
     power = power_of_two(-exponent)[:, None]
     low, high = (
         code(lax.bitcast_convert_type(bits & kept, jnp.float32) * power) for bits in halves
