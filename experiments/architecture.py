@@ -89,14 +89,14 @@ def walks() -> dict[str, list[Step]]:
     found = traced(
         "quantize --recipe wush --rows 1",
         encode=mx,
-        pack_codes=tensors,
+        _packed=tensors,
         wush=wush,
         find_fit=recipes,
     )
     code = next(walk for walk in found["encode"] if "ptq/walk.py" in dict(walk))
     return {
         "an activation, from compare to its code": activation,
-        "a weight, from quantize to its packed byte": _joined(code, found["pack_codes"][0]),
+        "a weight, from quantize to its packed byte": _joined(code, found["_packed"][0]),
         "a recipe's name, from quantize to its matrix": _joined(
             found["find_fit"][0], found["wush"][0]
         ),
