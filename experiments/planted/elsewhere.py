@@ -107,7 +107,7 @@ RESUMING = (
     Mutant("cells of two batch sizes are one", "lab/cells.py",
            '            "batch_rows": self.batch_rows,\n', "", "lab/test_cells"),
     Mutant("metrics of a record may be off by a percent", "lab/records.py",
-           "rel_tol=1e-9", "rel_tol=1e-2", "lab/test_running"),
+           "rel_tol=1e-9", "rel_tol=1e-2", "lab/test_records"),
 )  # fmt: skip
 EXPORT = (
     Mutant("the matrix of a site is exported transposed", "checkpoints/compressed_tensors.py",
