@@ -13,7 +13,8 @@ are those of real models. A time is the least of REPEATS after the first, which 
 as in bench_learning.
 
 Cost: 100 s on two H200.
-Last result: none yet.
+Last result, 2026-11-30 (results/bench_devices.json): two H200 evaluate 2.00 times as fast as one
+  (4,088 tokens, 175 ms and 88), and take a learning step 1.65 times as fast (136 ms and 83).
 """
 
 import argparse

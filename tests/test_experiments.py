@@ -294,6 +294,7 @@ def test_the_bench_of_learning_times_steps_through_a_block_and_a_model():
         assert not found["layers run again"]
 
 
+@pytest.mark.slow
 def test_the_bench_of_devices_refuses_those_that_do_not_agree(monkeypatch):
     (found,) = bench_devices.evaluation(True, [1])
     assert found[0] == 1
