@@ -21,19 +21,14 @@ def main() -> None:
         process, processes, port = map(int, place)
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{port}", processes, process)
-    model = tiny_decoder()
+    np.savez(file, **calibrated())
+
+
+def calibrated() -> dict[str, np.ndarray]:
+    """The arrays of every site by name, and the number of devices."""
     tokens = np.random.default_rng(0).integers(0, 257, (36, 24), np.int32)
-    stats = calibrate(
-        model,
-        tokens,
-        needs=Needs.GRAM | Needs.POSITIONS,
-    )
-    np.savez(file, devices=jax.device_count(), **flat(stats))
-
-
-def flat(stats) -> dict[str, np.ndarray]:
-    """The arrays of every site by name."""
-    return {
+    stats = calibrate(tiny_decoder(), tokens, needs=Needs.GRAM | Needs.POSITIONS)
+    return {"devices": np.asarray(jax.device_count())} | {
         f"{site}.{name}": np.asarray(getattr(kept, name))
         for site, kept in stats.items()
         for name in ("count", "absmax", "sample", "gram", "position_sum")

@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 
+from tests import calibration_worker
+
 
 def run(file, devices, *place):
     """A worker process with so many devices."""
@@ -29,10 +31,8 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    file = tmp_path_factory.mktemp("stats") / "one.npz"
-    done(run(file, 1))
-    return load(file)
+def one_device():
+    return calibration_worker.calibrated()
 
 
 def load(file):
