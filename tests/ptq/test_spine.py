@@ -28,7 +28,7 @@ QUICK = (("fits", ("asymmetric",), {}), ("smooth_hadamard", ("gptq",), TURNED),
          ("haar", ("rtn",), {"sequential": True}))  # fmt: skip
 RECIPES = ("fits", "rtn", "block_hadamard", "random_hadamard", "smooth_hadamard", "duquantpp",
            "zigzag_hadamard", "wush", "learned_affine")  # fmt: skip
-ALL = [(name, (("gptq", "rtn")[number % 2],), {}) for number, name in enumerate(RECIPES)]
+ALL = [(name, (("rtn", "gptq")[number % 2],), {}) for number, name in enumerate(RECIPES)]
 """What is measured here: recipes, or fits that are given, roundings and what else is asked for."""
 
 
