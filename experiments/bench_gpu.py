@@ -11,11 +11,10 @@ by what `generate` runs, a learning step of SmolLM2's shape, one 8B layer quanti
 are random: sizes, shapes and work are those of real models, outputs mean nothing. A time is the
 least of REPEATS calls after the first, which compiles.
 
-Cost: three minutes on one H200.
-Last result, 2026-11-30 (results/bench_gpu.json): evaluation in W4A4 1.33 times bfloat16, with a
-  matrix for each block 1.41, by --compute bf16 1.07 and 1.16; prefill 1.16, decode 1.11; a
-  learning step .148 s. Decode with packed weights .76 in a run of its own
-  (results/bench_gpu_generation.json). What bounds each: docs/performance.md.
+Cost: five minutes on one H200.
+Last result, 2026-11-30 (results/bench_gpu_*.json): evaluation in W4A4 1.30 times bfloat16, with or
+  without a matrix for each block, by --compute bf16 1.02; prefill with packed weights .94, decode
+  .63. What bounds each: docs/performance.md.
 """
 
 import argparse

@@ -36,8 +36,10 @@ from duquantpp_jax.kernels.parts import PARTS, parts_of
 
 ROWS, LEAST_ROWS, BLOCKS = 64, 16, 2
 """Rows of a tile, the fewest that tensor cores take, and the blocks that a program moves."""
-TILES, PROGRAMS, WARPS, STAGES = 16, 1056, 4, 3
-"""Most tiles of a program, programs that fill a GPU, warps of one, and tiles on their way."""
+PROGRAMS, WARPS = 1056, 4
+"""Programs that fill a GPU, and the warps of one."""
+TILES = {"bfloat16": (16, 3), "float32": (8, 2)}
+"""Most tiles of a program, and how many are on their way, by the type of x."""
 BLOCK = 32
 
 
@@ -105,7 +107,8 @@ def _call(x: Array, matrices: Array, rule: ScaleRule, outs: Any, interpret: bool
     x = jnp.pad(x, ((0, missing), (0, 0)))
     rows = min(ROWS, 1 << (len(x).bit_length() - 1))
     each, tiles = math.gcd(blocks, BLOCKS), -(-len(x) // rows)
-    repeats = max(1, min(TILES, tiles * (blocks // each) // PROGRAMS))
+    most, stages = TILES[x.dtype.name]
+    repeats = max(1, min(most, tiles * (blocks // each) // PROGRAMS))
     shape = rows, repeats, each
     kernel = functools.partial(_kernel, RAISED_ABOVE[rule], shape, len(matrices) == 1)
     found = pl.pallas_call(
@@ -114,7 +117,7 @@ def _call(x: Array, matrices: Array, rule: ScaleRule, outs: Any, interpret: bool
         in_specs=[pl.BlockSpec()] * 2,
         out_specs=[pl.BlockSpec()] * len(outs),
         out_shape=[jax.ShapeDtypeStruct((len(x), blocks * n), dtype) for n, dtype in outs],
-        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=STAGES),
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=stages),
         interpret=interpret,
     )(x, jnp.stack(parts_of(matrices)))
     return [y[:m] for y in found]
