@@ -213,7 +213,7 @@ def test_a_file_to_write_is_refused_by_the_option_that_names_it(tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_what_is_not_finite_is_found_in_every_place(monkeypatch, dtype):
-    monkeypatch.setattr(files, "PIECE", 3)
+    monkeypatch.setattr(files.contents, "PIECE", 3)
     plain = np.linspace(-2, 2, 8).astype(dtype)
     assert files.all_finite(plain)
     assert files.all_finite(plain[:0])

@@ -21,13 +21,14 @@ from jaxtyping import Array, Float
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import Quantized, compressed_tensors, fp_quant, gpt_oss, readers
+from duquantpp_jax.checkpoints.ending import write_rest
 from duquantpp_jax.checkpoints.experts import tensors_of
 from duquantpp_jax.checkpoints.job import Job
 from duquantpp_jax.checkpoints.one_matrix import Layer, Tensors
 from duquantpp_jax.checkpoints.readers import CARD
 from duquantpp_jax.checkpoints.shards import INDEX
 from duquantpp_jax.checkpoints.source import Directory
-from duquantpp_jax.checkpoints.writer import Progress, write_rest, write_tensors
+from duquantpp_jax.checkpoints.writer import Progress, write_tensors
 from duquantpp_jax.commands.options.common import Serve
 from duquantpp_jax.commands.options.export import Layout
 from duquantpp_jax.core import MXArray, Transform

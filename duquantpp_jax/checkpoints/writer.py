@@ -21,7 +21,6 @@ from duquantpp_jax import files
 from duquantpp_jax.checkpoints.directory import (
     AGAIN,
     JOB,
-    METHOD,
     REPORT,
     TENSOR_SCALE,
     about_layer,
@@ -30,9 +29,9 @@ from duquantpp_jax.checkpoints.directory import (
 )
 from duquantpp_jax.checkpoints.job import SCHEMA, Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint
-from duquantpp_jax.checkpoints.seal import SUMS, check_whole, write_seal
+from duquantpp_jax.checkpoints.seal import SUMS, check_whole
 from duquantpp_jax.checkpoints.shards import INDEX, OWN_INDEX
-from duquantpp_jax.checkpoints.source import CONFIG, Source
+from duquantpp_jax.checkpoints.source import CONFIG
 from duquantpp_jax.core import Fitted, MXArray
 from duquantpp_jax.core.notices import NotFinite
 from duquantpp_jax.files import ABOUT
@@ -56,9 +55,6 @@ from duquantpp_jax.transforms.storage import to_arrays
 REFINED = "refined"
 """In the metadata of a layer whose transforms were learned once more."""
 
-READERS = 4
-"""Layers whose hashes are checked side by side at the end."""
-
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, steps done, steps in all."""
 
@@ -72,8 +68,8 @@ def begin(out: Path, job: Job, *, overwrite: bool) -> bool:
     """
     begun = (out / JOB).is_file()
     if begun and overwrite:
-        _remove(out, CONFIG, SUMS, "*.safetensors", INDEX, OWN_INDEX, REPORT)
-        _remove(out, "generation_config.json", "tokenizer*", "*.jinja")  # of another model
+        remove_files(out, CONFIG, SUMS, "*.safetensors", INDEX, OWN_INDEX, REPORT)
+        remove_files(out, "generation_config.json", "tokenizer*", "*.jinja")  # of another model
     if overwrite or not begun:
         files.write_whole(out / JOB, files.to_json({"schema": SCHEMA, "job": job.to_dict()}))
         return False
@@ -99,15 +95,15 @@ def only_writer(out: Path) -> Iterator[None]:
     """
     with only_process(out) as alone:
         if alone:
-            _remove(out, ".*.safetensors.*", ".*.json.*", ".SHA256SUMS.*")
+            remove_files(out, ".*.safetensors.*", ".*.json.*", ".SHA256SUMS.*")
         begun = (out / JOB).exists()
         try:
             yield
         except ValueError as error:
             if not begun and isinstance(error, NotFinite):
-                _remove(out, "*.safetensors")
+                remove_files(out, "*.safetensors")
             if not begun and {path.name for path in out.iterdir()} <= {JOB, LOCK}:
-                _remove(out, JOB)
+                remove_files(out, JOB)
             raise
 
 
@@ -124,7 +120,7 @@ def write_layers(
     count = checkpoint.config.num_hidden_layers
     first, hidden = _resume(out, count)
     for number in range(first):
-        _finished(out, number, job)
+        layer_as_written(out, number, job)
     if first == count:
         return
     if hidden is None:
@@ -252,7 +248,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], about: Mapping[
     files.save(path, ordered, metadata)
 
 
-def _remove(directory: Path, *patterns: str) -> None:
+def remove_files(directory: Path, *patterns: str) -> None:
     for pattern in patterns:
         for path in directory.glob(pattern):
             files.remove(path)
@@ -275,7 +271,9 @@ def _resume(out: Path, count: int) -> tuple[int, Float32[np.ndarray, "rows lengt
     return 0, None
 
 
-def _finished(out: Path, number: int, job: Job) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def layer_as_written(
+    out: Path, number: int, job: Job
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors of a finished layer, and what its file says of it.
 
     Raises:
@@ -284,92 +282,3 @@ def _finished(out: Path, number: int, job: Job) -> tuple[dict[str, np.ndarray], 
     path = out / layer_file(number)
     tensors, _ = files.read_tensors(path, "remove it, and the layers are done again")
     return tensors, about_layer(path, number, job)
-
-
-def finish(
-    out: Path,
-    checkpoint: Checkpoint,
-    job: Job,
-    before: Mapping[str, str],
-    check: Callable[[], None] = lambda: None,
-) -> None:
-    """Writes what is not in layers; config.json last.
-
-    Args:
-      before: What `checkpoint.source.beside()` was before the model was read.
-      check: Called when the model has been read; raises ValueError if it is another than before.
-
-    Raises:
-      ValueError: The directory is not this job's any more: it was removed under way; or files of
-        the model were changed.
-    """
-    if not (out / JOB).is_file():
-        _remove(out, "*.safetensors")
-        raise ValueError(f"{out / JOB} was removed while the layers were written: run it again")
-    place, rows = {}, []
-    for number, (name, array) in enumerate(checkpoint.outside()):
-        file = f"outside-{number}.safetensors"
-        write_tensors(out / file, {name: array}, {})
-        place[name] = file
-
-    def read(number: int) -> tuple[list[str], list[dict[str, Any]]]:
-        tensors, about = _finished(out, number, job)
-        return [*tensors], about["report"]
-
-    with ThreadPoolExecutor(READERS) as threads:
-        read_again = threads.map(read, range(checkpoint.config.num_hidden_layers))
-        for number, (names, report) in enumerate(read_again):
-            rows += report
-            place |= dict.fromkeys(names, layer_file(number))
-    fields = checkpoint.source.fields()
-    if untied := bool(fields.get("tie_word_embeddings")) > checkpoint.config.tie_word_embeddings:
-        fields["tie_word_embeddings"] = False
-    total = sum((out / file).stat().st_size for file in set(place.values()))
-    report = {
-        "schema": SCHEMA,
-        "job": job.to_dict(),
-        "bytes": total,
-        "float_bytes": checkpoint.size(),
-        **({"untied_head": True} if untied else {}),
-        **({"requantized": True} if checkpoint.packed else {}),
-        "linears": rows,
-    }
-    files.write_whole(out / REPORT, files.to_json(report))
-    about = {"quant_method": METHOD, "schema": SCHEMA, "recipe": job.recipe}
-    about["model_type"] = fields.get("model_type")
-    fields |= {"model_type": METHOD, "quantization_config": about}
-    check()
-    write_rest(out, OWN_INDEX, place, {"total_size": total}, checkpoint.source, fields, before)
-
-
-def write_rest(
-    out: Path,
-    index: str,
-    place: Mapping[str, str],
-    metadata: Mapping[str, Any],
-    source: Source,
-    fields: Mapping[str, Any],
-    before: Mapping[str, str],
-) -> None:
-    """Writes the companions of the model that is read, the index of tensors under the name `index`,
-    a seal where that is this package's own, and config.json.
-
-    Args:
-      before: What `source.beside()` was before the model was read.
-
-    Raises:
-      ValueError: A companion was changed, added or removed meanwhile.
-    """
-    contents, now = {n: content() for n, content in source.companions().items()}, source.beside()
-    if changed := sorted(name for name in {**before, **now} if before.get(name) != now.get(name)):
-        raise ValueError(
-            f"{', '.join(changed)} of the model was changed, added or removed while it was read: "
-            "give a model that stays, and run the same command again"
-        )
-    for name, content in contents.items():
-        files.write_whole(out / name, content)
-    content = {"metadata": metadata, "weight_map": dict(sorted(place.items()))}
-    files.write_whole(out / index, files.to_json(content))
-    if index == OWN_INDEX:
-        write_seal(out, {CONFIG: files.to_json(fields)})
-    files.write_whole(out / CONFIG, files.to_json(fields))

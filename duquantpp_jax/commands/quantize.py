@@ -15,12 +15,13 @@ from duquantpp_jax import files
 from duquantpp_jax.checkpoints import layouts, load_config, testbed, writer
 from duquantpp_jax.checkpoints.directory import JOB, REPORT, is_quantized, layer_file, read_layer
 from duquantpp_jax.checkpoints.directory import read_about as read_about_layer
+from duquantpp_jax.checkpoints.ending import finish
 from duquantpp_jax.checkpoints.fits import load_fits, other_formats, read_about
 from duquantpp_jax.checkpoints.job import Job
 from duquantpp_jax.checkpoints.lazy import Checkpoint, outline
 from duquantpp_jax.checkpoints.readers import READERS
 from duquantpp_jax.checkpoints.source import source as source_of
-from duquantpp_jax.checkpoints.writer import REFINED, begin, finish, write_layers, write_refined
+from duquantpp_jax.checkpoints.writer import REFINED, begin, write_layers, write_refined
 from duquantpp_jax.commands.options.common import MODEL
 from duquantpp_jax.commands.options.quantize import QuantizeOptions
 from duquantpp_jax.commands.progress import Step, progress_bar

@@ -7,7 +7,6 @@ line that names the file (`refusing`).
 
 import contextlib
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -16,8 +15,7 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +23,14 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from duquantpp_jax.files.contents import all_finite as all_finite
+from duquantpp_jax.files.contents import check_finite as check_finite
+from duquantpp_jax.files.contents import sha256 as sha256
+from duquantpp_jax.files.contents import sha256_of_each as sha256_of_each
 from duquantpp_jax.files.processes import host, process, taken
 
 ABOUT = "duquantpp_jax"
 """The entry of a safetensors file's metadata that says what its tensors are, as JSON."""
-
-
-PIECE = 1 << 17
-"""Numbers that `all_finite` looks at at once."""
 
 
 @contextlib.contextmanager
@@ -197,35 +195,6 @@ def read_about(path: Path, remedy: str) -> dict[str, Any]:
     return about
 
 
-def check_finite(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError if a tensor of a file has NaN or Inf; names it and counts them."""
-    for name, array in tensors.items():
-        if np.issubdtype(array.dtype, np.integer) or array.dtype == bool:
-            continue
-        if not all_finite(array):
-            wrong = np.count_nonzero(~np.isfinite(array))
-            raise ValueError(
-                f"{path}: {name} has NaN or Inf in {wrong} of {array.size} numbers: all of them "
-                "must be finite"
-            )
-
-
-def all_finite(array: np.ndarray) -> bool:
-    """Whether an array of floats has neither NaN nor Inf.
-
-    The largest magnitude says it: NaN wins every maximum. Bits, as integers are fast, and in pieces
-    that stay in the processor's cache.
-
-    >>> all_finite(np.float32([1, -2])), all_finite(np.float32([1, -np.inf]))
-    (True, False)
-    """
-    unsigned = np.dtype(f"uint{8 * array.itemsize}")
-    bits, magnitude = np.ravel(array).view(unsigned), np.iinfo(unsigned).max >> 1
-    pieces = (bits[first : first + PIECE] for first in range(0, bits.size, PIECE))
-    largest = max(((piece & magnitude).max() for piece in pieces), default=unsigned.type(0))
-    return bool(np.isfinite(largest.view(array.dtype)))
-
-
 def _hash_of(arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> str:
     total = hashlib.sha256(json.dumps(about, sort_keys=True, allow_nan=False).encode())
     for name, array in arrays.items():
@@ -307,27 +276,6 @@ def to_json(value: Any, *, indent: int | None = 1) -> bytes:
       ValueError: A number is NaN or Inf.
     """
     return (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode()
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal; computed again only if the file was written again."""
-    found = path.stat()
-    written = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-    return _sha256(path, *written)
-
-
-def sha256_of_each(paths: Sequence[Path]) -> list[str]:
-    """`sha256` of several files, side by side: each is bound by a core, and not by the disk."""
-    if len(paths) < 2:
-        return [sha256(path) for path in paths]
-    with ThreadPoolExecutor(min(len(paths), os.cpu_count() or 1, 16)) as threads:
-        return [*threads.map(sha256, paths)]
-
-
-@functools.lru_cache(maxsize=4096)
-def _sha256(path: Path, *written: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_writable(directory: Path, option: str = "--out") -> None:

@@ -53,7 +53,7 @@ class Divergence(SitesObjective):
 
     def loss(self, learned: dict[str, Learned], batch: Batch) -> Float[Array, ""]:
         tokens, hidden = batch if isinstance(batch, tuple) else (batch, self.hidden(batch))
-        model, state = self.model.computing(self.dtype), self.states(learned, self.rounded)
+        model, state = self._computing(), self.states(learned, self.rounded)
         return head_divergence(model, _before_targets(model, tokens, self.linear, state), hidden)
 
     def hidden(
@@ -61,7 +61,11 @@ class Divergence(SitesObjective):
     ) -> Float[Array, "rows targets k"]:
         """What the head of the float model reads before every target."""
         plain = dense if self.dtype == jnp.float32 else _bfloat16_linear
-        return _before_targets(self.model.computing(self.dtype), tokens, plain)
+        return _before_targets(self._computing(), tokens, plain)
+
+    def _computing(self) -> Decoder:
+        """The model in `dtype`, with the attention that is fastest."""
+        return self.model.computing(self.dtype).with_fused_attention()
 
     def sparing(self) -> "Divergence":
         return dataclasses.replace(self, model=self.model.rematerializing())

@@ -12,6 +12,7 @@ section 2, for the window.
 """
 
 import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -86,3 +87,39 @@ def causal_attention(
     weights = jax.nn.softmax(scores)
     weights = weights if sinks is None else weights[..., 1:]
     return jnp.einsum("rhgqk,rkhd->rqhgd", weights.astype(v.dtype), v, precision=HIGHEST)
+
+
+def fused_attention(
+    q: Float[Array, "rows length kv_heads groups head_dim"],
+    k: Float[Array, "rows keys kv_heads head_dim"],
+    v: Float[Array, "rows keys kv_heads head_dim"],
+    positions: Int32[Array, "*rows length"],
+    window: None,
+    scalar: float,
+    sinks: None = None,
+    *,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "rows length kv_heads groups head_dim"]:
+    """`causal_attention` of positions from 0 on, in kernels that never have its weights in memory.
+
+    Needs `fused_attention_runs`; by "xla" it runs anywhere, in no such kernel.
+
+    Source: Dao et al., FlashAttention (arXiv:2205.14135).
+    """
+    heads = q.reshape(*q.shape[:2], -1, q.shape[-1])
+    how: Any = {"is_causal": True, "scale": scalar**-0.5, "implementation": implementation}
+    return jax.nn.dot_product_attention(heads, k, v, **how).reshape(q.shape)
+
+
+@functools.cache
+def fused_attention_runs(head_dim: int) -> bool:
+    """Whether cuDNN runs `fused_attention` of bfloat16 here."""
+    if jax.default_backend() != "gpu":
+        return False
+    x = jax.ShapeDtypeStruct((1, 64, 1, head_dim), jnp.bfloat16)
+    fused = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    try:
+        jax.eval_shape(fused, x, x, x)
+    except (RuntimeError, ValueError, NotImplementedError):
+        return False
+    return True

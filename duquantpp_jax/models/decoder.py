@@ -18,7 +18,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Float32, Int32, Integer
 from numpy.typing import DTypeLike
 
-from duquantpp_jax.models.attention import product
+from duquantpp_jax.models.attention import (
+    causal_attention,
+    fused_attention,
+    fused_attention_runs,
+    product,
+)
 from duquantpp_jax.models.cache import Cache, Store
 from duquantpp_jax.models.config import DecoderConfig
 from duquantpp_jax.models.in_place import InPlace, apart
@@ -50,6 +55,7 @@ class Decoder(nnx.Module):
         and logits are always float32. Parameters may be of any float type: those of a layer are
         converted while it runs, so that a model in bfloat16 takes two bytes for each.
       rematerialized: Whether gradients run each layer again rather than keep what it made; static.
+      attention: Of keys that are in no cache; static.
       embedding: [vocab, hidden]; also the head where the embeddings are tied.
       layers: Parameters with a leading layer axis, by their names inside a layer of a checkpoint.
       head: [vocab, hidden], or None where the embeddings are tied.
@@ -82,6 +88,7 @@ class Decoder(nnx.Module):
             has, wants = got.get(wrong), shapes.get(wrong)
             raise ValueError(f"parameter {wrong} has shape {has}: this configuration wants {wants}")
         self.config, self.dtype, self.rematerialized = config, jnp.dtype(dtype), False
+        self.attention = causal_attention
         self.embedding = nnx.Param(parameters[EMBEDDING])
         layers = {n.removeprefix(LAYER): a for n, a in parameters.items() if n.startswith(LAYER)}
         self.layers = nnx.Dict({name: nnx.Param(array) for name, array in layers.items()})
@@ -101,6 +108,18 @@ class Decoder(nnx.Module):
         """
         moved = jax.tree.map(lambda leaf: leaf, self)
         moved.rematerialized = True
+        return moved
+
+    def with_fused_attention(self) -> "Decoder":
+        """The same decoder with `fused_attention` where it runs and is the same; else as it is."""
+        config = self.config
+        windows = positional(config).window is not None
+        if self.dtype != jnp.bfloat16 or windows or config.sinks:
+            return self
+        if not fused_attention_runs(config.head_dim):
+            return self
+        moved = jax.tree.map(lambda leaf: leaf, self)
+        moved.attention = fused_attention
         return moved
 
     def parameters(self) -> dict[str, Float[Array, "..."]]:
@@ -203,6 +222,7 @@ class Decoder(nnx.Module):
             raise ValueError(f"state has {min(unknown)!r}, not a site: use {', '.join(SITES)}")
 
         options: dict[str, Any] = {"start": start, "store": store, "dtype": self.dtype}
+        options["attention"] = self.attention
 
         def body(join: Any, before: Any, scanned: Any) -> tuple[Any, Any]:
             (x, entries), (number, sliced) = before, scanned

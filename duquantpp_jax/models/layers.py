@@ -129,6 +129,7 @@ def layer(
     store: Store | None = None,
     entries: InPlace | None = None,
     dtype: DTypeLike = jnp.float32,
+    attention: Callable[..., Array] = causal_attention,
 ) -> tuple[Float32[Array, "rows length k"], dict[str, Any], InPlace | None]:
     """The hidden states after a layer, what `linear` gave out, and the new entries of the cache.
 
@@ -138,6 +139,7 @@ def layer(
       entries: Those of a cache, of all layers.
       dtype: Of the matrix products. Matrices are cast where they are used, to save memory; those
         in bfloat16 stay so, as a product in float32 takes them (products.py).
+      attention: Of keys that are in no cache.
     """
     outs, before, after = {}, input_norms(config), output_norms(config)
     positions = jnp.asarray(start)[..., None] + jnp.arange(x.shape[1], dtype=jnp.int32)
@@ -169,7 +171,7 @@ def layer(
             entries = put(entries, new, start)
     if store is None or entries is None:
         q, k, v = (y.astype(dtype) for y in (q, k, v))
-        a = causal_attention(q, k, v, **seen)
+        a = attention(q, k, v, **seen)
     else:
         a = store.attend(q.astype(dtype), entries, **seen)
     (y,) = at("attention_out", a.reshape(*x.shape[:2], -1))

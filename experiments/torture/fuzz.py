@@ -140,7 +140,7 @@ def attempt(reader: Reader, place: Path, chance: random.Random) -> tuple[str, st
     from duquantpp_jax.checkpoints import llama_cpp
 
     name, content, again = spoil(reader, chance)
-    files._sha256.cache_clear()  # inputs come faster than a file system's clock ticks
+    files.contents._sha256.cache_clear()  # inputs come faster than a file system's clock ticks
     llama_cpp._contents.cache_clear()
     (place / name).write_bytes(content)
     sealed = reader.seal is not None and again
