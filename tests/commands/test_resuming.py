@@ -162,7 +162,7 @@ def test_killed_sequential_goes_on_from_what_the_quantized_layers_gave(three_lay
     kills, moments, dropped = 0, random.Random(0), []
     while kills < 3:
         with pytest.MonkeyPatch.context() as patch:
-            killed_at(moments.randint(1, 12), patch)
+            killed_at(moments.randint(4, 12), patch)
             try:
                 quantize(options)
             except Killed:
