@@ -24,11 +24,11 @@ from duquantpp_jax.ptq.walk import fit_decoder
 
 ROWS = 2
 TURNED = {"rotate_stream": "random_hadamard", "rotate_values": "random_orthogonal", "fuse": True}
-QUICK = (("fits", ("asymmetric",), {}), ("smooth_hadamard", ("gptq",), TURNED),
-         ("haar", ("rtn",), {"sequential": True}))  # fmt: skip
+QUICK = (("fits", ("asymmetric",), {}), ("haar", ("rtn",), {"sequential": True}))
 RECIPES = ("fits", "rtn", "block_hadamard", "random_hadamard", "smooth_hadamard", "duquantpp",
            "zigzag_hadamard", "wush", "learned_affine")  # fmt: skip
 ALL = [(name, (("rtn", "gptq")[number % 2],), {}) for number, name in enumerate(RECIPES)]
+ALL += [("smooth_hadamard", ("gptq",), TURNED)]
 """What is measured here: recipes, or fits that are given, roundings and what else is asked for."""
 
 
