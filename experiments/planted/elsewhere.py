@@ -135,7 +135,7 @@ LEARNING = (
            "learning/test_model learning/test_refine"),
 )  # fmt: skip
 KERNELS = (
-    Mutant("EVEN raises too late in Triton", "kernels/quantize_pack/triton.py",
+    Mutant("EVEN raises too late in Triton", "kernels/block_scale.py",
            "ScaleRule.EVEN: 0x5FFFFF", "ScaleRule.EVEN: 0x600000", "kernels/test_quantize_pack"),
     Mutant("the rotation's columns are smoothed and not its rows",
            "kernels/rotate_quantize/mosaic.py",
