@@ -18,6 +18,7 @@ Last result: not run.
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints import load, load_tokenizer, sha256, testbed
 from duquantpp_jax.checkpoints.fits import load_fits
+from duquantpp_jax.commands.progress import guarded
 from duquantpp_jax.evaluation import Predictor, clusters, estimate
 from duquantpp_jax.evaluation.rows import TARGETS, Rows, read_text, rows_of_text
 from duquantpp_jax.evaluation.subject import environment, load_rows, model_and_hash, name_and_hash
@@ -139,6 +141,8 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=ITEMS)
     parser.add_argument("--rows", type=int, default=64, help="to calibrate on")
     options = parser.parse_args()
+    if options.items < 1:
+        parser.error(f"--items {options.items}: give at least 1")
     directory = options.model or testbed.directory()
     model, hashed = load(directory), sha256(directory)
     calibrated = options.model, options.calibration_text, options.rows * TARGETS
@@ -169,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded("cloze", lambda: main() or 0))

@@ -9,16 +9,24 @@ writes, and what it writes all others can read, as on a file system of a cluster
 
 import contextlib
 import dataclasses
+import hashlib
 import os
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import UInt8
 
 from duquantpp_jax.files import one_line
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LOST = ("Gloo", "DEADLINE_EXCEEDED", "UNAVAILABLE", "coordination")
+"""What JAX's errors have in them where another process is missed."""
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -32,20 +40,48 @@ def as_one_of_several(options: Any, *, shared: bool = False) -> Iterator[Any]:
         nowhere.
 
     Raises:
-      ValueError: There are no processes to join.
+      ValueError: There are no processes to join, they were asked for different things, or another
+        has ended.
     """
     if not options.distributed:
         yield options
         return
     meet_others()
     try:
+        check_alike(options)
         if is_first():
             yield options
         else:
             with silent(), tempfile.TemporaryDirectory() as nowhere:
                 yield options if shared else _writing_to(Path(nowhere), options)
+    except jax.errors.JaxRuntimeError as error:
+        if not any(word in str(error) for word in LOST):
+            raise
+        raise ValueError(
+            f"another process has ended, or did not come so far ({one_line(error)}): see what it "
+            "said, and start all of them again"
+        ) from None
     finally:
         jax.distributed.shutdown()
+
+
+def check_alike(options: Any) -> None:
+    """Raises ValueError in every process if not all were asked for the same."""
+    asked = {n: v for n, v in dataclasses.asdict(options).items() if n != "terminal"}
+    digest = hashlib.sha256(repr(asked).encode()).digest()
+    found = in_every_process(np.frombuffer(digest, np.uint8)).reshape(-1, len(digest))
+    if other := [number for number, its in enumerate(found) if its.tobytes() != found[0].tobytes()]:
+        raise ValueError(
+            f"process {other[0]} was asked for something else than process 0: give all of them "
+            "the same options"
+        )
+
+
+def in_every_process(array: UInt8[np.ndarray, " bytes"]) -> UInt8[np.ndarray, "*processes"]:
+    """The arrays of all processes, in each of them."""
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.asarray(process_allgather(array))
 
 
 def meet_others() -> None:
@@ -55,16 +91,21 @@ def meet_others() -> None:
         missing = [n for n, value in zip(VARIABLES, given, strict=True) if not value]
         raise ValueError(f"--distributed needs {' and '.join(missing)} beside the others of them")
     address, count, number = given
+    handlers = {each: signal.getsignal(each) for each in SIGNALS}
     try:
         if address and count and number:
             jax.distributed.initialize(address, int(count), int(number))
         else:
             jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, IndexError) as error:
         raise ValueError(
             f"--distributed found no processes to join ({one_line(error)}): start it with srun or "
             f"mpirun, or set {', '.join(VARIABLES)}"
         ) from None
+    finally:  # a service of jax.distributed puts its own in their place
+        for each, handler in handlers.items():
+            if handler is not None and threading.current_thread() is threading.main_thread():
+                signal.signal(each, handler)
 
 
 def is_first() -> bool:

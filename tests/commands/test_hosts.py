@@ -2,11 +2,13 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -89,3 +91,36 @@ def test_what_cannot_be_shared_or_joined_is_refused(monkeypatch, tmp_path):
 def test_others_than_the_first_write_nowhere(tmp_path):
     options = LearnOptions(out=tmp_path / "fits")
     assert hosts._writing_to(tmp_path / "nowhere", options).out == tmp_path / "nowhere" / "out"
+
+
+def test_processes_that_were_asked_for_different_things_all_say_so(monkeypatch):
+    asked = LearnOptions(steps=2)
+    seen: list[Any] = []
+    monkeypatch.setattr(hosts, "in_every_process", lambda mine: seen.append(mine) or mine)
+    hosts.check_alike(asked)
+    hosts.check_alike(LearnOptions(steps=4))
+    monkeypatch.setattr(hosts, "in_every_process", lambda mine: np.stack(seen))
+    with pytest.raises(ValueError, match="process 1 was asked for something else than process 0"):
+        hosts.check_alike(asked)
+
+
+def test_a_process_that_is_missed_is_one_line_and_signals_stay_the_commands(monkeypatch):
+    def joined(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", joined)
+    monkeypatch.setattr(hosts.jax.distributed, "shutdown", lambda: None)
+    monkeypatch.setattr(hosts, "check_alike", lambda _: None)
+    before = signal.getsignal(signal.SIGTERM)
+    lost = jax.errors.JaxRuntimeError("UNKNOWN: Gloo context initialization failed")
+    options = LearnOptions(distributed=True)
+
+    def ended(error):
+        with hosts.as_one_of_several(options):
+            assert signal.getsignal(signal.SIGTERM) is before
+            raise error
+
+    with pytest.raises(ValueError, match="another process has ended, or did not come so far"):
+        ended(lost)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        ended(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
