@@ -181,7 +181,7 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, np.ndarray], dict[s
         raise ValueError(f"{path} has no hash of its contents: it is of an old version; {remedy}")
     if (found := _hash_of(tensors, about)) != written:
         raise ValueError(
-            f"{path} holds contents of SHA-256 {found[:16]}, and says {written!s:.16}: {remedy}"
+            f"{path} holds contents of SHA-256 {found[:16]}, and says {written!r:.18}: {remedy}"
         )
     return tensors, about
 
