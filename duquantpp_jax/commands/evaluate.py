@@ -37,7 +37,7 @@ from duquantpp_jax.lab.table import empty
 from duquantpp_jax.models import DecoderConfig
 from duquantpp_jax.models.decoder import COMPUTE
 from duquantpp_jax.ptq import stores as cache
-from duquantpp_jax.ptq.layout import implemented, kernels_here
+from duquantpp_jax.ptq.layout import CUT, implemented, kernels_here
 from duquantpp_jax.ptq.sharding import host_memory, mesh_of
 from duquantpp_jax.recipes import import_modules, known
 
@@ -122,7 +122,9 @@ def _loaded(
     """The model of a directory, whose matrix products are of the type that is asked for."""
     with host_memory(mesh):
         decoder, linear, state = load_any(directory, inputs)
-    linear = implemented(linear, options.implementation)
+    named = options.implementation  # the reference may be in float, which has no kernels
+    if named == "xla" or directory == options.model:
+        linear = implemented(linear, named)
     return Predictor(decoder.computing(COMPUTE[options.compute]), linear, state)
 
 
@@ -199,6 +201,10 @@ def run(options: EvaluateOptions) -> int:
     """Runs the command and prints the results; returns the exit code."""
     if options.distributed and (options.tasks or options.mesh):
         raise ValueError("--distributed shares the rows of a text: leave --tasks and --mesh out")
+    if options.tasks and options.implementation is not None:
+        raise ValueError("--implementation is about --text: leave it out")
+    if options.mesh and options.implementation == "triton":
+        raise ValueError(CUT)
     with as_one_of_several(options) as own:
         return _run(own)
 

@@ -25,7 +25,7 @@ from duquantpp_jax.models import DecoderConfig
 from duquantpp_jax.models.decoder import COMPUTE
 from duquantpp_jax.models.sampling import Sampling, generate
 from duquantpp_jax.ptq import stores as cache
-from duquantpp_jax.ptq.layout import for_writing, implemented, is_packed
+from duquantpp_jax.ptq.layout import CUT, for_writing, implemented, is_packed
 from duquantpp_jax.ptq.sharding import cut, host_memory, mesh_of
 from duquantpp_jax.recipes import checked_seed, import_modules
 
@@ -86,8 +86,10 @@ def continued(
     if (note := left_out(options.model)) is not None:
         print(f"{options.model}: {note}", file=sys.stderr)
     config, tokenizer = model.config, load_tokenizer(options.model, model.config)
-    how = "xla" if mesh is not None else options.implementation
-    turned = {"rotate_keys": options.rotate_keys, "implementation": how}
+    if mesh is not None and options.implementation == "triton":
+        raise ValueError(CUT)
+    implementation = "xla" if mesh is not None else options.implementation
+    turned = {"rotate_keys": options.rotate_keys, "implementation": implementation}
     store = cache.store(options.cache, config.head_dim, **turned)
     prompts = [_ids(options, text, tokenizer, config) for text in options.prompt]
     longest, new = max(map(len, prompts)), options.max_new_tokens
@@ -100,7 +102,8 @@ def continued(
     key = jax.random.key(checked_seed(options.seed))
     if len(prompts) > 1:  # a text is the same whatever is continued beside it
         key = jnp.stack([key] * len(prompts))
-    linear = implemented(linear, options.implementation)
+    if implementation == "xla":  # what triton is for, for_writing says
+        linear = implemented(linear, implementation)
     if mesh is None:
         state = for_writing(linear, state, jax.local_devices()[0], options.implementation)
         if is_packed(state):

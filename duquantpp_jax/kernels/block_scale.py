@@ -3,7 +3,7 @@
 E = floor(log2 amax) - 2, + 1 where amax's mantissa is above that of the rule
 z = |y| / 2^E,      exact, but where it rounds to zero anyway
 
-number     z to the next multiple of 2^(max(e, 0) - 1), e its exponent, 6 at most. Adding
+nearest    z to the next multiple of 2^(max(e, 0) - 1), e its exponent, 6 at most. Adding
            2^(e + 22) and taking it away again does that, ties to even, for there float32 has no
            bits below it
 code       the bits of z 2^-126, rounded at bit 22: below 1 elements are subnormal in E2M1, and

@@ -22,6 +22,7 @@ from duquantpp_jax.kernels import Operand
 from duquantpp_jax.kernels.implementation import why_not_nvidia
 from duquantpp_jax.kernels.matvec.rows import BLOCK, PackedRows, is_mxfp4
 from duquantpp_jax.models.in_place import InPlace
+from duquantpp_jax.models.parameters import SITES
 from duquantpp_jax.ptq.site import (
     PackedFloat,
     QuantizedLinear,
@@ -29,6 +30,8 @@ from duquantpp_jax.ptq.site import (
     is_in_kernels,
     layer_of,
 )
+
+CUT = "--mesh cuts weights, and kernels are not cut: leave --implementation triton out"
 
 
 def decoded_once(state: Any, device: Any) -> Any:
@@ -90,10 +93,18 @@ def implemented(linear: Any, implementation: str | None) -> Any:
     """A model's linear whose inputs are moved and rounded by the named implementation.
 
     Raises:
-      ValueError: "triton" cannot run here.
+      ValueError: "triton" cannot run here, or no input of the model is for it.
     """
-    if implementation == "triton" and (reason := why_not_nvidia()) is not None:
-        raise ValueError(f"no implementation triton here: {reason}")
+    if implementation == "triton":
+        if (reason := why_not_nvidia()) is not None:
+            raise ValueError(f"no implementation triton here: {reason}")
+        if not isinstance(linear, QuantizedLinear) or not any(
+            is_in_kernels(linear.format(site)) for site in SITES
+        ):
+            raise ValueError(
+                "no implementation triton of this model: it moves and rounds inputs in MXFP4 by "
+                "floor, ceil, even or rceil, and here are none"
+            )
     if implementation is None or not isinstance(linear, QuantizedLinear):
         return linear
     return dataclasses.replace(linear, implementation=implementation)

@@ -13,7 +13,8 @@ from tokenizers import processors
 
 from duquantpp_jax import cli
 from duquantpp_jax.checkpoints import save
-from duquantpp_jax.commands.evaluate import _measures
+from duquantpp_jax.commands.evaluate import _measures, run
+from duquantpp_jax.commands.options.evaluate import EvaluateOptions
 from duquantpp_jax.evaluation import RowSums
 from duquantpp_jax.evaluation.rows import PROTOCOLS, Rows, read_text, rows_of_text
 from tests.conftest import byte_tokenizer, tiny_decoder
@@ -271,3 +272,11 @@ def test_intervals_of_two_rows_leave_out_what_no_text_can_have():
     assert found["agreement"]["ci95"] == (0, 1)
     low, high = found["excess_nll"]["ci95"]
     assert low < 0 < found["excess_nll"]["value"] < high
+
+
+def test_an_implementation_that_would_not_run_is_refused(tmp_path):
+    asked = EvaluateOptions(tmp_path, tmp_path / "t", implementation="triton", mesh="model=2")
+    with pytest.raises(ValueError, match="kernels are not cut"):
+        run(asked)
+    with pytest.raises(ValueError, match="--implementation is about --text"):
+        run(EvaluateOptions(tmp_path, tasks=("cloze",), implementation="xla"))

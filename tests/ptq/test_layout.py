@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from duquantpp_jax.formats import MXFP4
-from duquantpp_jax.models import SITES
+from duquantpp_jax.models import SITES, dense
 from duquantpp_jax.models.cache import empty_cache
 from duquantpp_jax.ptq import layout, store
 from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, layer_of, pad_channels
@@ -74,6 +74,17 @@ def test_a_model_writes_with_packed_weights_what_it_writes_without(kind, monkeyp
     # The same where the layers come in several runs, as those of recipes that differ do.
     runs = tuple(jax.tree.map(lambda a: a[n : n + 1], state) for n in range(2))  # noqa: B023
     np.testing.assert_allclose(logits(runs), wanted, atol=1e-4)
+
+
+def test_kernels_of_inputs_are_named_for_a_model_that_has_some(monkeypatch):
+    linear = QuantizedLinear(MXFP4())
+    assert layout.implemented(linear, "xla").implementation == "xla"
+    assert layout.implemented(linear, None) is linear
+    monkeypatch.setattr(layout, "why_not_nvidia", lambda: None)
+    assert layout.implemented(linear, "triton").implementation == "triton"
+    for other in (QuantizedLinear(MXFP4(scale_rule="mse")), QuantizedLinear(None), dense):
+        with pytest.raises(ValueError, match="of this model: it moves and rounds inputs in MXFP4"):
+            layout.implemented(other, "triton")
 
 
 def test_an_implementation_that_is_not_for_a_model_is_refused(monkeypatch):

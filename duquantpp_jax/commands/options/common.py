@@ -25,8 +25,10 @@ Serve = Literal["transformers", "vllm", "qutlass"]
 """The program that an export is for (checkpoints/readers.py)."""
 
 Compute = Literal["float32", "bf16"]
-Implementation = Literal["triton", "xla"]
 """The type of matrix products outside of quantized linears."""
+
+Implementation = Literal["triton", "xla"]
+"""By kernels, or by what XLA compiles."""
 
 Flag = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 Imports = Annotated[tuple[str, ...], tyro.conf.arg(name="import")]

@@ -26,7 +26,8 @@ def rotate_quantize(
 ) -> Operand:
     """Elements and scales of y_b = (x / smooth)_b R_b for blocks b of 32 columns.
 
-    Given the same y, every implementation gives the same bits. Their y differ by rounding:
+    Given the same y, every implementation gives the same bits, but for the signs of the zeros in
+    blocks that are NaN. Their y differ by rounding:
     "reference" divides and multiplies in float32; "mosaic_sm100" multiplies bfloat16 x by the
     matrices diag(1 / smooth_b) R_b in two bfloat16 parts (R to 2^-17) and adds in float32; "triton"
     has three parts of both, which is float32.
