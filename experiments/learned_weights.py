@@ -1,0 +1,52 @@
+"""Once weights are learned, does the transform before them matter?
+
+Weights are learned through the whole model, by KL, under a transform that stays as it was fitted
+from calibration, in as many steps and at one rate; `affine` moves its transform along with them.
+Hypothesis: it does on a model with many outliers, and what is ahead with weights to nearest stays
+  ahead, by less and less with more steps.
+Command: for each START of STARTS and each number of STEPS
+    duquantpp learn --start START --moves weights --steps STEPS --rate 3e-3 --text TRAIN \\
+      --rows 19264 --held-out 64 --formats floor --model smollm2 --out FITS/START_STEPS
+  (for affine --start wush_conditioned --moves affine weights --rate 1e-3), and then
+    duquantpp ablate experiments/learned_weights.py --table --model smollm2 --data FITS \\
+      --calibration-text gutenberg_calibration.txt --text DEVELOPMENT
+  with the texts of docs/protocol.md. What FITS does not hold is left out.
+Cost: two minutes a fit of 400 steps on one H200, five one of 1,600; a cell five seconds.
+Last result: not run.
+"""
+
+import sys
+from collections.abc import Iterator
+
+from duquantpp_jax.commands.ablate import AblateOptions, main
+from duquantpp_jax.lab import Cell
+
+BASELINE = "block_hadamard"
+STARTS = ("rtn", BASELINE, "smooth_hadamard", "wush_conditioned", "affine")
+STEPS = (400, 1600, 6400)
+RULE = "floor"
+
+
+def CELLS(options: AblateOptions) -> Iterator[Cell]:
+    """Each start with weights to nearest, and the fits that --data holds."""
+    for start in STARTS:
+        if start != "affine":
+            yield Cell(start, RULE)
+        for steps in STEPS:
+            fits = options.data and options.data / f"{start}_{steps}"
+            if fits and fits.is_dir():
+                yield Cell(f"{start}, {steps} steps", RULE, fits=fits)
+
+
+def ROWS(cell: Cell) -> str:
+    """What is before the weights."""
+    return cell.recipe.partition(",")[0]
+
+
+def COLUMNS(cell: Cell) -> str:
+    """Steps that the weights learned for."""
+    return cell.recipe.partition(", ")[2] or "to nearest"
+
+
+if __name__ == "__main__":
+    main(sys.modules[__name__])
