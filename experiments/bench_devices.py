@@ -48,7 +48,7 @@ def evaluation(tiny: bool, counts: Sequence[int]) -> Times:
     """Seconds of the same rows on each number of devices."""
     config, length = (SMALL, 32) if tiny else (LLAMA, TARGETS + 1)
     model = random_model(config)
-    predictor = quantized(model, rotations(config, per_block=False))
+    predictor = quantized(model, rotations(config, "none"))
     del model
     draw = np.random.default_rng(0)
     tokens = draw.integers(0, config.vocab_size, (ROWS * max(counts), length)).astype(np.int32)

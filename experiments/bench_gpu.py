@@ -55,10 +55,12 @@ from experiments.bench_kernels import (
     packed,
     rotation,
     seconds_of,
+    walsh_hadamard,
 )
 from experiments.bench_learning import MOVES, step_seconds, through_model
 from experiments.shapes import (
     FORMAT,
+    Matrices,
     quantized,
     random_model,
     rotations,
@@ -79,8 +81,12 @@ def evaluation(sizes: Sizes) -> Iterator[Row]:
 
     rival = seconds(Predictor(model), jnp.bfloat16)
     yield Row(f"{what}, model in bf16", rival)
-    for name, goal in {"nothing": "<= 1.25", "a matrix a block": "<= 1.4"}.items():
-        predictor = quantized(model, rotations(config, per_block=name != "nothing"))
+    kinds: dict[str, tuple[Matrices, str]] = {
+        "nothing": ("none", "<= 1.25"),
+        "a matrix a block": ("block", "<= 1.4"),
+    }
+    for name, (matrices, goal) in kinds.items():
+        predictor = quantized(model, rotations(config, matrices))
         by_xla = dataclasses.replace(predictor, linear=QuantizedLinear(FORMAT, "xla"))
         for (compute, dtype), (how, engine) in itertools.product(
             {"bf16": jnp.bfloat16, "float32": jnp.float32}.items(),
@@ -99,7 +105,7 @@ def evaluation(sizes: Sizes) -> Iterator[Row]:
 def generation(sizes: Sizes) -> Iterator[Row]:
     """Prefill and decode as `generate` runs them, a single prompt, a bf16 cache."""
     config, model = sizes.model, random_model(sizes.model).computing(jnp.bfloat16)
-    moved = quantized(model, rotations(config, per_block=True))
+    moved = quantized(model, rotations(config, "block"))
     plain = store("bf16", config.head_dim, implementation="xla")
     device = jax.devices()[0]
     state = decoded_once(moved.state, device)
@@ -111,30 +117,58 @@ def generation(sizes: Sizes) -> Iterator[Row]:
         "W4 decoded before": (moved.model, {"linear": moved.linear, "state": state}),
         "W4 packed": (moved.model, {"linear": moved.linear, "state": held}),
     }
-    draw = np.random.default_rng(0)
-    long = draw.integers(0, config.vocab_size, sizes.prompt).tolist()
-    short, least_new = long[: 2 * sizes.new], sizes.new // 2  # of one capacity
     rivals: dict[str, float] = {}
     for name, (decoder, given) in kinds.items():
-        decoder = decoder.computing(jnp.bfloat16)
-        options: dict[str, Any] = {"store": store("bf16", config.head_dim)} | given
-        run = functools.partial(generate, decoder, key=jax.random.key(0), **options)
-        times = {
-            "prefill": seconds_of(lambda: run([long], new=1)),  # noqa: B023
-            "decode": (
-                seconds_of(lambda: run([short], new=least_new + sizes.new))  # noqa: B023
-                - seconds_of(lambda: run([short], new=least_new))  # noqa: B023
-            )
-            / sizes.new,
-        }
         goals = {"prefill": "<= 1.11", "decode": "<= .43"}
-        for what, seconds in times.items():
-            tokens = f"prefill of {sizes.prompt} tokens" if what == "prefill" else "decode a token"
+        for what, seconds in writing(decoder, given, sizes).items():
             rival = rivals.setdefault(what, seconds)
             beside = {} if seconds is rival else {"against": "model in bf16"}
             ratio = seconds / rival if beside else None
-            label = f"{tokens}, {config.num_hidden_layers} layers, {name}"
-            yield Row(label, seconds, ratio=ratio, goal=goals[what] if beside else "", **beside)
+            label = f"{what}, {config.num_hidden_layers} layers, {name}"
+            goal = goals[what.split()[0]] if beside else ""
+            yield Row(label, seconds, ratio=ratio, goal=goal, **beside)
+
+
+def writing(decoder: Decoder, given: dict[str, Any], sizes: Sizes) -> dict[str, float]:
+    """Seconds of a prefill, and of a token after it, as `generate` runs them."""
+    config, draw = sizes.model, np.random.default_rng(0)
+    long = draw.integers(0, config.vocab_size, sizes.prompt).tolist()
+    short, least_new = long[: 2 * sizes.new], sizes.new // 2  # of one capacity
+    options: dict[str, Any] = {"store": store("bf16", config.head_dim)} | given
+    decoder = decoder.computing(jnp.bfloat16)
+    run = functools.partial(generate, decoder, key=jax.random.key(0), **options)
+    tokens = seconds_of(lambda: run([short], new=least_new + sizes.new))
+    tokens -= seconds_of(lambda: run([short], new=least_new))
+    prefill = seconds_of(lambda: run([long], new=1))
+    return {f"prefill of {sizes.prompt} tokens": prefill, "decode a token": tokens / sizes.new}
+
+
+def moving(sizes: Sizes) -> Iterator[Row]:
+    """What moving inputs adds to a prefill and to a token, whole, with packed weights."""
+    config, model = sizes.model, random_model(sizes.model)
+    rivals: dict[str, float] = {}
+    kinds: dict[str, Matrices] = {
+        "by nothing": "none",
+        "by Hadamard as FWHT": "none",
+        "by a matrix for all blocks": "shared",
+        "by a matrix a block": "block",
+    }
+    for name, matrices in kinds.items():
+        predictor = quantized(model, rotations(config, matrices))
+        state = for_writing(predictor.linear, predictor.state, jax.devices()[0])
+        linear: Any = predictor.linear
+        if "FWHT" in name:
+            linear = functools.partial(_after_hadamard, predictor.linear)
+        given = {"linear": linear, "state": state}
+        for what, seconds in writing(predictor.model, given, sizes).items():
+            rival = rivals.setdefault(what, seconds)
+            label = f"{what}, {config.num_hidden_layers} layers, inputs moved {name}"
+            yield Row(label, seconds, "nothing moved", seconds / rival)
+
+
+def _after_hadamard(linear: Any, site: str, x: jax.Array, weights: Any, state: Any) -> Any:
+    """A linear whose input is moved by `walsh_hadamard` before."""
+    return linear(site, walsh_hadamard(x), weights, state)
 
 
 def learning(sizes: Sizes) -> Iterator[Row]:
@@ -181,6 +215,7 @@ PARTS: dict[str, Callable[[Sizes], Iterator[Row]]] = {
     "rotation": rotation,
     "evaluation": evaluation,
     "generation": generation,
+    "moving": moving,
     "learning": learning,
     "layer": layer,
 }

@@ -16,7 +16,6 @@ import numpy as np
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.kernels import rotate_fake_quantize, rotate_quantize
-from duquantpp_jax.kernels.matvec import move
 from duquantpp_jax.kernels.matvec.api import FEW, matvec, unpacked
 from duquantpp_jax.kernels.matvec.rows import PackedRows
 from duquantpp_jax.kernels.rotate_quantize.cases import Case
@@ -86,17 +85,6 @@ def each(call: Callable[[Any], Any], items: list[Any]) -> float:
     """Seconds of a call on each item, all in one program, so without a launch."""
     every = jax.jit(lambda items: [call(item) for item in items])
     return seconds_of(lambda: every(items)) / len(items)
-
-
-def after_another(call: Callable[[jax.Array], Any], x: jax.Array, times: int) -> float:
-    """Seconds of a call whose input waits for the output of the one before."""
-
-    def step(_: Any, x: jax.Array) -> jax.Array:
-        first = jnp.ravel(jax.tree.leaves(call(x))[0])[0].astype(x.dtype)
-        return x + x.dtype.type(1e-6) * first
-
-    run = jax.jit(lambda x: jax.lax.fori_loop(0, times, step, x))
-    return seconds_of(lambda: run(x)) / times
 
 
 def copy_of(size: int) -> float:
@@ -212,31 +200,25 @@ def walsh_hadamard(x: jax.Array) -> jax.Array:
 
 
 def shares(sizes: Sizes) -> Iterator[Row]:
-    """All inputs of a layer, four widths, moved and rounded in some ways, for a prompt and for a
-    token: seconds of all layers of the model, of which the share of a step is to be seen."""
+    """All inputs of a layer, four widths, moved and rounded in some ways, for a prompt: seconds of
+    all layers of the model, of which the share of a prefill is to be seen."""
     config = sizes.model
     widths = (config.hidden_size,) * 3 + (config.intermediate_size,)
     layers = config.num_hidden_layers
-    for tokens in (sizes.prompt, 1):
-        times: dict[str, float] = {}
-        for width in dict.fromkeys(widths):
-            key, blocks = jax.random.key(width), width // BLOCK
-            x = jax.random.normal(key, (tokens, width), jnp.bfloat16)
-            own = jnp.linalg.qr(jax.random.normal(key, (blocks, BLOCK, BLOCK)))[0]
-            for name, call in ways(own, tokens).items():
-                if tokens > 1:
-                    seconds = each(call, [x + x.dtype.type(i) for i in range(COPIES)])
-                else:
-                    seconds = after_another(call, x, layers)
-                seconds *= layers * widths.count(width)
-                times[name] = times.get(name, 0.0) + seconds
-        what = "a prompt" if tokens > 1 else "a token"
-        for name, seconds in times.items():
-            label = f"inputs of {layers} layers, {what} of {tokens}: {name}"
-            yield Row(label, seconds, "rounded alone", seconds / times["rounded alone"])
+    times: dict[str, float] = {}
+    for width in dict.fromkeys(widths):
+        key, blocks = jax.random.key(width), width // BLOCK
+        x = jax.random.normal(key, (sizes.prompt, width), jnp.bfloat16)
+        own = jnp.linalg.qr(jax.random.normal(key, (blocks, BLOCK, BLOCK)))[0]
+        for name, call in ways(own).items():
+            seconds = each(call, [x + x.dtype.type(i) for i in range(COPIES)])
+            times[name] = times.get(name, 0.0) + seconds * layers * widths.count(width)
+    for name, seconds in times.items():
+        label = f"inputs of {layers} layers, a prompt of {sizes.prompt}: {name}"
+        yield Row(label, seconds, "rounded alone", seconds / times["rounded alone"])
 
 
-def ways(own: jax.Array, tokens: int) -> dict[str, Callable[[jax.Array], Any]]:
+def ways(own: jax.Array) -> dict[str, Callable[[jax.Array], Any]]:
     """Ways to move and round an input, by name."""
 
     def by(implementation: Any, transform: Any) -> Callable[[jax.Array], Any]:
@@ -249,17 +231,7 @@ def ways(own: jax.Array, tokens: int) -> dict[str, Callable[[jax.Array], Any]]:
         "a matrix for all blocks": by("xla", BlockRotation(own[:1])),
         "a matrix a block": by("xla", BlockRotation(own)),
     }
-    if jax.default_backend() != "gpu":
-        return found
-    if tokens > 1:
+    if jax.default_backend() == "gpu":
         found["a matrix for all blocks, kernel"] = by("triton", BlockRotation(own[:1]))
         found["a matrix a block, kernel"] = by("triton", BlockRotation(own))
-        return found
-    missing = -len(own) % 32
-    given = jnp.pad(own, ((0, missing), (0, 0), (0, 0)))[None]
-
-    def one(x: jax.Array) -> Any:
-        x = jnp.pad(x.reshape(1, -1, BLOCK).astype(jnp.float32), ((0, 0), (0, missing), (0, 0)))
-        return move.to_tokens(x, given, jnp.int32(0), FORMAT.scale_rule)
-
-    return found | {"a matrix a block, kernel": one}
+    return found

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -108,17 +108,21 @@ def quantized(model: Decoder, transforms: dict[int, Any]) -> Predictor:
     return Predictor(decoder, QuantizedLinear(FORMAT), state)
 
 
-def rotations(config: DecoderConfig, *, per_block: bool) -> dict[int, Any]:
-    """For each width what moves inputs: nothing at all, or an orthogonal matrix for each block."""
+Matrices = Literal["none", "shared", "block"]
+
+
+def rotations(config: DecoderConfig, matrices: Matrices) -> dict[int, Any]:
+    """For each width what moves inputs: nothing, or an orthogonal matrix, for all blocks or for
+    each."""
     widths = {config.hidden_size, config.intermediate_size}
     widths |= {config.num_attention_heads * config.head_dim}
-    if not per_block:
+    if matrices == "none":
         return dict.fromkeys(widths, Identity())
     random, found = np.random.default_rng(0), {}
     for width in widths:
-        shape = (width // BLOCK, BLOCK, BLOCK)
-        matrices = np.linalg.qr(random.standard_normal(shape, np.float32))[0]
-        moved = lower(BlockRotation(jnp.asarray(matrices)), width, BLOCK)
+        shape = (width // BLOCK if matrices == "block" else 1, BLOCK, BLOCK)
+        drawn = np.linalg.qr(random.standard_normal(shape, np.float32))[0]
+        moved = lower(BlockRotation(jnp.asarray(drawn)), width, BLOCK)
         repeat = functools.partial(_repeated, count=config.num_hidden_layers)
         found[width] = jax.tree.map(repeat, moved)
     return found
