@@ -30,6 +30,7 @@ from duquantpp_jax.ptq.site import (
     is_in_kernels,
     layer_of,
 )
+from duquantpp_jax.transforms.basic import Identity
 
 CUT = "--mesh cuts weights, and kernels are not cut: leave --implementation triton out"
 
@@ -60,7 +61,8 @@ def _in_bfloat16(weight: MXArray) -> Exact:
 
 
 def for_writing(linear: Any, state: Any, device: Any, implementation: str | None = None) -> Any:
-    """A model's state for texts that it writes, packed where weights and inputs are in MXFP4.
+    """A model's state for texts that it writes, packed where weights are in MXFP4, and inputs are in
+    MXFP4 or in float.
 
     Args:
       implementation: Of products of a few tokens: "triton", which reads packed weights, or "xla",
@@ -84,7 +86,7 @@ def for_writing(linear: Any, state: Any, device: Any, implementation: str | None
     if implementation is not None and not is_packed(packed):
         raise ValueError(
             f"no implementation {implementation} of this model: it multiplies weights in MXFP4 "
-            "with inputs in MXFP4, and here are none of both"
+            "with inputs in MXFP4 or in float, and here are none of both"
         )
     return decoded_once(packed, device)
 
@@ -164,14 +166,18 @@ def is_packed(state: Any) -> bool:
 
 
 def _packed(site: QuantizedSite, format: Format | None) -> QuantizedSite:
-    """The site with packed weights, if kernels multiply them."""
+    """The site with packed weights, if kernels multiply them: with inputs in MXFP4, or in float."""
     weights = [w for w in site.weights if is_mxfp4(w) and len(w.shape) == 3]
-    if not isinstance(format, MXFP4) or format.block_size != BLOCK:
+    if format is not None and (not isinstance(format, MXFP4) or format.block_size != BLOCK):
         return site
     if len(weights) < len(site.weights):
         return site
     width, matrices = weights[0].shape[-1], None
-    if is_in_kernels(format) and site.clip is None and site.scale_offset is None:
+    if format is None:
+        moved = not isinstance(site.transform, Identity)
+    else:
+        moved = is_in_kernels(format) and site.clip is site.scale_offset is None
+    if moved:
         matrices = _matrices(_each_layer(site), width)
     rows = PackedRows.of(weights, matrices)
     return dataclasses.replace(site, weights=(), packed=InPlace(rows))

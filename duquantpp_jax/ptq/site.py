@@ -39,6 +39,7 @@ from duquantpp_jax.formats import MX, MXFP4
 from duquantpp_jax.formats.mx import to_float32
 from duquantpp_jax.kernels import Operand, rotate_quantize, scaled_matmul
 from duquantpp_jax.kernels.block_scale import RAISED_ABOVE
+from duquantpp_jax.kernels.float_matvec.api import float_matvec
 from duquantpp_jax.kernels.implementation import why_not_nvidia
 from duquantpp_jax.kernels.matvec.api import FEW, matvec, quantized_matvec, unpacked
 from duquantpp_jax.kernels.matvec.rows import BLOCK
@@ -196,7 +197,7 @@ class QuantizedLinear:
         dtype = (x.x if isinstance(x, Routed) else x).dtype
         if (packed := state.packed) is not None and not isinstance(x, Routed):
             format, few = self.format(site), math.prod(x.shape[:-1]) <= FEW
-            if few and isinstance(format, MXFP4):
+            if few and (format is None or isinstance(format, MXFP4)):
                 return _few_tokens(x, state, packed, format), None
             if not state.weights:
                 return self._many_tokens(x, state, packed, format), None
@@ -298,12 +299,16 @@ def is_in_kernels(format: Format | None) -> TypeGuard[MXFP4]:
 
 
 def _few_tokens(
-    x: Any, state: QuantizedSite, packed: InPlace, format: MXFP4
+    x: Any, state: QuantizedSite, packed: InPlace, format: MXFP4 | None
 ) -> tuple[Float32[Array, "*tokens _n"], ...]:
     """The outputs of packed weights, multiplied as they are."""
     rows, layer = packed.arrays, packed.layer
     tokens = pad_channels(x.reshape(-1, x.shape[-1]), rows.width)
-    if rows.matrices is not None:
+    if format is None:
+        if rows.matrices is None:
+            tokens = move_input(to_float32(tokens), state.transform)
+        ys = float_matvec(tokens, rows, layer)
+    elif rows.matrices is not None:
         ys = quantized_matvec(to_float32(tokens), rows, layer, scale_rule=format.scale_rule)
     else:
         moved, given = _moved(tokens.astype(jnp.float32), state)

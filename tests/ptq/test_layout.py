@@ -1,5 +1,6 @@
 """How weights stand in memory while a model runs."""
 
+import dataclasses
 import types
 
 import jax
@@ -12,7 +13,7 @@ from duquantpp_jax.models import SITES, dense
 from duquantpp_jax.models.cache import empty_cache
 from duquantpp_jax.ptq import layout, store
 from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite, layer_of, pad_channels
-from duquantpp_jax.transforms.basic import Permute, Smooth
+from duquantpp_jax.transforms.basic import Identity, Permute, Smooth
 from duquantpp_jax.transforms.block import BlockRotation
 from tests.conftest import tiny_decoder
 
@@ -20,6 +21,8 @@ GPU = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"bytes_limit":
 
 
 def _transform(kind, layers, width):
+    if kind == "nothing":
+        return Identity()
     draw = np.random.default_rng(0)
     if kind == "permutation":
         order = np.stack([draw.permutation(width) for _ in range(layers)])
@@ -85,6 +88,33 @@ def test_kernels_of_inputs_are_named_for_a_model_that_has_some(monkeypatch):
     for other in (QuantizedLinear(MXFP4(scale_rule="mse")), QuantizedLinear(None), dense):
         with pytest.raises(ValueError, match="of this model: it moves and rounds inputs in MXFP4"):
             layout.implemented(other, "triton")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rotation", "permutation", "nothing"])
+def test_packed_weights_are_multiplied_with_inputs_in_float(kind, monkeypatch):
+    """A token and three, in bfloat16 and float32, by kernels; then a prompt, decoded."""
+    _, _, state = _quantized(kind)
+    monkeypatch.setattr(layout, "why_not_nvidia", lambda: None)
+    linear = QuantizedLinear(None)
+    packed = layout.for_writing(linear, state, GPU, "triton")
+    assert layout.is_packed(packed)
+    draw = np.random.default_rng(4)
+    for site in SITES:
+        (own, rows), before = (packed[site], packed[site].packed), layer_of(state[site], 1)
+        assert (rows.arrays.matrices is not None) == (kind == "rotation")
+        assert own.weights == ()
+        after = dataclasses.replace(
+            layer_of(dataclasses.replace(own, packed=None), 1),
+            packed=dataclasses.replace(rows, layer=jnp.int32(1)),
+        )
+        for shape, dtype in (((1, 1), jnp.bfloat16), ((3, 1), jnp.float32), ((1, 7), jnp.float32)):
+            x = jnp.asarray(draw.standard_normal((*shape, before.weights[0].shape[-1])), dtype)
+            for y, wanted in zip(
+                *(linear(site, x, (), own)[0] for own in (after, before)), strict=True
+            ):
+                assert y.shape == wanted.shape
+                np.testing.assert_allclose(y, wanted, atol=1e-5)
 
 
 def test_an_implementation_that_is_not_for_a_model_is_refused(monkeypatch):

@@ -12,7 +12,7 @@ from duquantpp_jax.kernels.matvec.tokens import Tokens, doubled
 
 def matvec(x: Tokens, rows: PackedRows, layer: Int32[Array, ""]) -> Float32[Array, "tokens rows"]:
     """x W^T, of rows that are filled up, too."""
-    w, scale_bytes = _elements(rows, layer), rows.scale_bytes[layer]
+    w, scale_bytes = decoded(rows, layer), rows.scale_bytes[layer]
     m, blocks = x.scale_bytes.shape
     elements = jax.lax.bitcast_convert_type(x.words, jnp.int8).reshape(m, 8, blocks, 4)
     elements = jnp.swapaxes(elements, 1, 2).reshape(m, blocks, 32)
@@ -26,12 +26,12 @@ def matvec(x: Tokens, rows: PackedRows, layer: Int32[Array, ""]) -> Float32[Arra
 def unpacked(rows: PackedRows, layer: Int32[Array, ""]) -> BFloat16[Array, "rows k"]:
     """The numbers of a layer, of rows that are filled up, too."""
     byte = rows.scale_bytes[layer].astype(jnp.int32)[..., None]
-    y = times_power_of_two(_elements(rows, layer).astype(jnp.float32), byte - 128)
+    y = times_power_of_two(decoded(rows, layer).astype(jnp.float32), byte - 128)
     y = jnp.where(byte == 255, jnp.float32(jnp.nan), y).reshape(len(y), -1)
     return y[:, : rows.width].astype(jnp.bfloat16)
 
 
-def _elements(rows: PackedRows, layer: Int32[Array, ""]) -> Int8[Array, "rows blocks 32"]:
+def decoded(rows: PackedRows, layer: Int32[Array, ""]) -> Int8[Array, "rows blocks 32"]:
     """Twice the value of each element."""
     packed = jax.lax.bitcast_convert_type(jnp.moveaxis(rows.words[layer], 0, -1), jnp.uint8)
     return doubled(unpack_nibbles(packed.reshape(*packed.shape[:2], 16)))

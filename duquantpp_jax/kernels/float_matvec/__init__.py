@@ -1,0 +1,1 @@
+"""Products of few tokens in float with packed weights, as decoding in W4A16 needs them."""

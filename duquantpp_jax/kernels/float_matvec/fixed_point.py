@@ -1,0 +1,106 @@
+"""Tokens in fixed point: the numbers of a block as 32-bit integers with a power of two in common.
+
+x_bj = X_bj 2^(E_b - 31)         2^E_b > max |x_b|, the least such power, X_bj cut off
+
+A float32 has 24 bits, so X is exact for a number of at least 2^-7 times the block's largest, and a
+bfloat16 of 2^-23 times; any other is off by less than 2^(E_b - 31). An integer is four bytes,
+of which the highest has the sign:
+
+X = sum_l 2^(8 l) X_l            0 <= X_l < 256 for l < 3, and -128 <= X_3 < 128
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float32, Int32, UInt32
+
+from duquantpp_jax.formats.division import power_of_two
+from duquantpp_jax.kernels.block_scale import magnitude
+
+BYTES = 4
+"""Bytes of an integer."""
+NOT_FINITE = 1 << 20
+"""E of a block that has NaN or Inf."""
+BLOCKS = 2
+"""Blocks of a program."""
+LARGEST = 12
+"""What a weight's byte has more than twice the weight: so much is to be taken from a sum."""
+
+
+def fixed(x: Float32[Array, "*blocks 32"]) -> tuple[Int32[Array, "*blocks 32"], Array]:
+    """X of each number, and E of each block, at least -95: below 2^-126 numbers are lost."""
+    amax = jnp.max(magnitude(x), axis=-1)
+    bad = amax >= 0x7F800000
+    exponent = jnp.maximum((amax >> 23) - 126, -95)
+    shift = jnp.where(bad, 0, 31 - exponent)[..., None]
+    scaled = x * power_of_two(shift >> 1) * power_of_two(shift - (shift >> 1))
+    whole = jnp.where(bad[..., None], jnp.float32(0), scaled).astype(jnp.int32)
+    return whole, jnp.where(bad, NOT_FINITE, exponent)
+
+
+@struct.dataclass
+class FixedTokens:
+    """Tokens in fixed point beside `PackedRows`, as its kernel reads them.
+
+    Attributes:
+      words: X_l of four numbers, the first in the lowest byte; those of a token together, in it
+        those of an l.
+      sums: 12 sum_j of the upper and of the lower half of X_j, a row of each for each token.
+      exponents: E.
+    """
+
+    words: UInt32[Array, "words_of_tokens blocks"]
+    sums: Int32[Array, "halves_of_tokens blocks"]
+    exponents: Int32[Array, "tokens blocks"]
+
+
+def to_fixed(
+    x: Float32[Array, "tokens blocks 32"],
+    matrices: Float32[Array, "layers blocks 32 32"] | None,
+    layer: Int32[Array, ""],
+    *,
+    interpret: bool = False,
+) -> FixedTokens:
+    """Each x_b M_b, or x_b, in fixed point, for a multiple of BLOCKS blocks."""
+    from jax.experimental.pallas import triton as plt
+
+    m, blocks, _ = x.shape
+    moves = () if matrices is None else (matrices,)
+    sizes = (8 * BYTES * m, 2 * m, m)
+    types = (jnp.uint32, jnp.int32, jnp.int32)
+    found = pl.pallas_call(
+        functools.partial(_kernel, m),
+        grid=(blocks // BLOCKS,),
+        in_specs=[pl.BlockSpec()] * (2 + len(moves)),
+        out_specs=[pl.BlockSpec((rows, BLOCKS), lambda i: (0, i)) for rows in sizes],
+        out_shape=[
+            jax.ShapeDtypeStruct((rows, blocks), dtype)
+            for rows, dtype in zip(sizes, types, strict=True)
+        ],
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+    )(layer.reshape(1), x, *moves)
+    return FixedTokens(*found)
+
+
+def _kernel(tokens: int, layer: Any, x: Any, *refs: Any) -> None:
+    *moves, words, sums, exponents = refs
+    at = pl.ds(pl.program_id(0) * BLOCKS, BLOCKS)
+    own = [matrices[layer[0], at, :, :] for matrices in moves]
+    places = 8 * lax.broadcasted_iota(jnp.int32, (BLOCKS, 8, 4), 2)
+    for token in range(tokens):
+        y = x[token, at, :]
+        for matrices in own:
+            y = jnp.sum(y[:, :, None] * matrices, axis=1)
+        whole, exponents[token, :] = fixed(y)
+        for number in range(BYTES):
+            byte = (whole >> (8 * number)) & 0xFF
+            word = jnp.sum(byte.reshape(BLOCKS, 8, 4) << places, axis=2)
+            words[pl.ds(8 * (BYTES * token + number), 8), :] = word.T.astype(jnp.uint32)
+        for row, half in enumerate((whole >> 16, whole & 0xFFFF)):
+            sums[2 * token + row, :] = LARGEST * jnp.sum(half, axis=1)
