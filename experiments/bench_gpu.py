@@ -109,13 +109,16 @@ def generation(sizes: Sizes) -> Iterator[Row]:
     plain = store("bf16", config.head_dim, implementation="xla")
     device = jax.devices()[0]
     state = decoded_once(moved.state, device)
-    held = for_writing(moved.linear, moved.state, device)
+    held, in_float = for_writing(moved.linear, moved.state, device), QuantizedLinear(None)
+    beside_float = for_writing(in_float, moved.state, device)
     kinds: dict[str, tuple[Decoder, dict[str, Any]]] = {
         "model in bf16": (model, {"linear": dense}),
         "model in bf16, --implementation xla": (model, {"linear": dense, "store": plain}),
         "W4 decoded at use": (moved.model, {"linear": moved.linear, "state": moved.state}),
         "W4 decoded before": (moved.model, {"linear": moved.linear, "state": state}),
         "W4 packed": (moved.model, {"linear": moved.linear, "state": held}),
+        "W4A16 decoded before": (moved.model, {"linear": in_float, "state": state}),
+        "W4A16 packed": (moved.model, {"linear": in_float, "state": beside_float}),
     }
     rivals: dict[str, float] = {}
     for name, (decoder, given) in kinds.items():

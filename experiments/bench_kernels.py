@@ -16,6 +16,7 @@ import numpy as np
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.kernels import rotate_fake_quantize, rotate_quantize
+from duquantpp_jax.kernels.float_matvec.api import float_matvec
 from duquantpp_jax.kernels.matvec.api import FEW, matvec, unpacked
 from duquantpp_jax.kernels.matvec.rows import PackedRows
 from duquantpp_jax.kernels.rotate_quantize.cases import Case
@@ -160,6 +161,14 @@ def packed(sizes: Sizes) -> Iterator[Row]:
         run = jax.jit(lambda x, rows: [matvec(x, rows, layer) for layer in every])
         seconds = seconds_of(lambda: run(token, rows)) / layers  # noqa: B023
         label = f"{tokens} tokens x {shape}, packed"
+        yield Row(label, seconds, "bf16 weights", seconds / rival)
+        (y,) = float_matvec(given, rows, 1)  # the same numbers, so the same sums
+        if not np.all(np.abs(np.asarray(y, np.float64) - factors[0] @ factors[1]) <= bound):
+            raise ValueError("a product with inputs in float is further off than its sums can be")
+        run = jax.jit(lambda x, rows: [float_matvec(x, rows, layer) for layer in every])
+        seconds = seconds_of(lambda: run(given, rows)) / layers  # noqa: B023
+        speed = outputs * inputs * 17 / 32 / seconds / 1e9
+        label = f"{tokens} tokens in float x {shape}, packed, {speed:.0f} GB/s"
         yield Row(label, seconds, "bf16 weights", seconds / rival)
 
 

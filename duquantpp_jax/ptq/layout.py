@@ -18,6 +18,7 @@ from jaxtyping import Array, Float32
 
 from duquantpp_jax.core import Exact, Format, MXArray, Transform
 from duquantpp_jax.formats import MXFP4
+from duquantpp_jax.formats.plain import BFloat16
 from duquantpp_jax.kernels import Operand
 from duquantpp_jax.kernels.implementation import why_not_nvidia
 from duquantpp_jax.kernels.matvec.rows import BLOCK, PackedRows, is_mxfp4
@@ -61,8 +62,7 @@ def _in_bfloat16(weight: MXArray) -> Exact:
 
 
 def for_writing(linear: Any, state: Any, device: Any, implementation: str | None = None) -> Any:
-    """A model's state for texts that it writes, packed where weights are in MXFP4, and inputs are in
-    MXFP4 or in float.
+    """A model's state for texts that it writes, packed where weights are in MXFP4.
 
     Args:
       implementation: Of products of a few tokens: "triton", which reads packed weights, or "xla",
@@ -85,8 +85,8 @@ def for_writing(linear: Any, state: Any, device: Any, implementation: str | None
         packed = runs if isinstance(state, tuple) else runs[0]
     if implementation is not None and not is_packed(packed):
         raise ValueError(
-            f"no implementation {implementation} of this model: it multiplies weights in MXFP4 "
-            "with inputs in MXFP4 or in float, and here are none of both"
+            f"no implementation {implementation} of this model: it multiplies weights in MXFP4, "
+            "and here are none"
         )
     return decoded_once(packed, device)
 
@@ -166,17 +166,16 @@ def is_packed(state: Any) -> bool:
 
 
 def _packed(site: QuantizedSite, format: Format | None) -> QuantizedSite:
-    """The site with packed weights, if kernels multiply them: with inputs in MXFP4, or in float."""
+    """The site with packed weights, if kernels multiply them."""
     weights = [w for w in site.weights if is_mxfp4(w) and len(w.shape) == 3]
-    if format is not None and (not isinstance(format, MXFP4) or format.block_size != BLOCK):
-        return site
     if len(weights) < len(site.weights):
         return site
     width, matrices = weights[0].shape[-1], None
-    if format is None:
-        moved = not isinstance(site.transform, Identity)
-    else:
-        moved = is_in_kernels(format) and site.clip is site.scale_offset is None
+    if is_in_kernels(format):
+        moved = site.clip is site.scale_offset is None
+    else:  # by a kernel that leaves inputs in float, unless there is nothing to move
+        in_float = format is None or isinstance(format, BFloat16)
+        moved = in_float and not isinstance(site.transform, Identity)
     if moved:
         matrices = _matrices(_each_layer(site), width)
     rows = PackedRows.of(weights, matrices)

@@ -37,6 +37,7 @@ from duquantpp_jax.core import (
 )
 from duquantpp_jax.formats import MX, MXFP4
 from duquantpp_jax.formats.mx import to_float32
+from duquantpp_jax.formats.plain import BFloat16
 from duquantpp_jax.kernels import Operand, rotate_quantize, scaled_matmul
 from duquantpp_jax.kernels.block_scale import RAISED_ABOVE
 from duquantpp_jax.kernels.float_matvec.api import float_matvec
@@ -197,8 +198,8 @@ class QuantizedLinear:
         dtype = (x.x if isinstance(x, Routed) else x).dtype
         if (packed := state.packed) is not None and not isinstance(x, Routed):
             format, few = self.format(site), math.prod(x.shape[:-1]) <= FEW
-            if few and (format is None or isinstance(format, MXFP4)):
-                return _few_tokens(x, state, packed, format), None
+            if few:
+                return self._few_tokens(x, state, packed, format), None
             if not state.weights:
                 return self._many_tokens(x, state, packed, format), None
         operands = [w for w in state.weights if isinstance(w, Operand)]
@@ -215,6 +216,26 @@ class QuantizedLinear:
             return matmul(x, as_factor(weight, dtype)).astype(jnp.float32)
 
         return tuple(map(output, state.weights)), None
+
+    def _few_tokens(
+        self, x: Any, state: QuantizedSite, packed: InPlace, format: Format | None
+    ) -> tuple[Float32[Array, "*tokens _n"], ...]:
+        """The outputs of packed weights, multiplied as they are."""
+        rows, layer = packed.arrays, packed.layer
+        tokens = to_float32(pad_channels(x.reshape(-1, x.shape[-1]), rows.width))
+        if isinstance(format, MXFP4) and format.block_size == BLOCK:
+            if rows.matrices is not None:
+                ys = quantized_matvec(tokens, rows, layer, scale_rule=format.scale_rule)
+            else:
+                moved, given = _moved(tokens, state)
+                ys = matvec(format.encode(moved, **given), rows, layer)
+        elif rows.matrices is not None:
+            dtype = jnp.bfloat16 if isinstance(format, BFloat16) else jnp.float32
+            ys = float_matvec(tokens, rows, layer, dtype=dtype)
+        else:
+            seen = self._by_xla(tokens, state, format)
+            ys = float_matvec(seen.whole() if isinstance(seen, Exact) else seen, rows, layer)
+        return tuple(y.reshape(*x.shape[:-1], -1) for y in ys)
 
     def _many_tokens(
         self, x: Any, state: QuantizedSite, packed: InPlace, format: Format | None
@@ -296,24 +317,6 @@ def is_in_kernels(format: Format | None) -> TypeGuard[MXFP4]:
     if not isinstance(format, MXFP4) or format.block_size != BLOCK:
         return False
     return format.rounding is ElementRounding.NEAREST_EVEN and format.scale_rule in RAISED_ABOVE
-
-
-def _few_tokens(
-    x: Any, state: QuantizedSite, packed: InPlace, format: MXFP4 | None
-) -> tuple[Float32[Array, "*tokens _n"], ...]:
-    """The outputs of packed weights, multiplied as they are."""
-    rows, layer = packed.arrays, packed.layer
-    tokens = pad_channels(x.reshape(-1, x.shape[-1]), rows.width)
-    if format is None:
-        if rows.matrices is None:
-            tokens = move_input(to_float32(tokens), state.transform)
-        ys = float_matvec(tokens, rows, layer)
-    elif rows.matrices is not None:
-        ys = quantized_matvec(to_float32(tokens), rows, layer, scale_rule=format.scale_rule)
-    else:
-        moved, given = _moved(tokens.astype(jnp.float32), state)
-        ys = matvec(format.encode(moved, **given), rows, layer)
-    return tuple(y.reshape(*x.shape[:-1], -1) for y in ys)
 
 
 def move_input(x: Any, transform: Transform) -> Any:

@@ -93,6 +93,20 @@ def test_a_token_is_moved_and_taken_in_fixed_point_as_the_law_says():
     np.testing.assert_array_equal(found.sums, halves.reshape(4, 20))
 
 
+def test_a_token_may_be_rounded_to_bfloat16_before():
+    """Ties to even, and what rounds beyond the largest, which is NaN as it is in float32."""
+    x = tokens(3, 2)
+    x = x.at[0, :32].set(1 + jnp.arange(32) / 256).at[1, 40].set(np.finfo(np.float32).max)
+    rows = PackedRows.of([random_mx(0, 1, 8, WIDTH)])
+    (found,) = float_matvec(x, rows, dtype=jnp.bfloat16)
+    (wanted,) = float_matvec(jax.lax.reduce_precision(x, 8, 7), rows)
+    assert_equal(found, wanted)
+    assert np.isnan(found[1]).all()
+    assert not np.isnan(found[0]).any()
+    with pytest.raises(ValueError, match="rounded to float32 or bfloat16, not float16"):
+        float_matvec(x, rows, dtype="float16")
+
+
 def test_matrices_of_rows_move_the_input():
     draw = np.random.default_rng(0)
     matrices = jnp.asarray(np.eye(32)[draw.permutation(32)], jnp.float32)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duquantpp_jax.formats import MXFP4
+from duquantpp_jax.formats import MXFP4, MXFP8
+from duquantpp_jax.formats.plain import BFloat16
 from duquantpp_jax.models import SITES, dense
 from duquantpp_jax.models.cache import empty_cache
 from duquantpp_jax.ptq import layout, store
@@ -91,18 +92,28 @@ def test_kernels_of_inputs_are_named_for_a_model_that_has_some(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["rotation", "permutation", "nothing"])
-def test_packed_weights_are_multiplied_with_inputs_in_float(kind, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "format"),
+    [
+        ("rotation", None),
+        ("rotation", BFloat16()),
+        ("permutation", BFloat16()),
+        ("nothing", None),
+        ("rotation", MXFP8()),
+    ],
+)
+def test_packed_weights_are_multiplied_with_inputs_of_other_formats(kind, format, monkeypatch):
     """A token and three, in bfloat16 and float32, by kernels; then a prompt, decoded."""
     _, _, state = _quantized(kind)
     monkeypatch.setattr(layout, "why_not_nvidia", lambda: None)
-    linear = QuantizedLinear(None)
+    linear = QuantizedLinear(format)
     packed = layout.for_writing(linear, state, GPU, "triton")
     assert layout.is_packed(packed)
     draw = np.random.default_rng(4)
     for site in SITES:
         (own, rows), before = (packed[site], packed[site].packed), layer_of(state[site], 1)
-        assert (rows.arrays.matrices is not None) == (kind == "rotation")
+        moved = kind == "rotation" and not isinstance(format, MXFP8)
+        assert (rows.arrays.matrices is not None) == moved
         assert own.weights == ()
         after = dataclasses.replace(
             layer_of(dataclasses.replace(own, packed=None), 1),

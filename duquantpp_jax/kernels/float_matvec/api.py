@@ -3,6 +3,7 @@
 from typing import Literal
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from duquantpp_jax.formats.mx import to_float32
@@ -12,6 +13,8 @@ from duquantpp_jax.kernels.matvec.api import FEW
 from duquantpp_jax.kernels.matvec.rows import BLOCK, PackedRows, filled
 
 Implementation = Literal["triton", "reference"]
+BITS = {"float32": 24, "bfloat16": 8}
+"""Significant bits by type."""
 
 
 def float_matvec(
@@ -19,6 +22,7 @@ def float_matvec(
     rows: PackedRows,
     layer: Int32[Array, ""] | int = 0,
     *,
+    dtype: DTypeLike = jnp.float32,
     implementation: Implementation | None = None,
 ) -> tuple[Float32[Array, "tokens _n"], ...]:
     """y_i = sum_b 2^e_b sum_{j in b} (x_b M_b)_j w_ij for each linear of `rows`.
@@ -39,20 +43,23 @@ def float_matvec(
       x: At most FEW tokens, float32, bfloat16 or float16.
       rows: Weights of all layers.
       layer: Which of them to multiply with.
+      dtype: That the moved x is rounded to before: float32, which changes nothing, or bfloat16.
       implementation: "triton" (Pallas: a kernel for the tokens, one for the product, which reads
         the packed weights once), "reference", or None for the first of these that runs here.
 
     Raises:
-      ValueError: Too many tokens, another width, or there is no such implementation.
+      ValueError: Too many tokens, another width or type, or there is no such implementation.
       RuntimeError: The named implementation cannot run here.
     """
     if not 1 <= len(x) <= FEW or x.shape[1] != rows.width:
         raise ValueError(f"x {x.shape} is not 1 to {FEW} tokens of {rows.width} columns")
+    if (bits := BITS.get(jnp.dtype(dtype).name)) is None:
+        raise ValueError(f"the moved x is rounded to {' or '.join(BITS)}, not {dtype}")
     obstacles = {"triton": why_not_nvidia, "reference": lambda: None}
     name = choose("float_matvec", implementation, obstacles)
     blocks, layer = rows.scale_bytes.shape[-1], jnp.asarray(layer, jnp.int32)
     tokens = filled(to_float32(x), 1, blocks * BLOCK - rows.width).reshape(len(x), blocks, BLOCK)
     if name == "triton":
-        given = fixed_point.to_fixed(tokens, rows.matrices, layer)
+        given = fixed_point.to_fixed(tokens, rows.matrices, layer, bits)
         return rows.split(triton.matvec(given, rows, layer))
-    return rows.split(reference.matvec(tokens, rows, layer))
+    return rows.split(reference.matvec(tokens, rows, layer, bits))

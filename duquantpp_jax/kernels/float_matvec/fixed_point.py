@@ -32,15 +32,30 @@ LARGEST = 12
 """What a weight's byte has more than twice the weight: so much is to be taken from a sum."""
 
 
-def fixed(x: Float32[Array, "*blocks 32"]) -> tuple[Int32[Array, "*blocks 32"], Array]:
-    """X of each number, and E of each block, at least -95: below 2^-126 numbers are lost."""
+def fixed(
+    x: Float32[Array, "*blocks 32"], bits: int = 24
+) -> tuple[Int32[Array, "*blocks 32"], Int32[Array, "*blocks"]]:
+    """X of each number, and E of each block, at least -95: below 2^-126 numbers are lost.
+
+    Args:
+      bits: Significant ones of x: 24, or 8 to round it to bfloat16 before.
+    """
     amax = jnp.max(magnitude(x), axis=-1)
     bad = amax >= 0x7F800000
+    if bits == 8:
+        x, amax = _narrow(lax.bitcast_convert_type(x, jnp.int32)), _narrow(amax)
+        x, bad = lax.bitcast_convert_type(x, jnp.float32), bad | (amax >= 0x7F800000)
     exponent = jnp.maximum((amax >> 23) - 126, -95)
     shift = jnp.where(bad, 0, 31 - exponent)[..., None]
     scaled = x * power_of_two(shift >> 1) * power_of_two(shift - (shift >> 1))
     whole = jnp.where(bad[..., None], jnp.float32(0), scaled).astype(jnp.int32)
     return whole, jnp.where(bad, NOT_FINITE, exponent)
+
+
+def _narrow(bits: Int32[Array, "*shape"]) -> Int32[Array, "*shape"]:
+    """Bits of the bfloat16 next to a float32, to even, which XLA does not leave out as it may do
+    with a cast and its way back."""
+    return (bits + 0x7FFF + (bits >> 16 & 1)) & -0x10000
 
 
 @struct.dataclass
@@ -63,6 +78,7 @@ def to_fixed(
     x: Float32[Array, "tokens blocks 32"],
     matrices: Float32[Array, "layers blocks 32 32"] | None,
     layer: Int32[Array, ""],
+    bits: int = 24,
     *,
     interpret: bool = False,
 ) -> FixedTokens:
@@ -74,7 +90,7 @@ def to_fixed(
     sizes = (8 * BYTES * m, 2 * m, m)
     types = (jnp.uint32, jnp.int32, jnp.int32)
     found = pl.pallas_call(
-        functools.partial(_kernel, m),
+        functools.partial(_kernel, m, bits),
         grid=(blocks // BLOCKS,),
         in_specs=[pl.BlockSpec()] * (2 + len(moves)),
         out_specs=[pl.BlockSpec((rows, BLOCKS), lambda i: (0, i)) for rows in sizes],
@@ -88,7 +104,7 @@ def to_fixed(
     return FixedTokens(*found)
 
 
-def _kernel(tokens: int, layer: Any, x: Any, *refs: Any) -> None:
+def _kernel(tokens: int, bits: int, layer: Any, x: Any, *refs: Any) -> None:
     *moves, words, sums, exponents = refs
     at = pl.ds(pl.program_id(0) * BLOCKS, BLOCKS)
     own = [matrices[layer[0], at, :, :] for matrices in moves]
@@ -97,7 +113,7 @@ def _kernel(tokens: int, layer: Any, x: Any, *refs: Any) -> None:
         y = x[token, at, :]
         for matrices in own:
             y = jnp.sum(y[:, :, None] * matrices, axis=1)
-        whole, exponents[token, :] = fixed(y)
+        whole, exponents[token, :] = fixed(y, bits)
         for number in range(BYTES):
             byte = (whole >> (8 * number)) & 0xFF
             word = jnp.sum(byte.reshape(BLOCKS, 8, 4) << places, axis=2)

@@ -11,12 +11,15 @@ from duquantpp_jax.models.attention import HIGHEST
 
 
 def matvec(
-    x: Float32[Array, "tokens blocks 32"], rows: PackedRows, layer: Int32[Array, ""]
+    x: Float32[Array, "tokens blocks 32"],
+    rows: PackedRows,
+    layer: Int32[Array, ""],
+    bits: int = 24,
 ) -> Float32[Array, "tokens rows"]:
     """x W^T, of rows that are filled up, too."""
     if rows.matrices is not None:
         x = jnp.einsum("mbi,bij->mbj", x, rows.matrices[layer], precision=HIGHEST)
-    (whole, exponent), byte = fixed(x), rows.scale_bytes[layer].astype(jnp.int32)
+    (whole, exponent), byte = fixed(x, bits), rows.scale_bytes[layer].astype(jnp.int32)
     w = decoded(rows, layer).astype(jnp.int32)
     high, low = (
         jnp.einsum("mbi,nbi->mnb", half, w).astype(jnp.float32)
