@@ -29,8 +29,9 @@ from duquantpp_jax.models.parameters import (
 )
 from duquantpp_jax.ptq.experts import parts_of
 from duquantpp_jax.ptq.fuse import moved_gain, moving, split
+from duquantpp_jax.ptq.packed_float import PackedFloat
 from duquantpp_jax.ptq.plan import linear_shapes
-from duquantpp_jax.ptq.site import PackedFloat, QuantizedSite
+from duquantpp_jax.ptq.site import QuantizedSite
 
 SHARED = ":shared after the name of the recipe (which --serve does)"
 

@@ -36,9 +36,11 @@ from duquantpp_jax.models.parameters import (
     NORM,
     SITE_WEIGHTS,
     SITES,
+    input_norms,
     parameter_shapes,
 )
 from duquantpp_jax.models.products import as_factor, exact, float_product, is_one
+from duquantpp_jax.models.prologue import InKernels
 
 State = Mapping[str, Any] | tuple[Mapping[str, Any], ...]
 """The state of `linear` at each site, stacked over layers; see `Decoder.__call__`."""
@@ -233,7 +235,11 @@ class Decoder(nnx.Module):
 
         x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(jnp.float32)
         x = x * np.float32(config.embedding_scale)
-        scanned = ({name: array[...] for name, array in self.layers.items()}, positional(config))
+        parameters: dict[str, Any] = {name: array[...] for name, array in self.layers.items()}
+        if entries is not None and isinstance(linear, InKernels):
+            norms = input_norms(config).values()
+            parameters |= {name: InPlace(parameters[name]) for name in norms}
+        scanned = (parameters, positional(config))
         outs, first = [], 0
         for run in runs:
             whole = len(runs) == 1

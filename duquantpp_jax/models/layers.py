@@ -26,6 +26,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
+from duquantpp_jax.models import prologue
 from duquantpp_jax.models.attention import HIGHEST, causal_attention, rotary
 from duquantpp_jax.models.cache import Store, put
 from duquantpp_jax.models.config import FULL, SLIDING, DecoderConfig
@@ -41,6 +42,7 @@ from duquantpp_jax.models.parameters import (
     output_norms,
 )
 from duquantpp_jax.models.products import as_factor, matmul
+from duquantpp_jax.models.prologue import InKernels, Prologue
 from duquantpp_jax.models.rope import rotary_frequencies
 
 Linear = Callable[[str, Any, tuple[Array, ...], Any], tuple[tuple[Array, ...], Any]]
@@ -66,15 +68,10 @@ def dense(site: str, x: Array | Routed, weights: tuple[Array, ...], state: Any) 
 
 
 def rms_norm(
-    config: DecoderConfig, x: Float[Array, "*tokens k"], weight: Float[Array, " k"]
+    config: DecoderConfig, x: Float[Array, "*tokens k"], weight: Float[Array, " k"] | InPlace
 ) -> Float32[Array, "*tokens k"]:
-    """x / sqrt(mean(x^2) + eps) * gain, where gain is weight + config.norm_offset, in float32.
-
-    Source: arXiv:1910.07467, equation 4.
-    """
-    x = x.astype(jnp.float32)
-    scaled = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config.rms_norm_eps)
-    return scaled * (weight.astype(jnp.float32) + config.norm_offset)
+    """x / sqrt(mean(x^2) + eps) * gain, where gain is weight + config.norm_offset, in float32."""
+    return prologue.rms_norm(x, weight, config.rms_norm_eps, config.norm_offset)
 
 
 def join_layers(layers: Iterable[Any]) -> Any:
@@ -120,7 +117,7 @@ def positional_of(config: DecoderConfig, number: int) -> Positional:
 def layer(
     config: DecoderConfig,
     x: Float32[Array, "rows length k"],
-    parameters: Mapping[str, Float[Array, "..."]],
+    parameters: Mapping[str, Any],
     where: Positional,
     linear: Linear,
     state: Mapping[str, Any],
@@ -135,6 +132,7 @@ def layer(
 
     Args:
       x: The hidden states before the layer, from position `start` on, of all rows or of each.
+      parameters: Arrays by their names; norms of inputs may be those of all layers, in place.
       linear, state, store: As in `Decoder.__call__`, for a single layer.
       entries: Those of a cache, of all layers.
       dtype: Of the matrix products. Matrices are cast where they are used, to save memory; those
@@ -144,18 +142,29 @@ def layer(
     outs, before, after = {}, input_norms(config), output_norms(config)
     positions = jnp.asarray(start)[..., None] + jnp.arange(x.shape[1], dtype=jnp.int32)
 
-    def at(site: str, x: Array | Routed) -> list[Array]:
+    norm = {"eps": config.rms_norm_eps, "offset": config.norm_offset, "dtype": dtype}
+    activation = ACTIVATIONS[config.activation]
+
+    def at(site: str, x: Any, *parts: Array, residual: Array | None = None) -> list[Array]:
         names = SITE_WEIGHTS[site]
-        if site in before and not isinstance(x, Routed):
-            x = rms_norm(config, x, parameters[before[site]])
         weights = tuple(as_factor(parameters[name], dtype) for name in names)
-        ys, outs[site] = linear(site, x.astype(dtype), weights, state[site])
         biases = [parameters.get(f"{name}.bias") for name in names]
+        alone = site not in after and all(bias is None for bias in biases)
         if isinstance(x, Routed):
             biases = [None if bias is None else bias[x.expert] for bias in biases]
+            x = x.astype(dtype)
+        else:
+            gain, f = parameters.get(before.get(site, "")), activation if parts else None
+            x = Prologue((x, *parts), gain, residual if alone else None, f, **norm)
+            if isinstance(linear, InKernels) and linear.takes(site, x, state[site]):
+                residual = None if alone else residual
+            else:
+                x = x.applied()
+        ys, outs[site] = linear(site, x, weights, state[site])
         pairs = zip(ys, biases, strict=True)
         ys = [y if bias is None else y + bias.astype(y.dtype) for y, bias in pairs]
-        return [rms_norm(config, y, parameters[after[site]]) for y in ys] if site in after else ys
+        ys = [rms_norm(config, y, parameters[after[site]]) for y in ys] if site in after else ys
+        return ys if residual is None else [residual + y.astype(jnp.float32) for y in ys]
 
     q, k, v = _heads(config, parameters, where, positions, *at("attention_in", x))
     sinks = parameters[SINKS].reshape(q.shape[2:4]) if config.sinks else None
@@ -174,24 +183,25 @@ def layer(
         a = attention(q, k, v, **seen)
     else:
         a = store.attend(q.astype(dtype), entries, **seen)
-    (y,) = at("attention_out", a.reshape(*x.shape[:2], -1))
-    x = x + y.astype(jnp.float32)
-    h, scores = x, None
+    (x,) = at("attention_out", a.reshape(*x.shape[:2], -1), residual=x)
+    h: Any = x
+    scores = None
     if config.num_experts:
         h = rms_norm(config, x, parameters[before["mlp_in"]])
         router = parameters[ROUTER], parameters.get(f"{ROUTER}.bias"), config.num_experts_per_tok
         h, scores = route(h, *router, renormalized=config.norm_topk_prob)
     up, gate = at("mlp_in", h)
-    act = ACTIVATIONS[config.activation](gate, up)
-    (y,) = at("mlp_out", dataclasses.replace(h, x=act) if isinstance(h, Routed) else act)
-    if scores is not None:
-        y = jnp.einsum("...ck,...c->...k", y.astype(jnp.float32), scores, precision=HIGHEST)
-    return x + y.astype(jnp.float32), outs, entries
+    if scores is None:
+        (x,) = at("mlp_out", gate, up, residual=x)
+        return x, outs, entries
+    (y,) = at("mlp_out", dataclasses.replace(h, x=activation(gate, up)))
+    y = jnp.einsum("...ck,...c->...k", y.astype(jnp.float32), scores, precision=HIGHEST)
+    return x + y, outs, entries
 
 
 def _heads(
     config: DecoderConfig,
-    parameters: Mapping[str, Array],
+    parameters: Mapping[str, Any],
     where: Positional,
     positions: Int32[Array, "*rows length"],
     q: Float[Array, "rows length queries"],

@@ -24,8 +24,8 @@ from duquantpp_jax.kernels.implementation import why_not_nvidia
 from duquantpp_jax.kernels.matvec.rows import BLOCK, PackedRows, is_mxfp4
 from duquantpp_jax.models.in_place import InPlace
 from duquantpp_jax.models.parameters import SITES
+from duquantpp_jax.ptq.packed_float import PackedFloat
 from duquantpp_jax.ptq.site import (
-    PackedFloat,
     QuantizedLinear,
     QuantizedSite,
     is_in_kernels,

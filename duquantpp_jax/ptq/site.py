@@ -18,9 +18,7 @@ from typing import Any, Literal, TypeGuard
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Key
 
 from duquantpp_jax.core import (
@@ -48,29 +46,11 @@ from duquantpp_jax.kernels.rotate_quantize import triton
 from duquantpp_jax.models.experts import Routed
 from duquantpp_jax.models.in_place import InPlace
 from duquantpp_jax.models.products import as_factor, matmul
+from duquantpp_jax.models.prologue import Prologue
+from duquantpp_jax.ptq.packed_float import PackedFloat
 from duquantpp_jax.transforms.block import lower
 
 Implementation = Literal["triton", "xla"]
-
-
-@struct.dataclass
-class PackedFloat:
-    """A weight that is left in float, and is packed in memory until it is used: a model whose
-    weights were packed before it was quantized keeps those that were not chosen so."""
-
-    packed: MXArray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the numbers."""
-        return self.packed.shape
-
-    def astype(self, dtype: DTypeLike) -> Float[Array, "*layers _ _"]:
-        """The numbers in another type."""
-        return self.packed.dequantize().astype(dtype)
-
-    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.packed.dequantize(), dtype)
 
 
 @struct.dataclass
@@ -193,13 +173,15 @@ class QuantizedLinear:
     implementation: Implementation | None = None
 
     def __call__(
-        self, site: str, x: Array | Routed, weights: tuple[Array, ...], state: QuantizedSite
+        self, site: str, x: Any, weights: tuple[Array, ...], state: QuantizedSite
     ) -> tuple[tuple[Array, ...], None]:
+        if isinstance(x, Prologue):
+            return self._few_tokens(x, state, self.format(site)), None
         dtype = (x.x if isinstance(x, Routed) else x).dtype
         if (packed := state.packed) is not None and not isinstance(x, Routed):
             format, few = self.format(site), math.prod(x.shape[:-1]) <= FEW
             if few:
-                return self._few_tokens(x, state, packed, format), None
+                return self._few_tokens(Prologue((x,), dtype=dtype), state, format), None
             if not state.weights:
                 return self._many_tokens(x, state, packed, format), None
         operands = [w for w in state.weights if isinstance(w, Operand)]
@@ -217,25 +199,34 @@ class QuantizedLinear:
 
         return tuple(map(output, state.weights)), None
 
+    def takes(self, site: str, x: Prologue, state: QuantizedSite) -> bool:
+        """Whether kernels apply what precedes packed weights, as they do for few tokens."""
+        if (packed := state.packed) is None or packed.arrays.matrices is None:
+            return False
+        few = x.shape[-1] == packed.arrays.width and math.prod(x.shape[:-1]) <= FEW
+        return few and is_in_kernels(self.format(site))
+
     def _few_tokens(
-        self, x: Any, state: QuantizedSite, packed: InPlace, format: Format | None
+        self, x: Prologue, state: QuantizedSite, format: Format | None
     ) -> tuple[Float32[Array, "*tokens _n"], ...]:
         """The outputs of packed weights, multiplied as they are."""
-        rows, layer = packed.arrays, packed.layer
-        tokens = to_float32(pad_channels(x.reshape(-1, x.shape[-1]), rows.width))
+        packed: Any = state.packed
+        rows, layer, given, shape = packed.arrays, packed.layer, x.flat(), x.shape[:-1]
+        tokens = to_float32(pad_channels(given.applied(), rows.width))
         if isinstance(format, MXFP4) and format.block_size == BLOCK:
             if rows.matrices is not None:
-                ys = quantized_matvec(tokens, rows, layer, scale_rule=format.scale_rule)
+                x = given if given.shape == tokens.shape else Prologue((tokens,))
+                ys = quantized_matvec(x, rows, layer, scale_rule=format.scale_rule)
             else:
-                moved, given = _moved(tokens, state)
-                ys = matvec(format.encode(moved, **given), rows, layer)
+                moved, options = _moved(tokens, state)
+                ys = matvec(format.encode(moved, **options), rows, layer)
         elif rows.matrices is not None:
             dtype = jnp.bfloat16 if isinstance(format, BFloat16) else jnp.float32
             ys = float_matvec(tokens, rows, layer, dtype=dtype)
         else:
             seen = self._by_xla(tokens, state, format)
             ys = float_matvec(seen.whole() if isinstance(seen, Exact) else seen, rows, layer)
-        return tuple(y.reshape(*x.shape[:-1], -1) for y in ys)
+        return tuple(y.reshape(*shape, -1) for y in ys)
 
     def _many_tokens(
         self, x: Any, state: QuantizedSite, packed: InPlace, format: Format | None

@@ -20,7 +20,7 @@ from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.commands.export import ExportOptions, export
 from duquantpp_jax.commands.quantize import QuantizeOptions, quantize
 from duquantpp_jax.models import Decoder
-from duquantpp_jax.ptq.site import PackedFloat
+from duquantpp_jax.ptq.packed_float import PackedFloat
 from tests.conftest import byte_tokenizer, mixture
 from tests.goldens import families
 from tests.models.test_families import directory_of, golden

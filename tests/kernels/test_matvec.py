@@ -13,8 +13,14 @@ from duquantpp_jax.kernels.matvec import move, reference, triton, unpack
 from duquantpp_jax.kernels.matvec.api import FEW, matvec, quantized_matvec, unpacked
 from duquantpp_jax.kernels.matvec.rows import PackedRows
 from duquantpp_jax.kernels.matvec.tokens import Tokens
+from duquantpp_jax.models.in_place import InPlace
+from duquantpp_jax.models.layers import ACTIVATIONS
+from duquantpp_jax.models.prologue import Prologue
 
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+
+
+RULE = ScaleRule.EVEN
 
 
 def random_mx(seed, *shape, low=60, high=180):
@@ -50,7 +56,7 @@ def test_products_are_those_of_float64():
     for layer in range(2):
         found = [
             matvec(x, rows, layer, implementation="reference"),
-            rows.split(run(Tokens.of(x, rows), jnp.int32(layer))),
+            run(Tokens.of(x, rows), jnp.int32(layer)),
         ]
         for number, w in enumerate(weights):
             factors = wide(x), wide(w)[layer].T
@@ -70,7 +76,7 @@ def test_the_sum_of_a_block_is_exact_and_nan_stays_nan():
     wanted = wide(x) @ wide(w)[0].T
     assert np.isnan(wanted[:, 2]).all()
     run = jax.jit(lambda x: triton.matvec(x, rows, jnp.int32(0), interpret=True))
-    for found in (matvec(x, rows)[0], run(Tokens.of(x, rows))[:, :64]):
+    for found in (matvec(x, rows)[0], run(Tokens.of(x, rows))[0]):
         np.testing.assert_array_equal(found, wanted)
 
 
@@ -81,13 +87,12 @@ def test_a_token_is_moved_and_quantized_as_its_format_says(rule):
     x = draw.standard_normal((2, 20, 32)) * 2.0 ** draw.integers(-120, 120, (2, 20, 1))
     x[0, :2] = np.arange(64).reshape(2, 32) / 8
     x[1, 0], x[1, 1], x[1, 2, 5] = -0.0, -x[0, 1], np.nan
-    signs = draw.choice([-1.0, 1.0], (1, 20, 32, 1))  # exact in any order of additions
-    matrices = jnp.asarray(signs * np.eye(32)[draw.permutation(32)], jnp.float32)
+    matrices = _moves(1, 20)
     moved = np.einsum("mbi,bij->mbj", np.where(np.isnan(x), 0, x), matrices[0])
     moved[1, 2] = np.nan
     wanted = MXFP4(scale_rule=rule).encode(moved.reshape(2, -1).astype(np.float32))
     rows = PackedRows.of([random_mx(0, 1, 8, 640)], matrices)
-    given = jnp.pad(jnp.asarray(x, jnp.float32), ((0, 0), (0, 12), (0, 0)))
+    given = Prologue((jnp.asarray(x.reshape(2, -1), jnp.float32),))
     found = move.to_tokens(given, rows.matrices, jnp.int32(0), rule, interpret=True)
     expected = Tokens.of(wanted, rows)
     np.testing.assert_array_equal(found.scale_bytes, expected.scale_bytes)
@@ -97,6 +102,45 @@ def test_a_token_is_moved_and_quantized_as_its_format_says(rule):
     np.testing.assert_array_equal(
         ys[0], rows.split(reference.matvec(expected, rows, jnp.int32(0)))[0][:1]
     )
+
+
+def _moves(layers, blocks):
+    """A permutation of each block with signs, which moves exactly."""
+    draw = np.random.default_rng(0)
+    signs = draw.choice([-1.0, 1.0], (layers, blocks, 32, 1))
+    return jnp.asarray(signs * np.eye(32)[draw.permutation(32)], jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["norm", "activation", "neither"])
+def test_what_precedes_a_move_is_applied_in_its_kernel(kind, dtype):
+    """Integers, whose squares add up exactly in any order; the second layer's gain."""
+    draw = np.random.default_rng(1)
+    parts = tuple(jnp.asarray(draw.integers(-40, 41, (2, 640)), jnp.float32) for _ in range(2))
+    gain = InPlace(jnp.asarray(draw.uniform(0.5, 2, (2, 640)), jnp.bfloat16), jnp.int32(1))
+    if kind == "norm":
+        x = Prologue(parts[:1], gain, eps=1e-5, offset=1.0, dtype=dtype)
+    elif kind == "activation":
+        x = Prologue(parts, activation=ACTIVATIONS["silu"], dtype=dtype)
+    else:
+        x = Prologue((parts[0].astype(dtype),), dtype=dtype)
+    rows = PackedRows.of([random_mx(0, 2, 8, 640)], _moves(2, 20))
+    run = jax.jit(lambda x: move.to_tokens(x, rows.matrices, jnp.int32(1), RULE, interpret=True))
+    moved = jnp.einsum(
+        "mbi,bij->mbj", x.applied().reshape(2, 20, 32).astype(jnp.float32), _moves(2, 20)[1]
+    )
+    wanted = Tokens.of(MXFP4(scale_rule=RULE).encode(moved.reshape(2, -1)), rows)
+    found = run(x)
+    np.testing.assert_array_equal(found.scale_bytes, wanted.scale_bytes)
+    np.testing.assert_array_equal(found.words, wanted.words)
+
+
+def test_a_product_adds_the_residual():
+    x, rows = random_mx(2, 1, 96, low=120, high=130), PackedRows.of([random_mx(1, 1, 40, 96)])
+    added = jax.random.normal(jax.random.key(0), (1, 40))
+    run = jax.jit(lambda *more: triton.matvec(Tokens.of(x, rows), rows, *more, interpret=True))
+    (alone,), (both,) = run(jnp.int32(0)), run(jnp.int32(0), added)
+    np.testing.assert_array_equal(both, alone + added)
 
 
 def test_rows_are_unpacked_exactly():

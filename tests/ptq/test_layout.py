@@ -10,6 +10,7 @@ import pytest
 
 from duquantpp_jax.formats import MXFP4, MXFP8
 from duquantpp_jax.formats.plain import BFloat16
+from duquantpp_jax.kernels.matvec import api, move, triton
 from duquantpp_jax.models import SITES, dense
 from duquantpp_jax.models.cache import empty_cache
 from duquantpp_jax.ptq import layout, store
@@ -44,15 +45,36 @@ def _quantized(kind):
     return model, QuantizedLinear(format), state
 
 
+def _interpret(monkeypatch, given):
+    """Kernels of packed weights run on a CPU; what they are given is noted."""
+    name = {"quantized_matvec": "triton"}
+    monkeypatch.setattr(api, "choose", lambda kernel, *_: name.get(kernel, "reference"))
+    move_to, multiply = move.to_tokens, triton.matvec
+
+    def to_tokens(x, *others):
+        given.append(x)
+        return move_to(x, *others, interpret=True)
+
+    monkeypatch.setattr(move, "to_tokens", to_tokens)
+    monkeypatch.setattr(triton, "matvec", lambda *others: multiply(*others, interpret=True))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["rotation", "permutation"])
+@pytest.mark.parametrize("kind", ["rotation", "permutation", "rotation in Triton"])
 def test_a_model_writes_with_packed_weights_what_it_writes_without(kind, monkeypatch):
-    """Prompts, a token, two at a time; moved inside the kernel or, where that cannot be, before."""
+    """Prompts, a token, two at a time; moved inside the kernel or, where that cannot be, before.
+
+    Kernels that move a token apply its norm or activation, too, and products add the residual.
+    """
+    kind, *by_triton = kind.split(" in ")
     model, linear, state = _quantized(kind)
     assert layout.for_writing(linear, state, jax.devices()[0]) is state  # a CPU
     monkeypatch.setattr(layout, "why_not_nvidia", lambda: None)
     packed = layout.for_writing(linear, state, GPU)
     assert layout.is_packed(packed)
+    given = []
+    if by_triton:
+        _interpret(monkeypatch, given)
     for site in packed.values():
         assert site.weights == ()
         assert (site.packed.arrays.matrices is not None) == (kind == "rotation")
@@ -73,6 +95,11 @@ def test_a_model_writes_with_packed_weights_what_it_writes_without(kind, monkeyp
     difference = np.abs(logits(packed) - wanted)
     assert np.median(difference) < 1e-4
     assert np.max(difference) < 0.5
+    if by_triton:  # of each site: a token, and two
+        what = [(x.gain is None, x.activation is None, x.residual is None) for x in given]
+        every = [(False, True, True), (True, True, False)] * 2
+        every[3] = (True, False, False)
+        assert what == 2 * every
     if kind == "permutation":
         return
     # The same where the layers come in several runs, as those of recipes that differ do.

@@ -3,16 +3,18 @@
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, BFloat16, Float32, Int32
+from jaxtyping import Array, BFloat16, Float, Float32, Int32
 
 from duquantpp_jax.core import MXArray, ScaleRule
 from duquantpp_jax.formats import MXFP4
+from duquantpp_jax.formats.mx import to_float32
 from duquantpp_jax.kernels.block_scale import RAISED_ABOVE
 from duquantpp_jax.kernels.implementation import choose, why_not_nvidia
 from duquantpp_jax.kernels.matvec import move, reference, triton, unpack
-from duquantpp_jax.kernels.matvec.rows import BLOCK, PackedRows, filled, is_mxfp4
+from duquantpp_jax.kernels.matvec.rows import PackedRows, in_blocks, is_mxfp4
 from duquantpp_jax.kernels.matvec.tokens import Tokens
 from duquantpp_jax.models.attention import HIGHEST
+from duquantpp_jax.models.prologue import Prologue
 
 Implementation = Literal["triton", "reference"]
 FEW = 4
@@ -58,12 +60,20 @@ def matvec(
         raise ValueError(f"tokens have {x.shape[1]} columns and weights {rows.width}")
     obstacles = {"triton": why_not_nvidia, "reference": lambda: None}
     name = choose("matvec", implementation, obstacles)
-    run = {"triton": triton, "reference": reference}[name].matvec
-    return rows.split(run(Tokens.of(x, rows), rows, jnp.asarray(layer, jnp.int32)))
+    return _product(name, Tokens.of(x, rows), rows, jnp.asarray(layer, jnp.int32))
+
+
+def _product(
+    name: str, x: Tokens, rows: PackedRows, layer: Array, residual: Array | None = None
+) -> tuple[Float32[Array, "tokens _n"], ...]:
+    if name == "triton":
+        return triton.matvec(x, rows, layer, residual)
+    ys = rows.split(reference.matvec(x, rows, layer))
+    return ys if residual is None else tuple(y + residual for y in ys)
 
 
 def quantized_matvec(
-    x: Float32[Array, "tokens k"],
+    x: Float[Array, "tokens k"] | Prologue,
     rows: PackedRows,
     layer: Int32[Array, ""] | int = 0,
     *,
@@ -71,6 +81,9 @@ def quantized_matvec(
     implementation: Implementation | None = None,
 ) -> tuple[Float32[Array, "tokens _n"], ...]:
     """matvec(Q(x M), rows), each block of x moved by its matrix M_b of `rows.matrices`.
+
+    Of a `Prologue` matvec(Q(f(x) M), rows) + residual; "triton" may differ from `applied` in last
+    bits, as it adds squares in another order.
 
     >>> import jax.numpy as jnp
     >>> from duquantpp_jax import MXFP4
@@ -92,19 +105,19 @@ def quantized_matvec(
             "quantized_matvec needs rows with matrices, and one of the rules "
             f"{', '.join(rule.value for rule in RAISED_ABOVE)}: got {scale_rule.value}"
         )
-    if not 1 <= len(x) <= FEW or x.shape[1] != rows.width:
+    x = x if isinstance(x, Prologue) else Prologue((x,))
+    if not 1 <= x.shape[0] <= FEW or x.shape[1] != rows.width:
         raise ValueError(f"x {x.shape} is not 1 to {FEW} tokens of {rows.width} columns")
     obstacles = {"triton": why_not_nvidia, "reference": lambda: None}
     name = choose("quantized_matvec", implementation, obstacles)
-    blocks, layer = rows.matrices.shape[1], jnp.asarray(layer, jnp.int32)
-    x = filled(x, 1, blocks * BLOCK - rows.width).reshape(len(x), blocks, BLOCK)
+    layer = jnp.asarray(layer, jnp.int32)
     if name == "triton":
-        return rows.split(
-            triton.matvec(move.to_tokens(x, rows.matrices, layer, scale_rule), rows, layer)
-        )
-    y = jnp.einsum("mbi,bij->mbj", x, rows.matrices[layer], precision=HIGHEST)
-    tokens = Tokens.of(MXFP4(scale_rule=scale_rule).encode(y.reshape(len(x), -1)), rows)
-    return rows.split(reference.matvec(tokens, rows, layer))
+        tokens = move.to_tokens(x, rows.matrices, layer, scale_rule)
+    else:
+        y = in_blocks(to_float32(x.applied()), rows.matrices.shape[1])
+        y = jnp.einsum("mbi,bij->mbj", y, rows.matrices[layer], precision=HIGHEST)
+        tokens = Tokens.of(MXFP4(scale_rule=scale_rule).encode(y.reshape(len(y), -1)), rows)
+    return _product(name, tokens, rows, layer, x.residual)
 
 
 def unpacked(

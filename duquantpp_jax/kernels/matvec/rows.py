@@ -88,3 +88,8 @@ def filled(x: Array, axis: int, missing: int) -> Array:
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, missing)
     return jnp.pad(x, widths)
+
+
+def in_blocks(x: Float[Array, "tokens k"], count: int) -> Float[Array, "tokens blocks 32"]:
+    """x in so many blocks, zeros in those that it does not reach."""
+    return filled(x, -1, count * BLOCK - x.shape[-1]).reshape(*x.shape[:-1], count, BLOCK)

@@ -6,11 +6,14 @@ have none: so it decodes four codes at a time, of which the negative ones are ze
 bits flipped the positive ones are. A block's sum is that of the first less that of the second, at
 most 32 * 12 * 12 in magnitude, and exact.
 
-Each thread has blocks of its own and adds them in float32. A kernel reads its layer where it stands
-among all layers, since XLA may copy a slice.
+Each thread has blocks of its own and adds them in float32; it reads the next ones before it
+multiplies, so that memory is not idle meanwhile. A program has rows of a single linear, whose
+output is an array of its own: a kernel that comes after would have to be given a copy of a slice. A
+kernel reads its layer where it stands among all layers, since XLA may copy a slice.
 """
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -24,35 +27,48 @@ from duquantpp_jax.formats.division import power_of_two
 from duquantpp_jax.kernels.matvec.rows import WORDS, PackedRows
 from duquantpp_jax.kernels.matvec.tokens import Tokens
 
-ROWS, ROWS_OF_SEVERAL = 32, 8
-"""Of a program, for one token and for several, whose sums need more registers."""
+ROWS, ROWS_OF_SEVERAL = 16, 8
+"""Most of a program, for one token and for several, whose sums need more registers."""
 BLOCKS, BLOCKS_OF_A_THREAD = 64, 4
 """Most blocks of a row that a program has at a time, of which each thread reads neighbours."""
 
 _DOT = """{
   .reg .b32 elements;
-  prmt.b32 elements, 0x03020100, 0x0C080604, $1;
+  prmt.b32 elements, $4, 0x0C080604, $1;
   dp4a.s32.s32 $0, elements, $2, $3;
 }"""
+_SMALL = 0x03020100
+"""Twice the values of the first four codes; those of the others are in the line above."""
 
 
 def matvec(
-    x: Tokens, rows: PackedRows, layer: Int32[Array, ""], *, interpret: bool = False
-) -> Float32[Array, "tokens rows"]:
-    """x W^T, of rows that are filled up, too."""
+    x: Tokens,
+    rows: PackedRows,
+    layer: Int32[Array, ""],
+    residual: Float32[Array, "tokens _n"] | None = None,
+    *,
+    interpret: bool = False,
+) -> tuple[Float32[Array, "tokens _n"], ...]:
+    """x W^T of each linear, or of a single one x W^T + residual."""
     from jax.experimental.pallas import triton as plt
 
-    m, (_, n, blocks) = len(x.scale_bytes), rows.scale_bytes.shape
-    shape = ROWS if m == 1 else ROWS_OF_SEVERAL, math.gcd(blocks, BLOCKS)
-    return pl.pallas_call(
-        functools.partial(_kernel, shape, _interpreted if interpret else _dot),
-        grid=(n // shape[0],),
-        in_specs=[pl.BlockSpec()] * 5,
-        out_specs=pl.BlockSpec((m, shape[0]), lambda i: (0, i)),
-        out_shape=jax.ShapeDtypeStruct((m, n), jnp.float32),
+    m, (_, _, blocks) = len(x.scale_bytes), rows.scale_bytes.shape
+    count = math.gcd(ROWS if m == 1 else ROWS_OF_SEVERAL, *rows.sizes)
+    shape = count, math.gcd(blocks, BLOCKS)
+    firsts = tuple(itertools.accumulate((n // count for n in rows.sizes), initial=0))
+    given = [layer.reshape(1), x.words, x.scale_bytes, rows.words, rows.scale_bytes]
+    given += [] if residual is None else [residual]
+    dot = _interpreted if interpret else _dot
+    run = pl.pallas_call(
+        functools.partial(_kernel, shape, firsts, dot, residual is not None),
+        grid=(firsts[-1],),
+        in_specs=[pl.BlockSpec()] * len(given),
+        out_specs=[pl.BlockSpec()] * len(rows.sizes),
+        out_shape=[jax.ShapeDtypeStruct((m, n), jnp.float32) for n in rows.sizes],
         compiler_params=plt.CompilerParams(num_warps=_warps(shape), num_stages=1),
         interpret=interpret,
-    )(layer.reshape(1), x.words, x.scale_bytes, rows.words, rows.scale_bytes)
+    )
+    return tuple(run(*given))
 
 
 def _warps(shape: tuple[int, int]) -> int:
@@ -61,18 +77,29 @@ def _warps(shape: tuple[int, int]) -> int:
 
 
 def _kernel(
-    shape: tuple[int, int], dot: Any, layer: Any, x: Any, x_bytes: Any, words: Any,
-    scale_bytes: Any, y: Any,
+    shape: tuple[int, int], firsts: tuple[int, ...], dot: Any, adds: bool, layer: Any, x: Any,
+    x_bytes: Any, words: Any, scale_bytes: Any, *others: Any,
 ) -> None:  # fmt: skip
-    (count, part), own = shape, layer[0]
-    rows = pl.ds(pl.program_id(0) * count, count)
+    (count, part), own, program = shape, layer[0], pl.program_id(0)
+    rows = pl.ds(program * count, count)
     tokens, blocks = x_bytes.shape
+    steps = blocks // part
+    # A constant that the compiler cannot see: one that it sees it moves to a register at each use.
+    small = jnp.broadcast_to(jnp.uint32(_SMALL) | (own >> 31).astype(jnp.uint32), shape)
 
-    def step(i: Any, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+    def read(i: Any) -> tuple[list[Array], Array]:
         at = pl.ds(i * part, part)
         codes = [words[own, word, rows, at] for word in range(WORDS)]
-        byte = scale_bytes[own, rows, at].astype(jnp.int32)
-        return tuple(products(token, codes, byte, at) + before for token, before in enumerate(sums))
+        return codes, scale_bytes[own, rows, at].astype(jnp.int32)
+
+    def multiplied(
+        i: Any, weights: tuple[list[Array], Array], sums: tuple[Array, ...]
+    ) -> tuple[Array, ...]:
+        each = (products(token, *weights, pl.ds(i * part, part)) for token in range(tokens))
+        return tuple(map(jnp.add, each, sums))
+
+    def step(i: Any, before: tuple[Any, Any]) -> tuple[Any, Any]:
+        return read(i + 1), multiplied(i, *before)
 
     def products(token: int, codes: list[Array], byte: Array, at: Any) -> Array:
         plus = minus = jnp.zeros(shape, jnp.int32)
@@ -81,31 +108,38 @@ def _kernel(
             for half in range(2):
                 row = pl.ds(8 * token + 2 * word + half, 1)
                 elements = jnp.broadcast_to(x[row, at], shape)
-                plus = dot(code >> 16 if half else code, elements, plus)
-                minus = dot(flipped >> 16 if half else flipped, elements, minus)
+                plus = dot(code >> 16 if half else code, elements, plus, small)
+                minus = dot(flipped >> 16 if half else flipped, elements, minus, small)
         other = jnp.broadcast_to(x_bytes[pl.ds(token, 1), at].astype(jnp.int32), shape)
         power = jnp.maximum(byte + other - 256, -252)  # below that any sum becomes zero
         scaled = (plus - minus).astype(jnp.float32) * power_of_two(power >> 1)
         scaled = scaled * power_of_two(power - (power >> 1))
         return jnp.where((byte == 255) | (other == 255), jnp.float32(jnp.nan), scaled)
 
-    sums = (jnp.zeros(shape, jnp.float32),) * tokens
-    sums = lax.fori_loop(0, blocks // part, step, sums)
-    for token, each in enumerate(sums):
-        y[token, :] = jnp.sum(each, axis=1)
+    start = read(0), (jnp.zeros(shape, jnp.float32),) * tokens
+    weights, sums = lax.fori_loop(0, steps - 1, step, start)
+    found = [jnp.sum(each, axis=1) for each in multiplied(steps - 1, weights, sums)]
+    for y, (first, end) in zip(others[adds:], itertools.pairwise(firsts), strict=True):
+
+        @pl.when((first <= program) & (program < end))
+        def _(y: Any = y, first: int = first) -> None:
+            at = pl.ds((program - first) * count, count)
+            for token, each in enumerate(found):
+                y[token, at] = each + others[0][token, at] if adds else each
 
 
-def _dot(codes: Array, elements: Array, added: Array) -> Array:
+def _dot(codes: Array, elements: Array, added: Array, small: Array) -> Array:
     """The elements times four codes, the lowest, of which negative ones count as zero."""
     from jax.experimental.pallas import triton as plt
 
     out = [jax.ShapeDtypeStruct(added.shape, jnp.int32)]
-    arguments: Any = {"args": [codes, elements, added], "result_shape_dtypes": out}
-    return plt.elementwise_inline_asm(_DOT, constraints="=r,r,r,r", pack=1, **arguments)[0]
+    arguments: Any = {"args": [codes, elements, added, small], "result_shape_dtypes": out}
+    return plt.elementwise_inline_asm(_DOT, constraints="=r,r,r,r,r", pack=1, **arguments)[0]
 
 
-def _interpreted(codes: Array, elements: Array, added: Array) -> Array:
+def _interpreted(codes: Array, elements: Array, added: Array, small: Array) -> Array:
     """`_dot` without a GPU's instructions."""
+    del small
     for place in range(4):
         code = (codes >> (4 * place)).astype(jnp.int32) & 15
         value = jnp.where(code < 4, code, jnp.where(code < 6, 2 * code - 4, 4 * code - 16))
