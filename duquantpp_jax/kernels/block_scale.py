@@ -68,7 +68,12 @@ def code(z: Float32[Array, "*s"]) -> UInt32[Array, "*s"]:
 
 def pair(low: UInt32[Array, "*s"], high: UInt32[Array, "*s"]) -> UInt32[Array, "*s"]:
     """Two of `code` as a byte; of NaN and Inf it has no meaning."""
+    both = halves(low, high)
+    return (both | both >> 12) & 0xFF
+
+
+def halves(low: UInt32[Array, "*s"], high: UInt32[Array, "*s"]) -> UInt32[Array, "*s"]:
+    """Two of `code`, in the lowest bits of either half; of NaN and Inf it has no meaning."""
     both = low | high << 16
     both -= both >> 3 & 0x00010001
-    both = (both | both >> 6) & 0x000F000F
-    return (both | both >> 12) & 0xFF
+    return (both | both >> 6) & 0x000F000F

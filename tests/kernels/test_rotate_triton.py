@@ -46,14 +46,16 @@ def test_numbers_are_those_of_the_reference_where_the_rotation_is_exact(m, share
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_codes_and_scales_are_those_of_the_reference(rule):
-    """A CPU makes zero of what stands for elements below 1, so those are left out."""
-    case = Case(40, 96, shared=False, scale_rule=rule)
+@pytest.mark.parametrize(("width", "shared"), [(96, False), (128, False), (96, True)])
+def test_codes_and_scales_are_those_of_the_reference(width, shared, rule):
+    """Blocks by themselves and two at a time, and all alike. A CPU makes zero of what stands for
+    elements below 1, so those are left out."""
+    case = Case(40, width, shared=shared, scale_rule=rule)
     x, rotation, _ = exact_inputs(case)
     law = rotate_quantize(x, rotation, scale_rule=rule, implementation="reference").to_mx()
     found = triton.rotate_quantize(x, rotation, None, scale_rule=rule, interpret=True)
     mine = found.to_mx()
-    assert mine.shape == (40, 96)
+    assert mine.shape == (40, width)
     np.testing.assert_array_equal(mine.scale_bytes(), law.scale_bytes())
     kept = (np.asarray(law.codes()) & 7 >= 3) | (np.asarray(law.dequantize()) == 0)
     assert kept.mean() > 0.4

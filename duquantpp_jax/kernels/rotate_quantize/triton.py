@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jaxtyping import Array, BFloat16, Float, Float32, UInt8
+from jaxtyping import Array, BFloat16, Float, Float32, UInt8, UInt32
 
 from duquantpp_jax.core import MXArray, ScaleRule
 from duquantpp_jax.formats import E2M1
@@ -25,9 +25,9 @@ from duquantpp_jax.formats.division import power_of_two
 from duquantpp_jax.kernels.block_scale import (
     RAISED_ABOVE,
     code,
+    halves,
     magnitude,
     nearest,
-    pair,
     scale_of,
     with_sign,
 )
@@ -35,12 +35,14 @@ from duquantpp_jax.kernels.operand import Operand
 from duquantpp_jax.kernels.parts import PARTS, parts_of
 
 ROWS, LEAST_ROWS, BLOCKS = 64, 16, 2
-"""Rows of a tile, the fewest that tensor cores take, and the blocks that a program moves."""
+"""Rows of a tile, the fewest that tensor cores take, and the blocks that a program moves: the codes
+of two are a sector of memory, which is written whole."""
 PROGRAMS, WARPS = 1056, 4
 """Programs that fill a GPU, and the warps of one."""
 TILES = {"bfloat16": (16, 3), "float32": (8, 2)}
 """Most tiles of a program, and how many are on their way, by the type of x."""
-BLOCK = 32
+BLOCK, WORDS = 32, 4
+"""Numbers of a block, and words of its codes."""
 
 
 def numbers(
@@ -63,8 +65,12 @@ def packed(
     interpret: bool = False,
 ) -> tuple[UInt8[Array, "m bytes"], UInt8[Array, "m blocks"]]:
     """Codes of Q(x_b M_b), two a byte, and scale bytes."""
-    codes, scale_bytes = _call(x, matrices, rule, [(16, jnp.uint8), (1, jnp.uint8)], interpret)
-    return codes, scale_bytes
+    m, k = x.shape
+    given = x.reshape(-1, BLOCK) if len(matrices) == 1 else x  # of one matrix all blocks are alike
+    outs = [(WORDS, jnp.uint32), (1, jnp.uint8)]
+    words, scale_bytes = _call(given, _by_word(matrices), rule, outs, interpret)
+    codes = lax.bitcast_convert_type(words, jnp.uint8).reshape(m, k // 2)
+    return codes, scale_bytes.reshape(m, k // BLOCK)
 
 
 def rotate_quantize(
@@ -97,6 +103,16 @@ def why_not(x: Array, rule: ScaleRule) -> str | None:
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         return f"it takes float32 or bfloat16, and x is {x.dtype}"
     return None
+
+
+def _by_word(matrices: Float32[Array, "_ 32 32"]) -> Float32[Array, "_ 32 32"]:
+    """Columns 8 q + 4 h + g moved to 8 g + 2 q + h.
+
+    Tensor cores give each of four threads two neighbouring columns of every eight: so moved, these
+    are the eight codes of a word.
+    """
+    columns = matrices.reshape(-1, BLOCK, WORDS, 2, 4)
+    return jnp.moveaxis(columns, 4, 2).reshape(matrices.shape)
 
 
 def _call(x: Array, matrices: Array, rule: ScaleRule, outs: Any, interpret: bool) -> Any:
@@ -135,34 +151,48 @@ def _kernel(
 
     def step(tile: Any, nothing: Any) -> Any:
         own = pl.ds(jnp.minimum((first + tile) * rows, m - rows), rows)
+        words, bytes = [], []
         for block, matrix in zip(blocks, parts, strict=True):
             y = _moved(x[own, pl.ds(block * BLOCK, BLOCK)], matrix)
             exponent, bad = scale_of(jnp.max(magnitude(y), axis=1), raised_above)
-            write = _numbers if len(outs) == 1 else _codes
-            write(y, exponent, bad, own, block, *outs)
+            if len(outs) == 1:
+                outs[0][own, pl.ds(block * BLOCK, BLOCK)] = _numbers(y, exponent, bad)
+            else:
+                words.append(_words(y, exponent, bad))
+                bytes.append(jnp.where(bad, 255, exponent + 127).astype(jnp.uint8))
+        if words:
+            joined = jnp.swapaxes(_beside(words).reshape(rows, WORDS, each), 1, 2)
+            outs[0][own, pl.ds(blocks[0] * WORDS, WORDS * each)] = joined.reshape(rows, -1)
+            outs[1][own, pl.ds(blocks[0], each)] = _beside(bytes).reshape(rows, each)
         return nothing
 
     lax.fori_loop(0, repeats, step, jnp.int32(0))
 
 
-def _numbers(y: Array, exponent: Array, bad: Array, own: Any, block: Any, out: Any) -> None:
+def _numbers(y: Array, exponent: Array, bad: Array) -> BFloat16[Array, "rows 32"]:
     power = power_of_two(-exponent)[:, None]
     # Of 2^-127 the bits are those of half of 2^-126.
     bits = jnp.where(exponent == -127, 0x00400000, (exponent + 127) << 23)
     scale = lax.bitcast_convert_type(jnp.where(bad, 0x7FC00000, bits), jnp.float32)
     value = with_sign(nearest(jnp.abs(y) * power) * scale[:, None], y)
-    out[own, pl.ds(block * BLOCK, BLOCK)] = value.astype(jnp.bfloat16)
+    return value.astype(jnp.bfloat16)
 
 
-def _codes(
-    y: Array, exponent: Array, bad: Array, own: Any, block: Any, packed: Any, scale_bytes: Any
-) -> None:
-    codes = code(y * power_of_two(-exponent)[:, None]).reshape(len(y), BLOCK // 2, 2)
-    place = lax.broadcasted_iota(jnp.uint32, codes.shape, 2)
-    low, high = (jnp.sum(jnp.where(place == half, codes, 0), axis=2) for half in (0, 1))
-    kept = jnp.where(bad, 0x88, 0xFF).astype(jnp.uint32)[:, None]
-    packed[own, pl.ds(block * 16, 16)] = (pair(low, high) & kept).astype(jnp.uint8)
-    scale_bytes[own, block] = jnp.where(bad, 255, exponent + 127).astype(jnp.uint8)
+def _words(y: Array, exponent: Array, bad: Array) -> UInt32[Array, "rows 4"]:
+    """Eight codes in each, of columns as `_by_word` leaves them."""
+    codes = code(y * power_of_two(-exponent)[:, None]).reshape(len(y), 4, WORDS, 2)
+    place = lax.broadcasted_iota(jnp.uint32, codes.shape, 3)
+    low, high = (jnp.sum(jnp.where(place == half, codes, 0), axis=3) for half in (0, 1))
+    two = halves(low, high)
+    word = jnp.sum(two << (4 * lax.broadcasted_iota(jnp.uint32, two.shape, 1)), axis=1)
+    return jnp.where(bad[:, None], word & jnp.uint32(0x88888888), word)
+
+
+def _beside(parts: list[Array]) -> Array:
+    """Arrays, a power of two of them, beside one another on new last axes of two."""
+    if len(parts) == 1:
+        return parts[0]
+    return jnp.stack([_beside(parts[::2]), _beside(parts[1::2])], axis=-1)
 
 
 def _moved(x: Array, matrix: list[Array]) -> Float32[Array, "rows 32"]:
