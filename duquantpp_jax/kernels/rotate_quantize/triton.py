@@ -47,7 +47,7 @@ BLOCK, WORDS = 32, 4
 
 def numbers(
     x: Float[Array, "m k"],
-    matrices: Float32[Array, "blocks 32 32"],
+    matrices: Float32[Array, "_ 32 32"],
     rule: ScaleRule,
     *,
     interpret: bool = False,
@@ -59,7 +59,7 @@ def numbers(
 
 def packed(
     x: Float[Array, "m k"],
-    matrices: Float32[Array, "blocks 32 32"],
+    matrices: Float32[Array, "_ 32 32"],
     rule: ScaleRule,
     *,
     interpret: bool = False,
@@ -140,8 +140,9 @@ def _call(x: Array, matrices: Array, rule: ScaleRule, outs: Any, interpret: bool
 
 
 def _kernel(
-    raised_above: int, shape: tuple[int, int, int], shared: bool, x: Any, matrices: Any, *outs: Any
-) -> None:
+    raised_above: int, shape: tuple[int, int, int], shared: bool, x: Any, matrices: Any, out: Any,
+    *more: Any,
+) -> None:  # fmt: skip
     (rows, repeats, each), m = shape, x.shape[0]
     first = pl.program_id(1) * repeats
     blocks = [pl.program_id(0) * each + i for i in range(each)]
@@ -155,15 +156,15 @@ def _kernel(
         for block, matrix in zip(blocks, parts, strict=True):
             y = _moved(x[own, pl.ds(block * BLOCK, BLOCK)], matrix)
             exponent, bad = scale_of(jnp.max(magnitude(y), axis=1), raised_above)
-            if len(outs) == 1:
-                outs[0][own, pl.ds(block * BLOCK, BLOCK)] = _numbers(y, exponent, bad)
-            else:
-                words.append(_words(y, exponent, bad))
-                bytes.append(jnp.where(bad, 255, exponent + 127).astype(jnp.uint8))
-        if words:
+            if not more:
+                out[own, pl.ds(block * BLOCK, BLOCK)] = _numbers(y, exponent, bad)
+                continue
+            words.append(_words(y, exponent, bad))
+            bytes.append(jnp.where(bad, 255, exponent + 127).astype(jnp.uint8))
+        for scales in more:
             joined = jnp.swapaxes(_beside(words).reshape(rows, WORDS, each), 1, 2)
-            outs[0][own, pl.ds(blocks[0] * WORDS, WORDS * each)] = joined.reshape(rows, -1)
-            outs[1][own, pl.ds(blocks[0], each)] = _beside(bytes).reshape(rows, each)
+            out[own, pl.ds(blocks[0] * WORDS, WORDS * each)] = joined.reshape(rows, -1)
+            scales[own, pl.ds(blocks[0], each)] = _beside(bytes).reshape(rows, each)
         return nothing
 
     lax.fori_loop(0, repeats, step, jnp.int32(0))
