@@ -6,6 +6,8 @@ are kept over tiles of positions, and of runs with (m, l, a) and (m', l', a') th
 
     M = max(m, m'),    (e^(m - M) a + e^(m' - M) a') / (e^(m - M) l + e^(m' - M) l')
 
+A single run is divided by its l at once, in the same kernel.
+
 Source: Milakov and Gimelshein (arXiv:1805.02867), section 3; Dao et al., FlashAttention
 (arXiv:2205.14135), and its form for decoding, which cuts positions into runs.
 """
@@ -43,35 +45,40 @@ def decode_attention(
     (rows, heads, groups, d), capacity = q.shape, keys.shape[2]
     tile = math.gcd(capacity, TILE)
     runs = -(-capacity // (tile * TILES))
-    filled = 1 << (max(groups, LEAST) - 1).bit_length()
-    shape = (rows, heads, runs, filled)
-    most, total, sums = pl.pallas_call(
+    shape = (rows, heads, runs, groups)
+    found = [jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, shape, (*shape, d))]
+    if runs == 1:
+        found = [jax.ShapeDtypeStruct((rows, heads, groups, d), q.dtype)]
+    found = pl.pallas_call(
         functools.partial(_kernel, tile, scale),
         grid=shape[:3],
         in_specs=[pl.BlockSpec()] * 6,
-        out_specs=[pl.BlockSpec()] * 3,
-        out_shape=[jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, shape, (*shape, d))],
+        out_specs=[pl.BlockSpec()] * len(found),
+        out_shape=found,
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
-    )(
-        layer.reshape(1), positions, window.reshape(1),
-        jnp.pad(q, ((0, 0), (0, 0), (0, filled - groups), (0, 0))), keys, values,
-    )  # fmt: skip
+    )(layer.reshape(1), positions, window.reshape(1), q, keys, values)
+    if runs == 1:
+        return found[0]
+    most, total, sums = found
     share = jnp.exp(most - jnp.max(most, axis=2, keepdims=True))
     whole = jnp.sum(share[..., None] * sums, axis=2) / jnp.sum(share * total, axis=2)[..., None]
-    return whole[:, :, :groups].astype(q.dtype)
+    return whole.astype(q.dtype)
 
 
 def _kernel(
     tile: int, scale: float, layer: Any, positions: Any, window: Any, q: Any, keys: Any,
-    values: Any, most: Any, total: Any, sums: Any,
+    values: Any, *out: Any,
 ) -> None:  # fmt: skip
     row, head, run = (pl.program_id(axis) for axis in range(3))
     own, last = layer[0], positions[row]
     first = jnp.maximum(last - window[0] + 1, 0)
     begin = jnp.maximum(run * TILES, first // tile)
     end = jnp.minimum((run + 1) * TILES, last // tile + 1)
-    query = q[row, head, :, :]
+    # The last query again and again, up to the rows of a product: all its results are the same.
+    groups = q.shape[2]
+    every = jnp.minimum(jnp.arange(1 << (max(groups, LEAST) - 1).bit_length()), groups - 1)
+    query = q[row, head, every, :]
 
     def step(i: Any, before: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         m, total_before, a = before
@@ -88,8 +95,13 @@ def _kernel(
     count, d = query.shape
     zeros = jnp.zeros(count, jnp.float32)
     start = jnp.full(count, -jnp.inf, jnp.float32), zeros, jnp.zeros((count, d), jnp.float32)
-    found = lax.fori_loop(begin, end, step, start)
-    most[row, head, run, :], total[row, head, run, :], sums[row, head, run, :, :] = found
+    m, total, a = lax.fori_loop(begin, end, step, start)
+    if len(out) == 1:
+        out[0][row, head, every, :] = (a / total[:, None]).astype(q.dtype)
+        return
+    for ref, part in zip(out[:2], (m, total), strict=True):
+        ref[row, head, run, every] = part
+    out[2][row, head, run, every, :] = a
 
 
 def _product(a: Array, b: Array) -> Array:

@@ -31,8 +31,8 @@ from duquantpp_jax.kernels.matvec.tokens import Tokens
 from duquantpp_jax.models.in_place import InPlace
 from duquantpp_jax.models.prologue import Prologue
 
-BLOCKS, SUMMED = 2, 128
-"""Blocks of a program; most blocks whose squares are added at a time."""
+BLOCKS, WARPS, SUMMED = 2, 4, 128
+"""Blocks of a program, and its warps; most blocks whose squares are added at a time."""
 
 
 def to_tokens(
@@ -59,7 +59,7 @@ def to_tokens(
             jax.ShapeDtypeStruct((8 * m, blocks), jnp.uint32),
             jax.ShapeDtypeStruct((m, blocks), jnp.uint8),
         ],
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
     )(layer.reshape(1), matrices, *given)
     return Tokens(words, scale_bytes)

@@ -27,10 +27,13 @@ from duquantpp_jax.formats.division import power_of_two
 from duquantpp_jax.kernels.matvec.rows import WORDS, PackedRows
 from duquantpp_jax.kernels.matvec.tokens import Tokens
 
-ROWS, ROWS_OF_SEVERAL = 16, 8
-"""Most of a program, for one token and for several, whose sums need more registers."""
+ROWS = 8
+"""Most rows of a program."""
 BLOCKS, BLOCKS_OF_A_THREAD = 64, 4
 """Most blocks of a row that a program has at a time, of which each thread reads neighbours."""
+
+AHEAD = True
+"""Whether the next blocks are read before those that are there are multiplied."""
 
 _DOT = """{
   .reg .b32 elements;
@@ -53,14 +56,15 @@ def matvec(
     from jax.experimental.pallas import triton as plt
 
     m, (_, _, blocks) = len(x.scale_bytes), rows.scale_bytes.shape
-    count = math.gcd(ROWS if m == 1 else ROWS_OF_SEVERAL, *rows.sizes)
+    count = math.gcd(ROWS, *rows.sizes)
     shape = count, math.gcd(blocks, BLOCKS)
     firsts = tuple(itertools.accumulate((n // count for n in rows.sizes), initial=0))
     given = [layer.reshape(1), x.words, x.scale_bytes, rows.words, rows.scale_bytes]
     given += [] if residual is None else [residual]
     dot = _interpreted if interpret else _dot
+    barrier = plt.debug_barrier if AHEAD and not interpret else lambda: None
     run = pl.pallas_call(
-        functools.partial(_kernel, shape, firsts, dot, residual is not None),
+        functools.partial(_kernel, shape, firsts, dot, barrier, residual is not None),
         grid=(firsts[-1],),
         in_specs=[pl.BlockSpec()] * len(given),
         out_specs=[pl.BlockSpec()] * len(rows.sizes),
@@ -77,8 +81,8 @@ def _warps(shape: tuple[int, int]) -> int:
 
 
 def _kernel(
-    shape: tuple[int, int], firsts: tuple[int, ...], dot: Any, adds: bool, layer: Any, x: Any,
-    x_bytes: Any, words: Any, scale_bytes: Any, *others: Any,
+    shape: tuple[int, int], firsts: tuple[int, ...], dot: Any, barrier: Any, adds: bool, layer: Any,
+    x: Any, x_bytes: Any, words: Any, scale_bytes: Any, *others: Any,
 ) -> None:  # fmt: skip
     (count, part), own, program = shape, layer[0], pl.program_id(0)
     rows = pl.ds(program * count, count)
@@ -99,7 +103,9 @@ def _kernel(
         return tuple(map(jnp.add, each, sums))
 
     def step(i: Any, before: tuple[Any, Any]) -> tuple[Any, Any]:
-        return read(i + 1), multiplied(i, *before)
+        after = read(i + 1)
+        barrier()  # the compiler moves no read across it: it would read when it has multiplied
+        return after, multiplied(i, *before)
 
     def products(token: int, codes: list[Array], byte: Array, at: Any) -> Array:
         plus = minus = jnp.zeros(shape, jnp.int32)
