@@ -226,12 +226,12 @@ class Decoder(nnx.Module):
         options: dict[str, Any] = {"start": start, "store": store, "dtype": self.dtype}
         options["attention"] = self.attention
 
-        def body(join: Any, before: Any, scanned: Any) -> tuple[Any, Any]:
-            (x, entries), (number, sliced) = before, scanned
-            own, states, where = join(sliced)
-            kept = None if entries is None else InPlace(entries, number)
+        def body(join: Any, first: int, before: Any, sliced: Any) -> tuple[Any, Any]:
+            x, entries, number = before
+            own, states, where = join(sliced, number)
+            kept = None if entries is None else InPlace(entries, number + first)
             x, out, kept = layer(config, x, own, where, linear, states, entries=kept, **options)
-            return (x, None if kept is None else kept.arrays), out
+            return (x, None if kept is None else kept.arrays, number + 1), out
 
         x = jnp.take(self.embedding[...], tokens, axis=0, mode="fill").astype(jnp.float32)
         x = x * np.float32(config.embedding_scale)
@@ -244,13 +244,13 @@ class Decoder(nnx.Module):
         for run in runs:
             whole = len(runs) == 1
             count = config.num_hidden_layers if whole else jax.tree.leaves(run)[0].shape[0]
-            numbers = first + jnp.arange(count, dtype=jnp.int32)
             own, where = jax.tree.map(lambda a: a[first : first + count], scanned)  # noqa: B023
-            sliced, join = apart((own, dict.fromkeys(SITES) | dict(run), where), count)
-            step = functools.partial(body, join)
+            sliced, join = apart((own, dict.fromkeys(SITES) | dict(run), where))
+            step = functools.partial(body, join, first)
             if self.rematerialized:
                 step = jax.checkpoint(step, prevent_cse=False)  # pyright: ignore
-            (x, entries), out = jax.lax.scan(step, (x, entries), (numbers, sliced))
+            before = x, entries, jnp.int32(0)
+            (x, entries, _), out = jax.lax.scan(step, before, sliced, length=count)
             outs.append(out)
             first += count
         outs = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)

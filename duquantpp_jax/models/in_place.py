@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Int32
 
@@ -30,18 +29,20 @@ class InPlace:
         return jax.tree.map(lambda array: array[self.layer], self.arrays)
 
 
-def apart(scanned: Any, count: int) -> tuple[Any, Callable[[Any], Any]]:
-    """What a scan over so many layers is to slice, and what makes of a slice that of a layer."""
-    parts, tree = jax.tree.flatten(scanned, is_leaf=_is_in_place)
-    layers = jnp.arange(count, dtype=jnp.int32)
+def apart(scanned: Any) -> tuple[Any, Callable[[Any, Array], Any]]:
+    """What a scan over layers is to slice, and what makes of a slice and its number a layer's.
 
-    def join(sliced: list[Any]) -> Any:
+    The number is to be counted by the scan: one that it slices is a kernel more for each layer.
+    """
+    parts, tree = jax.tree.flatten(scanned, is_leaf=_is_in_place)
+
+    def join(sliced: list[Any], number: Array) -> Any:
         return tree.unflatten(
-            dataclasses.replace(part, layer=own) if _is_in_place(part) else own
+            dataclasses.replace(part, layer=number) if _is_in_place(part) else own
             for part, own in zip(parts, sliced, strict=True)
         )
 
-    return [layers if _is_in_place(part) else part for part in parts], join
+    return [None if _is_in_place(part) else part for part in parts], join
 
 
 def _is_in_place(part: Any) -> bool:
