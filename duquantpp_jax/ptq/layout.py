@@ -18,7 +18,6 @@ from jaxtyping import Array, Float32
 
 from duquantpp_jax.core import Exact, Format, MXArray, Transform
 from duquantpp_jax.formats import MXFP4
-from duquantpp_jax.formats.plain import BFloat16
 from duquantpp_jax.kernels import Operand
 from duquantpp_jax.kernels.implementation import why_not_nvidia
 from duquantpp_jax.kernels.matvec.rows import BLOCK, PackedRows, is_mxfp4
@@ -28,6 +27,7 @@ from duquantpp_jax.ptq.packed_float import PackedFloat
 from duquantpp_jax.ptq.site import (
     QuantizedLinear,
     QuantizedSite,
+    is_in_float,
     is_in_kernels,
     layer_of,
 )
@@ -174,8 +174,7 @@ def _packed(site: QuantizedSite, format: Format | None) -> QuantizedSite:
     if is_in_kernels(format):
         moved = site.clip is site.scale_offset is None
     else:  # by a kernel that leaves inputs in float, unless there is nothing to move
-        in_float = format is None or isinstance(format, BFloat16)
-        moved = in_float and not isinstance(site.transform, Identity)
+        moved = is_in_float(format) and not isinstance(site.transform, Identity)
     if moved:
         matrices = _matrices(_each_layer(site), width)
     rows = PackedRows.of(weights, matrices)

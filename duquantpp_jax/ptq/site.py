@@ -48,6 +48,7 @@ from duquantpp_jax.models.in_place import InPlace
 from duquantpp_jax.models.products import as_factor, matmul
 from duquantpp_jax.models.prologue import Prologue
 from duquantpp_jax.ptq.packed_float import PackedFloat
+from duquantpp_jax.transforms.basic import Identity
 from duquantpp_jax.transforms.block import lower
 
 Implementation = Literal["triton", "xla"]
@@ -201,10 +202,12 @@ class QuantizedLinear:
 
     def takes(self, site: str, x: Prologue, state: QuantizedSite) -> bool:
         """Whether kernels apply what precedes packed weights, as they do for few tokens."""
-        if (packed := state.packed) is None or packed.arrays.matrices is None:
+        if (packed := state.packed) is None or x.shape[-1] != packed.arrays.width:
             return False
-        few = x.shape[-1] == packed.arrays.width and math.prod(x.shape[:-1]) <= FEW
-        return few and is_in_kernels(self.format(site))
+        few, moved = math.prod(x.shape[:-1]) <= FEW, packed.arrays.matrices is not None
+        format = self.format(site)
+        moved |= is_in_float(format) and isinstance(state.transform, Identity)
+        return few and moved and (is_in_kernels(format) or is_in_float(format))
 
     def _few_tokens(
         self, x: Prologue, state: QuantizedSite, format: Format | None
@@ -213,16 +216,18 @@ class QuantizedLinear:
         packed: Any = state.packed
         rows, layer, given, shape = packed.arrays, packed.layer, x.flat(), x.shape[:-1]
         tokens = to_float32(pad_channels(given.applied(), rows.width))
+        fits = given if given.shape == tokens.shape else Prologue((tokens,))
         if isinstance(format, MXFP4) and format.block_size == BLOCK:
             if rows.matrices is not None:
-                x = given if given.shape == tokens.shape else Prologue((tokens,))
-                ys = quantized_matvec(x, rows, layer, scale_rule=format.scale_rule)
+                ys = quantized_matvec(fits, rows, layer, scale_rule=format.scale_rule)
             else:
                 moved, options = _moved(tokens, state)
                 ys = matvec(format.encode(moved, **options), rows, layer)
-        elif rows.matrices is not None:
-            dtype = jnp.bfloat16 if isinstance(format, BFloat16) else jnp.float32
-            ys = float_matvec(tokens, rows, layer, dtype=dtype)
+        elif rows.matrices is not None or (
+            is_in_float(format) and isinstance(state.transform, Identity)
+        ):
+            dtype = jnp.float32 if format is None else jnp.bfloat16
+            ys = float_matvec(fits, rows, layer, dtype=dtype)
         else:
             seen = self._by_xla(tokens, state, format)
             ys = float_matvec(seen.whole() if isinstance(seen, Exact) else seen, rows, layer)
@@ -301,6 +306,11 @@ def _in_kernel(
         return Exact(numbers.astype(jnp.float32).reshape(x.shape))
 
     return move
+
+
+def is_in_float(format: Format | None) -> bool:
+    """Whether a format leaves inputs in float."""
+    return format is None or isinstance(format, BFloat16)
 
 
 def is_in_kernels(format: Format | None) -> TypeGuard[MXFP4]:

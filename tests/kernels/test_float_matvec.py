@@ -9,6 +9,8 @@ from duquantpp_jax.kernels.float_matvec import fixed_point, triton
 from duquantpp_jax.kernels.float_matvec.api import float_matvec
 from duquantpp_jax.kernels.matvec.api import FEW
 from duquantpp_jax.kernels.matvec.rows import PackedRows
+from duquantpp_jax.models.in_place import InPlace
+from duquantpp_jax.models.prologue import Prologue, rms_norm
 from tests.kernels.test_matvec import assert_equal, on_gpu, random_mx, wide
 
 WIDTH = 32 * 35  # that no program divides
@@ -34,9 +36,7 @@ def assert_near(found, x, w):
 
 def interpreted(x, rows, layer):
     """What the kernels give, as a CPU interprets them."""
-    shape = len(x), rows.scale_bytes.shape[-1], 32
-    x = jnp.pad(x, ((0, 0), (0, shape[1] * 32 - rows.width))).reshape(shape)
-    given = fixed_point.to_fixed(x, rows.matrices, layer, interpret=True)
+    given = fixed_point.to_fixed(Prologue((x,)), rows, layer, interpret=True)
     return rows.split(triton.matvec(given, rows, layer, interpret=True))
 
 
@@ -78,19 +78,21 @@ def test_a_token_is_moved_and_taken_in_fixed_point_as_the_law_says():
     signs = draw.choice([-1.0, 1.0], (1, 20, 32, 1))  # exact in any order of additions
     matrices = signs * np.eye(32)[draw.permutation(32)]
     moved = np.einsum("mbi,bij->mbj", x, matrices[0])
-    given = jnp.asarray(x, jnp.float32), jnp.asarray(matrices, jnp.float32)
-    found = fixed_point.to_fixed(*given, jnp.int32(0), interpret=True)
+    rows = PackedRows.of([random_mx(0, 1, 8, 640)], jnp.asarray(matrices, jnp.float32))
+    given = Prologue((jnp.asarray(x.reshape(2, 640), jnp.float32),))
+    found = fixed_point.to_fixed(given, rows, jnp.int32(0), interpret=True)
+    words, sums, exponents = (part[:, :20] for part in jax.tree.leaves(found))
     largest = np.abs(moved).max(axis=-1)
     exponent = np.where(largest > 0, np.frexp(largest)[1], -95)
-    np.testing.assert_array_equal(found.exponents, exponent)
+    np.testing.assert_array_equal(exponents, exponent)
     whole = np.trunc(np.ldexp(moved, 31 - exponent[..., None])).astype(np.int64)
     np.testing.assert_array_equal(fixed_point.fixed(jnp.asarray(moved, jnp.float32))[0], whole)
     wanted = (whole[:, None] >> np.array([0, 8, 16, 24])[:, None, None]) & 255
-    read = np.asarray(found.words).view(np.uint8).reshape(2, 4, 8, 20, 4)
+    read = np.array(words).view(np.uint8).reshape(2, 4, 8, 20, 4)
     read = np.moveaxis(read, 3, 2).reshape(2, 4, 20, 32)
     np.testing.assert_array_equal(read, wanted)
     halves = 12 * np.stack([whole >> 16, whole & 0xFFFF], axis=1).sum(axis=-1)
-    np.testing.assert_array_equal(found.sums, halves.reshape(4, 20))
+    np.testing.assert_array_equal(sums, halves.reshape(4, 20))
 
 
 def test_a_token_may_be_rounded_to_bfloat16_before():
@@ -105,6 +107,23 @@ def test_a_token_may_be_rounded_to_bfloat16_before():
     assert not np.isnan(found[0]).any()
     with pytest.raises(ValueError, match="rounded to float32 or bfloat16, not float16"):
         float_matvec(x, rows, dtype="float16")
+
+
+def test_a_norm_an_activation_and_a_residual_are_those_before_and_after():
+    """Kernels against the law, with a matrix for each block and without."""
+    gains = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, (1, WIDTH)), jnp.float32)
+    x, up, w = *(tokens(seed, 2) for seed in (7, 8)), random_mx(0, 1, 32, WIDTH)
+    eyes = jnp.broadcast_to(jnp.eye(32), (1, 35, 32, 32))
+    for matrices in (None, eyes):
+        rows, layer = PackedRows.of([w], matrices), jnp.int32(0)
+        normed = Prologue((x,), InPlace(gains, layer), residual=jnp.ones((2, 32)), eps=1e-6)
+        (found,) = float_matvec(normed, rows)
+        wanted = rms_norm(x, gains[0], 1e-6, 0.0)
+        assert_equal(found, float_matvec(wanted, rows)[0] + 1)
+        product = Prologue((x, up), activation=jnp.multiply)
+        for given, law in ((normed, wanted), (product, x * up)):
+            fixed = fixed_point.to_fixed(given, rows, layer, interpret=True)
+            assert_near(triton.matvec(fixed, rows, layer, interpret=True), law, wide(w)[0])
 
 
 def test_matrices_of_rows_move_the_input():

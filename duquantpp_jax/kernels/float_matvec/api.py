@@ -10,7 +10,8 @@ from duquantpp_jax.formats.mx import to_float32
 from duquantpp_jax.kernels.float_matvec import fixed_point, reference, triton
 from duquantpp_jax.kernels.implementation import choose, why_not_nvidia
 from duquantpp_jax.kernels.matvec.api import FEW
-from duquantpp_jax.kernels.matvec.rows import BLOCK, PackedRows, filled
+from duquantpp_jax.kernels.matvec.rows import PackedRows, in_blocks
+from duquantpp_jax.models.prologue import Prologue
 
 Implementation = Literal["triton", "reference"]
 BITS = {"float32": 24, "bfloat16": 8}
@@ -18,7 +19,7 @@ BITS = {"float32": 24, "bfloat16": 8}
 
 
 def float_matvec(
-    x: Float[Array, "tokens k"],
+    x: Float[Array, "tokens k"] | Prologue,
     rows: PackedRows,
     layer: Int32[Array, ""] | int = 0,
     *,
@@ -30,7 +31,8 @@ def float_matvec(
     M_b are `rows.matrices`, or the identity where there are none. The moved x is taken in fixed
     point of 32 bits for each block, so the inner sum is exact, of integers; every implementation
     has the same, and differs in the order in which it moves x and adds blocks, both in float32. A
-    block of x that has NaN or Inf makes y NaN.
+    block of x that has NaN or Inf makes y NaN. Of a `Prologue` f(x) is multiplied and the residual
+    added; "triton" may differ from `applied` in last bits, as it adds squares in another order.
 
     >>> import jax.numpy as jnp
     >>> from duquantpp_jax import MXFP4
@@ -51,15 +53,17 @@ def float_matvec(
       ValueError: Too many tokens, another width or type, or there is no such implementation.
       RuntimeError: The named implementation cannot run here.
     """
-    if not 1 <= len(x) <= FEW or x.shape[1] != rows.width:
+    x = x if isinstance(x, Prologue) else Prologue((x,))
+    if not 1 <= x.shape[0] <= FEW or x.shape[1] != rows.width:
         raise ValueError(f"x {x.shape} is not 1 to {FEW} tokens of {rows.width} columns")
     if (bits := BITS.get(jnp.dtype(dtype).name)) is None:
         raise ValueError(f"the moved x is rounded to {' or '.join(BITS)}, not {dtype}")
     obstacles = {"triton": why_not_nvidia, "reference": lambda: None}
-    name = choose("float_matvec", implementation, obstacles)
-    blocks, layer = rows.scale_bytes.shape[-1], jnp.asarray(layer, jnp.int32)
-    tokens = filled(to_float32(x), 1, blocks * BLOCK - rows.width).reshape(len(x), blocks, BLOCK)
+    name, layer = choose("float_matvec", implementation, obstacles), jnp.asarray(layer, jnp.int32)
     if name == "triton":
-        given = fixed_point.to_fixed(tokens, rows.matrices, layer, bits)
-        return rows.split(triton.matvec(given, rows, layer))
-    return rows.split(reference.matvec(tokens, rows, layer, bits))
+        y = triton.matvec(fixed_point.to_fixed(x, rows, layer, bits), rows, layer)
+    else:
+        tokens = in_blocks(to_float32(x.applied()), rows.scale_bytes.shape[-1])
+        y = reference.matvec(tokens, rows, layer, bits)
+    ys = rows.split(y)
+    return ys if x.residual is None else tuple(y + x.residual for y in ys)

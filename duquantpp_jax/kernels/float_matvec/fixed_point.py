@@ -21,6 +21,9 @@ from jaxtyping import Array, Float32, Int32, UInt32
 
 from duquantpp_jax.formats.division import power_of_two
 from duquantpp_jax.kernels.block_scale import magnitude
+from duquantpp_jax.kernels.matvec import move
+from duquantpp_jax.kernels.matvec.rows import PackedRows
+from duquantpp_jax.models.prologue import Prologue
 
 BYTES = 4
 """Bytes of an integer."""
@@ -75,24 +78,25 @@ class FixedTokens:
 
 
 def to_fixed(
-    x: Float32[Array, "tokens blocks 32"],
-    matrices: Float32[Array, "layers blocks 32 32"] | None,
+    x: Prologue,
+    rows: PackedRows,
     layer: Int32[Array, ""],
     bits: int = 24,
     *,
     interpret: bool = False,
 ) -> FixedTokens:
-    """Each x_b M_b, or x_b, in fixed point, for a multiple of BLOCKS blocks."""
+    """Each f(x)_b M_b, or f(x)_b, in fixed point; the residual is left alone."""
     from jax.experimental.pallas import triton as plt
 
-    m, blocks, _ = x.shape
-    moves = () if matrices is None else (matrices,)
+    m, blocks = len(x.parts[0]), rows.scale_bytes.shape[-1]
+    given, ready = move.in_a_kernel(x, blocks)
+    moves = () if rows.matrices is None else (rows.matrices,)
     sizes = (8 * BYTES * m, 2 * m, m)
     types = (jnp.uint32, jnp.int32, jnp.int32)
     found = pl.pallas_call(
-        functools.partial(_kernel, m, bits),
+        functools.partial(_kernel, ready, len(moves), bits),
         grid=(blocks // BLOCKS,),
-        in_specs=[pl.BlockSpec()] * (2 + len(moves)),
+        in_specs=[pl.BlockSpec()] * (1 + len(moves) + len(given)),
         out_specs=[pl.BlockSpec((rows, BLOCKS), lambda i: (0, i)) for rows in sizes],
         out_shape=[
             jax.ShapeDtypeStruct((rows, blocks), dtype)
@@ -100,17 +104,17 @@ def to_fixed(
         ],
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
-    )(layer.reshape(1), x, *moves)
+    )(layer.reshape(1), *moves, *given)
     return FixedTokens(*found)
 
 
-def _kernel(tokens: int, bits: int, layer: Any, x: Any, *refs: Any) -> None:
-    *moves, words, sums, exponents = refs
+def _kernel(ready: Any, moves: int, bits: int, layer: Any, *refs: Any) -> None:
+    *given, words, sums, exponents = refs
     at = pl.ds(pl.program_id(0) * BLOCKS, BLOCKS)
-    own = [matrices[layer[0], at, :, :] for matrices in moves]
+    own = [matrices[layer[0], at, :, :] for matrices in given[:moves]]
     places = 8 * lax.broadcasted_iota(jnp.int32, (BLOCKS, 8, 4), 2)
-    for token in range(tokens):
-        y = x[token, at, :]
+    for token in range(len(exponents)):
+        y = ready(layer[0], token, at, given[moves:])
         for matrices in own:
             y = jnp.sum(y[:, :, None] * matrices, axis=1)
         whole, exponents[token, :] = fixed(y, bits)

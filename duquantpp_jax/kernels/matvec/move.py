@@ -9,6 +9,7 @@ adds the squares of all of them by itself: a token is read from the cache of the
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,12 +47,10 @@ def to_tokens(
     """Q(f(x)_b M_b) for each block, a multiple of BLOCKS of them; the residual is left alone."""
     from jax.experimental.pallas import triton as plt
 
-    (m, width), blocks = x.shape, matrices.shape[1]
-    given = [in_blocks(part, blocks) for part in x.parts]
-    given += [in_blocks(x.gain.arrays, blocks)] if isinstance(x.gain, InPlace) else []
-    bare = dataclasses.replace(x, parts=(None,) * len(x.parts), gain=None, residual=None)
+    m, blocks = len(x.parts[0]), matrices.shape[1]
+    given, ready = in_a_kernel(x, blocks)
     words, scale_bytes = pl.pallas_call(
-        functools.partial(_kernel, bare, width, x.gain is not None, RAISED_ABOVE[rule]),
+        functools.partial(_kernel, ready, RAISED_ABOVE[rule]),
         grid=(blocks // BLOCKS,),
         in_specs=[pl.BlockSpec()] * (2 + len(given)),
         out_specs=[pl.BlockSpec((rows, BLOCKS), lambda i: (0, i)) for rows in (8 * m, m)],
@@ -65,15 +64,21 @@ def to_tokens(
     return Tokens(words, scale_bytes)
 
 
-def _kernel(
-    prologue: Prologue, width: int, normed: bool, raised_above: int, layer: Any, matrices: Any,
-    *refs: Any,
-) -> None:  # fmt: skip
+def in_a_kernel(x: Prologue, blocks: int) -> tuple[list[Array], Callable[..., Array]]:
+    """What a kernel is given of x, and f(x) of some blocks by what stands for that in the kernel:
+    a function of the layer, the token, the blocks, and what it was given."""
+    given = [in_blocks(part, blocks) for part in x.parts]
+    given += [in_blocks(x.gain.arrays, blocks)] if isinstance(x.gain, InPlace) else []
+    bare = dataclasses.replace(x, parts=(None,) * len(x.parts), gain=None, residual=None)
+    return given, functools.partial(_ready, bare, x.shape[1], x.gain is not None)
+
+
+def _kernel(ready: Any, raised_above: int, layer: Any, matrices: Any, *refs: Any) -> None:
     *given, words, bytes = refs
     at = pl.ds(pl.program_id(0) * BLOCKS, BLOCKS)
     own = matrices[layer[0], at, :, :]
     for token in range(len(bytes)):
-        x = _ready(prologue, width, normed, layer[0], token, at, given)
+        x = ready(layer[0], token, at, given)
         y = jnp.sum(x[:, :, None] * own, axis=1)
         exponent, bad = scale_of(jnp.max(magnitude(y), axis=1), raised_above)
         twice = 2 * nearest(jnp.abs(y) * power_of_two(-exponent)[:, None])
