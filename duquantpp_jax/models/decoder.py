@@ -26,7 +26,7 @@ from duquantpp_jax.models.attention import (
 )
 from duquantpp_jax.models.cache import Cache, Store
 from duquantpp_jax.models.config import DecoderConfig
-from duquantpp_jax.models.in_place import InPlace, apart
+from duquantpp_jax.models.in_place import InPlace, any_in_place, apart
 from duquantpp_jax.models.layers import Linear, dense, layer, positional, rms_norm
 from duquantpp_jax.models.parameters import (
     EMBEDDING,
@@ -47,6 +47,11 @@ State = Mapping[str, Any] | tuple[Mapping[str, Any], ...]
 
 COMPUTE = {"float32": jnp.float32, "bf16": jnp.bfloat16}
 """Types of matrix products by their names in commands."""
+
+
+TOGETHER = 4
+"""Layers that a token passes in a single step of the scan, where kernels read their weights in
+place: a GPU is given the kernels of a step at once, and waits between steps."""
 
 
 class Decoder(nnx.Module):
@@ -249,8 +254,9 @@ class Decoder(nnx.Module):
             step = functools.partial(body, join, first)
             if self.rematerialized:
                 step = jax.checkpoint(step, prevent_cse=False)  # pyright: ignore
+            together = TOGETHER if tokens.shape[1] == 1 and any_in_place(run) else 1
             before = x, entries, jnp.int32(0)
-            (x, entries, _), out = jax.lax.scan(step, before, sliced, length=count)
+            (x, entries, _), out = jax.lax.scan(step, before, sliced, count, unroll=together)
             outs.append(out)
             first += count
         outs = jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)

@@ -45,5 +45,10 @@ def apart(scanned: Any) -> tuple[Any, Callable[[Any, Array], Any]]:
     return [None if _is_in_place(part) else part for part in parts], join
 
 
+def any_in_place(tree: Any) -> bool:
+    """Whether arrays of a pytree are read in place."""
+    return any(map(_is_in_place, jax.tree.leaves(tree, is_leaf=_is_in_place)))
+
+
 def _is_in_place(part: Any) -> bool:
     return isinstance(part, InPlace)
