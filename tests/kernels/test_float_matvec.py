@@ -123,7 +123,10 @@ def test_a_norm_an_activation_and_a_residual_are_those_before_and_after():
         product = Prologue((x, up), activation=jnp.multiply)
         for given, law in ((normed, wanted), (product, x * up)):
             fixed = fixed_point.to_fixed(given, rows, layer, interpret=True)
-            assert_near(triton.matvec(fixed, rows, layer, interpret=True), law, wide(w)[0])
+            y = triton.matvec(fixed, rows, layer, interpret=True)
+            assert_near(y, law, wide(w)[0])
+        above = triton.matvec(fixed, rows, layer, jnp.ones((2, 32)), interpret=True)
+        assert_equal(above, y + 1)
 
 
 def test_matrices_of_rows_move_the_input():

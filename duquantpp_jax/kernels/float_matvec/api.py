@@ -60,10 +60,13 @@ def float_matvec(
         raise ValueError(f"the moved x is rounded to {' or '.join(BITS)}, not {dtype}")
     obstacles = {"triton": why_not_nvidia, "reference": lambda: None}
     name, layer = choose("float_matvec", implementation, obstacles), jnp.asarray(layer, jnp.int32)
+    residual = x.residual
     if name == "triton":
-        y = triton.matvec(fixed_point.to_fixed(x, rows, layer, bits), rows, layer)
+        whole = residual if rows.sizes == rows.scale_bytes.shape[1:2] else None
+        y = triton.matvec(fixed_point.to_fixed(x, rows, layer, bits), rows, layer, whole)
+        residual = residual if whole is None else None
     else:
         tokens = in_blocks(to_float32(x.applied()), rows.scale_bytes.shape[-1])
         y = reference.matvec(tokens, rows, layer, bits)
     ys = rows.split(y)
-    return ys if x.residual is None else tuple(y + x.residual for y in ys)
+    return ys if residual is None else tuple(y + residual for y in ys)

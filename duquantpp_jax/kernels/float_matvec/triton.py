@@ -49,31 +49,38 @@ _DOT = "dp4a.u32.{} $0, $1, $2, $3;"
 
 
 def matvec(
-    x: FixedTokens, rows: PackedRows, layer: Int32[Array, ""], *, interpret: bool = False
+    x: FixedTokens,
+    rows: PackedRows,
+    layer: Int32[Array, ""],
+    residual: Float32[Array, "tokens rows"] | None = None,
+    *,
+    interpret: bool = False,
 ) -> Float32[Array, "tokens rows"]:
-    """x W^T, of rows that are filled up, too."""
+    """x W^T + residual, of rows that are filled up, too."""
     from jax.experimental.pallas import triton as plt
 
     m, (_, n, blocks) = len(x.exponents), rows.scale_bytes.shape
     shape = TIMES[m - 1], ROWS, math.gcd(blocks, BLOCKS)
     instructions = (_interpreted_bytes, _interpreted_dot) if interpret else (_bytes, _dot)
     count = shape[0] * ROWS
+    added = () if residual is None else (residual,)
     return pl.pallas_call(
         functools.partial(_kernel, shape, instructions),
         grid=(n // count,),
-        in_specs=[pl.BlockSpec()] * 6,
+        in_specs=[pl.BlockSpec()] * 6 + [pl.BlockSpec((m, count), lambda i: (0, i))] * len(added),
         out_specs=pl.BlockSpec((m, count), lambda i: (0, i)),
         out_shape=jax.ShapeDtypeStruct((m, n), jnp.float32),
         compiler_params=plt.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
-    )(layer.reshape(1), x.words, x.sums, x.exponents, rows.words, rows.scale_bytes)
+    )(layer.reshape(1), x.words, x.sums, x.exponents, rows.words, rows.scale_bytes, *added)
 
 
 def _kernel(
     sizes: tuple[int, int, int], instructions: tuple[Any, Any], layer: Any, x: Any, sums: Any,
-    exponents: Any, words: Any, scale_bytes: Any, y: Any,
+    exponents: Any, words: Any, scale_bytes: Any, *others: Any,
 ) -> None:  # fmt: skip
     (times, *shape), (decoded, dot), own = sizes, instructions, layer[0]
+    *residuals, y = others
     first = pl.program_id(0) * times
     rows = [pl.ds((first + i) * ROWS, ROWS) for i in range(times)]
     tokens, blocks = exponents.shape
@@ -105,7 +112,8 @@ def _kernel(
     totals = (jnp.zeros(shape, jnp.float32),) * len(every)
     totals = lax.fori_loop(0, blocks // shape[1], step, totals)
     for (token, i), total in zip(every, totals, strict=True):
-        y[token, pl.ds(i * ROWS, ROWS)] = jnp.sum(total, axis=1)
+        at = pl.ds(i * ROWS, ROWS)
+        y[token, at] = sum((residual[token, at] for residual in residuals), jnp.sum(total, axis=1))
 
 
 def _whole(added: list[Array], halves: list[Array], exponent: Array, byte: Array) -> Array:
