@@ -21,22 +21,6 @@ from jaxtyping import Array, Float, Float32, Int32
 
 # By default a GPU multiplies float32 in TF32, whose 10-bit mantissa rounds as a quantizer does.
 HIGHEST = jax.lax.Precision.HIGHEST
-SIX = jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
-
-
-def float32_product(
-    equation: str, a: Float32[Array, "..."], b: Float32[Array, "..."]
-) -> Float32[Array, "..."]:
-    """The einsum in float32.
-
-    On an NVIDIA GPU each factor is the sum of three bfloat16 numbers and the six largest of their
-    nine products are added, in float32, on tensor cores: what is left out is less than float32's
-    own rounding. Factors from bfloat16's largest on give NaN there.
-    """
-    einsum = functools.partial(jnp.einsum, equation)
-    in_parts = functools.partial(einsum, precision=SIX, preferred_element_type=jnp.float32)
-    whole = functools.partial(einsum, precision=HIGHEST)
-    return jax.lax.platform_dependent(a, b, cuda=in_parts, default=whole)
 
 
 def product(equation: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Float32[Array, "..."]:
@@ -44,7 +28,7 @@ def product(equation: str, a: Float[Array, "..."], b: Float[Array, "..."]) -> Fl
     multiplied, which else would be a product in float32."""
     if a.dtype == jnp.bfloat16:
         return _narrow(equation, a, b)
-    return float32_product(equation, a, b)
+    return jnp.einsum(equation, a, b, precision=HIGHEST, preferred_element_type=jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -102,8 +86,6 @@ def causal_attention(
         scores = jnp.concatenate([sink.astype(jnp.float32), scores], axis=-1)
     weights = jax.nn.softmax(scores)
     weights = weights if sinks is None else weights[..., 1:]
-    if v.dtype == jnp.float32:
-        return float32_product("rhgqk,rkhd->rqhgd", weights, v)
     return jnp.einsum("rhgqk,rkhd->rqhgd", weights.astype(v.dtype), v, precision=HIGHEST)
 
 

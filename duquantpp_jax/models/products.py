@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
 from duquantpp_jax.core import Exact
-from duquantpp_jax.models.attention import HIGHEST, float32_product
+from duquantpp_jax.models.attention import HIGHEST
 from duquantpp_jax.models.experts import Routed
 
 LINEAR = "...k,nk->...n"
@@ -53,8 +53,6 @@ def float_product(x: Float[Array, "*tokens k"], w: Float[Array, "n k"]) -> Array
     """x W^T in the type of x, at the highest precision; w may be stored in bfloat16."""
     if x.dtype == jnp.float32 and w.dtype == jnp.bfloat16:
         return exact(x, w, parts=PARTS)
-    if x.dtype == w.dtype == jnp.float32:
-        return float32_product(LINEAR, x, w)
     return jnp.einsum(LINEAR, x, w, precision=HIGHEST)
 
 

@@ -11,7 +11,6 @@ import pytest
 from duquantpp_jax.core import Exact
 from duquantpp_jax.formats import E2M3, E3M2, E4M3, E5M2, MXFP4, MXFP8, NVFP4, Log256
 from duquantpp_jax.formats.plain import BFloat16
-from duquantpp_jax.models.attention import causal_attention
 from duquantpp_jax.models.products import LINEAR, is_one, matmul, narrow, of_one, split_product
 
 FORMATS = [MXFP4(), MXFP8(), NVFP4()]
@@ -105,11 +104,3 @@ def test_an_exact_input_is_what_fake_quantize_gives_and_passes_gradients(format)
     w = MXFP4().exactly(jnp.asarray(np.eye(48, 64, dtype=np.float32)))
     gradient = jax.grad(lambda x: jnp.sum(matmul(format.exactly(x), w)))(x)
     np.testing.assert_allclose(gradient, np.repeat([[1.0] * 48 + [0.0] * 16], 2, axis=0), rtol=1e-6)
-
-
-@pytest.mark.parametrize(("platform", "products"), [("cpu", 0), ("cuda", 2)])
-def test_attention_in_float32_is_six_products_of_parts_on_an_nvidia_gpu(platform, products):
-    q, k = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, 8, 2, 1, 4), (1, 8, 2, 4)))
-    attend = jax.jit(lambda q, k, v: causal_attention(q, k, v, jnp.arange(8), None, 4.0))
-    text = attend.trace(q, k, k).lower(lowering_platforms=(platform,)).as_text()
-    assert text.count("num_primitive_operations = 6") == products
