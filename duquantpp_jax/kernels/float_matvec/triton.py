@@ -34,7 +34,7 @@ from duquantpp_jax.kernels.matvec.triton import BLOCKS
 
 ROWS, WARPS = 8, 4
 """Rows that the warps of a program have at a time, and its warps."""
-TIMES = 2, 2, 1, 1
+TIMES = 4, 2, 1, 1
 """Times as many rows of a program by the number of tokens, whose sums need registers."""
 
 _DECODE = """{

@@ -34,9 +34,9 @@ from duquantpp_jax.kernels.block_scale import (
 from duquantpp_jax.kernels.operand import Operand
 from duquantpp_jax.kernels.parts import PARTS, parts_of
 
-ROWS, LEAST_ROWS, BLOCKS = 64, 16, 2
-"""Rows of a tile, the fewest that tensor cores take, and the blocks that a program moves: the codes
-of two are a sector of memory, which is written whole."""
+ROWS, LONE_ROWS, LEAST_ROWS, BLOCKS = 64, 128, 16, 2
+"""Rows of a tile, those of a lone block, the fewest that tensor cores take, and the blocks that a
+program moves: the codes of two are a sector of memory, which is written whole."""
 PROGRAMS, WARPS = 1056, 4
 """Programs that fill a GPU, and the warps of one."""
 TILES = {"bfloat16": (16, 3), "float32": (8, 2)}
@@ -121,8 +121,9 @@ def _call(x: Array, matrices: Array, rule: ScaleRule, outs: Any, interpret: bool
     m, k = x.shape
     blocks, missing = k // BLOCK, max(0, LEAST_ROWS - m)
     x = jnp.pad(x, ((0, missing), (0, 0)))
-    rows = min(ROWS, 1 << (len(x).bit_length() - 1))
-    each, tiles = math.gcd(blocks, BLOCKS), -(-len(x) // rows)
+    each = math.gcd(blocks, BLOCKS)
+    rows = min(LONE_ROWS if blocks == 1 else ROWS, 1 << (len(x).bit_length() - 1))
+    tiles = -(-len(x) // rows)
     most, stages = TILES[x.dtype.name]
     repeats = max(1, min(most, tiles * (blocks // each) // PROGRAMS))
     shape = rows, repeats, each
