@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeGuard
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int, Key
 
 from duquantpp_jax.core import (
@@ -176,22 +177,22 @@ class QuantizedLinear:
     def __call__(
         self, site: str, x: Any, weights: tuple[Array, ...], state: QuantizedSite
     ) -> tuple[tuple[Array, ...], None]:
-        if isinstance(x, Prologue):
-            return self._few_tokens(x, state, self.format(site)), None
         dtype = (x.x if isinstance(x, Routed) else x).dtype
+        format = self.format(site, dtype)
+        if isinstance(x, Prologue):
+            return self._few_tokens(x, state, format), None
         if (packed := state.packed) is not None and not isinstance(x, Routed):
-            format, few = self.format(site), math.prod(x.shape[:-1]) <= FEW
-            if few:
+            if math.prod(x.shape[:-1]) <= FEW:
                 return self._few_tokens(Prologue((x,), dtype=dtype), state, format), None
             if not state.weights:
                 return self._many_tokens(x, state, packed, format), None
         operands = [w for w in state.weights if isinstance(w, Operand)]
         if operands:
-            return self._on_tensor_cores(x, state, operands, self.format(site)), None
+            return self._on_tensor_cores(x, state, operands, format), None
         quantized, seen = [isinstance(w, MXArray | Exact) for w in state.weights], None
         if any(quantized):
             width = state.weights[quantized.index(True)].shape[-1]
-            seen = self.quantized(pad_channels(x, width), state, self.format(site))
+            seen = self.quantized(pad_channels(x, width), state, format)
 
         def output(weight: Any) -> Array:
             if isinstance(weight, MXArray | Exact):
@@ -253,10 +254,11 @@ class QuantizedLinear:
         ys = (scaled_matmul(moved, w, out_dtype=jnp.float32) for w in operands)
         return tuple(y.reshape(*x.shape[:-1], -1) for y in ys)
 
-    def format(self, site: str) -> Format | None:
-        """Q of a site."""
+    def format(self, site: str, dtype: DTypeLike = jnp.float32) -> Format | None:
+        """Q of a site, for inputs of a type: in bfloat16 none are left in float32."""
         formats = self.activation_formats
-        return dict(formats)[site] if isinstance(formats, tuple) else formats
+        found = dict(formats)[site] if isinstance(formats, tuple) else formats
+        return BFloat16() if found is None and dtype == jnp.bfloat16 else found
 
     def quantized(self, x: Any, state: QuantizedSite, format: Format | None) -> Any:
         """Q(transform.activations(x)), x as wide as the weights, as an Exact where it is one."""

@@ -10,6 +10,7 @@ import pytest
 
 from duquantpp_jax.core import Needs
 from duquantpp_jax.formats import MXFP4, Log256
+from duquantpp_jax.formats.plain import BFloat16
 from duquantpp_jax.models import SITES, dense
 from duquantpp_jax.ptq.calibration import (
     calibrate,
@@ -30,6 +31,7 @@ from duquantpp_jax.ptq.site import (
 from duquantpp_jax.ptq.walk import fit_decoder, quantize_decoder
 from duquantpp_jax.recipes import FITS, recipe
 from duquantpp_jax.transforms.basic import Identity
+from duquantpp_jax.transforms.block import BlockRotation
 from tests.conftest import stats_of, tiny_decoder
 
 KEY = jax.random.key(5)
@@ -195,3 +197,14 @@ def test_inputs_in_bfloat16_meet_quantized_weights_as_they_are():
     linear, state = QuantizedLinear(MXFP4()), QuantizedSite(Identity(), (w,))
     found, wanted = (linear("site", each, (), state)[0] for each in (x, x.astype(jnp.float32)))
     np.testing.assert_array_equal(found[0], wanted[0])
+
+
+def test_inputs_left_in_float_are_rounded_where_a_model_computes_in_bfloat16():
+    matrix = jnp.asarray(np.linalg.qr(np.random.default_rng(0).normal(size=(1, 32, 32)))[0])
+    state = QuantizedSite(BlockRotation(jnp.float32(matrix)), (MXFP4().quantize(_WEIGHTS),))
+    x = jnp.asarray(np.linspace(-3, 3, 512).reshape(8, 64), jnp.bfloat16)
+    left = QuantizedLinear(None)
+    (found,), (wide,) = (left("site", each, (), state)[0] for each in (x, jnp.float32(x)))
+    ((wanted,), _) = QuantizedLinear(BFloat16())("site", jnp.float32(x), (), state)
+    np.testing.assert_array_equal(found, wanted)
+    assert np.any(found != wide)
