@@ -13,8 +13,9 @@ least of REPEATS calls after the first, which compiles.
 
 Cost: five minutes on one H200.
 Last result, 2026-11-30 (results/bench_gpu_*.json): evaluation in W4A4 1.30 times bfloat16, with or
-  without a matrix for each block, by --compute bf16 1.02; prefill with packed weights .94, decode
-  .63. What bounds each: docs/performance.md.
+  without a matrix for each block, by --compute bf16 1.02; prefill with packed weights .98, decode
+  .59, with inputs in float .89. What bounds each: docs/performance.md. The part `moving` has not
+  run on a GPU.
 """
 
 import argparse

@@ -42,6 +42,20 @@ Last result, 2026-11-25 and (WikiText-2) 2026-11-28 (commit aee37a8), gutenberg-
   On the embedded model random signs are level up to 64 and lose .006 to .008 from 128 on (floor);
   DuQuant++ loses .005 at 8, is within .002 of 32 from 64 on under floor and gains .003 at 256 and
   full under even. Its columns of plain Hadamard under even mean little: see position_zero.py.
+SmolLM2-135M, 2026-11-30 (results/grid_rotation_size_smollm2_128rows.json), 65,408 targets of the
+  development books, one H200; 128 to 512 do not divide its 576 channels. KL at 32, and less it:
+    size                    32       8        16       64       full
+    hadamard, floor         .945     +.170    -.077    -.003    -.003
+    hadamard, even          .936     +.096    -.137    -.021    -.020
+    random signs, floor     .984     +.074    -.028    -.019    +.070
+    random signs, even      .905     +.079    +.008    +.028    +.086
+    haar, floor            1.026     +.136    +.244    +.050    +.049
+    haar, even             1.022     +.086    +.077    -.012    +.037
+    duquantpp, floor        .518     +.079    +.021    -.006    -.001
+    duquantpp, even         .482     +.046    +.020    -.013    +.001
+  Significant, after Holm's correction over the table, is only what plain Hadamard gains at 16 (+-
+  .010 and .019) and loses at 8 (+- .026 and .031): of what draws numbers, three seeds leave +- .02
+  to .29. So here, too, nothing speaks for 32 in particular.
 """
 
 import sys
