@@ -14,7 +14,7 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from duquantpp_jax.core.notices import warn
 from duquantpp_jax.files import one_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -92,6 +93,9 @@ def meet_others() -> None:
         raise ValueError(f"--distributed needs {' and '.join(missing)} beside the others of them")
     address, count, number = given
     handlers = {each: signal.getsignal(each) for each in SIGNALS}
+    those = f"{count} processes at {address} as number {number}" if all(given) else "this job"
+    warn(f"joining {those}: the others have five minutes to come")
+    _handle(dict.fromkeys(SIGNALS, signal.SIG_DFL))  # Python's would come to nothing while it waits
     try:
         if address and count and number:
             jax.distributed.initialize(address, int(count), int(number))
@@ -103,9 +107,14 @@ def meet_others() -> None:
             f"mpirun, or set {', '.join(VARIABLES)}"
         ) from None
     finally:  # a service of jax.distributed puts its own in their place
-        for each, handler in handlers.items():
-            if handler is not None and threading.current_thread() is threading.main_thread():
-                signal.signal(each, handler)
+        _handle(handlers)
+
+
+def _handle(handlers: Mapping[signal.Signals, Any]) -> None:
+    """Handles signals so, where Python lets this thread."""
+    for each, handler in handlers.items():
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(each, handler)
 
 
 def is_first() -> bool:

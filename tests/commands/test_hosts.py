@@ -88,6 +88,19 @@ def test_what_cannot_be_shared_or_joined_is_refused(monkeypatch, tmp_path):
         hosts.meet_others()
 
 
+def test_a_process_says_whom_it_waits_for_and_can_be_ended_meanwhile(monkeypatch, caplog):
+    def waits(*_):
+        assert "joining 2 processes at here:1 as number 0" in caplog.text
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    monkeypatch.setattr(hosts.jax.distributed, "initialize", waits)
+    for name, value in zip(hosts.VARIABLES, ("here:1", "2", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    before = signal.getsignal(signal.SIGTERM)
+    hosts.meet_others()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_others_than_the_first_write_nowhere(tmp_path):
     options = LearnOptions(out=tmp_path / "fits")
     assert hosts._writing_to(tmp_path / "nowhere", options).out == tmp_path / "nowhere" / "out"

@@ -109,24 +109,23 @@ def test_a_token_may_be_rounded_to_bfloat16_before():
         float_matvec(x, rows, dtype="float16")
 
 
+@pytest.mark.slow
 def test_a_norm_an_activation_and_a_residual_are_those_before_and_after():
-    """Kernels against the law, with a matrix for each block and without."""
+    """Kernels against the law: a norm without a matrix, an activation with one for each block."""
     gains = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, (1, WIDTH)), jnp.float32)
     x, up, w = *(tokens(seed, 2) for seed in (7, 8)), random_mx(0, 1, 32, WIDTH)
     eyes = jnp.broadcast_to(jnp.eye(32), (1, 35, 32, 32))
-    for matrices in (None, eyes):
-        rows, layer = PackedRows.of([w], matrices), jnp.int32(0)
-        normed = Prologue((x,), InPlace(gains, layer), residual=jnp.ones((2, 32)), eps=1e-6)
-        (found,) = float_matvec(normed, rows)
-        wanted = rms_norm(x, gains[0], 1e-6, 0.0)
-        assert_equal(found, float_matvec(wanted, rows)[0] + 1)
-        product = Prologue((x, up), activation=jnp.multiply)
-        for given, law in ((normed, wanted), (product, x * up)):
-            fixed = fixed_point.to_fixed(given, rows, layer, interpret=True)
-            y = triton.matvec(fixed, rows, layer, interpret=True)
-            assert_near(y, law, wide(w)[0])
-        above = triton.matvec(fixed, rows, layer, jnp.ones((2, 32)), interpret=True)
-        assert_equal(above, y + 1)
+    layer, ones = jnp.int32(0), jnp.ones((2, 32))
+    normed = Prologue((x,), InPlace(gains, layer), residual=ones, eps=1e-6)
+    product = Prologue((x, up), residual=ones, activation=jnp.multiply)
+    laws = rms_norm(x, gains[0], 1e-6, 0.0), x * up
+    for given, law, matrices in zip((normed, product), laws, (None, eyes), strict=True):
+        rows = PackedRows.of([w], matrices)
+        assert_equal(float_matvec(given, rows)[0], float_matvec(law, rows)[0] + 1)
+        fixed = fixed_point.to_fixed(given, rows, layer, interpret=True)
+        y = triton.matvec(fixed, rows, layer, interpret=True)
+        assert_near(y, law, wide(w)[0])
+    assert_equal(triton.matvec(fixed, rows, layer, ones, interpret=True), y + 1)
 
 
 def test_matrices_of_rows_move_the_input():
