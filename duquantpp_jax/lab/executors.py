@@ -50,18 +50,17 @@ class Processes:
         starts, running = STARTS * self.workers, dict[int, SpawnProcess]()
         try:
             while True:
+                codes = {number: process.exitcode for number, process in running.items()}
                 for number in range(min(self.workers, len(cells))):
-                    dead = number not in running or running[number].exitcode not in (
-                        None,
-                        0,
-                        REFUSED,
-                    )
+                    dead = codes.get(number, 1) not in (None, 0, REFUSED)
                     if dead and number in running:
                         _say_died(number, running.pop(number), cells, out, again=starts > 0)
                     if dead and starts > 0:
                         starts -= 1
                         running[number] = self._start(number, cells, out, cache_bytes)
-                alive = [process for process in running.values() if process.is_alive()]
+                        codes[number] = None
+                # By the same codes: a worker that has died since then has still to be spoken of.
+                alive = [p for number, p in running.items() if codes[number] is None]
                 tick()
                 if not alive:
                     break

@@ -1,12 +1,14 @@
 """Processes and jobs do what this process does, and die without losing anything."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
 import sys
 import threading
 import time
+from multiprocessing.context import SpawnProcess
 from types import SimpleNamespace
 
 import numpy as np
@@ -187,3 +189,22 @@ def test_workers_share_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
     assert [executors._share_of_cores(i, 2) for i in range(2)] == [[0, 1], [2, 3]]
     assert executors._share_of_cores(0, 6) == []
+
+
+def test_a_worker_that_dies_while_it_is_looked_at_is_spoken_of(
+    cells, tmp_path, monkeypatch, caplog
+):
+    ended, other = multiprocessing.Pipe()
+    other.close()
+
+    class Worker(SpawnProcess):
+        codes = iter([None])
+        pid, sentinel = property(lambda _: 7), property(lambda _: ended)
+        exitcode = property(lambda self: next(self.codes, 9))
+        is_alive, kill, join = (lambda _: False,) * 3
+
+    monkeypatch.setattr(executors, "STARTS", 1)
+    monkeypatch.setattr(Processes, "_start", lambda *_: Worker())
+    with pytest.raises(ValueError, match="1 worker processes died"):
+        Processes(1)(cells, tmp_path, 0, lambda: None)
+    assert caplog.messages == ["worker 1 (process 7) ended with code 9: it is not replaced"]
