@@ -148,7 +148,12 @@ def writing(decoder: Decoder, given: dict[str, Any], sizes: Sizes) -> dict[str, 
 
 
 def moving(sizes: Sizes) -> Iterator[Row]:
-    """What moving inputs adds to a prefill and to a token, whole, with packed weights."""
+    """What moving inputs adds to a prefill and to a token, whole, with packed weights.
+
+    The kernels that round multiply with the identity where nothing moves, so a matrix costs them
+    no more than to read it. With FWHT norms, activations and additions of a token are kernels of
+    their own, which is a part of what it costs.
+    """
     config, model = sizes.model, random_model(sizes.model)
     rivals: dict[str, float] = {}
     kinds: dict[str, Matrices] = {

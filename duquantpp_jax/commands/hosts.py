@@ -95,7 +95,8 @@ def meet_others() -> None:
     handlers = {each: signal.getsignal(each) for each in SIGNALS}
     those = f"{count} processes at {address} as number {number}" if all(given) else "this job"
     warn(f"joining {those}: the others have five minutes to come")
-    _handle(dict.fromkeys(SIGNALS, signal.SIG_DFL))  # Python's would come to nothing while it waits
+    # Handlers in Python would come to nothing while it waits; what is ignored stays so (nohup).
+    _handle({each: signal.SIG_DFL for each, handler in handlers.items() if callable(handler)})
     try:
         if address and count and number:
             jax.distributed.initialize(address, int(count), int(number))

@@ -92,13 +92,19 @@ def test_a_process_says_whom_it_waits_for_and_can_be_ended_meanwhile(monkeypatch
     def waits(*_):
         assert "joining 2 processes at here:1 as number 0" in caplog.text
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
     monkeypatch.setattr(hosts.jax.distributed, "initialize", waits)
     for name, value in zip(hosts.VARIABLES, ("here:1", "2", "0"), strict=True):
         monkeypatch.setenv(name, value)
-    before = signal.getsignal(signal.SIGTERM)
-    hosts.meet_others()
-    assert signal.getsignal(signal.SIGTERM) is before
+    own = {signal.SIGTERM: lambda *_: None, signal.SIGHUP: signal.SIG_IGN}
+    before = {each: signal.signal(each, handler) for each, handler in own.items()}
+    try:
+        hosts.meet_others()
+        assert {each: signal.getsignal(each) for each in own} == own
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def test_others_than_the_first_write_nowhere(tmp_path):
