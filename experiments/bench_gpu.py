@@ -82,13 +82,16 @@ def evaluation(sizes: Sizes) -> Iterator[Row]:
 
     rival = seconds(Predictor(model), jnp.bfloat16)
     yield Row(f"{what}, model in bf16", rival)
+    plain = Predictor(model, kernels=False)
+    yield Row(f"{what}, model in bf16, --implementation xla", seconds(plain, jnp.bfloat16))
     kinds: dict[str, tuple[Matrices, str]] = {
         "nothing": ("none", "<= 1.25"),
         "a matrix a block": ("block", "<= 1.4"),
     }
     for name, (matrices, goal) in kinds.items():
         predictor = quantized(model, rotations(config, matrices))
-        by_xla = dataclasses.replace(predictor, linear=QuantizedLinear(FORMAT, "xla"))
+        xla = QuantizedLinear(FORMAT, "xla")
+        by_xla = dataclasses.replace(predictor, linear=xla, kernels=False)
         for (compute, dtype), (how, engine) in itertools.product(
             {"bf16": jnp.bfloat16, "float32": jnp.float32}.items(),
             {"": predictor, ", --implementation xla": by_xla}.items(),

@@ -125,7 +125,8 @@ def _loaded(
     named = options.implementation  # the reference may be in float, which has no kernels
     if named == "xla" or directory == options.model:
         linear = implemented(linear, named)
-    return Predictor(decoder.computing(COMPUTE[options.compute]), linear, state)
+    model = decoder.computing(COMPUTE[options.compute])
+    return Predictor(model, linear, state, kernels=named != "xla")
 
 
 def _protocol(options: EvaluateOptions, config: DecoderConfig) -> Protocol:

@@ -26,6 +26,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Float64, Integer
 
 from duquantpp_jax.core.mesh import DATA, everywhere, gathered, placed
+from duquantpp_jax.kernels.flash_attention.api import flash_attention
 from duquantpp_jax.models import (
     Decoder,
     DecoderConfig,
@@ -51,18 +52,24 @@ ROWS = PartitionSpec(DATA)
 
 @struct.dataclass
 class Predictor:
-    """A model that predicts with `model(tokens, linear, state, store=store)`."""
+    """A model that predicts with `model(tokens, linear, state, store=store)`.
+
+    Attributes:
+      kernels: Whether attention is `flash_attention`, a kernel where the device runs it.
+    """
 
     model: Decoder
     linear: Linear = struct.field(pytree_node=False, default=dense)
     state: Any = None
     store: Store | None = struct.field(pytree_node=False, default=None)
+    kernels: bool = struct.field(pytree_node=False, default=True)
 
     def log_probabilities(
         self, tokens: Integer[Array, "rows length"]
     ) -> Float[Array, "rows targets vocab"]:
         """log q of every token at every target; the targets are all tokens but the first."""
-        logits, _ = self.model(tokens[:, :-1], self.linear, self.state, store=self.store)
+        model = self.model.with_attention(flash_attention) if self.kernels else self.model
+        logits, _ = model(tokens[:, :-1], self.linear, self.state, store=self.store)
         return normalized(logits)
 
 
@@ -175,7 +182,7 @@ class Reference:
             state = decoded_once(predictor.state, self._mesh.local_devices[0])
             return everywhere(dataclasses.replace(predictor, state=state), self._mesh)
         parts = predictor.model, predictor.linear, predictor.state
-        return Predictor(*cut(self._mesh, *parts), predictor.store)
+        return Predictor(*cut(self._mesh, *parts), predictor.store, kernels=False)
 
     def _batches(self, progress: Progress) -> Iterator[tuple[Array, _Predicted]]:
         """Tokens of a batch for every device, and the predictions of the reference."""

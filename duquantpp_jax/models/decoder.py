@@ -8,7 +8,7 @@ on a leading axis and scanned, so that a model of any depth compiles a single la
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -125,8 +125,12 @@ class Decoder(nnx.Module):
             return self
         if not fused_attention_runs(config.head_dim):
             return self
+        return self.with_attention(fused_attention)
+
+    def with_attention(self, attention: Callable[..., Array]) -> "Decoder":
+        """The same decoder with this function in place of `causal_attention`."""
         moved = jax.tree.map(lambda leaf: leaf, self)
-        moved.attention = fused_attention
+        moved.attention = attention
         return moved
 
     def parameters(self) -> dict[str, Float[Array, "..."]]:
