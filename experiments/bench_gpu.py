@@ -82,19 +82,20 @@ def evaluation(sizes: Sizes) -> Iterator[Row]:
 
     rival = seconds(Predictor(model), jnp.bfloat16)
     yield Row(f"{what}, model in bf16", rival)
-    plain = Predictor(model, kernels=False)
-    yield Row(f"{what}, model in bf16, --implementation xla", seconds(plain, jnp.bfloat16))
+    in_kernel = ", attention in a kernel"
+    fused = Predictor(model, kernels=True)
+    yield Row(f"{what}, model in bf16{in_kernel}", seconds(fused, jnp.bfloat16))
     kinds: dict[str, tuple[Matrices, str]] = {
         "nothing": ("none", "<= 1.25"),
         "a matrix a block": ("block", "<= 1.4"),
     }
     for name, (matrices, goal) in kinds.items():
         predictor = quantized(model, rotations(config, matrices))
-        xla = QuantizedLinear(FORMAT, "xla")
-        by_xla = dataclasses.replace(predictor, linear=xla, kernels=False)
+        by_xla = dataclasses.replace(predictor, linear=QuantizedLinear(FORMAT, "xla"))
+        fused = dataclasses.replace(predictor, kernels=True)
         for (compute, dtype), (how, engine) in itertools.product(
             {"bf16": jnp.bfloat16, "float32": jnp.float32}.items(),
-            {"": predictor, ", --implementation xla": by_xla}.items(),
+            {"": predictor, ", --implementation xla": by_xla, in_kernel: fused}.items(),
         ):
             own = seconds(engine, dtype)
             yield Row(

@@ -14,15 +14,15 @@ Command: for each of LEARN and each seed
       --calibration-text gutenberg_calibration.txt --text DEVELOPMENT BOOKS ARTICLES
   with train.txt, dev.txt, books.txt and articles.txt of docs/protocol.md.
 Cost: on two H200s that two or three runs shared, .37 s a step: 5 to 10 minutes to learn a row; 91
-  cells of 5 s; refining three minutes a text.
+  cells of 5 s; refining six minutes, once for all texts.
 Last result, 2026-11-30 (tables in results/smollm2_methods.md, of results/grid_frozen_*.json; KL on
   BOOKS / ARTICLES, floor): WUSH .367 / .365, r .233 / .265 (three seeds), a .212 / .248, b .238 /
-  .278, b' on ARTICLES alone .230, c .138 / .208 (.151 / .211 at the default rate, the first that
-  was frozen). Under rceil: WUSH .350 / .357, r .264 / .285, a .238 / .264, c .147 / .228. On books
-  the shares are those of the development text; on articles learning is worth less, for weights
-  most. Under even, seed 0: WUSH .319 / .324, r .241 / .262, a .218 / .248, b .235 / .279, c .153 /
-  .237, whose held-out KL rose to 3.6 after 200 steps and came back; b' was not measured. What was
-  frozen took 2,048 rows to refine on; the text has 2,037, so it was made 1,984 before any was
+  .278, b' .176 / .235, c .138 / .208 (.151 / .211 at the default rate, the first that was frozen).
+  Under rceil: WUSH .350 / .357, r .264 / .285, a .238 / .264, b' .181 / .233, c .147 / .228. On
+  books the shares are those of the development text; on articles learning is worth less, for
+  weights most. Under even, seed 0: WUSH .319 / .324, r .241 / .262, a .218 / .248, b .235 / .279,
+  b' .170 / .222, c .153 / .237, whose held-out KL rose to 3.6 after 200 steps and came back. What
+  was frozen took 2,048 rows to refine on; the text has 2,037, so it was made 1,984 before any was
   refined.
 """
 

@@ -22,8 +22,9 @@ Command: duquantpp ablate experiments/ideas.py --table [--model DIR --text FILE
     --calibration-text FILE]
 Cost: 66 cells; on an H200 that two runs shared 7 s each, those that choose by block up to 55 s.
 Last result, 2026-11-30, SmolLM2-135M, 65,408 targets of 8 development books, floor, weights to
-  nearest, one seed, jax 0.11.2: 16 cells (results/grid_ideas_smollm2_128rows.json). The other 50,
-  which are even, rceil, thresholds and roundings, were not measured. KL, and its difference to
+  nearest, one seed, jax 0.11.2: 16 cells (results/grid_ideas_smollm2_128rows.json), and 20 under
+  even (below). Those under rceil, of the thresholds, and of GPTQ and its relatives under floor were
+  not measured. KL, and its difference to
   WUSH, .392 (excess NLL .345); * significant after Holm's correction over the table:
     zigzag, brake by block        .372   -.020 +- .005*   NLL -.024 +- .012*
     gains                         .381   -.011 +- .008    NLL -.020 +- .007*
@@ -44,6 +45,12 @@ Last result, 2026-11-30, SmolLM2-135M, 65,408 targets of 8 development books, fl
   .03 of WUSH, and is level with it in NLL (+.000 +- .022). Gains of rows, free when served, are the
   one new gain for WUSH, too small to be sure of in KL. Nothing here is near what is learned through
   the model (.248, .228).
+  Under even (results/grid_ideas_even_smollm2_128rows.json; WUSH .341, excess NLL .305) less is
+  left: gains .330 (-.010 +- .005*, NLL -.027 +- .016*), best rotation .341, after zigzag brake by
+  block .340 (-.000 +- .005); brake .75, 1.25 and by block +.022*, +.032*, +.013*, phase by block
+  +.017*, equal tokens +.109*, best of kinds +.121*. Smoothed Hadamard at alpha .7 has .456, alpha
+  by site .449, by block .436, after zigzag .398. Weights by GPTQ .284 (-.057 +- .006*), gptq_scale
+  .278 (-.062 +- .005*), descent .274 (-.067 +- .005*), asymmetric descent .308 (-.033 +- .014*).
 """
 
 import dataclasses

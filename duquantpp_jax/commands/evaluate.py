@@ -126,7 +126,7 @@ def _loaded(
     if named == "xla" or directory == options.model:
         linear = implemented(linear, named)
     model = decoder.computing(COMPUTE[options.compute])
-    return Predictor(model, linear, state, kernels=named != "xla")
+    return Predictor(model, linear, state, kernels=named == "triton")
 
 
 def _protocol(options: EvaluateOptions, config: DecoderConfig) -> Protocol:

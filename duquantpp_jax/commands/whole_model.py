@@ -34,7 +34,7 @@ def main(name: str, place: str, tokens: str) -> None:
     model, linear, state = load_any(pathlib.Path(place))
     model, config = model.computing(jnp.bfloat16), model.config
     operands = for_tensor_cores(linear, state)
-    kind, capacity = store("bf16", config.head_dim, implementation="xla"), int(tokens) + 1
+    kind, capacity = store("bf16", config.head_dim), int(tokens) + 1
 
     def step(model: Any, tokens: Any, cache: Any, state: Any) -> Any:
         last = jnp.full(1, tokens.shape[1] - 1, jnp.int32)

@@ -62,7 +62,7 @@ class Predictor:
     linear: Linear = struct.field(pytree_node=False, default=dense)
     state: Any = None
     store: Store | None = struct.field(pytree_node=False, default=None)
-    kernels: bool = struct.field(pytree_node=False, default=True)
+    kernels: bool = struct.field(pytree_node=False, default=False)
 
     def log_probabilities(
         self, tokens: Integer[Array, "rows length"]
@@ -182,7 +182,7 @@ class Reference:
             state = decoded_once(predictor.state, self._mesh.local_devices[0])
             return everywhere(dataclasses.replace(predictor, state=state), self._mesh)
         parts = predictor.model, predictor.linear, predictor.state
-        return Predictor(*cut(self._mesh, *parts), predictor.store, kernels=False)
+        return Predictor(*cut(self._mesh, *parts), predictor.store)
 
     def _batches(self, progress: Progress) -> Iterator[tuple[Array, _Predicted]]:
         """Tokens of a batch for every device, and the predictions of the reference."""

@@ -45,9 +45,9 @@ class EvaluateOptions(Plain):
         quantized linears are given is rounded to it (docs/performance.md).
       mesh: Cut weights over devices, as in data=2,model=4: two groups of four devices share the
         rows, and the devices of a group the weights; by default each device has all of them.
-      implementation: How inputs in MXFP4 are moved and rounded: triton in one kernel, xla without,
-        and without a kernel for attention, too; by default the first of these that the device runs
-        (docs/performance.md).
+      implementation: How inputs in MXFP4 are moved and rounded: triton in one kernel, xla without;
+        by default the first of these that the device runs. Attention is a kernel, too, where
+        triton is named (docs/performance.md).
       out: File for the results, as JSON.
       distributed: Share the rows with other processes that run the same command, on one host or
         several (docs/many_devices.md).
