@@ -30,7 +30,7 @@ from duquantpp_jax.kernels.float_matvec.fixed_point import (
     FixedTokens,
 )
 from duquantpp_jax.kernels.matvec.rows import WORDS, PackedRows
-from duquantpp_jax.kernels.matvec.triton import BLOCKS
+from duquantpp_jax.kernels.matvec.triton import BLOCKS, lowest_four
 
 ROWS, WARPS = 8, 4
 """Rows that the warps of a program have at a time, and its warps."""
@@ -148,20 +148,16 @@ def _dot(signed: bool, weights: Array, numbers: Array, added: Array) -> Array:
 
 def _interpreted_bytes(codes: Array) -> Array:
     """`_bytes` without a GPU's instructions."""
-    found = jnp.zeros(codes.shape, jnp.int32)
-    for place in range(4):
-        code = (codes >> (4 * place)).astype(jnp.int32) & 15
-        size = code & 7
-        twice = jnp.where(size < 4, size, jnp.where(size < 6, 2 * size - 4, 4 * size - 16))
-        byte = jnp.where(code < 8, LARGEST + twice, LARGEST - twice)
-        found = found | byte << (8 * place)
-    return found
+    code = lowest_four(codes)
+    size = code & 7
+    twice = jnp.where(size < 4, size, jnp.where(size < 6, 2 * size - 4, 4 * size - 16))
+    bytes = jnp.where(code < 8, LARGEST + twice, LARGEST - twice).astype(jnp.uint8)
+    return lax.bitcast_convert_type(bytes, jnp.int32)
 
 
 def _interpreted_dot(signed: bool, weights: Array, numbers: Array, added: Array) -> Array:
     """`_dot` without a GPU's instructions."""
-    for place in range(4):
-        weight = (weights >> (8 * place)) & 0xFF
-        number = lax.bitcast_convert_type(numbers << (24 - 8 * place), jnp.int32) >> 24
-        added = added + weight * (number if signed else number & 0xFF)
-    return added
+    types = jnp.uint8, jnp.int8 if signed else jnp.uint8
+    pairs = zip((weights, numbers), types, strict=True)
+    bytes = (lax.bitcast_convert_type(word, kind).astype(jnp.int32) for word, kind in pairs)
+    return added + jnp.sum(math.prod(bytes), axis=-1)

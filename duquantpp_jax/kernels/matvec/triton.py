@@ -146,9 +146,13 @@ def _dot(codes: Array, elements: Array, added: Array, small: Array) -> Array:
 def _interpreted(codes: Array, elements: Array, added: Array, small: Array) -> Array:
     """`_dot` without a GPU's instructions."""
     del small
-    for place in range(4):
-        code = (codes >> (4 * place)).astype(jnp.int32) & 15
-        value = jnp.where(code < 4, code, jnp.where(code < 6, 2 * code - 4, 4 * code - 16))
-        element = lax.bitcast_convert_type(elements << (24 - 8 * place), jnp.int32) >> 24
-        added = added + jnp.where(code < 8, value, 0) * element
-    return added
+    code = lowest_four(codes)
+    value = jnp.where(code < 4, code, jnp.where(code < 6, 2 * code - 4, 4 * code - 16))
+    element = lax.bitcast_convert_type(elements, jnp.int8).astype(jnp.int32)
+    return added + jnp.sum(jnp.where(code < 8, value, 0) * element, axis=-1)
+
+
+def lowest_four(codes: Array) -> Array:
+    """The four lowest codes of each word, in a dimension of their own; not in a GPU's kernel."""
+    places = lax.broadcasted_iota(codes.dtype, (*codes.shape, 4), codes.ndim)
+    return (codes[..., None] >> (4 * places)).astype(jnp.int32) & 15
