@@ -5,6 +5,7 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ from duquantpp_jax import Stats
 from duquantpp_jax.core import Chain, Fitted, Needs
 from duquantpp_jax.recipes import recipe
 from duquantpp_jax.transforms.basic import FitInTurn, Identity, Permute, Smooth
-from duquantpp_jax.transforms.block import BlockAffine, BlockRotation
+from duquantpp_jax.transforms.block import BlockAffine, BlockRotation, multiply_blocks
 from duquantpp_jax.transforms.hadamard import hadamard
 
 RECIPE = recipe("rtn", "floor")
@@ -177,3 +178,18 @@ def test_whoever_misses_something_is_named():
     assert empty.require(Needs.POSITIONS, "a fit").shape == (1, 8)
     with pytest.raises(ValueError, match=r"WUSH needs Needs\.GRAM, which these Stats do not hold"):
         empty.require(Needs.GRAM, "WUSH")
+
+
+def test_shapes_in_signatures_and_dataclasses_are_checked_while_tests_run(request):
+    """tests/__init__.py, where pytest is asked for it; what has no shape is left as it is."""
+    if not request.config.getoption("jaxtyping_packages"):
+        pytest.skip("types in signatures are not checked in this run")
+    x, rotations = jnp.ones((3, 64)), jnp.broadcast_to(jnp.eye(32), (2, 32, 32))
+    assert multiply_blocks(x, rotations).shape == x.shape
+    with pytest.raises(jaxtyping.TypeCheckError, match="multiply_blocks"):
+        multiply_blocks(x, rotations[0])
+    with pytest.raises(jaxtyping.TypeCheckError, match="BlockRotation"):
+        BlockRotation(rotations.astype(jnp.int32))
+    with pytest.raises(jaxtyping.TypeCheckError, match=r"Stats\.update|update"):
+        Stats.init(8, 1, 1).update(x, jnp.int32(0))
+    assert not hasattr(recipe, "__wrapped__")
