@@ -32,6 +32,9 @@ TEXT = pathlib.Path(__file__).parents[1] / "LICENSE"
 # and sessions have compiled is then found by their tests.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+# Looks for garbage seldom: tracing makes objects by the million, and nearly all stay alive.
+gc.set_threshold(200_000, 50, 1000)
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -109,10 +112,9 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_finish():
-    """Looks for garbage seldom: tracing makes objects by the million, and nearly all stay alive."""
+    """What was collected stays alive, and is not looked at again."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(200_000, 50, 1000)
 
 
 @pytest.fixture

@@ -144,8 +144,9 @@ def test_rotate_quantize_holds_and_passes_over_memory_once(proved):
 
 
 @needs_wheels
-def test_the_rule_that_tries_three_scales_fits_into_registers():
-    (each,) = proof.prove(proof.Options(only="16384x8192 shared R MSE"))
+@pytest.mark.slow
+def test_the_rule_that_tries_three_scales_fits_into_registers(proved):
+    (each,) = of(proved, "16384x8192 shared R MSE")
     assert each.failures == []
 
 
