@@ -54,17 +54,17 @@ def test_every_link_and_table_leads_somewhere():
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_the_halves_have_every_test_once_and_each_file_whole(order):
+def test_the_thirds_have_every_test_once_and_each_file_whole(order):
     files = [Path(f"tests/{letter}.py") for letter in "abcde"]
     items = [SimpleNamespace(path=path, name=name) for path in files for name in "xyz"][::order]
     kept, left = [], []
-    for half in (0, 1):
+    for third in (0, 1, 2):
         hook = SimpleNamespace(pytest_deselected=lambda items: left.append(items))
-        config = SimpleNamespace(getoption={"half": half}.__getitem__, hook=hook)
+        config = SimpleNamespace(getoption={"third": third}.__getitem__, hook=hook)
         kept.append(items.copy())
         conftest.pytest_collection_modifyitems(config, kept[-1])
-    assert kept == [[i for i in items if i.path.stem in half] for half in ("ace", "bd")]
-    assert left == kept[::-1]
+    assert kept == [[i for i in items if i.path.stem in third] for third in ("ad", "be", "c")]
+    assert left == [[i for i in items if i not in mine] for mine in kept]
 
 
 @dataclasses.dataclass(frozen=True)
