@@ -334,5 +334,9 @@ def known(kind: str, name: str, names: Iterable[str]) -> str:
     meant = {other: ours for other, ours in ELSEWHERE.items() if ours in names}
     meant |= dict(zip(names, names, strict=True))
     near = difflib.get_close_matches(plain, meant, n=1)
-    hint = f"did you mean {meant[near[0]]}?" if near else f"choose one of {', '.join(names)}"
+    longer = [ours for ours in names if ours.startswith(f"{name}, ")]  # of a table
+    shown = map(repr if any("," in ours for ours in names) else str, names)
+    hint = f"did you mean {meant[near[0]]}?" if near else f"choose one of {', '.join(shown)}"
+    if longer:
+        hint = f"did you mean {' or '.join(map(repr, longer))}?"
     raise ValueError(f"unknown {kind} {name!r}: {hint}")

@@ -82,8 +82,8 @@ def evaluation(sizes: Sizes) -> Iterator[Row]:
 
     rival = seconds(Predictor(model), jnp.bfloat16)
     yield Row(f"{what}, model in bf16", rival)
-    in_kernel = ", attention in a kernel"
-    fused = Predictor(model, kernels=True)
+    in_kernel = ", --attention triton"
+    fused = Predictor(model, attention="triton")
     yield Row(f"{what}, model in bf16{in_kernel}", seconds(fused, jnp.bfloat16))
     kinds: dict[str, tuple[Matrices, str]] = {
         "nothing": ("none", "<= 1.25"),
@@ -92,7 +92,7 @@ def evaluation(sizes: Sizes) -> Iterator[Row]:
     for name, (matrices, goal) in kinds.items():
         predictor = quantized(model, rotations(config, matrices))
         by_xla = dataclasses.replace(predictor, linear=QuantizedLinear(FORMAT, "xla"))
-        fused = dataclasses.replace(predictor, kernels=True)
+        fused = dataclasses.replace(predictor, attention="triton")
         for (compute, dtype), (how, engine) in itertools.product(
             {"bf16": jnp.bfloat16, "float32": jnp.float32}.items(),
             {"": predictor, ", --implementation xla": by_xla, in_kernel: fused}.items(),

@@ -13,8 +13,8 @@ Command: for each of LEARN and each seed
     duquantpp ablate experiments/frozen.py --table --model smollm2 --data FITS \\
       --calibration-text gutenberg_calibration.txt --text DEVELOPMENT BOOKS ARTICLES
   with train.txt, dev.txt, books.txt and articles.txt of docs/protocol.md.
-Cost: on two H200s that two or three runs shared, .37 s a step: 5 to 10 minutes to learn a row; 91
-  cells of 5 s; refining six minutes, once for all texts.
+Cost: on two H200s that two or three runs shared, .37 s a step: 5 to 10 minutes to learn a row; some
+  30 cells of 5 s for each rule and text; refining six minutes, once for all texts.
 Last result, 2026-11-30 (tables in results/smollm2_methods.md, of results/grid_frozen_*.json; KL on
   BOOKS / ARTICLES, floor): WUSH .367 / .365, r .233 / .265 (three seeds), a .212 / .248, b .238 /
   .278, b' .176 / .235, c .138 / .208 (.151 / .211 at the default rate, the first that was frozen).
@@ -33,6 +33,7 @@ from collections.abc import Iterator
 from duquantpp_jax.commands.ablate import AblateOptions, main
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.lab import Cell
+from experiments.fitted import fits_in
 from experiments.seeding import SEEDS, seeded
 
 BASELINE = "wush"
@@ -50,25 +51,22 @@ REFINED = 400
 
 def CELLS(options: AblateOptions) -> Iterator[Cell]:
     """The recipes, and the learned fits that --data holds, under each rule."""
-    for rule in RULES:
-        for recipe in RECIPES:
-            for rounding in ("rtn", "gptq"):
-                yield from seeded(Cell(recipe, rule, rounding=rounding))
-        for name, seed in itertools.product(LEARN, SEEDS):
-            fits = None if options.data is None else options.data / f"{name}_{rule}_{seed}"
-            if fits is None or not fits.is_dir():
-                continue
-            for rounding, steps in (("rtn", 0), ("gptq", 0), ("gptq", REFINED)):
-                if steps == 0 or name == "affine":
-                    yield Cell(
-                        name,
-                        rule,
-                        fits=fits,
-                        rounding=rounding,
-                        refine=steps,
-                        seed=seed,
-                        calibration_tokens=(1984 if steps else 64) * TARGETS,
-                    )
+    for rule, recipe, rounding in itertools.product(RULES, RECIPES, ("rtn", "gptq")):
+        yield from seeded(Cell(recipe, rule, rounding=rounding))
+    places = {f"{n}_{r}_{seed}": (n, r, seed) for r in RULES for n in LEARN for seed in SEEDS}
+    for place, fits in fits_in(options.data, places).items():
+        name, rule, seed = places[place]
+        for rounding, steps in (("rtn", 0), ("gptq", 0), ("gptq", REFINED)):
+            if steps == 0 or name == "affine":
+                yield Cell(
+                    name,
+                    rule,
+                    fits=fits,
+                    rounding=rounding,
+                    refine=steps,
+                    seed=seed,
+                    calibration_tokens=(1984 if steps else 64) * TARGETS,
+                )
 
 
 def ROWS(cell: Cell) -> str:

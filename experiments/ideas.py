@@ -50,7 +50,7 @@ Last result, 2026-11-30, SmolLM2-135M, 65,408 targets of 8 development books, fl
   block .340 (-.000 +- .005); brake .75, 1.25 and by block +.022*, +.032*, +.013*, phase by block
   +.017*, equal tokens +.109*, best of kinds +.121*. Smoothed Hadamard at alpha .7 has .456, alpha
   by site .449, by block .436, after zigzag .398. Weights by GPTQ .284 (-.057 +- .006*), gptq_scale
-  .278 (-.062 +- .005*), descent .274 (-.067 +- .005*), asymmetric descent .308 (-.033 +- .014*).
+  .278 (-.062 +- .005*), descent .274 (-.067 +- .005*), asymmetric descent .307 (-.033 +- .014*).
 """
 
 import dataclasses

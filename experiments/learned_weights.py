@@ -29,6 +29,7 @@ from collections.abc import Iterator
 
 from duquantpp_jax.commands.ablate import AblateOptions, main
 from duquantpp_jax.lab import Cell
+from experiments.fitted import fits_in
 
 BASELINE = "block_hadamard"
 STARTS = ("rtn", BASELINE, "smooth_hadamard", "wush_conditioned", "affine")
@@ -38,13 +39,13 @@ RULE = "floor"
 
 def CELLS(options: AblateOptions) -> Iterator[Cell]:
     """Each start with weights to nearest, and the fits that --data holds."""
+    places = {f"{start}_{steps}": (start, steps) for start in STARTS for steps in STEPS}
     for start in STARTS:
         if start != "affine":
             yield Cell(start, RULE)
-        for steps in STEPS:
-            fits = options.data and options.data / f"{start}_{steps}"
-            if fits and fits.is_dir():
-                yield Cell(f"{start}, {steps} steps", RULE, fits=fits)
+    for name, fits in fits_in(options.data, places).items():
+        start, steps = places[name]
+        yield Cell(f"{start}, {steps} steps", RULE, fits=fits)
 
 
 def ROWS(cell: Cell) -> str:

@@ -27,7 +27,7 @@ PLACE = pathlib.Path(experiments.__file__).parent
 QUESTIONS = (
     *("rotations", "rotation_size", "greedy", "permutation", "smoothing"),
     *("calibration", "formats", "gptq", "rounding", "kv_cache", "outliers", "stream"),
-    *("where", "served", "beat_hadamard", "gathered", "paper_terms"),
+    *("where", "served", "beat_hadamard", "gathered", "paper_terms", "gptq_settings"),
 )
 
 
@@ -77,6 +77,18 @@ def test_beat_hadamard_has_a_row_for_each_way_to_round_the_fits_that_are_there(t
     assert len(rows) == 7
     assert ("affine, descent, refined 800 steps", "floor", "affine_floor") in rows
     assert ("weights", "even", "weights_even") in rows
+
+
+@pytest.mark.parametrize("name", ["frozen", "learned_weights"])
+def test_data_without_fits_of_the_grid_is_refused(name, tmp_path):
+    module = importlib.import_module(f"experiments.{name}")
+    for data, says in ((tmp_path / "none", "is no directory"), (tmp_path, "has no fits of this")):
+        with pytest.raises(ValueError, match=says):
+            cells_of(module, AblateOptions(data=data))
+    known = {"frozen": "affine_even_2", "learned_weights": "affine_1600"}[name]
+    (tmp_path / known).mkdir()
+    cells = cells_of(module, AblateOptions(data=tmp_path))
+    assert {cell.fits for cell in cells} == {None, tmp_path / known}
 
 
 @pytest.mark.slow
@@ -241,6 +253,11 @@ CELLS += [Cell("random_hadamard", seed=seed, **FIELDS) for seed in (0, 1)]
 CELLS.append(Cell("nothing", fit=CELLS[0].method().fit, calibration_tokens=1000, tokens=2044))
 BASELINE = "block_hadamard"
 '''
+CLOSED = """from duquantpp_jax.lab import Cell
+
+CELLS = [Cell("rtn", "floor"), Cell("rtn", "even")]
+ROWS = lambda cell: f"{cell.recipe}, {cell.format}"
+"""
 
 
 @pytest.fixture
@@ -299,6 +316,12 @@ def test_a_file_runs_to_its_table_its_summary_and_its_page(
         (GRID, ("--only", "rnt"), "unknown row or column 'rnt': did you mean rtn?"),
         (GRID, ("--model", "nowhere"), "nowhere"),
         (GRID, ("--executor", "slurm", "--slurm", "x"), "no NAME=VALUE"),
+        (GRID, ("--workers", "0"), "--workers 0: give at least 1"),
+        (GRID, ("--cache-gib", "-1"), "--cache-gib -1: give 0 or more"),
+        (GRID, ("--tokens", "0"), "--tokens 0: give at least 511"),
+        (GRID, ("--data", "fits"), "reads no --data"),
+        (CLOSED, ("--formats", "even"), "its own format: leave even out"),
+        (CLOSED, ("--only", "rtn"), "did you mean 'rtn, even' or 'rtn, floor'?"),
         ("from duquantpp_jax.lab import Cell\nCELLS = [Cell('rnt')]", (), "did you mean rtn"),
     ],
 )

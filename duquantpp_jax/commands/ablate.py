@@ -28,6 +28,7 @@ from duquantpp_jax import files
 from duquantpp_jax.checkpoints.packed import decoded
 from duquantpp_jax.commands.options.ablate import AblateFile, AblateOptions
 from duquantpp_jax.commands.progress import guarded, progress_bar
+from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.lab import running, table
 from duquantpp_jax.lab.cells import DEFAULT_FORMAT, SCHEMA, Cell
 from duquantpp_jax.lab.executors import Processes, Slurm, gpus
@@ -51,6 +52,7 @@ def main(module: ModuleType, arguments: list[str] | None = None) -> None:
 
 
 def _run(module: ModuleType, options: AblateOptions) -> int:
+    _check(options)
     import_modules(options.imports)
     name = _name(module)
     out = options.out or Path("ablate-out") / name
@@ -88,6 +90,16 @@ def _run(module: ModuleType, options: AblateOptions) -> int:
     return 1 if outcome.errors else 0
 
 
+def _check(options: AblateOptions) -> None:
+    """Raises ValueError for numbers with which no cell could run."""
+    if options.workers < 1:
+        raise ValueError(f"--workers {options.workers}: give at least 1")
+    if options.cache_gib < 0:
+        raise ValueError(f"--cache-gib {options.cache_gib:g}: give 0 or more")
+    if options.tokens is not None and options.tokens < TARGETS:
+        raise ValueError(f"--tokens {options.tokens}: give at least {TARGETS}, a row")
+
+
 def _show(found: list[dict[str, Any]], done: str) -> None:
     """Prints tables, and what was done."""
     console = Console(width=1000)  # a wide table is wrapped by the terminal, not cut short
@@ -101,6 +113,8 @@ def _show(found: list[dict[str, Any]], done: str) -> None:
 def cells_of(module: ModuleType, options: AblateOptions) -> list[Cell]:
     """The cells that the module defines; raises ValueError if it defines none."""
     given = getattr(module, "CELLS", None)
+    if options.data is not None and not callable(given):
+        raise ValueError(f"{_name(module)} reads no --data: leave it out")
     cells = given(options) if callable(given) else given
     if isinstance(cells, Iterable):
         return list(cells)
@@ -112,7 +126,12 @@ def cells_of(module: ModuleType, options: AblateOptions) -> list[Cell]:
 def grid(cells: Iterable[Cell], options: AblateOptions) -> list[Cell]:
     """The cells, with the options for what they leave open; each configuration once."""
     over: dict[str, Any] = {"tokens": options.tokens, "text_key": options.text_key}
-    over = {name: value for name, value in over.items() if value}
+    over = {name: value for name, value in over.items() if value is not None}
+    cells = list(cells)
+    asked = options.formats + options.scale_rules
+    asked += options.weight_formats + options.activation_formats
+    if asked and not any(map(_leaves_formats_open, cells)):
+        raise ValueError(f"every cell of this grid has its own format: leave {asked[0]} out")
     complete = [
         dataclasses.replace(cell, **over, **chosen)
         for cell in cells
@@ -126,13 +145,17 @@ def _choices(cell: Cell, options: AblateOptions) -> list[dict[str, Any]]:
     model = () if options.model is None else (options.model,)
     places = {"model": model, "text": options.text, "calibration_text": options.calibration_text}
     given: dict[str, tuple[Any, ...]] = {n: v for n, v in places.items() if not getattr(cell, n)}
-    if (cell.format, cell.weight_format, cell.activation_format) == (DEFAULT_FORMAT, None, None):
+    if _leaves_formats_open(cell):
         given["format"] = (*options.formats, *options.scale_rules)
         given["weight_format"] = options.weight_formats
         given["activation_format"] = options.activation_formats
     given = {name: values for name, values in given.items() if values}
     products = itertools.product(*given.values())
     return [dict(zip(given, chosen, strict=True)) for chosen in products]
+
+
+def _leaves_formats_open(cell: Cell) -> bool:
+    return (cell.format, cell.weight_format, cell.activation_format) == (DEFAULT_FORMAT, None, None)
 
 
 def _only(names: tuple[str, ...], cells: list[Cell], layout: Layout) -> list[Cell]:

@@ -33,6 +33,7 @@ from duquantpp_jax.evaluation.subject import (
     name_and_hash,
 )
 from duquantpp_jax.files.processes import only_process
+from duquantpp_jax.kernels.flash_attention.api import obstacle
 from duquantpp_jax.lab.table import empty
 from duquantpp_jax.models import DecoderConfig
 from duquantpp_jax.models.decoder import COMPUTE
@@ -68,6 +69,10 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
     check_unchanged(options.model, model)
     config = predictor.model.config
     protocol = _protocol(options, config)
+    if options.attention == "triton":
+        length, dtype = protocol.window - 1 + protocol.bos, COMPUTE[options.compute]
+        if why := obstacle(length, config.head_dim, dtype):
+            raise ValueError(f"--attention triton cannot run: {why}; leave it out")
     tokenizer = load_tokenizer(options.model, config)
     rows = rows_of_text(text, tokenizer, config.bos_token_id, protocol, targets=options.tokens)
     every = max(1, len(rows.documents)) * rows.targets  # a text without a row is refused
@@ -109,6 +114,7 @@ def evaluate(options: EvaluateOptions, progress: Step = lambda *_: None) -> dict
             "rotate_keys": options.rotate_keys,
             "compute": options.compute,
             "implementation": options.implementation,
+            "attention": options.attention,
             "packed": said(options.model, predictor.linear),
         },
         "model": model,
@@ -126,7 +132,7 @@ def _loaded(
     if named == "xla" or directory == options.model:
         linear = implemented(linear, named)
     model = decoder.computing(COMPUTE[options.compute])
-    return Predictor(model, linear, state, kernels=named == "triton")
+    return Predictor(model, linear, state, attention=options.attention)
 
 
 def _protocol(options: EvaluateOptions, config: DecoderConfig) -> Protocol:
@@ -204,8 +210,10 @@ def run(options: EvaluateOptions) -> int:
         raise ValueError("--distributed shares the rows of a text: leave --tasks and --mesh out")
     if options.tasks and options.implementation is not None:
         raise ValueError("--implementation is about --text: leave it out")
-    if options.mesh and options.implementation == "triton":
+    if options.mesh and "triton" in (options.implementation, options.attention):
         raise ValueError(CUT)
+    if options.attention == "triton" and (options.tasks or options.cache):
+        raise ValueError("--attention triton is for rows of --text without --cache: leave it out")
     with as_one_of_several(options) as own:
         return _run(own)
 

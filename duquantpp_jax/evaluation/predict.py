@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,7 @@ Progress = Callable[[int, int], None]
 """Called after each batch with the number of rows done and of all rows."""
 
 ROWS = PartitionSpec(DATA)
+IN_A_KERNEL = functools.partial(flash_attention, implementation="triton")
 
 
 @struct.dataclass
@@ -55,20 +56,22 @@ class Predictor:
     """A model that predicts with `model(tokens, linear, state, store=store)`.
 
     Attributes:
-      kernels: Whether attention is `flash_attention`, a kernel where the device runs it.
+      attention: "triton" for `flash_attention` in a kernel.
     """
 
     model: Decoder
     linear: Linear = struct.field(pytree_node=False, default=dense)
     state: Any = None
     store: Store | None = struct.field(pytree_node=False, default=None)
-    kernels: bool = struct.field(pytree_node=False, default=False)
+    attention: Literal["triton", "xla"] = struct.field(pytree_node=False, default="xla")
 
     def log_probabilities(
         self, tokens: Integer[Array, "rows length"]
     ) -> Float[Array, "rows targets vocab"]:
         """log q of every token at every target; the targets are all tokens but the first."""
-        model = self.model.with_attention(flash_attention) if self.kernels else self.model
+        model = self.model
+        if self.attention == "triton":
+            model = model.with_attention(IN_A_KERNEL)
         logits, _ = model(tokens[:, :-1], self.linear, self.state, store=self.store)
         return normalized(logits)
 

@@ -161,7 +161,7 @@ def rows_of_text(
             break
     before = np.asarray([bos] if protocol.bos else [], np.int32)
     turns = _turns([len(ids) // window for ids in documents])
-    order = list(itertools.islice(turns, None if targets is None else targets // each))
+    order = list(itertools.islice(turns, None if targets is None else max(targets, 0) // each))
     tokens = np.empty((len(order), len(before) + window), np.int32)
     tokens[:, : len(before)] = before
     for row, (turn, number) in zip(tokens, order, strict=True):
@@ -190,7 +190,7 @@ def rows_for_targets(rows: Rows, targets: int, source: str) -> Rows:
     if wanted > have:
         fewer = f", or ask for at most {have} rows" if have else ""
         raise ValueError(
-            f"{source} has {have} whole rows of {each} targets ({have * each} tokens), but "
-            f"{wanted} rows are wanted: give a longer text{fewer}"
+            f"{source} has {have} whole rows of {each} targets, but "
+            f"{wanted} {'row is' if wanted == 1 else 'rows are'} wanted: give a longer text{fewer}"
         )
     return Rows(rows.tokens[:wanted], rows.documents[:wanted])

@@ -122,14 +122,18 @@ class Slurm:
         """See `running.Executor`. A job that ends early leaves its cells to the others.
 
         Raises:
-          ValueError: submitit is not installed, or cells are left when all jobs have ended.
+          ValueError: submitit is not installed or finds no cluster, or cells are left when all
+            jobs have ended.
         """
         try:
             import submitit
         except ImportError:
             needs = "--executor slurm needs submitit: pip install 'duquantpp_jax[slurm]'"
             raise ValueError(needs) from None
-        executor = submitit.AutoExecutor(folder=out / JOBS, cluster=self.cluster)
+        try:
+            executor = submitit.AutoExecutor(folder=out / JOBS, cluster=self.cluster)
+        except RuntimeError as error:  # no srun here
+            raise ValueError(f"{error}: choose --executor processes or gpus") from None
         executor.update_parameters(**{"timeout_min": 24 * 60} | dict(self.parameters))
         arguments = cells, out.resolve(), cache_bytes
         firsts = [i * len(cells) // self.jobs for i in range(min(self.jobs, len(cells)))]

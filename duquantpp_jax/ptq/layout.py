@@ -33,7 +33,7 @@ from duquantpp_jax.ptq.site import (
 )
 from duquantpp_jax.transforms.basic import Identity
 
-CUT = "--mesh cuts weights, and kernels are not cut: leave --implementation triton out"
+CUT = "--mesh cuts weights, and kernels are not cut: leave triton out"
 
 
 def decoded_once(state: Any, device: Any) -> Any:

@@ -1,6 +1,7 @@
 """`duquantpp evaluate` as a user types it: its results, its protocols, bad input in one line."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import pathlib
@@ -63,6 +64,7 @@ def test_results_keep_their_contract(results):
         "rotate_keys": False,
         "compute": "float32",
         "implementation": None,
+        "attention": "xla",
         "packed": None,
     }
     assert results["model"] == results["reference"]
@@ -274,9 +276,20 @@ def test_intervals_of_two_rows_leave_out_what_no_text_can_have():
     assert low < 0 < found["excess_nll"]["value"] < high
 
 
+def test_attention_in_a_kernel_needs_a_gpu(tiny_directory, tiny_text):
+    asked = EvaluateOptions(tiny_directory, tiny_text, attention="triton")
+    with pytest.raises(ValueError, match="--attention triton cannot run: it needs an NVIDIA GPU"):
+        run(asked)
+
+
 def test_an_implementation_that_would_not_run_is_refused(tmp_path):
     asked = EvaluateOptions(tmp_path, tmp_path / "t", implementation="triton", mesh="model=2")
     with pytest.raises(ValueError, match="kernels are not cut"):
         run(asked)
+    asked = dataclasses.replace(asked, implementation=None, attention="triton")
+    with pytest.raises(ValueError, match="kernels are not cut"):
+        run(asked)
+    with pytest.raises(ValueError, match="--attention triton is for rows of --text"):
+        run(dataclasses.replace(asked, mesh=None, cache="bf16"))
     with pytest.raises(ValueError, match="--implementation is about --text"):
         run(EvaluateOptions(tmp_path, tasks=("cloze",), implementation="xla"))

@@ -115,12 +115,12 @@ def test_its_derivatives_are_those_of_attention(interpreted):
     assert interpreted
 
 
-def test_evaluation_runs_by_it_where_kernels_are_asked_for(interpreted):
+def test_evaluation_runs_by_it_where_it_is_asked_for(interpreted):
     model = tiny_decoder()
     tokens = jax.random.randint(jax.random.key(0), (2, 21), 0, model.config.vocab_size)
     law = np.asarray(Predictor(model).log_probabilities(tokens))
     assert not interpreted
-    mine = np.asarray(Predictor(model, kernels=True).log_probabilities(tokens))
+    mine = np.asarray(Predictor(model, attention="triton").log_probabilities(tokens))
     assert interpreted
     np.testing.assert_allclose(mine, law, atol=1e-4 * np.abs(law).max())
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from duquantpp_jax.kernels.decode_attention.api import EVERYTHING
@@ -84,7 +85,13 @@ def _backward(scale: float, given: tuple[Any, ...], g: Array) -> tuple[Any, ...]
 _in_kernel.defvjp(lambda scale, *given: (_in_kernel(scale, *given), given), _backward)
 
 
-def why_not(q: Array, k: Array, v: Array) -> str | None:
+def obstacle(length: int, d: int, dtype: DTypeLike) -> str | None:
+    """Why "triton" cannot run here on rows of so many positions and heads of width d, or None."""
+    q, k = (jax.ShapeDtypeStruct((1, length, *heads, d), dtype) for heads in ((1, 1), (1,)))
+    return why_not_nvidia() or why_not(q, k, k)
+
+
+def why_not(q: Any, k: Any, v: Any) -> str | None:
     """Why the kernel is not for such factors; None if it is."""
     length, d = q.shape[1], q.shape[-1]
     if q.dtype not in triton.WIDEST or not q.dtype == k.dtype == v.dtype:
