@@ -37,6 +37,13 @@ Last result, 2026-11-25 (commit d3e1111), gutenberg-27m on Gutenberg, 65,408 tar
   On SmolLM2-135M (2026-11-29, 8 development books, H200s, 8,000 characters of each calibration
   book, so without the 130,816 tokens): of 128, 511, 2,044 and 8,176 tokens WUSH has +.080*, +.018,
   -.008, +.016*, duquantpp -.025, -.033, -.017, -.031*, smooth_hadamard -.020, -.018, -.015, -.006.
+  From where (2026-11-30, the same model and text, 32,704 tokens): of other books (train.txt of
+  docs/protocol.md) in place of gutenberg_calibration WUSH has .389 and .392 (-.004 +- .006),
+  duquantpp less .002, .022 and .003 by seed, smooth_hadamard .525 and .502 (+.023 +- .008; one
+  H200, results/grid_calibration_sources_smollm2_128rows.json): which books matters as much as how
+  many. Of what the model itself writes (16,352 targets, two CPU cores, results/
+  grid_calibration_own_text_smollm2_32rows.json) WUSH has .377, of gutenberg_calibration .388 (-.011
+  +- .009; NLL -.009 +- .023): as good, and needs no text.
 """
 
 import sys

@@ -31,16 +31,17 @@ Last result, 2026-11-25 (commit bf5fc7c), 65,408 targets, three seeds, H100s
   (haar .1244, best of 128 .1248), so the least largest magnitude says little about KL.
   On the embedded model `one Q` is ahead of the paper's setting by .0039 / .0025, and under floor
   random_hadamard equals it (-.0002 +- .0011).
-  On SmolLM2-135M (2026-11-30, 8 development books, one H200, grid_greedy_smollm2_128rows.json) the
-  paper's setting has .962 / .894 and its three seeds lie .086 / .019 apart, so that little can be
-  told from it: of 34 differences in KL one is significant, 512 steps under even (-.019 +- .009*;
-  NLL -.021 +- .036), and in NLL two, floor: one Q on the right (+.109 +- .039*), random, best of
-  1024 (+.073 +- .032*). random_hadamard +.023 +- .151 / +.009 +-
-  .057, block_hadamard -.019 +- .105 / +.040 +- .024, criterion mse -.029 / -.042, 8 steps +.023 /
-  +.008, one Q -.006 / +.008, one rotation for all blocks +.059 +- .064 / +.061 +- .050, released
-  index +.163 +- .129 / +.089 +- .057, one Q on the right +.116 +- .071 / +.208 +- .139, random,
-  best of 1024 +.101 +- .052 / +.104 +- .209, haar +.065 +- .139 / +.128 +- .054, best of 8 searches
-  +.000 +- .321 / +.028 +- .175.
+  On SmolLM2-135M (2026-11-30, commit 6353ac3, 8 development books, one H200) the paper's setting
+  has .962 / .894 and its three seeds lie .086 / .019 apart, so that little can be told from it: of
+  34 differences in KL one is significant, 512 steps under even (-.019 +- .009*; NLL -.021 +- .036),
+  and in NLL two, floor: one Q on the right (+.109 +- .039*), random, best of 1024 (+.073 +- .032*).
+    random_hadamard; block_hadamard   +.023 +- .151, -.019 +- .105 / +.009 +- .057, +.040 +- .024
+    haar; random, best of 1024        +.065 +- .139, +.101 +- .052 / +.128 +- .054, +.104 +- .209
+    one rotation for all blocks       +.059 +- .064 / +.061 +- .050
+    released index                    +.163 +- .129 / +.089 +- .057
+    one Q; one Q, right               -.006, +.116 +- .071 / +.008, +.208 +- .139
+    criterion mse; best of 8 searches -.029, +.000 / -.042, +.028
+    8 steps; 512 steps                +.023, -.015 / +.008, -.019 +- .009
 """
 
 import dataclasses

@@ -12,9 +12,9 @@ Command: for each START of STARTS and each number of STEPS
       --calibration-text gutenberg_calibration.txt --text DEVELOPMENT
   with the texts of docs/protocol.md. What FITS does not hold is left out.
 Cost: two minutes a fit of 400 steps on one H200, five one of 1,600; a cell five seconds.
-Last result, 2026-11-30 (results/grid_learned_weights_smollm2_128rows.json), SmolLM2-135M, 65,408
-  targets of eight development books / of 30 articles of WikiText-2, seed 0, one H200, KL (excess
-  NLL) to nearest, and after 400 steps:
+Last result, 2026-11-30 (commit 6353ac3; results/grid_learned_weights_smollm2_128rows.json),
+  SmolLM2-135M, 65,408 targets of eight development books / of 30 articles of WikiText-2, seed 0,
+  one H200, KL (excess NLL) to nearest, and after 400 steps:
     rtn                1.362 / 1.425    .308 (.160) / .417 (.361)
     block_hadamard      .943 /  .948    .240 (.105) / .314 (.263)
     wush_conditioned    .381 /  .362    .179 (.061) / .229 (.167)
