@@ -119,6 +119,7 @@ from collections.abc import Iterator
 from duquantpp_jax.commands.ablate import AblateOptions, main
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.lab import Cell
+from experiments.fitted import fits_in
 from experiments.seeding import seeded
 
 RULES = ("floor", "even")
@@ -140,13 +141,12 @@ LEARNED = {
 
 def CELLS(options: AblateOptions) -> Iterator[Cell]:
     """Hadamard, and the learned fits that --data holds."""
+    there = fits_in(options.data, (f"{name}_{rule}" for rule in RULES for name in LEARNED))
     for rule in RULES:
         for name, ways in {BASELINE: ROUNDINGS, **LEARNED}.items():
-            fits = None
-            if name in LEARNED:
-                if options.data is None or not (options.data / f"{name}_{rule}").is_dir():
-                    continue
-                fits = options.data / f"{name}_{rule}"
+            fits = there.get(f"{name}_{rule}")
+            if name in LEARNED and fits is None:
+                continue
             for rounding, steps in ways:
                 rows = REFINE_ROWS[options.model is not None] if steps else 64
                 cell = Cell(name, rule, fits=fits, rounding=rounding, refine=steps,

@@ -29,6 +29,7 @@ Last result, 2026-11-30 (results/cloze_smollm2*.json), SmolLM2-135M, one H200, f
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -157,12 +158,10 @@ def main() -> None:
     files.check_file(options.out, "--out")
     directory = options.model or testbed.directory()
     model, hashed = load(directory), sha256(directory)
-    plans = {  # before anything is scored: a name may be unknown
-        (Path(name).name, format, rounding): plan_of(name, format, rounding, model, hashed)
-        for format in options.formats
-        for name in (*options.recipes, *options.fits)
-        for rounding in options.roundings
-    }
+    methods = (*options.recipes, *options.fits)
+    asked = list(itertools.product(options.formats, methods, options.roundings))
+    # Before anything is scored: a name may be unknown.
+    plans = [plan_of(name, format, rounding, model, hashed) for format, name, rounding in asked]
     calibrated = options.model, options.calibration_text, options.rows * TARGETS
     tokens = load_rows(*calibrated, "calibration", "text").tokens
     inputs = np.asarray(tokens, np.int32)[:, :-1]
@@ -182,9 +181,9 @@ def main() -> None:
         print(json.dumps(entries[-len(found) :]), flush=True)
 
     add({"method": "float"}, base)
-    for (name, format, rounding), plan in plans.items():
+    for (format, name, rounding), plan in zip(asked, plans, strict=True):
         predictor = Predictor(*quantize_decoder(plan, model, inputs))
-        label = {"method": name, "format": format, "rounding": rounding}
+        label = {"method": Path(name).name, "format": format, "rounding": rounding}
         add(label, {text: correct(predictor, items) for text, items in texts.items()})
 
 

@@ -138,8 +138,8 @@ def rows_of_text(
 ) -> Rows:
     """The whole rows of what `read_text` gives; `bos` is the beginning-of-sequence token.
 
-    With `targets` only as many documents are encoded as rows of so many targets begin in, each as
-    a whole, and no more rows are made than `rows_for_targets` takes.
+    With `targets`, a row of them at least, only as many documents are encoded as rows of so many
+    targets begin in, each as a whole, and no more rows are made than `rows_for_targets` takes.
 
     >>> from duquantpp_jax.checkpoints import load_tokenizer, testbed
     >>> tokenizer, text = load_tokenizer(testbed.directory()), "once upon a time " * 60
@@ -150,7 +150,8 @@ def rows_of_text(
     if protocol.stream:
         texts = [text if isinstance(text, str) else "\n\n".join(text)]
     each = max(1, window - 1 + protocol.bos)
-    enough, found = math.inf if targets is None else targets // each, 0
+    wanted = None if targets is None else _whole_rows(targets, each)
+    enough, found = math.inf if wanted is None else wanted, 0
     documents: list[np.ndarray] = []
     for first in range(0, len(texts), DOCUMENTS):
         some = texts[first : first + DOCUMENTS]
@@ -161,7 +162,7 @@ def rows_of_text(
             break
     before = np.asarray([bos] if protocol.bos else [], np.int32)
     turns = _turns([len(ids) // window for ids in documents])
-    order = list(itertools.islice(turns, None if targets is None else max(targets, 0) // each))
+    order = list(itertools.islice(turns, wanted))
     tokens = np.empty((len(order), len(before) + window), np.int32)
     tokens[:, : len(before)] = before
     for row, (turn, number) in zip(tokens, order, strict=True):
@@ -177,6 +178,13 @@ def _turns(counts: Sequence[int]) -> Iterator[tuple[int, int]]:
         turn += 1
 
 
+def _whole_rows(targets: int, each: int) -> int:
+    """Rows of `each` targets that `targets` fill; ValueError if they fill none."""
+    if targets < each:
+        raise ValueError(f"{targets} targets are less than one row: give at least {each}")
+    return targets // each
+
+
 def rows_for_targets(rows: Rows, targets: int, source: str) -> Rows:
     """The first rows that hold `targets` targets, cut down to whole rows.
 
@@ -184,9 +192,7 @@ def rows_for_targets(rows: Rows, targets: int, source: str) -> Rows:
       ValueError: Fewer targets than a row has, or more than there are.
     """
     each, have = rows.targets, len(rows.documents)
-    wanted = targets // each
-    if wanted < 1:
-        raise ValueError(f"{targets} targets are less than one row: give at least {each}")
+    wanted = _whole_rows(targets, each)
     if wanted > have:
         fewer = f", or ask for at most {have} rows" if have else ""
         raise ValueError(

@@ -184,6 +184,15 @@ def test_without_submitit_slurm_names_the_extra(cells, tmp_path, monkeypatch):
         run(cells, tmp_path, Slurm(1))
 
 
+def test_without_a_cluster_slurm_is_refused(cells, tmp_path, monkeypatch):
+    def nowhere(**_):
+        raise RuntimeError("no srun")
+
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=nowhere))
+    with pytest.raises(ValueError, match="no srun: choose --executor processes or gpus"):
+        run(cells, tmp_path, Slurm(1))
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores cannot be given here")
 def test_workers_share_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
