@@ -63,7 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{versions()}; {_devices()}", file=sys.stderr)
             return module.run(given)
 
-    return guarded("duquantpp", run, "--verbose" in arguments)
+    code = guarded("duquantpp", run, "--verbose" in arguments)
+    if hosts := sys.modules.get("duquantpp_jax.commands.hosts"):
+        hosts.leave_at_once(code)
+    return code
 
 
 def versions() -> str:

@@ -54,16 +54,16 @@ def test_every_link_and_table_leads_somewhere():
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_the_quarters_have_every_test_once_and_each_file_whole(order):
-    files = [Path(f"tests/{letter}.py") for letter in "abcde"]
+def test_the_eighths_have_every_test_once_and_each_file_whole(order):
+    files = [Path(f"tests/{letter}.py") for letter in "abcdefghi"]
     items = [SimpleNamespace(path=path, name=name) for path in files for name in "xyz"][::order]
     kept, left = [], []
-    for quarter in range(4):
+    for eighth in range(8):
         hook = SimpleNamespace(pytest_deselected=lambda items: left.append(items))
-        config = SimpleNamespace(getoption={"quarter": quarter}.__getitem__, hook=hook)
+        config = SimpleNamespace(getoption={"eighth": eighth}.__getitem__, hook=hook)
         kept.append(items.copy())
         conftest.pytest_collection_modifyitems(config, kept[-1])
-    assert kept == [[i for i in items if i.path.stem in part] for part in ("ae", "b", "c", "d")]
+    assert kept == [[i for i in items if i.path.stem in part] for part in ("ai", *"bcdefgh")]
     assert left == [[i for i in items if i not in mine] for mine in kept]
 
 

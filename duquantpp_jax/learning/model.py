@@ -45,11 +45,13 @@ class Divergence(SitesObjective):
     Attributes:
       rounded: Weights of each site that were rounded before; see `SiteState`.
       dtype: Of both models' other numbers.
+      judged: The dtype in which held-out rows choose the best step, if it is another.
     """
 
     model: Decoder
     rounded: dict[str, tuple[MXArray, ...]] | None = None
     dtype: Any = struct.field(pytree_node=False, default=jnp.bfloat16)
+    judged: Any = struct.field(pytree_node=False, default=None)
 
     def loss(self, learned: dict[str, Learned], batch: Batch) -> Float[Array, ""]:
         tokens, hidden = batch if isinstance(batch, tuple) else (batch, self.hidden(batch))
@@ -66,6 +68,9 @@ class Divergence(SitesObjective):
     def _computing(self) -> Decoder:
         """The model in `dtype`, with the attention that is fastest."""
         return self.model.computing(self.dtype).with_fused_attention()
+
+    def judging(self) -> "Divergence":
+        return dataclasses.replace(self, dtype=self.judged or self.dtype)
 
     def sparing(self) -> "Divergence":
         return dataclasses.replace(self, model=self.model.rematerializing())

@@ -81,15 +81,16 @@ def refine(
         name: tuple(w for w in site.weights if isinstance(w, MXArray))
         for name, site in sites.items()
     }
+    learned = {s: _learned(moves.init(start[s], ()), site) for s, site in sites.items()}
     objective = Divergence(
-        start, moves, (format, format), model, rounded=weights, dtype=jnp.dtype(jnp.float32)
+        start, moves, (format, format), model, rounded=weights, judged=jnp.dtype(jnp.float32)
     )
     found = objective.learn(
         dict.fromkeys(sites, ()),
         tokens[:-held_out],
         tokens[-held_out:],
         jax.random.fold_in(jax.random.key(plan.seed), 2),
-        learned={s: _learned(moves.init(start[s], ()), site) for s, site in sites.items()},
+        learned=learned,
         steps=steps,
         optimizer=_optimizer(steps),
         batch_rows=min(BATCH_ROWS, len(tokens) - held_out),

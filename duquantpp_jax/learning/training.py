@@ -60,6 +60,10 @@ class Objective(abc.ABC):
         """
         return rows
 
+    def judging(self) -> "Objective":
+        """One whose loss chooses the best step, if that is nearer to what will be measured."""
+        return self
+
     def sparing(self) -> "Objective":
         """One with the same loss that keeps less for the backward pass, if there is one."""
         return self
@@ -139,12 +143,14 @@ def train(
     """
     objective, learned, rows = jax.tree.map(jnp.asarray, (objective, learned, rows))
     sharing, some = Sharing.of(batch_rows, accumulate, devices), batch_rows // accumulate
-    checked = _cut(objective.prepared(held_out, some, 1 + steps / check_every), some, sharing)
+    checked = objective.judging().prepared(held_out, some, 1 + steps / check_every)
+    checked = _cut(checked, some, sharing)
     given = objective
     if _tight(objective, learned, rows, sharing, sharing.rows(batch_rows)):
         objective = objective.sparing()
     objective = sharing.put(objective)
-    best_loss = _loss_of(objective, sharing.put(learned), checked, sharing)
+    judging = objective.judging()
+    best_loss = _loss_of(judging, sharing.put(learned), checked, sharing)
     state = Progress(
         jnp.int32(0), learned, optimizer.init(learned), learned, jnp.float32(best_loss)
     )
@@ -173,7 +179,7 @@ def train(
     while (first := int(state.step)) < steps and not (history and _diverged(*history[-1])):
         part = sharing.put(order[first : first + check_every])
         state, losses = _advance(objective, state, rows, part, optimizer=optimizer, sharing=sharing)
-        loss = _loss_of(objective, state.learned, checked, sharing)
+        loss = _loss_of(judging, state.learned, checked, sharing)
         if loss < float(state.best_loss):
             best = jax.tree.map(jnp.copy, state.learned)
             state = dataclasses.replace(state, best=best, best_loss=sharing.put(np.float32(loss)))

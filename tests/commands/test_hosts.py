@@ -23,8 +23,8 @@ from duquantpp_jax.commands.options.learn import LearnOptions
 from tests.conftest import TEXT
 
 
-def by_two(*arguments):
-    """What two processes print that run a command together."""
+def two_running(*arguments, places=(None, None)):
+    """Two processes that run a command together, in these directories."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -32,13 +32,18 @@ def by_two(*arguments):
     shared = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_NUM_PROCESSES": "2"}
     shared |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}"}
     command = [sys.executable, "-m", "duquantpp_jax", *map(str, arguments), "--distributed"]
-    started = [
+    return [
         subprocess.Popen(
-            command, env=os.environ | shared | {"JAX_PROCESS_ID": str(number)},
+            command, env=os.environ | shared | {"JAX_PROCESS_ID": str(number)}, cwd=place,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for number in range(2)
+        for number, place in enumerate(places)
     ]  # fmt: skip
+
+
+def by_two(*arguments):
+    """What two processes print that run a command together."""
+    started = two_running(*arguments)
     said = [process.communicate(timeout=300) for process in started]
     for process, (_, errors) in zip(started, said, strict=True):
         assert process.returncode == 0, errors
@@ -61,6 +66,26 @@ def test_two_processes_evaluate_what_one_evaluates_and_the_first_alone_says_so(
     found = files.read_json(out)
     np.testing.assert_allclose(found["nll"]["value"], alone["nll"]["value"], rtol=1e-6)
     assert found["targets"] == alone["targets"]
+
+
+@pytest.mark.slow
+@pytest.mark.sockets
+def test_a_process_that_cannot_go_on_says_so_and_ends_and_the_other_misses_it(
+    tiny_directory, tmp_path
+):
+    there = tmp_path / "there"
+    there.mkdir()
+    (tmp_path / "a.txt").write_text("abc " * 200)
+    asked = ("evaluate", "--model", tiny_directory, "--text", "a.txt", "--window", 64)
+    running = two_running(*asked, places=(tmp_path, there))
+    try:
+        said = [process.communicate(timeout=100)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [2, 2]
+    assert "cannot read a.txt" in said[1]
+    assert "another process has ended" in said[0]
 
 
 @pytest.mark.slow

@@ -216,6 +216,29 @@ def test_where_memory_is_tight_the_loss_that_keeps_less_is_learned(rows, monkeyp
     assert starts == {2 * kept: plain.start_loss, 2 * kept - 1: pytest.approx(4 * plain.start_loss)}
 
 
+@struct.dataclass
+class Opposed(Line):
+    """What lowers the loss raises that by which it is judged."""
+
+    def judging(self):
+        return Falling(self.scale)
+
+
+@struct.dataclass
+class Falling(Line):
+    def loss(self, learned, batch):
+        return 100 - Line(self.scale).loss(learned, batch)
+
+
+def test_the_best_step_is_chosen_by_the_loss_that_judges(rows):
+    plain, found = run(rows), run(rows, objective=Opposed(jnp.float32(1.0)))
+    assert found.start_loss == pytest.approx(100 - plain.start_loss)
+    assert [held for *_, held in found.history] == pytest.approx(
+        [100 - held for *_, held in plain.history]
+    )
+    np.testing.assert_array_equal(found.learned["w"], 0)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_held_out_loss_is_the_mean_over_all_rows_however_many_fill_a_batch(rows, count):
     x, y = (part[:count] for part in rows)
