@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from duquantpp_jax import files
-from duquantpp_jax.checkpoints import load, testbed
+from duquantpp_jax.checkpoints import load, load_config, testbed
 from duquantpp_jax.checkpoints.fits import ABOUT, ARRAYS, read_about, save_fits
 from duquantpp_jax.checkpoints.lazy import Checkpoint
 from duquantpp_jax.checkpoints.packed import decoded
@@ -49,6 +49,7 @@ from duquantpp_jax.learning.named import (
     optimizer_of,
 )
 from duquantpp_jax.models import Decoder
+from duquantpp_jax.models.decoder import fuses_attention
 from duquantpp_jax.ptq import Plan, quantize_decoder
 from duquantpp_jax.recipes import format_name, import_modules, recipe, under_rule
 
@@ -262,6 +263,9 @@ def run(options: LearnOptions) -> int:
 def _run(options: LearnOptions) -> int:
     if options.text and (used := decoded(options.model)) is not None:
         print(used, file=sys.stderr)
+    config = load_config(options.model or testbed.directory())
+    if options.through == "model" and fuses_attention(config):
+        print("attention runs in cuDNN's kernels, in bfloat16", file=sys.stderr)
     with contextlib.ExitStack() as stack:
         _logs(options)  # refuses what it must not write to
         if (options.tensorboard or options.wandb) and options.through == "site":

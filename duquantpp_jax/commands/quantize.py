@@ -42,6 +42,7 @@ from duquantpp_jax.files.processes import LOCK
 from duquantpp_jax.learning import refine as refining
 from duquantpp_jax.models import SITES
 from duquantpp_jax.ptq.estimate import estimate
+from duquantpp_jax.ptq.layout import kernels_here
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.site import layer_of
 from duquantpp_jax.ptq.walk import QuantizedLayer, stack_layers
@@ -277,6 +278,8 @@ def run(options: QuantizeOptions) -> int:
         if options.text == MODEL:
             said += ["Calibration rows are not counted: the whole model writes them, in memory."]
     else:
+        if options.sequential and (kernels := kernels_here()) is not None:
+            print(kernels, file=sys.stderr)
         with progress_bar(options.terminal) as progress:
             found = quantize(options, progress)
         line = quantized_line(found)

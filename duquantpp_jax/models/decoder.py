@@ -54,6 +54,12 @@ TOGETHER = 4
 place: a GPU is given the kernels of a step at once, and waits between steps."""
 
 
+def fuses_attention(config: DecoderConfig) -> bool:
+    """Whether `fused_attention` runs here, in bfloat16, and is this model's attention."""
+    plain = positional(config).window is None and not config.sinks
+    return plain and fused_attention_runs(config.head_dim)
+
+
 class Decoder(nnx.Module):
     """The decoder as a pytree: pass it to `jax.jit` and `jax.grad`, or `nnx.split` it.
 
@@ -119,11 +125,7 @@ class Decoder(nnx.Module):
 
     def with_fused_attention(self) -> "Decoder":
         """The same decoder with `fused_attention` where it runs and is the same; else as it is."""
-        config = self.config
-        windows = positional(config).window is not None
-        if self.dtype != jnp.bfloat16 or windows or config.sinks:
-            return self
-        if not fused_attention_runs(config.head_dim):
+        if self.dtype != jnp.bfloat16 or not fuses_attention(self.config):
             return self
         return self.with_attention(fused_attention)
 

@@ -22,6 +22,7 @@ from duquantpp_jax.files import read_json
 from duquantpp_jax.files.processes import only_process
 from duquantpp_jax.learning import named
 from duquantpp_jax.learning.moves import PRESETS, moves_named
+from duquantpp_jax.models import decoder
 from duquantpp_jax.ptq.calibration import calibrate
 from duquantpp_jax.ptq.plan import Plan
 from duquantpp_jax.ptq.walk import fit_decoder
@@ -142,6 +143,18 @@ def test_killed_at_its_first_or_its_last_step_it_leaves_nothing_that_stops_the_n
     assert learn_fits(options) == about
     assert [path.name for path in options.out.iterdir()] == [fits.ABOUT]
     assert learned == [1]
+
+
+@pytest.mark.parametrize("through", ["model", "block"])
+def test_it_says_first_where_a_kernel_runs(options, through, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learn, "learn_fits", stop)
+    monkeypatch.setattr(decoder, "fused_attention_runs", lambda _: True)
+    with pytest.raises(KeyboardInterrupt):
+        learn.run(dataclasses.replace(options, through=through))
+    assert ("attention runs in cuDNN's kernels" in capsys.readouterr().err) == (through == "model")
 
 
 def test_rows_that_fill_no_batch_are_refused_before_anything_is_written(options):

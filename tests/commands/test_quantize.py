@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from duquantpp_jax import cli
 from duquantpp_jax.checkpoints import Quantized, load, load_any, load_quantized, save
+from duquantpp_jax.commands import quantize as command
 from duquantpp_jax.commands.evaluate import EvaluateOptions, evaluate
 from duquantpp_jax.commands.quantize import (
     QuantizeOptions,
@@ -22,7 +23,7 @@ from duquantpp_jax.commands.quantize import (
 from duquantpp_jax.commands.sizes import dry_line
 from duquantpp_jax.models import Decoder
 from duquantpp_jax.models.parameters import LAYER
-from duquantpp_jax.ptq import estimate
+from duquantpp_jax.ptq import estimate, layout
 from duquantpp_jax.ptq.walk import quantize_decoder
 from tests.commands.conftest import contents, options_of
 from tests.conftest import TEXT, byte_tokenizer, tiny_decoder
@@ -104,6 +105,19 @@ def test_another_job_is_not_mixed_into_a_directory_unless_it_is_overwritten(
     assert cli.main([*arguments, "--seed", "1", "--overwrite"]) == 0
     assert Quantized(out).job.seed == 1
     assert (out / "notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_it_says_first_where_a_kernel_runs(sequential, three_layers, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "quantize", stop)
+    monkeypatch.setattr(layout, "why_not_nvidia", lambda: None)
+    options = options_of(three_layers, tmp_path / "q", sequential=sequential)
+    with pytest.raises(KeyboardInterrupt):
+        command.run(options)
+    assert ("rounded in one kernel (triton)" in capsys.readouterr().err) == sequential
 
 
 def test_a_dry_run_writes_nothing_and_knows_the_sizes(three_layers, tmp_path, capsys):
@@ -197,12 +211,12 @@ def test_a_width_off_the_block_is_refused_and_padded_on_demand(tmp_path, capsys)
 def test_a_quantized_model_is_refused_where_a_float_one_is_wanted(quantized, tmp_path, capsys):
     text = tmp_path / "text"
     text.write_text("a" * 9999)
-    for command in (
+    for words in (
         ["quantize", "--model", str(quantized), "--out", str(tmp_path / "q")],
         ["compare", "--model", str(quantized), "--text", str(text), "--calibration-text", str(text),
          "--out", str(tmp_path / "c")],
     ):  # fmt: skip
-        assert_one_line(cli.main(command), capsys, "already quantized")
+        assert_one_line(cli.main(words), capsys, "already quantized")
 
 
 @pytest.mark.parametrize(
