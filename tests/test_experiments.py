@@ -284,7 +284,9 @@ def test_texts_are_cut_at_whole_documents_and_a_file_that_is_missing_is_said(tmp
 
 
 @pytest.mark.slow
-def test_the_bench_of_learning_times_steps_through_a_block_and_a_model():
+def test_the_bench_of_learning_times_steps_through_a_block_and_a_model(monkeypatch):
+    monkeypatch.setattr(bench_learning, "STEPS", 1)
+    monkeypatch.setattr(bench_learning, "CHECKS", 1)
     for name in ("block_8b", "model_1b_in_4"):
         part = bench_learning.tiny(bench_learning.PARTS[name])
         found = bench_learning.measured(part, 4, 16)
