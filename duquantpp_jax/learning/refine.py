@@ -6,7 +6,8 @@
 T starts as T0, the transform that moved the weights. The two then part: T corrects what rounding
 has done to the weights. It has a matrix for each block of channels, as the affine transforms of
 `learn`; where sites have clips and scale offsets of the activations, these are learned too. The
-whole model is in memory, and the loss is taken through all of it (learning/model.py).
+whole model is in memory, and the loss is taken through all of it (learning/model.py): by steps in
+bfloat16, and in float32 where held-out rows choose the best of them, as the model is measured.
 
 Source: experiments/beat_hadamard.py; 400 steps at 3e-4 were the best of its search.
 """
