@@ -38,19 +38,18 @@ gc.set_threshold(200_000, 50, 1000)
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--eighth", type=int, choices=range(8), help="of the files, sorted by path, every eighth"
+        "--sixteenth", type=int, choices=range(16), help="of the files, sorted, every sixteenth"
     )
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m, so that a file is in one eighth whatever is marked
+@pytest.hookimpl(tryfirst=True)  # before -m, so that a file is in one part whatever is marked
 def pytest_collection_modifyitems(config, items):
-    """Takes an eighth; without that, files with slow tests first, so that no core waits for them at
-    the end."""
-    if (eighth := config.getoption("eighth")) is None:
+    """Takes a sixteenth; else files with slow tests first, so that no core waits at the end."""
+    if (part := config.getoption("sixteenth")) is None:
         slow = {item.path for item in items if item.get_closest_marker("slow")}
         items.sort(key=lambda item: item.path not in slow)
         return
-    kept = sorted({item.path for item in items})[eighth::8]
+    kept = sorted({item.path for item in items})[part::16]
     config.hook.pytest_deselected(items=[item for item in items if item.path not in kept])
     items[:] = [item for item in items if item.path in kept]
 

@@ -54,16 +54,18 @@ def test_every_link_and_table_leads_somewhere():
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_the_eighths_have_every_test_once_and_each_file_whole(order):
-    files = [Path(f"tests/{letter}.py") for letter in "abcdefghi"]
+def test_the_parts_have_every_test_once_and_each_file_whole(order):
+    files = [Path(f"tests/{letter}.py") for letter in "abcdefghijklmnopq"]
     items = [SimpleNamespace(path=path, name=name) for path in files for name in "xyz"][::order]
     kept, left = [], []
-    for eighth in range(8):
+    for part in range(16):
         hook = SimpleNamespace(pytest_deselected=lambda items: left.append(items))
-        config = SimpleNamespace(getoption={"eighth": eighth}.__getitem__, hook=hook)
+        config = SimpleNamespace(getoption={"sixteenth": part}.__getitem__, hook=hook)
         kept.append(items.copy())
         conftest.pytest_collection_modifyitems(config, kept[-1])
-    assert kept == [[i for i in items if i.path.stem in part] for part in ("ai", *"bcdefgh")]
+    assert kept == [
+        [i for i in items if i.path.stem in part] for part in ("aq", *"bcdefghijklmnop")
+    ]
     assert left == [[i for i in items if i not in mine] for mine in kept]
 
 
