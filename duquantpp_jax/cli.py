@@ -41,7 +41,7 @@ COMMANDS: dict[str, type] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code."""
+    """Runs a command; returns the exit code, but of several processes that fail ends this one."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and set(arguments) <= {"--version", "--verbose"} and "--version" in arguments:
         print(f"{versions()}; {_devices()}" if "--verbose" in arguments else versions())
@@ -63,9 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{versions()}; {_devices()}", file=sys.stderr)
             return module.run(given)
 
-    code = guarded("duquantpp", run, "--verbose" in arguments)
-    if hosts := sys.modules.get("duquantpp_jax.commands.hosts"):
-        hosts.leave_at_once(code)
+    code = 1
+    try:
+        code = guarded("duquantpp", run, "--verbose" in arguments)
+    finally:
+        if hosts := sys.modules.get("duquantpp_jax.commands.hosts"):
+            hosts.leave_at_once(code)
     return code
 
 

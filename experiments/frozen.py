@@ -14,8 +14,8 @@ Command: for each of LEARN and each seed
       --calibration-text gutenberg_calibration.txt --text DEVELOPMENT BOOKS ARTICLES
   with train.txt, dev.txt, books.txt and articles.txt of docs/protocol.md.
 Cost: on two H200s that two or three runs shared, .37 s a step: 5 to 10 minutes to learn a row; some
-  30 cells of 5 s for each rule and text; refining six minutes, once for all texts, in float32 (it
-  is in bfloat16 since, which was not timed).
+  30 cells of 5 s for each rule and text; refining six minutes, once for all texts, in float32
+  (since then in bfloat16, not timed).
 Last result, 2026-11-30 (tables in results/smollm2_methods.md, of results/grid_frozen_*.json; KL on
   BOOKS / ARTICLES, floor): WUSH .367 / .365, r .233 / .265 (three seeds), a .212 / .248, b .238 /
   .278, b' .176 / .235, c .138 / .208 (.151 / .211 at the default rate, the first that was frozen).

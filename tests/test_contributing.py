@@ -69,6 +69,17 @@ def test_the_parts_have_every_test_once_and_each_file_whole(order):
     assert left == [[i for i in items if i not in mine] for mine in kept]
 
 
+def test_files_with_slow_tests_go_first_and_stay_whole():
+    marks = {"a": [0, 0], "b": [0, 1], "c": [0], "d": [1]}
+    items = [
+        SimpleNamespace(path=path, get_closest_marker=lambda _, mark=mark: mark or None)
+        for path, of_path in marks.items()
+        for mark in of_path
+    ]
+    conftest.pytest_collection_modifyitems(SimpleNamespace(getoption=lambda _: None), items)
+    assert "".join(item.path for item in items) == "bbdaac"
+
+
 @dataclasses.dataclass(frozen=True)
 class Halved(Format):
     """MXFP4 of half of x."""

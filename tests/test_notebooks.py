@@ -76,6 +76,6 @@ def test_the_comparison_has_the_numbers_of_the_command_line(tmp_path, monkeypatc
     assert f"options = {options}\ncomparison = compare(options)" in source.read_text("utf-8")
     said = printed(source)
     (entry,) = json.loads((tmp_path / "results.json").read_text())["entries"]
-    # Under log256 one ulp of the least block of a batch moves the whole grid of scales.
+    # Not log256: one ulp of the least block of a batch moves its whole grid of scales.
     (kl,) = re.findall(r"^block_hadamard +([0-9.]+) +[0-9.]+$", said, re.M)
     assert float(kl) == pytest.approx(entry["kl"]["value"], abs=CLOSE)

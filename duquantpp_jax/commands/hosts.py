@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LOST = ("Gloo", "DEADLINE_EXCEEDED", "UNAVAILABLE", "coordination")
 """What JAX's errors have in them where another process is missed."""
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_joined: list[bool] = []
+"""Has an entry while this process is joined to others by a command."""
 
 
 @contextlib.contextmanager
@@ -56,6 +59,8 @@ def as_one_of_several(options: Any, *, shared: bool = False) -> Iterator[Any]:
         else:
             with silent(), tempfile.TemporaryDirectory() as nowhere:
                 yield options if shared else _writing_to(Path(nowhere), options)
+        jax.distributed.shutdown()  # waits for the others; after an error see leave_at_once
+        _joined.clear()
     except jax.errors.JaxRuntimeError as error:
         if not any(word in str(error) for word in LOST):
             raise
@@ -63,7 +68,6 @@ def as_one_of_several(options: Any, *, shared: bool = False) -> Iterator[Any]:
             f"another process has ended, or did not come so far ({one_line(error)}): see what it "
             "said, and start all of them again"
         ) from None
-    jax.distributed.shutdown()  # waits for the others; after an error see leave_at_once
 
 
 def check_alike(options: Any) -> None:
@@ -102,6 +106,7 @@ def meet_others() -> None:
             jax.distributed.initialize(address, int(count), int(number))
         else:
             jax.distributed.initialize()
+        _joined.append(True)
     except (ValueError, RuntimeError, IndexError) as error:
         raise ValueError(
             f"--distributed found no processes to join ({one_line(error)}): start it with srun or "
@@ -124,14 +129,19 @@ def is_first() -> bool:
 
 
 def leave_at_once(code: int) -> None:
-    """Ends this process if it has joined others and not left them: it came to an error.
+    """Ends a process that has joined others and come to an error.
 
-    At its usual end it would wait for them for five minutes, and they for it; so they are told.
+    At its usual end JAX would wait for the others for up to five minutes. Ended at once, it is
+    missed by them when they next add up with it.
     """
-    if jax.distributed.is_initialized():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    if not (_joined and jax.distributed.is_initialized()):
+        return
+    if sys.exc_info()[1] is not None:
+        traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def wait_for_all(where: str) -> None:

@@ -70,7 +70,7 @@ class Divergence(SitesObjective):
         return self.model.computing(self.dtype).with_fused_attention()
 
     def judging(self) -> "Divergence":
-        return dataclasses.replace(self, dtype=self.judged or self.dtype)
+        return dataclasses.replace(self, dtype=self.dtype if self.judged is None else self.judged)
 
     def sparing(self) -> "Divergence":
         return dataclasses.replace(self, model=self.model.rematerializing())

@@ -14,6 +14,7 @@ import pytest
 
 from duquantpp_jax import files
 from duquantpp_jax.checkpoints.fits import read_about
+from duquantpp_jax.cli import main
 from duquantpp_jax.commands import hosts
 from duquantpp_jax.commands.evaluate import evaluate
 from duquantpp_jax.commands.learn import learn_fits
@@ -136,6 +137,22 @@ def test_a_process_says_whom_it_waits_for_and_can_be_ended_meanwhile(monkeypatch
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_only_a_process_that_a_command_has_joined_to_others_is_ended(joined, monkeypatch, capsys):
+    ended: list[int] = []
+    monkeypatch.setattr(hosts.os, "_exit", ended.append)
+    monkeypatch.setattr(hosts.jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(hosts, "_joined", [True] * joined)
+    assert main(["evaluate", "--model", "nowhere", "--text", "nowhere"]) == 2
+    assert ended == [2] * joined
+    monkeypatch.setattr(hosts, "_joined", [True] * joined)
+    monkeypatch.setattr("duquantpp_jax.cli.guarded", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["evaluate"])
+    assert ended == [2, 1][: 2 * joined]
+    assert ("Traceback" in capsys.readouterr().err) == joined
 
 
 def test_others_than_the_first_write_nowhere(tmp_path):
