@@ -139,7 +139,7 @@ def leave_at_once(code: int) -> None:
     if sys.exc_info()[1] is not None:
         traceback.print_exc()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # closed, or a full disk
             stream.flush()
     os._exit(code)
 

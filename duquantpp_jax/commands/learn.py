@@ -263,8 +263,8 @@ def run(options: LearnOptions) -> int:
 def _run(options: LearnOptions) -> int:
     if options.text and (used := decoded(options.model)) is not None:
         print(used, file=sys.stderr)
-    config = load_config(options.model or testbed.directory())
-    if options.through == "model" and fuses_attention(config):
+    directory = options.model or testbed.directory()
+    if options.through == "model" and fuses_attention(load_config(directory)):
         print("attention runs in cuDNN's kernels, in bfloat16", file=sys.stderr)
     with contextlib.ExitStack() as stack:
         _logs(options)  # refuses what it must not write to
