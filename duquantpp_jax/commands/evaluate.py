@@ -208,12 +208,11 @@ def run(options: EvaluateOptions) -> int:
     """Runs the command and prints the results; returns the exit code."""
     if options.distributed and (options.tasks or options.mesh):
         raise ValueError("--distributed shares the rows of a text: leave --tasks and --mesh out")
-    if options.tasks and options.implementation is not None:
-        raise ValueError("--implementation is about --text: leave it out")
+    for name in ("implementation", "attention"):
+        if options.tasks and getattr(options, name) is not None:
+            raise ValueError(f"--{name} is about --text: leave it out")
     if options.mesh and "triton" in (options.implementation, options.attention):
         raise ValueError(CUT)
-    if options.attention == "triton" and (options.tasks or options.cache):
-        raise ValueError("--attention triton is for rows of --text without --cache: leave it out")
     with as_one_of_several(options) as own:
         return _run(own)
 

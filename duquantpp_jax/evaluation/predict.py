@@ -48,7 +48,6 @@ Progress = Callable[[int, int], None]
 """Called after each batch with the number of rows done and of all rows."""
 
 ROWS = PartitionSpec(DATA)
-IN_A_KERNEL = functools.partial(flash_attention, implementation="triton")
 
 
 @struct.dataclass
@@ -56,22 +55,24 @@ class Predictor:
     """A model that predicts with `model(tokens, linear, state, store=store)`.
 
     Attributes:
-      attention: "triton" for `flash_attention` in a kernel.
+      attention: Implementation of `flash_attention`: "triton", "xla", or None for the first of
+        these that runs here.
     """
 
     model: Decoder
     linear: Linear = struct.field(pytree_node=False, default=dense)
     state: Any = None
     store: Store | None = struct.field(pytree_node=False, default=None)
-    attention: Literal["triton", "xla"] = struct.field(pytree_node=False, default="xla")
+    attention: Literal["triton", "xla"] | None = struct.field(pytree_node=False, default=None)
 
     def log_probabilities(
         self, tokens: Integer[Array, "rows length"]
     ) -> Float[Array, "rows targets vocab"]:
         """log q of every token at every target; the targets are all tokens but the first."""
         model = self.model
-        if self.attention == "triton":
-            model = model.with_attention(IN_A_KERNEL)
+        if self.attention != "xla":
+            attention = functools.partial(flash_attention, implementation=self.attention)
+            model = model.with_attention(attention)
         logits, _ = model(tokens[:, :-1], self.linear, self.state, store=self.store)
         return normalized(logits)
 
@@ -185,7 +186,7 @@ class Reference:
             state = decoded_once(predictor.state, self._mesh.local_devices[0])
             return everywhere(dataclasses.replace(predictor, state=state), self._mesh)
         parts = predictor.model, predictor.linear, predictor.state
-        return Predictor(*cut(self._mesh, *parts), predictor.store)
+        return Predictor(*cut(self._mesh, *parts), predictor.store, attention="xla")
 
     def _batches(self, progress: Progress) -> Iterator[tuple[Array, _Predicted]]:
         """Tokens of a batch for every device, and the predictions of the reference."""

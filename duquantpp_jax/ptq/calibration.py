@@ -24,7 +24,9 @@ from jaxtyping import Array, Float, Float32, Int, Integer
 
 from duquantpp_jax.core import Fitted, Format, Needs, Stats
 from duquantpp_jax.core.mesh import placed
+from duquantpp_jax.kernels.flash_attention.api import flash_attention
 from duquantpp_jax.models import SITES, Decoder, DecoderConfig, dense
+from duquantpp_jax.models.attention import causal_attention
 from duquantpp_jax.models.experts import Routed
 from duquantpp_jax.models.layers import Positional, join_layers, layer, positional_of
 from duquantpp_jax.models.parameters import Parameters, experts
@@ -180,7 +182,8 @@ def _run_layer(
         return dense(site, x, weights, None)[0], x
 
     sites = {site: rounded.get(site) for site in SITES}
-    y, inputs, _ = layer(config, x, parameters, where, either, sites)
+    attention = causal_attention if mesh is not None else flash_attention  # kernels are not cut
+    y, inputs, _ = layer(config, x, parameters, where, either, sites, attention=attention)
     return replicated(y, mesh), inputs
 
 

@@ -116,7 +116,9 @@ def kernels_here() -> str | None:
     """A line about the kernels that models run with on this device; None if there are none."""
     if why_not_nvidia() is not None:
         return None
-    return "inputs in MXFP4 are moved and rounded in one kernel (triton), where theirs is one"
+    return (
+        "kernels (triton) where there is one: for attention, and to move and round inputs in MXFP4"
+    )
 
 
 def for_tensor_cores(linear: Any, state: Any) -> Any:

@@ -22,6 +22,7 @@ from duquantpp_jax.core import MXArray, ScaleRule
 from duquantpp_jax.formats import MX, MXFP4, MXFP8
 from duquantpp_jax.formats.packing import pack_nibbles, unpack_nibbles
 from duquantpp_jax.kernels.decode_attention.api import EVERYTHING, decode_attention, why_not
+from duquantpp_jax.kernels.flash_attention.api import flash_attention
 from duquantpp_jax.kernels.implementation import why_not_nvidia
 from duquantpp_jax.models import Store
 from duquantpp_jax.models.in_place import InPlace
@@ -52,8 +53,8 @@ def store(
     32
 
     Args:
-      implementation: Of the attention of a token over entries in bfloat16: "xla", or None for the
-        kernel `decode_attention` where the device runs it.
+      implementation: Of attention: "xla", or None for kernels where the device runs them: of a
+        token over entries in bfloat16 `decode_attention`, of a prompt `flash_attention`.
 
     Raises:
       ValueError: An unknown name, or a head that the format's blocks or the matrix do not fit.
@@ -89,16 +90,20 @@ class HeadStore(Store):
         scalar: float,
         sinks: Float[Array, "kv_heads groups"] | None,
     ) -> Float[Array, "rows length kv_heads groups head_dim"]:
-        """As `Store.attend`; for one token of each row by a kernel, where there is one for it."""
-        if sinks is not None or not self._in_a_kernel(q, entries):
+        """As `Store.attend`, by a kernel where there is one for it."""
+        if not self.kernels:
             return super().attend(q, entries, positions, window, scalar, sinks)
+        if sinks is not None or not self._of_a_token(q, entries):
+            k, v = (self.decode(part).astype(q.dtype) for part in entries.own())
+            return flash_attention(q, k, v, positions, window, scalar, sinks)
         at, (keys, values) = jnp.broadcast_to(positions[..., 0], q.shape[:1]), entries.arrays
         seen = EVERYTHING if window is None else jnp.asarray(window)
         options: Any = {"scale": scalar**-0.5, "window": seen}
         return decode_attention(q[:, 0], keys, values, entries.layer, at, **options)[:, None]
 
-    def _in_a_kernel(self, q: Array, entries: InPlace) -> bool:
-        if not self.kernels or isinstance(self.format, MX) or q.shape[1] > 1:
+    def _of_a_token(self, q: Array, entries: InPlace) -> bool:
+        """Whether `decode_attention` is for them here."""
+        if isinstance(self.format, MX) or q.shape[1] > 1:
             return False
         return (why_not_nvidia() or why_not(q[:, 0], entries.arrays[0])) is None
 

@@ -47,8 +47,8 @@ class EvaluateOptions(Plain):
         rows, and the devices of a group the weights; by default each device has all of them.
       implementation: How inputs in MXFP4 are moved and rounded: triton in one kernel, xla without;
         by default the first of these that the device runs (docs/performance.md).
-      attention: triton takes it in one kernel that never has all pairs of positions in memory; it
-        has not run on a GPU yet (docs/performance.md).
+      attention: triton takes it in one kernel that never has all pairs of positions in memory, xla
+        without; by default the first of these that the device runs (docs/performance.md).
       out: File for the results, as JSON.
       distributed: Share the rows with other processes that run the same command, on one host or
         several (docs/many_devices.md).
@@ -73,7 +73,7 @@ class EvaluateOptions(Plain):
     compute: Compute = "float32"
     mesh: str | None = None
     implementation: Implementation | None = None
-    attention: Implementation = "xla"
+    attention: Implementation | None = None
     out: Path | None = None
     distributed: Flag = False
     imports: Imports = ()
