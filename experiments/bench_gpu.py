@@ -12,10 +12,10 @@ are random: sizes, shapes and work are those of real models, outputs mean nothin
 least of REPEATS calls after the first, which compiles.
 
 Cost: five minutes on one H200.
-Last result, 2026-11-30 (results/bench_gpu_*.json): evaluation in W4A4 1.30 times bfloat16, with or
-  without a matrix for each block, by --compute bf16 1.02; prefill with packed weights .98, decode
-  .59, with inputs in float .89. What bounds each: docs/performance.md. The part `moving` has not
-  run on a GPU.
+Last result, 2026-12-01 (results/bench_gpu_*.json): evaluation in W4A4 1.28 times bfloat16, with a
+  matrix for each block 1.29, by --compute bf16 1.03 and 1.02; prefill with packed weights .97,
+  decode .60, with inputs in float 1.05 and .84. A matrix for each block adds nothing to a prefill
+  and 6 % to a token, FWHT 37 and 29 %. What bounds each: docs/performance.md.
 """
 
 import argparse

@@ -155,7 +155,9 @@ def storage_bytes(q: MXArray) -> int:
     return -(-q.elements.size * q.element.bits // 8) + scale + 4 * (q.tensor_scale is not None)
 
 
-@functools.partial(jax.jit, static_argnames="format")
+@functools.partial(
+    jax.jit, static_argnames="format", compiler_options={"xla_gpu_autotune_level": 0}
+)  # its products run once a layer: trying tilings for them took longer than all of them
 def sensitivity(
     sample: Float[Array, "tokens k"],
     weights: tuple[Float[Array, "_ _"], ...],

@@ -12,6 +12,9 @@ from duquantpp_jax.kernels.decode_attention.api import EVERYTHING
 from duquantpp_jax.kernels.flash_attention import api, triton
 from duquantpp_jax.kernels.flash_attention.api import flash_attention, why_not
 from duquantpp_jax.models.attention import causal_attention
+from duquantpp_jax.models.cache import empty_cache
+from duquantpp_jax.ptq import calibration
+from duquantpp_jax.ptq.stores import store
 from tests.conftest import tiny_decoder
 
 on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
@@ -115,14 +118,36 @@ def test_its_derivatives_are_those_of_attention(interpreted):
     assert interpreted
 
 
-def test_evaluation_runs_by_it_where_it_is_asked_for(interpreted):
+def test_evaluation_calibration_and_prompts_run_by_it(interpreted, monkeypatch):
     model = tiny_decoder()
     tokens = jax.random.randint(jax.random.key(0), (2, 21), 0, model.config.vocab_size)
-    law = np.asarray(Predictor(model).log_probabilities(tokens))
-    assert not interpreted
-    mine = np.asarray(Predictor(model, attention="triton").log_probabilities(tokens))
-    assert interpreted
-    np.testing.assert_allclose(mine, law, atol=1e-4 * np.abs(law).max())
+
+    def how(kernels):
+        return None if kernels else "xla"
+
+    def near(run):
+        """Whether run(True) calls it, and run(False) not, with the same results."""
+        mine = np.asarray(run(True))
+        assert interpreted
+        interpreted.clear()
+        law = np.asarray(run(False))
+        assert not interpreted
+        np.testing.assert_allclose(mine, law, atol=1e-4 * np.abs(law).max())
+
+    def maxima(kernels):
+        if not kernels:
+            monkeypatch.setattr(calibration, "flash_attention", causal_attention)
+        jax.clear_caches()  # else the program stays
+        return calibration.calibrate(model, np.asarray(tokens))["mlp_out"].absmax
+
+    def prompt(kernels):
+        kind = store("bf16", model.config.head_dim, implementation=how(kernels))
+        cache = empty_cache(model.config, kind, 2, 64)
+        return model.extend(tokens[:, :20], cache)[0]
+
+    near(lambda kernels: Predictor(model, attention=how(kernels)).log_probabilities(tokens))
+    near(maxima)
+    near(prompt)
 
 
 @on_gpu

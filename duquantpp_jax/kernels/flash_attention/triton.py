@@ -58,11 +58,9 @@ class Tiling:
 
 def tiling(dtype: DTypeLike, d: int, *, hopper: bool) -> Tiling:
     """The tiling for heads of width d; other GPUs have less room for factors than Hopper's."""
-    if not hopper:
+    if not hopper or dtype == jnp.float32:
         return Tiling(64, 32, 4, 1)
-    if dtype == jnp.float32:
-        return Tiling(128, 32, 8, 2)
-    return Tiling(128, 64, 8, 2) if d <= 128 else Tiling(64, 64, 8, 2)
+    return Tiling(64, 64, 4, 3) if d <= 128 else Tiling(64, 64, 8, 2)
 
 
 def flash_attention(
