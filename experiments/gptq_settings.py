@@ -10,7 +10,26 @@ Command: duquantpp ablate experiments/gptq_settings.py --table
   or python -m experiments.gptq_settings --table, with --model DIR --text FILE --calibration-text
   FILE for another model than the embedded one.
 Cost: 96 cells, most with a second calibration.
-Last result: not run.
+Last result, 2026-12-01 (commit cc58777; results/grid_gptq_settings_smollm2_128rows.json),
+  SmolLM2-135M, 65,408 targets of eight development books, one seed, one H200, compiled without
+  trying tilings; 56 of the 96 cells, and of columns without their baseline nothing is in the file.
+  KL (* significant against GPTQ as it is by default; to nearest every difference is):
+                        Hadamard smoothed .6   .7    wush | smoothed .5   .6     .8    wush
+                            even        even  even   even |       floor floor  floor  floor
+    to nearest                 -        .473     -   .337 |        .563  .507   .562   .390
+    gptq                    .411        .323  .334   .282 |        .359  .402   .397   .324
+    damping .1 %            .417        .326  .333   .288 |        .353  .408   .405*  .326
+    damping 10 %            .415        .324  .330   .277 |        .362  .383*  .396   .311
+    gptq_scale              .410        .323  .333   .279 |        .346* .390   .386*  .290*
+    descent                 .401*       .321  .324*  .275*|        .349* .386*  .388*  .296*
+    asymmetric_descent      .350*       .371* .381*  .310*|            - .433       -  .342
+    gptq, sequential        .398*          -  .329      - |            -    -       -      -
+  Half of the hypothesis holds. Under even no setting but one changes the order of Hadamard,
+  smoothed Hadamard and WUSH; descent is ahead of GPTQ everywhere (by .002 to .029), damping is worth
+  .02 at most. asymmetric_descent takes .062 +- .009* off Hadamard, adds .02 to .05 to all others,
+  and so puts Hadamard before what is smoothed. And under floor alpha .5 is the best of three with
+  GPTQ, where .6 is to nearest. Not measured: Hadamard and alpha .7 under floor but sequential
+  (.428, .355), alpha .5 and .8 under even, and the order of calibration elsewhere.
 """
 
 import dataclasses

@@ -228,7 +228,8 @@ def _run(options: EvaluateOptions) -> int:
             results, described = scores_on_tasks(options), table_of_tasks
         else:
             described = summary
-            if (used := kernels_here()) is not None and options.implementation != "xla":
+            asked = {options.implementation, options.attention}
+            if (used := kernels_here()) is not None and asked != {"xla"}:
                 print(used, file=sys.stderr)
             with progress_bar(options.terminal) as progress:
                 results = evaluate(options, progress)

@@ -278,7 +278,7 @@ def run(options: QuantizeOptions) -> int:
         if options.text == MODEL:
             said += ["Calibration rows are not counted: the whole model writes them, in memory."]
     else:
-        if options.sequential and (kernels := kernels_here()) is not None:
+        if (kernels := kernels_here()) is not None:
             print(kernels, file=sys.stderr)
         with progress_bar(options.terminal) as progress:
             found = quantize(options, progress)

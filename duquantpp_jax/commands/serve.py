@@ -48,12 +48,13 @@ def application(options: ServeOptions) -> Application:
             raise ValueError(f"--implementation triton writes {FEW} texts at most: --rows {FEW}")
         implementation = "xla"
     state = for_writing(linear, state, jax.local_devices()[0], implementation)
-    predictor = Predictor(model, linear, state)
+    plain = "xla" if options.implementation == "xla" else None
+    predictor = Predictor(model, linear, state, attention=plain)
     if (used := said(options.model, predictor.linear)) is not None:
         print(f"{options.model}: {used}", file=sys.stderr)
     config = predictor.model.config
     tokenizer = load_tokenizer(options.model, config)
-    store = stores.store(options.cache, config.head_dim)
+    store = stores.store(options.cache, config.head_dim, implementation=plain)
     desk = Desk(predictor, tokenizer, store, rows=options.rows, waiting=options.waiting)
     name = options.name or options.model.resolve().name
     return Application(desk, options.model, name, most_new=options.max_new_tokens)

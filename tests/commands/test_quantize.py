@@ -107,17 +107,15 @@ def test_another_job_is_not_mixed_into_a_directory_unless_it_is_overwritten(
     assert (out / "notes").read_text() == "mine"
 
 
-@pytest.mark.parametrize("sequential", [False, True])
-def test_it_says_first_where_a_kernel_runs(sequential, three_layers, tmp_path, monkeypatch, capsys):
+def test_it_says_first_where_a_kernel_runs(three_layers, tmp_path, monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "quantize", stop)
     monkeypatch.setattr(layout, "why_not_nvidia", lambda: None)
-    options = options_of(three_layers, tmp_path / "q", sequential=sequential)
     with pytest.raises(KeyboardInterrupt):
-        command.run(options)
-    assert ("rounded in one kernel (triton)" in capsys.readouterr().err) == sequential
+        command.run(options_of(three_layers, tmp_path / "q"))
+    assert "kernels (triton) where there is one: for attention" in capsys.readouterr().err
 
 
 def test_a_dry_run_writes_nothing_and_knows_the_sizes(three_layers, tmp_path, capsys):
