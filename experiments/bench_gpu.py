@@ -5,13 +5,14 @@ Hypothesis: the goals beside each row below, all ratios of one run.
     python -m experiments.bench_gpu --out experiments/results/bench_gpu.json     # one GPU
     python -m experiments.bench_gpu --tiny --parts limits linear                 # anywhere
 
-First the limits of the device (copy, bfloat16 matmul), then results are checked, then times are
-taken: evaluation of an 8B shape by the engine that measures (`Reference.nll`), prefill and decode
-by what `generate` runs, a learning step of SmolLM2's shape, one 8B layer quantized by RTN. Weights
+First the limits of the device (copy, bfloat16 matmul), then times, those of single kernels after
+their results are checked: evaluation of an 8B shape by the engine that measures (`Reference.nll`),
+prefill and decode by what `generate` runs, the same with inputs moved in four ways, a learning step
+of SmolLM2's shape, one 8B layer quantized by RTN. Weights
 are random: sizes, shapes and work are those of real models, outputs mean nothing. A time is the
 least of REPEATS calls after the first, which compiles.
 
-Cost: five minutes on one H200.
+Cost: six minutes on one H200.
 Last result, 2026-12-01 (results/bench_gpu_*.json): evaluation in W4A4 1.28 times bfloat16, with a
   matrix for each block 1.29, by --compute bf16 1.03 and 1.02; prefill with packed weights .97,
   decode .60, with inputs in float 1.05 and .84. A matrix for each block adds nothing to a prefill
@@ -51,6 +52,7 @@ from experiments.bench_kernels import (
     TINY,
     Row,
     Sizes,
+    attention,
     limits,
     linear,
     packed,
@@ -226,6 +228,7 @@ PARTS: dict[str, Callable[[Sizes], Iterator[Row]]] = {
     "limits": limits,
     "linear": linear,
     "packed": packed,
+    "attention": attention,
     "rotation": rotation,
     "evaluation": evaluation,
     "generation": generation,

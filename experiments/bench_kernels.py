@@ -1,11 +1,12 @@
 """How near to the memory's speed do kernels run, and what does moving inputs cost?
 
 The parts of bench_gpu.py that need no model: the limits of the device, a linear, packed weights,
-and rotations. Its docstring has the command, the hypothesis and the last result.
+attention and rotations. Its docstring has the command, the hypothesis and the last result.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,11 +17,17 @@ import numpy as np
 from duquantpp_jax.core import ScaleRule
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.kernels import rotate_fake_quantize, rotate_quantize
+from duquantpp_jax.kernels.flash_attention.api import flash_attention
 from duquantpp_jax.kernels.float_matvec.api import float_matvec
 from duquantpp_jax.kernels.matvec.api import FEW, matvec, unpacked
 from duquantpp_jax.kernels.matvec.rows import PackedRows
 from duquantpp_jax.kernels.rotate_quantize.cases import Case
 from duquantpp_jax.models import DecoderConfig
+from duquantpp_jax.models.attention import (
+    causal_attention,
+    fused_attention,
+    fused_attention_runs,
+)
 from duquantpp_jax.models.products import exact
 from duquantpp_jax.ptq.layout import decoded_once
 from duquantpp_jax.ptq.site import QuantizedLinear, QuantizedSite
@@ -170,6 +177,51 @@ def packed(sizes: Sizes) -> Iterator[Row]:
         speed = outputs * inputs * 17 / 32 / seconds / 1e9
         label = f"{tokens} tokens in float x {shape}, packed, {speed:.0f} GB/s"
         yield Row(label, seconds, "bf16 weights", seconds / rival)
+
+
+def attention(sizes: Sizes) -> Iterator[Row]:
+    """Attention of a layer over whole rows, checked first: written out, in a kernel, by cuDNN."""
+    config = sizes.model
+    heads, d = config.num_key_value_heads, config.head_dim
+    groups = config.num_attention_heads // heads
+    for dtype, length in itertools.product(
+        (jnp.float32, jnp.bfloat16), (sizes.length, sizes.prompt)
+    ):
+        ends = (groups, d), (d,), (d,)
+        q, k, v = (
+            jax.random.normal(key, (sizes.rows, length, heads, *end), dtype)
+            for key, end in zip(jax.random.split(jax.random.key(0), 3), ends, strict=True)
+        )
+        calls = {"written out": causal_attention, "the default": flash_attention}
+        if dtype == jnp.bfloat16 and fused_attention_runs(d):
+            calls["by cuDNN"] = fused_attention
+        at, rival = jnp.arange(length, dtype=jnp.int32), None
+        law = calls["written out"](q, k, v, at, None, float(d)).astype(jnp.float32)
+        for name, call in calls.items():
+            run = functools.partial(call, positions=at, window=None, scalar=float(d))
+            off = jnp.max(jnp.abs(jax.jit(run)(q, k, v).astype(jnp.float32) - law))
+            if not off <= (1e-5 if dtype == jnp.float32 else 0.03):
+                raise ValueError(f"attention, {name}, is {off:.1e} from what it is written out")
+            seconds = _in_a_loop(run, q, k, v)
+            rival = rival or seconds
+            label = f"attention, {sizes.rows} rows of {length}, {jnp.dtype(dtype).name}, {name}"
+            yield Row(label, seconds, "written out", seconds / rival)
+
+
+def _in_a_loop(call: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array) -> float:
+    """Seconds of a call whose result is the next one's queries; its keys change, too, so that
+    nothing that is done to them leaves the loop."""
+
+    @jax.jit
+    def loop(q: jax.Array, k: jax.Array, v: jax.Array, one: jax.Array) -> jax.Array:
+        def body(_: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            q, k, v = carry
+            return call(q, k, v), k * one, v * one
+
+        return jax.lax.fori_loop(0, COPIES, body, (q, k, v))[0]
+
+    one = jnp.ones((), q.dtype)
+    return seconds_of(lambda: loop(q, k, v, one)) / COPIES
 
 
 def rotation(sizes: Sizes) -> Iterator[Row]:

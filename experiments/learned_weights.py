@@ -21,11 +21,12 @@ Last result, 2026-11-30 (commit 6353ac3; results/grid_learned_weights_smollm2_12
   To Hadamard in as many steps WUSH is ahead by .061 +- .004* / .086 +- .004*, plain rounding behind
   by .069 +- .004* / .103 +- .005*. So the hypothesis holds: it matters, and by far less than before
   (.562, .419). In 1,600 steps under WUSH .149 on the books (frozen.py). A step took .15 to .2 s.
-  On the 64 rows of gutenberg_train.txt that choose the best step (by `learn` itself, 2026-12-01 for
-  1,600 steps; affine in both runs): after 400 steps .292, .227, .169, affine .189; after 1,600 .225
-  (rtn) and .179 (block_hadamard). So four times the steps take as much off Hadamard as WUSH is
-  ahead with 400. 1,600 steps from the others and 6,400 were not run, nor smooth_hadamard to its end
-  (.206 after 250 of 400 steps).
+  `learn` itself measured KL on the 64 rows of gutenberg_train.txt that choose the best step
+  (results/learned_weights_smollm2_held_out.json; 1,600 steps on 2026-12-01): after 400 steps .292,
+  .227, .169, and affine .188 in one run and .189 in another; after 1,600 rtn .225, block_hadamard
+  .179. So four times the steps take .048 off Hadamard, less than the .058 by which WUSH is ahead
+  with 400. 1,600 steps from the others on these texts, and 6,400, were not run, nor smooth_hadamard
+  to its end (.206 after 250 of 400 steps).
 """
 
 import sys

@@ -35,6 +35,7 @@ from duquantpp_jax.lab.executors import Processes, Slurm, gpus
 from duquantpp_jax.lab.pivot import COMPARED, Layout, pivots
 from duquantpp_jax.lab.running import Executor
 from duquantpp_jax.lab.webpage import webpage
+from duquantpp_jax.ptq.layout import kernels_here
 from duquantpp_jax.recipes import import_modules, known
 
 
@@ -64,6 +65,8 @@ def _run(module: ModuleType, options: AblateOptions) -> int:
     executor = _executor(options)
     for warning in dict.fromkeys(filter(None, (cell.warning for cell in cells))):
         print(warning, file=sys.stderr)
+    if (kernels := kernels_here()) is not None:
+        print(kernels, file=sys.stderr)
     for model in dict.fromkeys(cell.model for cell in cells):
         with contextlib.suppress(ValueError):  # its cells fail and say why
             if (used := decoded(model)) is not None:

@@ -132,7 +132,10 @@ def _loaded(
     if named == "xla" or directory == options.model:
         linear = implemented(linear, named)
     model = decoder.computing(COMPUTE[options.compute])
-    return Predictor(model, linear, state, attention=options.attention)
+    attention = options.attention
+    if attention == "triton" and directory != options.model:  # what it takes is asked of the model
+        attention = None
+    return Predictor(model, linear, state, attention=attention)
 
 
 def _protocol(options: EvaluateOptions, config: DecoderConfig) -> Protocol:
@@ -222,15 +225,18 @@ def _run(options: EvaluateOptions) -> int:
         if options.out is not None:
             files.check_writable(options.out.parent)
             stack.enter_context(only_process(options.out, single=True))
+        plain = {n for n in ("attention", "implementation") if getattr(options, n) == "xla"}
+        used = kernels_here(
+            attention="attention" not in plain, inputs="implementation" not in plain
+        )
+        if used is not None and not options.mesh:
+            print(used, file=sys.stderr)
         if options.tasks:
             from duquantpp_jax.commands.tasks import scores_on_tasks, table_of_tasks
 
             results, described = scores_on_tasks(options), table_of_tasks
         else:
             described = summary
-            asked = {options.implementation, options.attention}
-            if (used := kernels_here()) is not None and asked != {"xla"}:
-                print(used, file=sys.stderr)
             with progress_bar(options.terminal) as progress:
                 results = evaluate(options, progress)
         if options.out is not None:

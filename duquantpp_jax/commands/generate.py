@@ -25,7 +25,7 @@ from duquantpp_jax.models import DecoderConfig
 from duquantpp_jax.models.decoder import COMPUTE
 from duquantpp_jax.models.sampling import Sampling, generate
 from duquantpp_jax.ptq import stores as cache
-from duquantpp_jax.ptq.layout import CUT, for_writing, implemented, is_packed
+from duquantpp_jax.ptq.layout import CUT, for_writing, implemented, is_packed, kernels_here
 from duquantpp_jax.ptq.sharding import cut, host_memory, mesh_of
 from duquantpp_jax.recipes import checked_seed, import_modules
 
@@ -104,6 +104,8 @@ def continued(
         key = jnp.stack([key] * len(prompts))
     if implementation == "xla":  # what triton is for, for_writing says
         linear = implemented(linear, implementation)
+    if implementation != "xla" and (kernels := kernels_here()) is not None:
+        print(kernels, file=sys.stderr)
     if mesh is None:
         state = for_writing(linear, state, jax.local_devices()[0], options.implementation)
         if is_packed(state):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Integer
 from rich.console import Console
@@ -278,7 +279,9 @@ def run(options: QuantizeOptions) -> int:
         if options.text == MODEL:
             said += ["Calibration rows are not counted: the whole model writes them, in memory."]
     else:
-        if (kernels := kernels_here()) is not None:
+        alone = jax.device_count() == 1  # several share the rows, and kernels are not cut
+        kernels = kernels_here(attention=alone, inputs=options.sequential)
+        if kernels is not None:
             print(kernels, file=sys.stderr)
         with progress_bar(options.terminal) as progress:
             found = quantize(options, progress)

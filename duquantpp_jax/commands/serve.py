@@ -15,7 +15,7 @@ from duquantpp_jax.interop.application import Application
 from duquantpp_jax.interop.desk import Desk
 from duquantpp_jax.kernels.matvec.api import FEW
 from duquantpp_jax.ptq import stores
-from duquantpp_jax.ptq.layout import for_writing, implemented
+from duquantpp_jax.ptq.layout import for_writing, implemented, is_packed, kernels_here
 from duquantpp_jax.recipes import import_modules
 
 HEAD_BYTES = 64 * 2**10
@@ -49,6 +49,10 @@ def application(options: ServeOptions) -> Application:
         implementation = "xla"
     state = for_writing(linear, state, jax.local_devices()[0], implementation)
     plain = "xla" if options.implementation == "xla" else None
+    if plain is None and (kernels := kernels_here()) is not None:
+        print(kernels, file=sys.stderr)
+    if is_packed(state):
+        print(f"{options.model}: token by token with packed weights (triton)", file=sys.stderr)
     predictor = Predictor(model, linear, state, attention=plain)
     if (used := said(options.model, predictor.linear)) is not None:
         print(f"{options.model}: {used}", file=sys.stderr)

@@ -103,7 +103,9 @@ def model_class() -> type:
             self.scorer = Scorer(loaded, batch_rows=int(rows))
             self.predictor, self.directory = self.scorer.predictor, pretrained
             self.hf_tokenizer = load_tokenizer(pretrained, config)
-            self.store = stores.store(cache, config.head_dim)
+            several = self.scorer.sharding.mesh.size > 1  # they share rows, and kernels are not cut
+            how: Any = {"implementation": "xla" if several else None}
+            self.store = stores.store(cache, config.head_dim, **how)
 
         @property
         def eot_token_id(self) -> int | None:

@@ -25,6 +25,8 @@ def why_not_nvidia() -> str | None:
     device = current_device()
     if device.platform not in ("gpu", "cuda"):
         return f"it needs an NVIDIA GPU, and this is {device.platform}"
+    if (capability := str(getattr(device, "compute_capability", ""))).startswith("gfx"):
+        return f"it needs an NVIDIA GPU, and this is AMD's {capability}"
     return None
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float32
 from duquantpp_jax.core import Exact, Format, MXArray, Transform
 from duquantpp_jax.formats import MXFP4
 from duquantpp_jax.kernels import Operand
+from duquantpp_jax.kernels.flash_attention.api import why_not_by_default
 from duquantpp_jax.kernels.implementation import why_not_nvidia
 from duquantpp_jax.kernels.matvec.rows import BLOCK, PackedRows, is_mxfp4
 from duquantpp_jax.models.in_place import InPlace
@@ -112,13 +113,17 @@ def implemented(linear: Any, implementation: str | None) -> Any:
     return dataclasses.replace(linear, implementation=implementation)
 
 
-def kernels_here() -> str | None:
-    """A line about the kernels that models run with on this device; None if there are none."""
+def kernels_here(*, attention: bool = True, inputs: bool = True) -> str | None:
+    """A line about the kernels that run on this device where one is for the model; None if none do.
+
+    Args:
+      attention, inputs: Whether the command runs attention, and quantized inputs, by them.
+    """
     if why_not_nvidia() is not None:
         return None
-    return (
-        "kernels (triton) where there is one: for attention, and to move and round inputs in MXFP4"
-    )
+    attention = attention and why_not_by_default() is None
+    said = ["attention"] * attention + ["moving and rounding of inputs in MXFP4"] * inputs
+    return f"in kernels (triton), where there is one: {' and '.join(said)}" if said else None
 
 
 def for_tensor_cores(linear: Any, state: Any) -> Any:

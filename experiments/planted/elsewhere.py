@@ -52,7 +52,7 @@ MODELS = (
            "visible &= keys > positions", "visible &= keys >= positions",
            "models/test_decoder models/test_families"),
     Mutant("flash attention sees the next key, too", "kernels/flash_attention/triton.py",
-           "j[None] <= place[:, None]", "j[None] <= place[:, None] + 1",
+           "j[None] <= last[:, None]", "j[None] <= last[:, None] + 1",
            "kernels/test_flash_attention"),
     Mutant("flash attention begins a block of keys too late", "kernels/flash_attention/triton.py",
            "// tiling.keys\n    end", "// tiling.keys + 1\n    end",

@@ -112,10 +112,11 @@ def test_it_says_first_where_a_kernel_runs(three_layers, tmp_path, monkeypatch, 
         raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "quantize", stop)
-    monkeypatch.setattr(layout, "why_not_nvidia", lambda: None)
+    for reason in ("why_not_nvidia", "why_not_by_default"):
+        monkeypatch.setattr(layout, reason, lambda: None)
     with pytest.raises(KeyboardInterrupt):
         command.run(options_of(three_layers, tmp_path / "q"))
-    assert "kernels (triton) where there is one: for attention" in capsys.readouterr().err
+    assert "in kernels (triton), where there is one: attention\n" in capsys.readouterr().err
 
 
 def test_a_dry_run_writes_nothing_and_knows_the_sizes(three_layers, tmp_path, capsys):

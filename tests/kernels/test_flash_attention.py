@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duquantpp_jax.evaluation import Predictor
+from duquantpp_jax.evaluation import Predictor, Reference
 from duquantpp_jax.kernels.decode_attention.api import EVERYTHING
 from duquantpp_jax.kernels.flash_attention import api, triton
 from duquantpp_jax.kernels.flash_attention.api import flash_attention, why_not
 from duquantpp_jax.models.attention import causal_attention
 from duquantpp_jax.models.cache import empty_cache
 from duquantpp_jax.ptq import calibration
+from duquantpp_jax.ptq.sharding import mesh_of
 from duquantpp_jax.ptq.stores import store
 from tests.conftest import tiny_decoder
 
@@ -50,6 +51,7 @@ def in_float64(q, k, v, first, window, sinks):
     [
         (50, 50, (0, 0), EVERYTHING, False, 3),  # neither blocks of queries nor of keys end there
         (64, 64, (0, 0), 17, True, 1),
+        (50, 50, (0, 12), EVERYTHING, False, 1),  # positions after the last key
         (50, 50, (0, 0), 1, True, 2),
         (33, 90, (0, 57), 20, False, 2),  # rows that go on, and keys after a row's own
     ],
@@ -148,6 +150,18 @@ def test_evaluation_calibration_and_prompts_run_by_it(interpreted, monkeypatch):
     near(lambda kernels: Predictor(model, attention=how(kernels)).log_probabilities(tokens))
     near(maxima)
     near(prompt)
+    Reference(Predictor(model), np.asarray(tokens), mesh=mesh_of("model=1")).nll()
+    assert not interpreted  # weights that are cut
+
+
+def test_unasked_it_runs_where_it_was_measured(interpreted, monkeypatch):
+    monkeypatch.setattr(api, "_capability", lambda: 8)
+    given = *drawn(20, 20, d=16), jnp.arange(20, dtype=jnp.int32), None, 16.0
+    flash_attention(*given)
+    assert not interpreted
+    assert "compute capability 9.x, and this is 8.x" in (api.why_not_by_default() or "")
+    flash_attention(*given, implementation="triton")
+    assert interpreted
 
 
 @on_gpu

@@ -10,6 +10,7 @@ import pytest
 
 from duquantpp_jax.formats import MXFP4, MXFP8
 from duquantpp_jax.formats.plain import BFloat16
+from duquantpp_jax.kernels import implementation
 from duquantpp_jax.kernels.matvec import api, move, triton
 from duquantpp_jax.models import SITES, dense
 from duquantpp_jax.models.cache import empty_cache
@@ -116,6 +117,20 @@ def test_kernels_of_inputs_are_named_for_a_model_that_has_some(monkeypatch):
     for other in (QuantizedLinear(MXFP4(scale_rule="mse")), QuantizedLinear(None), dense):
         with pytest.raises(ValueError, match="of this model: it moves and rounds inputs in MXFP4"):
             layout.implemented(other, "triton")
+
+
+def test_a_line_says_what_runs_in_kernels(monkeypatch):
+    assert layout.kernels_here() is None  # a CPU
+    monkeypatch.setattr(layout, "why_not_nvidia", lambda: None)
+    monkeypatch.setattr(layout, "why_not_by_default", lambda: None)
+    assert "attention and moving and rounding of inputs" in (layout.kernels_here() or "")
+    assert (layout.kernels_here(inputs=False) or "").endswith(": attention")
+    assert layout.kernels_here(attention=False, inputs=False) is None
+    monkeypatch.setattr(layout, "why_not_by_default", lambda: "not measured here")
+    assert "attention" not in (layout.kernels_here() or "attention")
+    amd = types.SimpleNamespace(platform="gpu", compute_capability="gfx90a")
+    monkeypatch.setattr(implementation, "current_device", lambda: amd)
+    assert "AMD's gfx90a" in (implementation.why_not_nvidia() or "")
 
 
 @pytest.mark.slow

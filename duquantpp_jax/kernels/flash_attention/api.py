@@ -14,6 +14,8 @@ from duquantpp_jax.kernels.flash_attention import reference, triton
 from duquantpp_jax.kernels.implementation import choose, current_device, why_not_nvidia
 
 Implementation = Literal["triton", "reference"]
+MEASURED = 9
+"""The compute capability (its first number) on which the kernel was measured: Hopper's."""
 
 
 def flash_attention(
@@ -40,15 +42,18 @@ def flash_attention(
 
     Args:
       positions: Of the queries; those of a row follow one another.
-      implementation: "triton" (Pallas, NVIDIA: one kernel), "reference", or None for the first of
-        these that runs here. Derivatives are the reference's.
+      implementation: "triton" (Pallas, NVIDIA: one kernel), "reference", or None: "triton" on
+        Hopper, where it was measured, if it takes these shapes. Derivatives are the reference's.
 
     Raises:
       ValueError: There is no such implementation.
       RuntimeError: The named implementation cannot run here, or not on these shapes.
     """
+    unasked = implementation is None
     obstacles = {
-        "triton": lambda: why_not_nvidia() or why_not(q, k, v),
+        "triton": lambda: (
+            (unasked and why_not_by_default()) or why_not_nvidia() or why_not(q, k, v)
+        ),
         "reference": lambda: None,
     }
     name = choose("flash_attention", implementation, obstacles)
@@ -83,6 +88,15 @@ def _backward(scale: float, given: tuple[Any, ...], g: Array) -> tuple[Any, ...]
 
 
 _in_kernel.defvjp(lambda scale, *given: (_in_kernel(scale, *given), given), _backward)
+
+
+def why_not_by_default() -> str | None:
+    """Why "triton" does not run here unless it is named; None if it does."""
+    if (reason := why_not_nvidia()) is not None:
+        return reason
+    if (capability := _capability()) != MEASURED:
+        return f"unasked it runs on compute capability {MEASURED}.x, and this is {capability}.x"
+    return None
 
 
 def obstacle(length: int, d: int, dtype: DTypeLike) -> str | None:

@@ -106,6 +106,7 @@ def _kernel(
     # Beyond the end the last query again and again: all its results are the same.
     i = jnp.minimum(block * tiling.queries + jnp.arange(tiling.queries), length - 1)
     query, place = [part[row, i, head, group, :] for part in q], first[row] + i
+    last = jnp.minimum(place, keys - 1)
 
     def step(number: Any, before: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         m, total, a = before
@@ -114,7 +115,7 @@ def _kernel(
         s = jnp.zeros((tiling.queries, tiling.keys), jnp.float32)
         s = _plus_product(s, query, [part[row, at, head, :].T for part in k])
         s = s * jnp.float32(scale * LOG2_E)
-        seen = (j[None] <= place[:, None]) & (j[None] > place[:, None] - window[0])
+        seen = (j[None] <= last[:, None]) & (j[None] > place[:, None] - window[0])
         s = jnp.where(seen, s, -jnp.inf)
         new = jnp.maximum(m, jnp.max(s, axis=1))
         p, kept = jnp.exp2(s - new[:, None]), jnp.exp2(m - new)
