@@ -225,10 +225,8 @@ def _run(options: EvaluateOptions) -> int:
         if options.out is not None:
             files.check_writable(options.out.parent)
             stack.enter_context(only_process(options.out, single=True))
-        plain = {n for n in ("attention", "implementation") if getattr(options, n) == "xla"}
-        used = kernels_here(
-            attention="attention" not in plain, inputs="implementation" not in plain
-        )
+        asked = {"attention": options.attention, "inputs": options.implementation}
+        used = kernels_here(**{what: named != "xla" for what, named in asked.items()})
         if used is not None and not options.mesh:
             print(used, file=sys.stderr)
         if options.tasks:

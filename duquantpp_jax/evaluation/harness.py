@@ -103,9 +103,9 @@ def model_class() -> type:
             self.scorer = Scorer(loaded, batch_rows=int(rows))
             self.predictor, self.directory = self.scorer.predictor, pretrained
             self.hf_tokenizer = load_tokenizer(pretrained, config)
-            several = self.scorer.sharding.mesh.size > 1  # they share rows, and kernels are not cut
-            how: Any = {"implementation": "xla" if several else None}
-            self.store = stores.store(cache, config.head_dim, **how)
+            alone = self.scorer.sharding.mesh.size == 1  # several share rows: kernels are not cut
+            how = None if alone else "xla"
+            self.store = stores.store(cache, config.head_dim, implementation=how)
 
         @property
         def eot_token_id(self) -> int | None:

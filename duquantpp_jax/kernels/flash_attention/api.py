@@ -49,13 +49,8 @@ def flash_attention(
       ValueError: There is no such implementation.
       RuntimeError: The named implementation cannot run here, or not on these shapes.
     """
-    unasked = implementation is None
-    obstacles = {
-        "triton": lambda: (
-            (unasked and why_not_by_default()) or why_not_nvidia() or why_not(q, k, v)
-        ),
-        "reference": lambda: None,
-    }
+    here = why_not_by_default if implementation is None else why_not_nvidia
+    obstacles = {"triton": lambda: here() or why_not(q, k, v), "reference": lambda: None}
     name = choose("flash_attention", implementation, obstacles)
     first = jnp.broadcast_to(positions[..., 0], q.shape[:1])
     seen = jnp.asarray(EVERYTHING if window is None else window, jnp.int32)
