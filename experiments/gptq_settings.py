@@ -26,13 +26,14 @@ Last result, 2026-12-01 (commit cc58777; results/grid_gptq_settings_smollm2_128r
     gptq, sequential        .398*          -  .329      - |            -    -       -      -
   Half of the hypothesis holds. Under even no setting but one changes the order of Hadamard,
   smoothed Hadamard and WUSH. Under floor gptq_scale and descent gain .008 to .034, damping .02 at
-  most; under even descent gains .002 to .011, the others nothing. asymmetric_descent takes
-  .062 +- .009* off Hadamard and under even adds .03 to .05 to all others, so that Hadamard comes
-  before what is smoothed. With GPTQ alpha .5 is the best of three under floor, where .6 is to
-  nearest. Fits that are made anew move KL by as much as .01 (docs/reading.md): the same cells of
-  gptq.py are within .011. Not measured: the order of calibration elsewhere (Hadamard .428 and
-  alpha .7 .355 under floor are the two cells alone), alpha .5 and .8 under even, .7 under floor,
-  and Hadamard under floor, which has .943 to nearest and .429 by GPTQ in gptq.py.
+  most; under even descent gains .002 to .011, the others nothing. asymmetric_descent takes .062 +-
+  .009* off Hadamard and under even adds .03 to .05 to all others (.02 and .03 under floor, not
+  significant; to WUSH's NLL nothing), so that Hadamard comes before what is smoothed. With GPTQ
+  alpha .5 is the best of three under floor, where .6 is to nearest. Fits that are made anew move
+  KL by as much as .01 (docs/reading.md): the same cells of gptq.py are within .011. Not measured:
+  the order of calibration elsewhere (Hadamard .428 and alpha .7 .355 under floor are the two cells
+  alone), alpha .5 and .8 under even, .7 under floor, and Hadamard under floor, which has .943 to
+  nearest and .429 by GPTQ in gptq.py.
 """
 
 import dataclasses

@@ -65,7 +65,8 @@ def _run(module: ModuleType, options: AblateOptions) -> int:
     executor = _executor(options)
     for warning in dict.fromkeys(filter(None, (cell.warning for cell in cells))):
         print(warning, file=sys.stderr)
-    if (kernels := kernels_here()) is not None:
+    # Workers have devices of their own, which this process must not take.
+    if executor is None and (kernels := kernels_here()) is not None:
         print(kernels, file=sys.stderr)
     for model in dict.fromkeys(cell.model for cell in cells):
         with contextlib.suppress(ValueError):  # its cells fail and say why

@@ -225,8 +225,8 @@ def _run(options: EvaluateOptions) -> int:
         if options.out is not None:
             files.check_writable(options.out.parent)
             stack.enter_context(only_process(options.out, single=True))
-        asked = {"attention": options.attention, "inputs": options.implementation}
-        used = kernels_here(**{what: named != "xla" for what, named in asked.items()})
+        attention = None if options.attention is None else options.attention == "triton"
+        used = kernels_here(attention=attention, inputs=options.implementation != "xla")
         if used is not None and not options.mesh:
             print(used, file=sys.stderr)
         if options.tasks:

@@ -94,6 +94,11 @@ def continued(
     prompts = [_ids(options, text, tokenizer, config) for text in options.prompt]
     longest, new = max(map(len, prompts)), options.max_new_tokens
     room = config.max_position_embeddings - longest
+    if room < 1:
+        raise ValueError(
+            f"a prompt has {longest} tokens, which leaves no room in the "
+            f"{config.max_position_embeddings} positions of this model: give a shorter one"
+        )
     if not 1 <= new <= room:
         raise ValueError(
             f"--max-new-tokens {new} is out of range: after {longest} tokens of prompt this model "

@@ -280,8 +280,7 @@ def run(options: QuantizeOptions) -> int:
             said += ["Calibration rows are not counted: the whole model writes them, in memory."]
     else:
         alone = jax.device_count() == 1  # several share the rows, and kernels are not cut
-        kernels = kernels_here(attention=alone, inputs=options.sequential)
-        if kernels is not None:
+        if alone and (kernels := kernels_here(inputs=options.sequential)) is not None:
             print(kernels, file=sys.stderr)
         with progress_bar(options.terminal) as progress:
             found = quantize(options, progress)

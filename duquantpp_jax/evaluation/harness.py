@@ -14,6 +14,7 @@ loses its beginning. Both are as in lm-eval's `hf`.
 Source: lm-eval 0.4.13, api/model.py and models/huggingface.py.
 """
 
+import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ from duquantpp_jax.evaluation.predict import BATCH_ROWS, Predictor
 from duquantpp_jax.evaluation.scoring import Scorer
 from duquantpp_jax.models.sampling import Sampling
 from duquantpp_jax.ptq import stores
+from duquantpp_jax.ptq.layout import implemented
 from duquantpp_jax.recipes import import_modules
 
 TASKS = Path(__file__).parent / "tasks"
@@ -106,6 +108,8 @@ def model_class() -> type:
             alone = self.scorer.sharding.mesh.size == 1  # several share rows: kernels are not cut
             how = None if alone else "xla"
             self.store = stores.store(cache, config.head_dim, implementation=how)
+            linear = implemented(self.predictor.linear, how)
+            self.writer = dataclasses.replace(self.predictor, linear=linear)
 
         @property
         def eot_token_id(self) -> int | None:
@@ -186,7 +190,7 @@ def model_class() -> type:
             for first in tqdm(range(0, len(order), step), desc="writing", disable=disable_tqdm):
                 numbers = order[first : first + step]
                 batch = Continuing(
-                    self.predictor,
+                    self.writer,
                     self.hf_tokenizer,
                     self.store,
                     [wishes[number] for number in numbers],

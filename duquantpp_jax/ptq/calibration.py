@@ -113,6 +113,8 @@ def calibrate_layer(
     """
     rows, length, _ = hidden.shape
     mesh = Mesh(np.array(jax.devices()), ("rows",)) if jax.device_count() > 1 else None
+    if mesh is not None and linear is not None:  # kernels are not cut
+        linear = dataclasses.replace(linear, implementation="xla")
     stats = {
         site: _empty(config, site, width, rows, length, needs) for site, width in widths.items()
     }

@@ -113,15 +113,16 @@ def implemented(linear: Any, implementation: str | None) -> Any:
     return dataclasses.replace(linear, implementation=implementation)
 
 
-def kernels_here(*, attention: bool = True, inputs: bool = True) -> str | None:
+def kernels_here(*, attention: bool | None = None, inputs: bool = True) -> str | None:
     """A line about the kernels that run on this device where one is for the model; None if none do.
 
     Args:
-      attention, inputs: Whether the command runs attention, and quantized inputs, by them.
+      attention: Whether attention is one of them; None for what it is by default.
+      inputs: Whether inputs are moved and rounded by them.
     """
     if why_not_nvidia() is not None:
         return None
-    attention = attention and why_not_by_default() is None
+    attention = why_not_by_default() is None if attention is None else attention
     said = ["attention"] * attention + ["moving and rounding of inputs in MXFP4"] * inputs
     return f"in kernels (triton), where there is one: {' and '.join(said)}" if said else None
 

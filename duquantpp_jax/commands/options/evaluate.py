@@ -48,7 +48,7 @@ class EvaluateOptions(Plain):
       implementation: How inputs in MXFP4 are moved and rounded: triton in one kernel, xla without;
         by default the first of these that the device runs (docs/performance.md).
       attention: triton takes it in one kernel that never has all pairs of positions in memory, xla
-        without; by default the first of these that the device runs (docs/performance.md).
+        without; by default triton on a Hopper GPU, where it was measured (docs/performance.md).
       out: File for the results, as JSON.
       distributed: Share the rows with other processes that run the same command, on one host or
         several (docs/many_devices.md).
