@@ -14,9 +14,7 @@ import pytest
 
 import experiments
 from duquantpp_jax import cli
-from duquantpp_jax.commands import ablate
 from duquantpp_jax.commands.ablate import AblateOptions, cells_of, grid, layout_of, main
-from duquantpp_jax.lab.running import Outcome
 from duquantpp_jax.recipes import FITS, recipe
 from duquantpp_jax.transforms.basic import FitInTurn
 from experiments import ideas, kv_cache, outliers
@@ -339,15 +337,6 @@ def test_a_bad_grid_is_one_line(content, more, says, tmp_path, capsys):
     assert printed.err.count("\n") == 1
     assert says in printed.err
     assert not list(out.glob("*.json"))
-
-
-def test_devices_are_left_to_workers(file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ablate, "kernels_here", lambda: "in kernels")
-    monkeypatch.setattr(ablate.running, "run", lambda *_, **__: Outcome({}, {}))
-    for workers in (1, 2):
-        options = ["--workers", str(workers), "--out", str(tmp_path / "out")]
-        assert cli.main(["ablate", str(file), *options]) == 0
-        assert ("in kernels" in capsys.readouterr().err) == (workers == 1)
 
 
 def test_a_file_with_the_name_of_another_module_is_refused(tmp_path, capsys):

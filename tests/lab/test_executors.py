@@ -14,10 +14,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from duquantpp_jax import files
+from duquantpp_jax import cli, files
+from duquantpp_jax.commands import ablate
 from duquantpp_jax.evaluation.rows import TARGETS
 from duquantpp_jax.lab import Cell, executors, records, run
 from duquantpp_jax.lab.executors import Processes, Slurm, gpus
+from duquantpp_jax.lab.running import Outcome
+from experiments import gptq_settings
 from tests.conftest import COMPILED_VARIABLE
 
 
@@ -191,6 +194,15 @@ def test_without_a_cluster_slurm_is_refused(cells, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace(AutoExecutor=nowhere))
     with pytest.raises(ValueError, match="no srun: choose --executor processes or gpus"):
         run(cells, tmp_path, Slurm(1))
+
+
+def test_devices_are_left_to_workers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "kernels_here", lambda: "in kernels")
+    monkeypatch.setattr(ablate.running, "run", lambda *_, **__: Outcome({}, {}))
+    for workers in (1, 2):
+        options = ["--workers", str(workers), "--out", str(tmp_path / "out")]
+        assert cli.main(["ablate", str(gptq_settings.__file__), *options]) == 0
+        assert ("in kernels" in capsys.readouterr().err) == (workers == 1)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="cores cannot be given here")
