@@ -8,15 +8,16 @@ Hypothesis: the goals beside each row below, all ratios of one run.
 First the limits of the device (copy, bfloat16 matmul), then times, those of single kernels after
 their results are checked: evaluation of an 8B shape by the engine that measures (`Reference.nll`),
 prefill and decode by what `generate` runs, the same with inputs moved in four ways, a learning step
-of SmolLM2's shape, one 8B layer quantized by RTN. Weights
-are random: sizes, shapes and work are those of real models, outputs mean nothing. A time is the
-least of REPEATS calls after the first, which compiles.
+of SmolLM2's shape, one 8B layer quantized by RTN. Weights are random: sizes, shapes and work are
+those of real models, outputs mean nothing. A time is the least of REPEATS calls after the first,
+which compiles.
 
 Cost: six minutes on one H200.
 Last result, 2026-12-01 (results/bench_gpu_*.json): evaluation in W4A4 1.28 times bfloat16, with a
   matrix for each block 1.29, by --compute bf16 1.03 and 1.02; prefill with packed weights .97,
   decode .60, with inputs in float 1.05 and .84. A matrix for each block adds nothing to a prefill
-  and 6 % to a token, FWHT 37 and 29 %. What bounds each: docs/performance.md.
+  and 6 % to a token, FWHT 37 and 29 %. What bounds each: docs/performance.md. The
+  part `attention` has not run on a GPU.
 """
 
 import argparse

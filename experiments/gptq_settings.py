@@ -10,7 +10,8 @@ Command: duquantpp ablate experiments/gptq_settings.py --table
   or python -m experiments.gptq_settings --table, with --model DIR --text FILE --calibration-text
   FILE for another model than the embedded one.
 Cost: 96 cells, most with a second calibration.
-Last result, 2026-12-01 (commit cc58777; results/grid_gptq_settings_smollm2_128rows.json),
+Last result, 2026-12-01 (commit 3b48c35, with attention tiled as in cc58777;
+  results/grid_gptq_settings_smollm2_128rows.json),
   SmolLM2-135M, 65,408 targets of eight development books, one seed, one H200, compiled without
   trying tilings; 56 of the 96 cells, of which two, without their baseline, are not in the file. KL
   (* significant against GPTQ as it is by default; to nearest every difference is):
